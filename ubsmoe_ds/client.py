@@ -1,0 +1,214 @@
+"""One federated client: its DeepSpeed engine, its local steps, and what it counts. Knows nothing of other clients.
+
+Shapes: L layers, E experts, A answer positions, V vocabulary.
+"""
+
+import contextlib
+import io
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ubsmoe_ds.config import ClientConfig, Experiment
+from ubsmoe_ds.data.batches import StepBatch, Tokens
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.gradients import GradientFinisher
+from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
+from ubsmoe_ds.moe.collector import PseudoGradientCollector
+
+ADAMS = ("adam", "adamw")
+
+
+class LocalStats(NamedTuple):
+    """One rank's local steps: sums, so that ranks add up; the norms are of the whole client, summed over steps."""
+
+    nll: float
+    answer_tokens: float
+    used_tokens: float
+    dropped_routes: float
+    routed_routes: float
+    real_norm: float
+    pseudo_norm: float
+    steps: float
+    seconds: float
+
+
+def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
+    """What conversion needs to know of one rank of one client."""
+    return UBSMoESpec(
+        k=exp.active_experts(config),
+        candidates=exp.candidates,
+        lora_rank=exp.lora.rank,
+        lora_alpha=exp.lora.alpha,
+        lora_attention=exp.lora.attention,
+        router_trainable=exp.router.trainable,
+        capacity_factor=config.capacity_factor,
+        min_capacity=exp.model.min_capacity,
+        phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
+        expert_parallel=config.expert_parallel,
+        expert_rank=client_rank % config.expert_parallel,
+        seed=exp.seed,
+    )
+
+
+def engine_config(exp: Experiment) -> dict[str, Any]:
+    """The DeepSpeed JSON as DeepSpeed gets it: its own progress lines off, and clipping ours where it would be wrong."""
+    config = exp.deepspeed.model_dump()
+    config.setdefault("steps_per_print", 2**31)
+    if exp.deepspeed.zero_stage == 0:
+        config["gradient_clipping"] = 0.0  # see GradientFinisher
+    optimizer = config["optimizer"]
+    if str(optimizer.get("type", "")).lower() in ADAMS:
+        # DeepSpeed's own Adam is compiled at start; torch's needs no compiler and is as fast for adapters
+        optimizer["params"] = {"torch_adam": True, **optimizer.get("params", {})}
+    return config
+
+
+class Client:
+    """A client's engine on one of its ranks; the rendezvous variables are set (see `world.join`).
+
+    Args:
+        exp: the experiment.
+        config: this client's section.
+        client_rank: this rank's place in the client.
+        verbose: let DeepSpeed print.
+    """
+
+    def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
+        self.exp, self.config = exp, config
+        self.k = exp.active_experts(config)
+        self.device = torch.device(get_accelerator().current_device_name())
+        if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
+            raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
+        torch.manual_seed(exp.seed)
+        hf = load_checkpoint(exp.model_dir)
+        self.hf_config = hf.config
+        self.spec = client_spec(exp, config, client_rank)
+        self.model = convert(hf, self.spec)
+        with _deepspeed_output(verbose):
+            self.engine, *_ = deepspeed.initialize(
+                model=self.model,
+                model_parameters=[p for p in self.model.parameters() if p.requires_grad],
+                config=engine_config(exp),
+            )
+        estimator = exp.pseudo_gradient.estimator
+        self.collector = (
+            None if estimator == "none" else PseudoGradientCollector(self.model.layers, estimator, exp.rho(config))
+        )
+        self.finisher = GradientFinisher(self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector)
+
+    def train(self, batches: Iterator[StepBatch], count: int) -> LocalStats:
+        """Take `count` optimiser steps; the sums stay on the device until the end."""
+        start = time.perf_counter()
+        if self.exp.train.optimizer_state == "reset":
+            self.reset_optimizer()
+        self.engine.train()
+        self.model.set_active_experts(self.k)
+        for layer in self.model.layers:
+            layer.gate.reset_counts()
+        sums = torch.zeros(5, device=self.device)  # nll, answer tokens, used tokens, real norm, pseudo norm
+        for _ in range(count):
+            batch = next(batches)
+            nll = self.step(batch)
+            answers = sum(len(tokens.target_A) for tokens in batch.micro)
+            norms = [norm.to(self.device) for norm in (self.finisher.real_norm, self.finisher.pseudo_norm)]
+            counts = torch.tensor([answers, batch.used_tokens], dtype=torch.float32)
+            sums += torch.cat([nll.reshape(1), counts.to(self.device), torch.stack(norms)])
+        nll_sum, answer_sum, used_sum, real_sum, pseudo_sum = sums.tolist()
+        dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
+        routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
+        seconds = time.perf_counter() - start
+        return LocalStats(nll_sum, answer_sum, used_sum, dropped, routed, real_sum, pseudo_sum, count, seconds)
+
+    def step(self, batch: StepBatch) -> Tensor:
+        """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""
+        if self.collector is not None:
+            self.collector.begin_step()
+        total = torch.zeros((), device=self.device)
+        for number, tokens in enumerate(batch.micro):
+            loss, nll = self._loss(self.engine, tokens.to(self.device), batch)
+            self.engine.backward(loss)
+            if number == len(batch.micro) - 1:
+                self.finisher.prepare()
+            self.engine.step()
+            total += nll
+        return total
+
+    def _loss(self, model: Any, tokens: Tokens, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """(loss for backward, summed answer loss).
+
+        The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together;
+        DeepSpeed averages over both, hence the factor. So the gradient does not depend on the client's layout.
+        """
+        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A)
+        nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
+        loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
+        penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
+        return loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss), nll.detach()
+
+    def utilisation(self) -> Tensor:
+        """a_c / n_c: tokens routed to each expert per token, over all ranks of the client, [L, E] fp32 on the CPU."""
+        counts = torch.stack([torch.cat([layer.gate.routed_E, layer.gate.tokens.reshape(1)]) for layer in self.model.layers])
+        dist.all_reduce(counts)
+        return (counts[:, :-1] / counts[:, -1:].clamp_min(1)).float().cpu()
+
+    def reset_optimizer(self) -> None:
+        """Forget moments and step counts in place, so that ZeRO's views of them stay valid."""
+        for state in self.engine.basic_optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tokens, k: int) -> Tensor:
+        """Evaluation logits [A, V] with k active experts and nothing dropped."""
+        self.engine.eval()
+        self.model.set_active_experts(k)
+        return self.model(tokens.input_ids, tokens.used, tokens.position_A)
+
+    def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
+        """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""
+        self.engine.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        seconds: dict[int, list[float]] = {k: [] for k in ks}
+        for _ in range(repeats + 1):
+            for k in ks:
+                self.model.set_active_experts(k)
+                if self.collector is not None:
+                    self.collector.begin_step()
+                get_accelerator().synchronize()
+                start = time.perf_counter()
+                loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)
+                torch.autograd.grad(loss, trained, allow_unused=True)
+                get_accelerator().synchronize()
+                seconds[k].append(time.perf_counter() - start)
+        if self.collector is not None:
+            self.collector.discard()
+        first, second = (statistics.median(seconds[k][1:]) for k in ks)
+        return first, second
+
+
+def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
+    """Initialise this client's torch world."""
+    # on the CPU DeepSpeed would compile this at start (40-85 s, a compiler); a killed build hangs all later runs
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with _deepspeed_output(verbose):
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo")
+
+
+@contextlib.contextmanager
+def _deepspeed_output(verbose: bool) -> Iterator[None]:
+    """DeepSpeed prints as well as logs while it sets up; both are kept back unless asked for."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.INFO if verbose else logging.ERROR)
+    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+        yield

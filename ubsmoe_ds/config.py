@@ -1,0 +1,355 @@
+"""The whole experiment as typed objects, validated once; no other module probes options.
+
+A YAML file holds the experiment, a DeepSpeed JSON beside it the optimiser, ZeRO stage, precision and batch size, and
+the model folder's `config.json` the number of experts. Nothing here imports torch, so that a bad key fails in
+milliseconds, before any process is started.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ubsmoe_ds.errors import UserError
+
+BUILTIN_MODELS = {"builtin:tiny_olmoe": Path(__file__).parent / "models" / "tiny_olmoe"}
+ZERO_STAGES = (0, 1, 2)
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys, NaN and silent type changes are refused, and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class ClientConfig(Section):
+    """One federated client: its own DeepSpeed world of `ranks` processes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    budget: Fraction  # beta: K_c = max(1, floor(K_max * beta))
+    ranks: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: no token is dropped
+    share: Annotated[float, Field(gt=0)] = 1.0  # of the training rows, relative to the other clients
+
+    @model_validator(mode="after")
+    def _whole_expert_groups(self) -> ClientConfig:
+        if self.ranks % self.expert_parallel:
+            raise ValueError(
+                f"client {self.name!r} has ranks {self.ranks}, not a multiple of its expert_parallel "
+                f"{self.expert_parallel}; every expert group needs all its ranks"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """Which checkpoint, and how many experts the richest client activates."""
+
+    path: str = "builtin:tiny_olmoe"  # an HF folder of an OlmoeForCausalLM, with its tokenizer
+    k_max: PositiveInt | None = None  # None: the checkpoint's num_experts_per_tok
+    min_capacity: Annotated[int, Field(ge=1)] = 4  # DeepSpeed's floor of an expert's token slots
+
+
+class LoraConfig(Section):
+    """LoRA on the experts' gate, up and down projections, and on attention if asked."""
+
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    attention: bool = False
+
+
+class RouterConfig(Section):
+    """The gate's own weights."""
+
+    trainable: bool = True
+    aux_loss: Annotated[float, Field(ge=0)] = 0.0  # coefficient of DeepSpeed's load-balancing loss
+
+
+class DmrConfig(Section):
+    """Dynamic Modulated Routing (paper); the clamps and the reading of N_p are documented in moe/gate.py."""
+
+    enabled: bool = True
+    candidates: PositiveInt | None = None  # N_p; None: 2 K_max, at most the number of experts
+    phi_min: float = -1.0
+    phi_max: float = 1.0
+    penalty: Annotated[float, Field(ge=0)] = 0.1  # lambda of the range penalty
+    zeta: Annotated[float, Field(ge=0, le=1)] = 0.7  # server momentum
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    @model_validator(mode="after")
+    def _range(self) -> DmrConfig:
+        if self.phi_min >= self.phi_max:
+            raise ValueError(f"phi_min {self.phi_min} must be below phi_max {self.phi_max}")
+        return self
+
+
+class PseudoGradientConfig(Section):
+    """Universal Pseudo-Gradient: the estimator, and rho, its scale."""
+
+    estimator: Literal["none", "expert_mean", "token_weighted", "dense_oracle"] = "token_weighted"
+    rho: Literal["sparsity"] | Annotated[float, Field(gt=0)] = "sparsity"  # sparsity: 1 - K_c / M
+
+
+class DataConfig(Section):
+    """Where rows come from, and how they are dealt to the clients."""
+
+    source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = "synthetic"
+    eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = None  # None: held-out questions of source
+    partition: Literal["iid", "dirichlet", "by_task"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5  # of the Dirichlet; small is unequal
+    rows: PositiveInt | None = None  # at most so many rows in all; for synthetic None means 4,000
+    eval_rows: PositiveInt = 400  # at most so many evaluation rows
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the questions, where eval_source is None
+    max_length: Annotated[int, Field(ge=8)] = 256  # tokens of a row; longer prompts lose their beginning
+
+
+class TrainConfig(Section):
+    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage stand in the DeepSpeed JSON."""
+
+    rounds: PositiveInt = 5
+    local_steps: PositiveInt = 10
+    optimizer_state: Literal["reset", "keep"] = "reset"  # between rounds
+
+
+class EvalConfig(Section):
+    """Evaluation on all evaluation rows at each distinct K of the clients."""
+
+    every: PositiveInt = 1  # rounds; the first state and the last round are always evaluated
+    batch_size: PositiveInt = 16  # rows a rank takes at a time
+
+
+class DeepSpeedConfig(BaseModel):
+    """The keys of the DeepSpeed JSON that this program relies on; all others go to DeepSpeed as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    train_batch_size: PositiveInt  # rows a client takes in one optimiser step, over all its ranks
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_clipping: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: dict[str, Any]
+    zero_optimization: dict[str, Any] = {}
+    bf16: dict[str, Any] = {}
+    fp16: dict[str, Any] = {}
+
+    @field_validator("zero_optimization")
+    @classmethod
+    def _zero_stage(cls, value: dict[str, Any]) -> dict[str, Any]:
+        stage = value.get("stage", 0)
+        if stage not in ZERO_STAGES:
+            raise ValueError(f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further")
+        return value
+
+    @field_validator("fp16")
+    @classmethod
+    def _no_fp16(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("enabled"):
+            raise ValueError("enabled true is not supported (loss scaling would scale the pseudo-gradient); use bf16 or fp32")
+        return value
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage: 0, 1 or 2."""
+        return int(self.zero_optimization.get("stage", 0))
+
+    @property
+    def use_bf16(self) -> bool:
+        """Whether weights and activations are bfloat16 (masters stay fp32)."""
+        return bool(self.bf16.get("enabled", False))
+
+
+class Experiment(Section):
+    """Everything a run needs. `load_experiment` makes one; build one directly only in tests."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output: str = "runs"
+    overwrite: bool = False  # replace the folder of an earlier run of the same name
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    oversubscribe: bool = False  # several ranks may share one accelerator
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    router: RouterConfig = RouterConfig()
+    dmr: DmrConfig = DmrConfig()
+    pseudo_gradient: PseudoGradientConfig = PseudoGradientConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+    deepspeed: DeepSpeedConfig
+    clients: Annotated[list[ClientConfig], Field(min_length=1)]
+    # read from the model folder, not from the YAML
+    num_experts: PositiveInt
+    k_max: PositiveInt
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all clients together."""
+        return sum(client.ranks for client in self.clients)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes."""
+        return Path(self.output) / self.name
+
+    @property
+    def model_dir(self) -> Path:
+        """The checkpoint's folder."""
+        return model_folder(self.model.path)
+
+    @property
+    def candidates(self) -> int:
+        """N_p, the experts per token whose logits phi may move. Ours: 2 K_max by default, clamped to the experts."""
+        return self.dmr.candidates or min(2 * self.k_max, self.num_experts)
+
+    def active_experts(self, client: ClientConfig) -> int:
+        """K_c = max(1, floor(K_max * beta)) (paper; the clamp to 1 is ours)."""
+        # the small term undoes binary rounding: floor(10 * 0.7) must be 7 although 10 * 0.7 < 7 in some formats
+        return max(1, int(self.k_max * client.budget + 1e-9))
+
+    def rho(self, client: ClientConfig) -> float:
+        """Scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
+        if self.pseudo_gradient.rho == "sparsity":
+            return 1.0 - self.active_experts(client) / self.num_experts
+        return self.pseudo_gradient.rho
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        for problem in _problems(self):
+            raise ValueError(problem)
+        return self
+
+
+def _problems(exp: Experiment) -> list[str]:
+    """Rules that span sections, each as one line naming key, value and remedy."""
+    found = []
+    names = [client.name for client in exp.clients]
+    if len(set(names)) < len(names):
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        found.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
+    if exp.k_max > exp.num_experts:
+        found.append(f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}")
+    if exp.dmr.candidates is not None and not exp.k_max <= exp.dmr.candidates <= exp.num_experts:
+        found.append(
+            f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
+            f"{exp.num_experts} experts of the model"
+        )
+    micro_rows = exp.deepspeed.gradient_accumulation_steps
+    for i, client in enumerate(exp.clients):
+        if exp.num_experts % client.expert_parallel:
+            found.append(
+                f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
+                f"experts (client {client.name!r})"
+            )
+        if exp.deepspeed.train_batch_size % (client.ranks * micro_rows):
+            found.append(
+                f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks {client.ranks} x "
+                f"gradient_accumulation_steps {micro_rows} of client {client.name!r}"
+            )
+    return found
+
+
+def model_folder(path: str) -> Path:
+    """The folder that `model.path` names: built in, or on disk."""
+    if path.startswith("builtin:") and path not in BUILTIN_MODELS:
+        raise UserError(f"model.path: {path!r} is not built in; use one of {sorted(BUILTIN_MODELS)} or a folder")
+    return BUILTIN_MODELS.get(path, Path(path))
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, complete and validate an experiment.
+
+    Args:
+        path: the YAML file. Its `deepspeed` key names a JSON beside it. Other paths are relative to the working folder.
+        overrides: `key.sub=value` texts, the value in YAML; list items by position (`clients.0.budget=0.5`).
+
+    Raises:
+        UserError: with one line naming the key, the value and what would be right.
+    """
+    path = Path(path)
+    raw = _read_mapping(path, "YAML")
+    if isinstance(raw.get("deepspeed"), str):
+        raw["deepspeed"] = _read_mapping(path.parent / raw["deepspeed"], "JSON")
+    for text in overrides:
+        _override(raw, text)
+    for derived in ("num_experts", "k_max"):
+        if derived in raw:
+            raise UserError(f"{derived}: is read from the model's folder and cannot be set; use model.k_max")
+    try:
+        model = ModelConfig.model_validate(raw.get("model", {}))
+    except ValidationError as error:
+        raise UserError(_one_line(error, prefix="model.")) from error
+    facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
+    if facts.get("model_type") != "olmoe":
+        raise UserError(f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: 'olmoe'")
+    raw["num_experts"] = facts["num_experts"]
+    raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
+    """A YAML or JSON file whose top level is a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: is not valid {kind} ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold key: value pairs, found {type(value).__name__}")
+    return value
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Apply one `key.sub=value`; missing sections are made, so that the schema alone decides what is known."""
+    key, equals, value_text = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r}: must read key.sub=value, such as train.rounds=3")
+    try:
+        value = yaml.safe_load(value_text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    node: Any = raw
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = value
+        else:
+            node[last] = value
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"override {text!r}: {key!r} does not lead to a setting of this experiment") from error
+
+
+def _one_line(error: ValidationError, prefix: str = "") -> str:
+    """The first problem as `key: value ... what would be right`, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    # "str" and the like are the branch of a union, not part of the key
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int"))
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        line = f"{prefix}{key}: {message}" if key else message
+    elif first["type"] == "extra_forbidden":
+        line = f"{prefix}{key}: unknown key (value {_short(first['input'])}); see the README's table of keys"
+    elif first["type"] == "missing":
+        line = f"{prefix}{key}: is missing and must be given"
+    else:
+        line = f"{prefix}{key}: {_short(first['input'])} is not valid: {first['msg']}"
+    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,54 @@
+"""Dealing training rows to clients: iid, Dirichlet over tasks, or whole tasks. Numbers only, no rows are copied."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ubsmoe_ds.config import ClientConfig, DataConfig
+from ubsmoe_ds.errors import UserError
+
+
+def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: DataConfig, seed: int) -> list[list[int]]:
+    """Row numbers of each client; together they are all rows, and none is dealt twice.
+
+    iid: shuffled, cut in proportion to the clients' shares.
+    dirichlet: each task is cut in proportion to shares times a draw of Dirichlet(alpha) (arXiv 1909.06335).
+    by_task: tasks in turn to the clients; with fewer tasks than clients, clients of one task split it by their shares.
+
+    Args:
+        tasks: the task of each row.
+        clients: the clients, in order.
+        config: `partition` and `alpha`.
+        seed: of the shuffle and the draw.
+
+    Raises:
+        UserError: naming a client that would get no row.
+    """
+    rng = np.random.default_rng([seed, 1])
+    share_C = np.array([client.share for client in clients])
+    dealt: list[list[int]] = [[] for _ in clients]
+    groups = {"all": np.arange(len(tasks))}
+    if config.partition != "iid":
+        names = np.array(tasks)
+        groups = {task: np.flatnonzero(names == task) for task in sorted(set(tasks))}
+    for number, rows in enumerate(groups.values()):
+        weight_C = share_C.copy()
+        if config.partition == "dirichlet":
+            weight_C = share_C * rng.dirichlet(np.full(len(clients), config.alpha))
+        elif config.partition == "by_task":
+            client_C = np.arange(len(clients))
+            fewer_tasks = len(groups) < len(clients)
+            owner_C = client_C % len(groups) == number if fewer_tasks else client_C == number % len(clients)
+            weight_C = np.where(owner_C, share_C, 0.0)
+        # alpha close to 0 can underflow every draw
+        weight_C = weight_C / weight_C.sum() if weight_C.sum() > 0 else share_C / share_C.sum()
+        cuts = np.round(np.cumsum(weight_C) * len(rows)).astype(int)[:-1]
+        for client, part in enumerate(np.split(rng.permutation(rows), cuts)):
+            dealt[client].extend(int(row) for row in part)
+    for client, part in zip(clients, dealt, strict=True):
+        if not part:
+            raise UserError(
+                f"clients: {client.name!r} would get none of the {len(tasks)} rows (share {client.share}, partition "
+                f"{config.partition}); raise its share, data.alpha or data.rows"
+            )
+    return [sorted(part) for part in dealt]

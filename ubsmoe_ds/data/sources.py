@@ -1,0 +1,123 @@
+"""Rows of multiple-choice questions from the built-in tasks, a JSON-lines file, or the Hugging Face hub.
+
+Schema of a row: task (str), id (str), instruction (str, the prompt), answer (str), question (str),
+choices (list of str), labels (list of str, how an answer names each choice), label (index of the right choice).
+`answer` contains `labels[label]`; the other options of a row are `answer` with that label exchanged.
+Nothing here imports torch, so that a bad row is found before any process is started.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ubsmoe_ds.config import DataConfig
+from ubsmoe_ds.data import synthetic
+from ubsmoe_ds.errors import UserError
+
+TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
+SYNTHETIC_ROWS = 4000
+Row = dict[str, Any]
+
+
+def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows; no question is in both.
+
+    Args:
+        config: the data section.
+        seed: of the synthetic tasks and of the choice of rows.
+
+    Returns:
+        (training rows, evaluation rows), in an order that depends on the seed only.
+
+    Raises:
+        UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
+    """
+    if config.source == "synthetic":
+        rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
+    else:
+        rows = _read(config.source)
+    if config.eval_source is None:
+        held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
+        train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
+    else:
+        held_out = _read(config.eval_source)
+        asked = {row["question"] for row in held_out}
+        train = [row for row in rows if row["question"] not in asked]
+    train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
+    train, held_out = train[: config.rows], held_out[: config.eval_rows]
+    for key, part in (("data.source", train), ("data.eval_source", held_out)):
+        if not part:
+            raise UserError(f"{key}: {getattr(config, key[5:]) or config.source!r} leaves no rows; give more rows or change data.eval_fraction")
+    return train, held_out
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file, each checked.
+
+    Raises:
+        UserError: naming the file, the line and what is wrong with it.
+    """
+    found = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found.append(_checked(line, f"{path}, line {number}"))
+    except OSError as error:
+        raise UserError(f"data: {path} cannot be read ({error.strerror}); check the path") from error
+    if not found:
+        raise UserError(f"data: {path} holds no rows")
+    return found
+
+
+def _read(source: str) -> list[Row]:
+    kind, _, name = source.partition(":")
+    if kind == "jsonl":
+        return read_jsonl(Path(name))
+    from datasets import load_dataset  # the hub is reached only when the config asks for it
+
+    try:
+        dataset = load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"data: hub:{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    return [_checked_row(row, f"hub:{name}, row {number}") for number, row in enumerate(_as_rows(dataset), start=1)]
+
+
+def _as_rows(dataset: Iterable[Any]) -> Iterable[Row]:
+    return (dict(row) for row in dataset)
+
+
+def _checked(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"data: {where}: is not a JSON object ({error})") from error
+    return _checked_row(row, where)
+
+
+def _checked_row(row: Any, where: str) -> Row:
+    """The row if it has the schema; else one line saying which field is wrong."""
+    if not isinstance(row, dict):
+        raise UserError(f"data: {where}: is a {type(row).__name__}, must be an object with the fields of a row")
+    for field in TEXT_FIELDS:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a text")
+    for field in ("choices", "labels"):
+        if not isinstance(row.get(field), list) or not row[field] or not all(isinstance(v, str) and v for v in row[field]):
+            raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a list of texts")
+    if len(row["choices"]) != len(row["labels"]):
+        raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(row["labels"]):
+        raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")
+    if row["labels"][label] not in row["answer"]:
+        raise UserError(f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r}")
+    return row
+
+
+def _position(question: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the question and the seed alone: splits and orders rows by question."""
+    digest = hashlib.blake2b(f"{seed}\n{question}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,156 @@
+"""Procedural multiple-choice tasks: small worlds that a tiny model can learn, and no file to fetch.
+
+Every task is one short function from a random generator to (question, right answer, wrong answers). Rows have the
+schema of `data/sources.py`; questions are unique.
+"""
+
+from collections.abc import Callable, Iterator
+
+from numpy.random import Generator, default_rng
+
+from ubsmoe_ds.errors import UserError
+
+NAMES = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+LEGS = {"dogs": 4, "birds": 2, "ants": 6, "spiders": 8, "cats": 4, "hens": 2}
+KINDS = {
+    "fruit": ("apple", "pear", "plum", "grape", "lemon", "cherry"),
+    "animal": ("horse", "wolf", "mouse", "goat", "tiger", "rabbit"),
+    "tool": ("hammer", "saw", "drill", "wrench", "shovel", "axe"),
+    "colour": ("red", "blue", "green", "yellow", "purple", "white"),
+    "vehicle": ("car", "bus", "train", "boat", "truck", "plane"),
+}
+PLACES = ("box", "bag", "drawer", "basket", "cupboard")
+COMPARISONS = (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
+
+Item = tuple[str, str, list[str]]
+
+
+def _pick(rng: Generator, items: tuple[str, ...] | list[str], n: int) -> list[str]:
+    return [items[i] for i in rng.permutation(len(items))[:n]]
+
+
+def _near(rng: Generator, value: int, n: int = 3) -> list[str]:
+    """Wrong numbers close to the right one."""
+    others = [v for v in range(max(0, value - 4), value + 5) if v != value]
+    return [str(others[i]) for i in rng.permutation(len(others))[:n]]
+
+
+def sums(rng: Generator) -> Item:
+    """What is 7 plus 5?"""
+    a, b = (int(v) for v in rng.integers(1, 50, 2))
+    if rng.random() < 0.5:
+        return f"What is {a} plus {b}?", str(a + b), _near(rng, a + b)
+    a, b = max(a, b), min(a, b)
+    return f"What is {a} minus {b}?", str(a - b), _near(rng, a - b)
+
+
+def legs(rng: Generator) -> Item:
+    """How many legs do 2 dogs and 3 birds have?"""
+    first, second = _pick(rng, list(LEGS), 2)
+    a, b = (int(v) for v in rng.integers(2, 13, 2))
+    total = a * LEGS[first] + b * LEGS[second]
+    return f"How many legs do {a} {first} and {b} {second} have?", str(total), _near(rng, total)
+
+
+def order(rng: Generator) -> Item:
+    """Anna is taller than Ben. Ben is taller than Cara. Who is tallest?"""
+    more, most, least = COMPARISONS[rng.integers(len(COMPARISONS))]
+    a, b, c = _pick(rng, NAMES, 3)
+    facts = [f"{a} is {more} than {b}.", f"{b} is {more} than {c}."]
+    if rng.random() < 0.5:
+        facts.reverse()
+    asked, right = (most, a) if rng.random() < 0.5 else (least, c)
+    return f"{' '.join(facts)} Who is {asked}?", right, [n for n in (a, b, c) if n != right]
+
+
+def weekdays(rng: Generator) -> Item:
+    """If today is Monday, what day is it in 3 days?"""
+    start, shift = int(rng.integers(7)), int(rng.integers(1, 14))
+    right = DAYS[(start + shift) % 7]
+    wrong = _pick(rng, [d for d in DAYS if d != right], 3)
+    who = NAMES[rng.integers(len(NAMES))]
+    return f"{who} knows that today is {DAYS[start]}. What day is it in {shift} days?", right, wrong
+
+
+def odd_one_out(rng: Generator) -> Item:
+    """Anna has plum, saw, pear, apple. Which of them is not one of the fruits?"""
+    kind, other = _pick(rng, list(KINDS), 2)
+    right = KINDS[other][rng.integers(len(KINDS[other]))]
+    wrong = _pick(rng, KINDS[kind], 3)
+    return f"{NAMES[rng.integers(len(NAMES))]} has {', '.join(_pick(rng, [*wrong, right], 4))}. Which of them is not one of the {kind}s?", right, wrong
+
+
+def boxes(rng: Generator) -> Item:
+    """The apple is in the box. The saw is in the bag. Where is the saw?"""
+    things = [KINDS[k][rng.integers(6)] for k in _pick(rng, list(KINDS)[:3], 3)]
+    places = _pick(rng, PLACES, 3)
+    asked = int(rng.integers(3))
+    facts = " ".join(f"The {t} is in the {p}." for t, p in zip(things, places, strict=True))
+    return f"{facts} Where is the {things[asked]}?", places[asked], [p for i, p in enumerate(places) if i != asked]
+
+
+def syllogisms(rng: Generator) -> Item:
+    """All wolfs are red. Anna has a wolf. What colour is it?"""
+    first, second = _pick(rng, KINDS["animal"], 2)
+    colours = _pick(rng, KINDS["colour"], 4)
+    who = NAMES[rng.integers(len(NAMES))]
+    asked, right = (first, colours[0]) if rng.random() < 0.5 else (second, colours[1])
+    rule = f"Every {first} here is {colours[0]} and every {second} is {colours[1]}."
+    return f"{rule} {who} has a {asked}. What colour is it?", right, [c for c in colours if c != right]
+
+
+def largest(rng: Generator) -> Item:
+    """Which number is the largest?"""
+    numbers = [str(v) for v in rng.choice(90, 4, replace=False) + 10]
+    word, pick = ("largest", max) if rng.random() < 0.5 else ("smallest", min)
+    right = pick(numbers, key=int)
+    return f"Which of {', '.join(numbers)} is the {word} number?", right, [n for n in numbers if n != right]
+
+
+TASKS: dict[str, Callable[[Generator], Item]] = {
+    f.__name__: f for f in (sums, legs, order, weekdays, odd_one_out, boxes, syllogisms, largest)
+}
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    """`count` rows, the tasks in turn, no question twice.
+
+    Args:
+        count: rows in all.
+        seed: the same seed gives the same rows.
+    """
+    streams = [_unique(task, default_rng([seed, i])) for i, task in enumerate(TASKS)]
+    return [make_row(*next(streams[i % len(streams)]), number=i) for i in range(count)]
+
+
+def make_row(task: str, question: str, choices: list[str], label: int, number: int) -> dict:
+    """One row in the prompt form of LLM-Adapters (arXiv 2304.01933)."""
+    labels = [f"answer{i + 1}" for i in range(len(choices))]
+    options = " ".join(f"Answer{i + 1}: {choice}" for i, choice in enumerate(choices))
+    return {
+        "task": task,
+        "id": f"{task}-{number}",
+        "instruction": f"Please choose the correct answer to the question: {question}\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
+        "answer": f"the correct answer is {labels[label]}",
+        "question": question,
+        "choices": choices,
+        "labels": labels,
+        "label": label,
+    }
+
+
+def _unique(task: str, rng: Generator) -> Iterator[tuple[str, str, list[str], int]]:
+    """(task, question, shuffled choices, index of the right one), until the task's world is used up."""
+    seen: set[str] = set()
+    misses = 0
+    while misses < 10_000:
+        question, right, wrong = TASKS[task](rng)
+        misses += 1
+        if question in seen:
+            continue
+        seen.add(question)
+        misses = 0
+        choices = _pick(rng, [right, *wrong], len(wrong) + 1)
+        yield task, question, choices, choices.index(right)
+    raise UserError(f"data.rows: task {task!r} has only {len(seen)} different questions; use at most {len(seen) * len(TASKS)} rows")

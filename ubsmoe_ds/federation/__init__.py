@@ -1,0 +1,1 @@
+"""What happens between clients: exchange of deltas, merge rules, DMR's server step, the rounds."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints turned into models with UB-SMoE layers."""

@@ -1,0 +1,97 @@
+"""Frozen SwiGLU experts stacked per projection, with LoRA, computed as batched products over the local experts.
+
+Shapes: E local experts, N slots, D model width, F expert width, R LoRA rank.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, LoraFactors
+
+
+class Activations(NamedTuple):
+    """Intermediate results of a forward pass whose values or gradients a pseudo-gradient needs.
+
+    gate_ENF, up_ENF: pre-activations g, u; hidden_ENF: silu(g) * u; down_ENR: A_down h
+    """
+
+    gate_ENF: Tensor
+    up_ENF: Tensor
+    hidden_ENF: Tensor
+    down_ENR: Tensor
+
+
+class StackedExperts(nn.Module):
+    """The experts that one rank holds: W frozen [E, out, in], LoRA A [E, R, in] and B [E, out, R] trainable.
+
+    A starts uniform as in PEFT (kaiming, a = sqrt 5) and B at zero, so that the model starts as the base model.
+    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`).
+
+    Args:
+        base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F].
+        rank: R.
+        alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
+        group_name: DeepSpeed's name of the expert group, "ep_size_N".
+        generator: draws A for all `num_experts` experts of the model, so that A does not depend on expert parallelism.
+        num_experts: experts of the whole model.
+        first: global index of the first local expert.
+    """
+
+    def __init__(
+        self, base: dict[str, Tensor], *, rank: int, alpha: float, group_name: str, generator: torch.Generator, num_experts: int, first: int
+    ) -> None:
+        super().__init__()
+        self.scaling = alpha / rank
+        self.first = first
+        self.num_local_experts = len(base["gate"])
+        self.keep_activations = False
+        self.activations: Activations | None = None
+        for name in PROJECTIONS:
+            weight = base[name]
+            bound = 1 / math.sqrt(weight.shape[2])  # kaiming uniform with a = sqrt 5
+            a_all = torch.empty(num_experts, rank, weight.shape[2]).uniform_(-bound, bound, generator=generator)
+            local = slice(first, first + self.num_local_experts)
+            self.register_parameter(f"{name}_weight", nn.Parameter(weight, requires_grad=False))
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(a_all[local].clone()))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, weight.shape[1], rank)))
+        for parameter in self.parameters():
+            parameter.allreduce = False
+            parameter.group_name = group_name
+
+    def factors(self) -> LoraFactors:
+        """(A, B) of each projection: the live parameters."""
+        return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}
+
+    def base(self) -> dict[str, Tensor]:
+        """The frozen weight of each projection."""
+        return {name: getattr(self, f"{name}_weight") for name in PROJECTIONS}
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Run every local expert on its slots.
+
+        Args:
+            slots: [ranks, E, C, D], as `MOELayer` hands them over after the all-to-all.
+
+        Returns:
+            The experts' outputs in the same shape.
+        """
+        ranks, num_experts, capacity, width = slots.shape
+        x_END = slots.transpose(0, 1).reshape(num_experts, ranks * capacity, width)
+        gate_ENF, _ = self._project("gate", x_END)
+        up_ENF, _ = self._project("up", x_END)
+        hidden_ENF = F.silu(gate_ENF) * up_ENF
+        y_END, down_ENR = self._project("down", hidden_ENF)
+        if self.keep_activations:
+            self.activations = Activations(gate_ENF, up_ENF, hidden_ENF, down_ENR)
+        return y_END.view(num_experts, ranks, capacity, width).transpose(0, 1)
+
+    def _project(self, name: str, x_ENI: Tensor) -> tuple[Tensor, Tensor]:
+        """W x + s B (A x) for all experts, and A x."""
+        A_ERI, B_EOR = self.factors()[name]
+        ax_ENR = torch.bmm(x_ENI, A_ERI.mT)
+        base_ENO = torch.bmm(x_ENI, getattr(self, f"{name}_weight").mT)
+        return torch.baddbmm(base_ENO, ax_ENR, B_EOR.mT, alpha=self.scaling), ax_ENR

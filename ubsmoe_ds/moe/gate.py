@@ -1,0 +1,176 @@
+"""The UB-SMoE gate: Dynamic Modulated Routing for any K on top of DeepSpeed's `TopKGate`.
+
+Shapes: T tokens, D model width, E experts, K experts per token, C slots per expert and rank.
+Source: UB-SMoE, arXiv 2605.16690 [paper]; lines marked [ours] are our reading of its summaries.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Routing(NamedTuple):
+    """What the gate decided for a batch, detached: pseudo-gradients and statistics read it.
+
+    p_TE: softmax of the modulated logits; active_TE: chosen by the token, dropped or not (bool)
+    index_KT: expert of each route, -1 where the route was dropped; location_KT: its slot; weight_KT: its gate weight
+    used_T: False for padding
+    """
+
+    p_TE: Tensor
+    active_TE: Tensor
+    index_KT: Tensor
+    location_KT: Tensor
+    weight_KT: Tensor
+    used_T: Tensor
+    capacity: Tensor
+
+
+class UBSMoEGate(TopKGate):
+    """Top-K gate with DMR: phi modulates the logits of a token's N_p strongest experts.
+
+        s = W_r x (fp32);  m_i = s_i + phi_i for the N_p largest s_i, else s_i;  p = softmax(m);  top K of p  [paper]
+
+    Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
+    over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
+    tokens are not routed. When dropping, an expert keeps the routes of largest weight. Evaluation never drops.
+
+    Args:
+        hidden: D.
+        num_experts: E.
+        k: active experts per token.
+        candidates: N_p, at least k.
+        capacity_factor: C = ceil(T / E * capacity_factor * k) from this rank's T; None keeps every token.
+        min_capacity: least C.
+        normalize: whether the K weights are divided by their sum.
+        phi_range: (phi_min, phi_max) of the penalty; None: no modulation, phi stays frozen at 0.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        k: int,
+        *,
+        candidates: int,
+        capacity_factor: float | None,
+        min_capacity: int,
+        normalize: bool,
+        phi_range: tuple[float, float] | None,
+    ) -> None:
+        super().__init__(hidden, num_experts, k, capacity_factor or 1.0, 1.0, min_capacity, drop_tokens=capacity_factor is not None)
+        self.candidates = candidates
+        self.normalize = normalize
+        self.phi_range = phi_range
+        self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=phi_range is not None)
+        self.routing: Routing | None = None
+        for name, shape in (("routed_E", (num_experts,)), ("tokens", ()), ("dropped", ())):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
+
+    def forward(  # type: ignore[override]  # the stock annotation promises three values; MOELayer unpacks seven
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = True,
+        use_tutel: bool = False,
+    ) -> tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
+        """Route x_TD.
+
+        Args:
+            input: x_TD in the model's dtype.
+            used_token: [T] bool, False for padding; None: all tokens count.
+            sparse_routes, use_tutel: DeepSpeed's interface; only sparse routes without Tutel exist here.
+
+        Returns:
+            (l_aux, capacity, E, index_KT int32, location_KT int32, weight_KT in the input's dtype, routed_E int64).
+        """
+        if not sparse_routes or use_tutel:
+            raise ValueError("UBSMoEGate serves MOELayer's sparse routes without Tutel only")
+        used_T = torch.ones(len(input), dtype=torch.bool, device=input.device) if used_token is None else used_token.view(-1).bool()
+        p_TE = F.softmax(self.modulated_logits(input), dim=-1)
+        weight_TK, index_TK = p_TE.topk(self.k, dim=-1)
+        active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
+        l_aux = self._load_balancing_loss(p_TE, active_TE, used_T)
+        index_KT, location_KT, capacity, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
+        if self.normalize:
+            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        weight_KT = weight_TK.t().contiguous().to(input.dtype)
+        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, capacity)
+        if self.training:
+            self._count(routed_E, used_T, index_KT)
+        return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
+
+    def modulated_logits(self, x_TD: Tensor) -> Tensor:
+        """m_TE in fp32: the router's logits, phi added to the N_p largest of each token [paper]."""
+        s_TE = F.linear(x_TD.float(), self.wg.weight.float())
+        if self.phi_range is None:
+            return s_TE
+        candidate_TE = torch.zeros_like(s_TE).scatter_(1, s_TE.topk(self.candidates, dim=-1).indices, 1.0)
+        return s_TE + candidate_TE * self.phi.float()
+
+    def range_penalty(self) -> Tensor:
+        """|| ReLU(phi_min - phi) ||^2 + || ReLU(phi - phi_max) ||^2, a scalar [paper]."""
+        if self.phi_range is None:
+            return self.phi.new_zeros((), dtype=torch.float32)
+        low, high = self.phi_range
+        phi_E = self.phi.float()
+        return F.relu(low - phi_E).square().sum() + F.relu(phi_E - high).square().sum()
+
+    def set_active_experts(self, k: int) -> None:
+        """Choose K for the batches that follow; evaluation and timing move between budgets with it."""
+        if not 1 <= k <= self.candidates:
+            raise ValueError(f"k {k} must lie between 1 and the {self.candidates} candidates N_p")
+        self.k = k
+
+    def reset_counts(self) -> None:
+        """Start a new round's utilisation."""
+        for counter in (self.routed_E, self.tokens, self.dropped):
+            counter.zero_()
+
+    def _load_balancing_loss(self, p_TE: Tensor, active_TE: Tensor, used_T: Tensor) -> Tensor:
+        """DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that count."""
+        n = used_T.sum().clamp_min(1)
+        mean_p_E = (p_TE * used_T.unsqueeze(-1)).sum(0) / n
+        share_E = active_TE.sum(0) / n
+        return (mean_p_E * share_E).sum() * p_TE.shape[1] / self.k
+
+    def _assign_slots(self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give every route a slot of its expert by one sort; routes beyond the capacity get expert -1."""
+        num_experts = self.wg.weight.shape[0]
+        expert_N = torch.where(used_T, index_KT, num_experts).reshape(-1)  # padding sorts behind the last expert
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
+        counts.scatter_add_(0, expert_N, torch.ones_like(expert_N))
+        dropping = self.drop_tokens and self.training
+        if dropping:
+            by_weight = weight_KT.reshape(-1).argsort(descending=True, stable=True)
+            order = by_weight[expert_N[by_weight].argsort(stable=True)]
+        else:
+            order = expert_N.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        location_N = torch.empty_like(expert_N)
+        location_N[order] = torch.arange(len(order), device=order.device) - first[expert_N[order]]
+        routed_E = counts[:-1]
+        capacity = self._capacity(len(used_T), routed_E, dropping)
+        kept_N = (expert_N < num_experts) & (location_N < capacity)
+        index_N = torch.where(kept_N, expert_N, -1)
+        return index_N.view_as(index_KT), (location_N * kept_N).view_as(index_KT), capacity, routed_E
+
+    def _capacity(self, num_tokens: int, routed_E: Tensor, dropping: bool) -> Tensor:
+        """Slots per expert; equal on all ranks of an expert group, which the all-to-all needs."""
+        if dropping:
+            slots = math.ceil(num_tokens / len(routed_E) * self.capacity_factor * self.k)
+            return torch.tensor(max(slots, self.min_capacity))
+        capacity = routed_E.max().clamp_min(1)
+        if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
+            dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return capacity
+
+    def _count(self, routed_E: Tensor, used_T: Tensor, index_KT: Tensor) -> None:
+        self.routed_E += routed_E
+        self.tokens += used_T.sum()
+        self.dropped += routed_E.sum() - (index_KT >= 0).sum()

@@ -1,0 +1,117 @@
+"""The Universal Pseudo-Gradient (PG): what an expert would have learned from tokens that did not activate it.
+
+Pure functions on gradients and router statistics; nothing here knows of ranks or DeepSpeed. Source: UB-SMoE, arXiv
+2605.16690 [paper, in words: the formula is not public to us]; the estimators below are our readings of it.
+
+Shapes: T tokens, D model width, F expert width, E experts, R LoRA rank.
+LoRA factors are dicts keyed "gate", "up", "down" of (A, B): A_ERD or A_ERF, B_EFR or B_EDR.
+An expert's output is W_down h, h = silu(g) * u, with g, u, and the down projection each W x + s B A x, s = alpha / R.
+`delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PROJECTIONS = ("gate", "up", "down")
+LoraFactors = dict[str, tuple[Tensor, Tensor]]
+
+
+class TokenMixture(NamedTuple):
+    """What the active experts of each token tell about it, mixed by gamma (their weights normalised to one).
+
+    hidden_TF: sum_j gamma_j h_j
+    down_TR: sum_j gamma_j A_down,j h_j
+    gate_TF, up_TF: sum_j gamma_j dL/dg_j / w_j and the same for u, the gradient before the gate weight w_j
+    """
+
+    hidden_TF: Tensor
+    down_TR: Tensor
+    gate_TF: Tensor
+    up_TF: Tensor
+
+
+def inactive_weight(p_TE: Tensor, active_TE: Tensor, rho: float) -> Tensor:
+    """c = rho * p * (1 - active) [paper, in words]: p the full softmax, so that the active experts keep their share."""
+    return rho * p_TE * ~active_TE
+
+
+def token_weighted(x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture, lora: LoraFactors, scaling: float) -> LoraFactors:
+    """Per-token pseudo-gradient through LoRA's outer products [ours].
+
+    Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
+    through the expert's own LoRA factors:
+        dB_down = s sum_x c delta tbar^T     dA_down = s B_down^T sum_x c delta hbar^T
+        dB_gate = s sum_x c vbar (A_gate x)^T     dA_gate = s B_gate^T sum_x c vbar x^T     (up alike)
+    Exact when all experts are equal; useless when their hidden units share no basis (experts trained from scratch).
+
+    Args:
+        x_TD, delta_TD: the layer's input and dL/dy.
+        c_TE: see `inactive_weight`.
+        mixture: see `TokenMixture`.
+        lora: factors of all E experts.
+        scaling: s = alpha / R.
+
+    Returns:
+        (dA, dB) for each projection, shaped like `lora`, in fp32.
+    """
+    x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
+    mix = TokenMixture(*(part.float() for part in mixture))
+    c_TE1 = c_TE.unsqueeze(-1)
+    into_A_TER = c_TE1 * torch.einsum("td,edr->ter", delta_TD, lora["down"][1].float())
+    grads = {
+        "down": (
+            scaling * torch.einsum("ter,tf->erf", into_A_TER, mix.hidden_TF),
+            scaling * torch.einsum("td,ter->edr", delta_TD, c_TE1 * mix.down_TR.unsqueeze(1)),
+        )
+    }
+    for name, v_TF in (("gate", mix.gate_TF), ("up", mix.up_TF)):
+        A_ERD, B_EFR = (factor.float() for factor in lora[name])
+        into_A_TER = c_TE1 * torch.einsum("tf,efr->ter", v_TF, B_EFR)
+        from_A_TER = c_TE1 * torch.einsum("td,erd->ter", x_TD, A_ERD)
+        grads[name] = (
+            scaling * torch.einsum("ter,td->erd", into_A_TER, x_TD),
+            scaling * torch.einsum("tf,ter->efr", v_TF, from_A_TER),
+        )
+    return grads
+
+
+def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactors) -> LoraFactors:
+    """The batch's mean expert gradient, weighted by the router's probability (our plain reading of the paper).
+
+        g_i += [sum_x c_i(x)] * [sum_j g_j] / [sum_j sum_x a_j(x) p_j(x)]
+
+    Args:
+        pseudo_mass_E: sum_x c_i(x).
+        active_mass: sum_x sum_j a_j(x) p_j(x), a scalar; where it is zero nothing was active and the result is zero.
+        grad_sum: the true gradients summed over all experts, (A, B) without the leading E.
+
+    Returns:
+        (dA, dB) for each projection, with the leading E.
+    """
+    share_E = torch.where(active_mass > 0, pseudo_mass_E / active_mass.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return {
+        name: tuple(share_E.view(-1, 1, 1) * total.unsqueeze(0) for total in pair)  # type: ignore[misc]
+        for name, pair in grad_sum.items()
+    }
+
+
+def dense_oracle(x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, base: dict[str, Tensor], lora: LoraFactors, scaling: float) -> LoraFactors:
+    """The true gradient of the inactive experts, by running all of them: the yardstick of tests and studies.
+
+    Args:
+        base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]; the rest as in `token_weighted`.
+
+    Returns:
+        (dA, dB) for each projection, shaped like `lora`, in fp32: the gradient of sum_x delta . sum_i c_i expert_i(x).
+    """
+    leaves = {name: tuple(f.detach().float().requires_grad_() for f in lora[name]) for name in PROJECTIONS}
+    with torch.enable_grad():
+        weight = {name: base[name].float() + scaling * B @ A for name, (A, B) in leaves.items()}
+        x_ETD = x_TD.detach().float().expand(c_TE.shape[1], -1, -1)
+        hidden_ETF = F.silu(x_ETD @ weight["gate"].mT) * (x_ETD @ weight["up"].mT)
+        y_TD = torch.einsum("te,etd->td", c_TE.float(), hidden_ETF @ weight["down"].mT)
+        flat = torch.autograd.grad((y_TD * delta_TD.float()).sum(), [f for name in PROJECTIONS for f in leaves[name]])
+    return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)}

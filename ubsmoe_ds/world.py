@@ -1,0 +1,139 @@
+"""COMM_WORLD -> this rank's client and the rendezvous of its own torch.distributed world.
+
+Clients take consecutive ranks in the order of the config. Each client is a torch world of its own: DeepSpeed's
+data-parallel and expert groups span the whole torch world, so that clients sharing one would average their gradients.
+Everything is derived from MPI, never from RANK, and all five rendezvous variables are set before DeepSpeed is
+imported: if one is missing, DeepSpeed takes all of COMM_WORLD.
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.relaunch import mpi_command
+
+POLL_SECONDS = 0.001
+LOOPBACK = "127.0.0.1"
+
+
+def wait_quietly(request: MPI.Request) -> None:
+    """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need."""
+    while not request.Test():
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this rank stands: in the job, in its client, and on its host."""
+
+    comm: MPI.Intracomm
+    client: int  # position in the config's list
+    client_rank: int
+    host_rank: int  # among all ranks on this host
+
+    @property
+    def rank(self) -> int:
+        """Rank in the whole job."""
+        return self.comm.rank
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of float64 arrays over all ranks (a collective), the same bits on every rank."""
+        total = np.zeros_like(values, dtype=np.float64)
+        wait_quietly(self.comm.Iallreduce(np.ascontiguousarray(values, dtype=np.float64), total))
+        # ranks may sum in different orders; rank 0's result is everybody's
+        wait_quietly(self.comm.Ibcast(total, root=0))
+        return total
+
+    def barrier(self) -> None:
+        """Wait for every rank, leaving the cores to those that still work."""
+        wait_quietly(self.comm.Ibarrier())
+
+
+def job_rank() -> int:
+    """This process's rank in the job, for messages before there is a `World`."""
+    return MPI.COMM_WORLD.rank
+
+
+def all_ranks_failed(seconds: float = 3.0) -> bool:
+    """Whether every rank of the job calls this within the time: then all can leave quietly with the same code.
+
+    The job's own messages travel on a duplicate of COMM_WORLD, so that this barrier cannot meet one of theirs.
+    """
+    everybody = MPI.COMM_WORLD.Ibarrier()
+    deadline = time.monotonic() + seconds
+    while not everybody.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def abort(code: int) -> None:
+    """End every rank of the job now; used when one rank fails and the others cannot know."""
+    MPI.COMM_WORLD.Abort(code)
+
+
+def join(exp: Experiment, script: str, arguments: list[str]) -> World:
+    """Split COMM_WORLD into the config's clients and set this rank's rendezvous variables.
+
+    Raises:
+        UserError: if the job has another number of ranks than the clients need; the message has the right command.
+    """
+    comm = MPI.COMM_WORLD
+    if comm.size != exp.world_size:
+        need = " + ".join(f"{client.ranks} ({client.name})" for client in exp.clients)
+        command = " ".join(mpi_command(script, arguments, exp.world_size))
+        raise UserError(f"world: {comm.size} MPI ranks were started, the clients need {need} = {exp.world_size}; run: {command}")
+    owners = [number for number, client in enumerate(exp.clients) for _ in range(client.ranks)]
+    number = owners[comm.rank]
+    client_comm = comm.Split(color=number, key=comm.rank)
+    host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    on_host = client_comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank).size
+    address, port = _rendezvous(client_comm, one_host=on_host == client_comm.size)
+    os.environ.update(
+        RANK=str(client_comm.rank),
+        WORLD_SIZE=str(client_comm.size),
+        LOCAL_RANK=str(host_comm.rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    return World(comm.Dup(), number, client_comm.rank, host_comm.rank)
+
+
+def check_devices(exp: Experiment, world: World, devices: int) -> None:
+    """Refuse more ranks on this host than accelerators, unless the config allows sharing them; set LOCAL_RANK to match.
+
+    Args:
+        devices: accelerators on this host; 0 means that the job runs on the CPU, where sharing is always fine.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    if devices == 0:
+        return
+    on_host = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank).size
+    if on_host > devices and not exp.oversubscribe:
+        raise UserError(
+            f"clients: {on_host} ranks on this host need {on_host} accelerators, there are {devices}; lower the clients' "
+            f"ranks by {on_host - devices}, use more hosts, or set oversubscribe=true (clients of one rank each)"
+        )
+    os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
+
+
+def _rendezvous(client_comm: MPI.Intracomm, one_host: bool) -> tuple[str, int]:
+    """Address and a free port of the client's first rank, known to all its ranks."""
+    message = np.zeros(5, dtype=np.int64)
+    if client_comm.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        address = LOOPBACK if one_host else socket.gethostbyname(socket.gethostname())
+        message[:] = [*socket.inet_aton(address), port]
+    client_comm.Bcast(message, root=0)
+    return socket.inet_ntoa(bytes(message[:4].tolist())), int(message[4])
