@@ -26,10 +26,14 @@ ROWS_SEED = 20_000
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text can be encoded, the tasks' words are short."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=[PAD, END], initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=[PAD, END], initial_alphabet=alphabet)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
 
 
@@ -52,7 +56,9 @@ def make_model(vocab: int) -> OlmoeForCausalLM:
     return OlmoeForCausalLM(config)
 
 
-def train(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], steps: int, batch: int, lr: float) -> None:
+def train(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], steps: int, batch: int, lr: float
+) -> None:
     """AdamW with a linear decay on the mean loss of all tokens plus the mean loss of the answer's tokens."""
     examples, _ = encode(rows, tokenizer, max_length=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
@@ -70,7 +76,8 @@ def train(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: lis
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} loss {output.loss.item():.3f} answer {answer_loss.item():.4f} {time.time() - start:.0f} s", flush=True)
+            losses = f"loss {output.loss.item():.3f} answer {answer_loss.item():.4f}"
+            print(f"step {step} {losses} {time.time() - start:.0f} s", flush=True)
 
 
 def main() -> None:

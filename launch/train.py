@@ -77,7 +77,12 @@ def run_rank(exp: Experiment, arguments: list[str], verbose: bool) -> int:
         world.abort(EXIT_INTERRUPTED)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
         detail = traceback.format_exc() if verbose else "(-v shows the traceback)\n"
-        print(f"error: {_describe(exp, rank)}: {type(error).__name__}: {error}\n{detail}", end="", file=sys.stderr, flush=True)
+        print(
+            f"error: {_describe(exp, rank)}: {type(error).__name__}: {error}\n{detail}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
         world.abort(EXIT_FAILURE)
     return EXIT_FAILURE
 

@@ -61,7 +61,7 @@ def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSM
 
 
 def engine_config(exp: Experiment) -> dict[str, Any]:
-    """The DeepSpeed JSON as DeepSpeed gets it: its own progress lines off, and clipping ours where it would be wrong."""
+    """The DeepSpeed JSON as DeepSpeed gets it: progress lines off, and clipping off where it would be wrong."""
     config = exp.deepspeed.model_dump()
     config.setdefault("steps_per_print", 2**31)
     if exp.deepspeed.zero_stage == 0:
@@ -104,7 +104,9 @@ class Client:
         self.collector = (
             None if estimator == "none" else PseudoGradientCollector(self.model.layers, estimator, exp.rho(config))
         )
-        self.finisher = GradientFinisher(self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector)
+        self.finisher = GradientFinisher(
+            self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
+        )
 
     def train(self, batches: Iterator[StepBatch], count: int) -> LocalStats:
         """Take `count` optimiser steps; the sums stay on the device until the end."""
@@ -157,7 +159,9 @@ class Client:
 
     def utilisation(self) -> Tensor:
         """a_c / n_c: tokens routed to each expert per token, over all ranks of the client, [L, E] fp32 on the CPU."""
-        counts = torch.stack([torch.cat([layer.gate.routed_E, layer.gate.tokens.reshape(1)]) for layer in self.model.layers])
+        counts = torch.stack(
+            [torch.cat([layer.gate.routed_E, layer.gate.tokens.reshape(1)]) for layer in self.model.layers]
+        )
         dist.all_reduce(counts)
         return (counts[:, :-1] / counts[:, -1:].clamp_min(1)).float().cpu()
 
@@ -202,7 +206,9 @@ def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
     # on the CPU DeepSpeed would compile this at start (40-85 s, a compiler); a killed build hangs all later runs
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _deepspeed_output(verbose):
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo")
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo"
+        )
 
 
 @contextlib.contextmanager

@@ -102,7 +102,9 @@ class DataConfig(Section):
     """Where rows come from, and how they are dealt to the clients."""
 
     source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = "synthetic"
-    eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = None  # None: held-out questions of source
+    eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = (
+        None  # None: held-out questions of source
+    )
     partition: Literal["iid", "dirichlet", "by_task"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5  # of the Dirichlet; small is unequal
     rows: PositiveInt | None = None  # at most so many rows in all; for synthetic None means 4,000
@@ -144,14 +146,18 @@ class DeepSpeedConfig(BaseModel):
     def _zero_stage(cls, value: dict[str, Any]) -> dict[str, Any]:
         stage = value.get("stage", 0)
         if stage not in ZERO_STAGES:
-            raise ValueError(f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further")
+            raise ValueError(
+                f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further"
+            )
         return value
 
     @field_validator("fp16")
     @classmethod
     def _no_fp16(cls, value: dict[str, Any]) -> dict[str, Any]:
         if value.get("enabled"):
-            raise ValueError("enabled true is not supported (loss scaling would scale the pseudo-gradient); use bf16 or fp32")
+            raise ValueError(
+                "enabled true is not supported (loss scaling would scale the pseudo-gradient); use bf16 or fp32"
+            )
         return value
 
     @property
@@ -234,7 +240,9 @@ def _problems(exp: Experiment) -> list[str]:
         repeated = sorted({n for n in names if names.count(n) > 1})
         found.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
     if exp.k_max > exp.num_experts:
-        found.append(f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}")
+        found.append(
+            f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}"
+        )
     if exp.dmr.candidates is not None and not exp.k_max <= exp.dmr.candidates <= exp.num_experts:
         found.append(
             f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
@@ -249,8 +257,8 @@ def _problems(exp: Experiment) -> list[str]:
             )
         if exp.deepspeed.train_batch_size % (client.ranks * micro_rows):
             found.append(
-                f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks {client.ranks} x "
-                f"gradient_accumulation_steps {micro_rows} of client {client.name!r}"
+                f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks "
+                f"{client.ranks} x gradient_accumulation_steps {micro_rows} of client {client.name!r}"
             )
     return found
 

@@ -32,7 +32,7 @@ class MasterWeights:
     def __init__(self, engine: Any) -> None:
         self.optimizer = engine.optimizer
         self.parameters = [p for p in engine.module.parameters() if p.requires_grad]
-        per_parameter = {}
+        per_parameter: dict[int, Tensor] = {}
         if hasattr(self.optimizer, "fp16_groups"):  # bf16 without ZeRO: one master per parameter
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 per_parameter |= {id(p): master for p, master in zip(low, high, strict=True)}
@@ -51,7 +51,7 @@ class MasterWeights:
         return fragment.master.detach().float().clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the model's weight and (this rank's part of) its master; call it on every rank that holds the parameter."""
+        """Set the model's weight and (this rank's part of) its master; call it on every rank that holds it."""
         parameter.data.copy_(value)
         fragment = self._fragments[id(parameter)]
         if fragment is not None and fragment.master is not parameter:
@@ -64,7 +64,10 @@ class MasterWeights:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        flat = getattr(self.optimizer, "single_partition_of_fp32_groups", None) or self.optimizer.fp32_groups_flat_partition
+        flat = (
+            getattr(self.optimizer, "single_partition_of_fp32_groups", None)
+            or self.optimizer.fp32_groups_flat_partition
+        )
         high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Fragment(flat[mapping.param_group_index], high.start, low.start, high.numel)
 
@@ -85,7 +88,9 @@ class GradientFinisher:
         collector: where pseudo-gradients come from; None: there are none.
     """
 
-    def __init__(self, engine: Any, layers: list[UBSMoE], max_norm: float, collector: PseudoGradientCollector | None) -> None:
+    def __init__(
+        self, engine: Any, layers: list[UBSMoE], max_norm: float, collector: PseudoGradientCollector | None
+    ) -> None:
         self.engine, self.layers, self.max_norm, self.collector = engine, layers, max_norm, collector
         self.masters = MasterWeights(engine)
         self.real_norm = torch.zeros(())
@@ -119,7 +124,11 @@ class GradientFinisher:
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, gradient at its master); without ZeRO a master is whole."""
         pairs = [(p, self.masters.fragment(p)) for p in self.masters.parameters]
-        return [(p, fragment.master.grad) for p, fragment in pairs if fragment is not None and fragment.master.grad is not None]
+        return [
+            (p, fragment.master.grad)
+            for p, fragment in pairs
+            if fragment is not None and fragment.master.grad is not None
+        ]
 
     def _norm(self) -> Tensor:
         squares = {True: torch.zeros(()), False: torch.zeros(())}

@@ -43,7 +43,9 @@ class Monitor:
         """A line for the person at the terminal."""
         print(text, flush=True)
 
-    def round(self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float], utilisation_LE: Tensor | None) -> None:
+    def round(
+        self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float], utilisation_LE: Tensor | None
+    ) -> None:
         """Record one round; number 0 is the state before training.
 
         Args:
@@ -74,7 +76,11 @@ class Monitor:
 
     def _progress(self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
         loss, accuracy = metrics.get("eval/loss"), metrics.get("eval/accuracy")
-        state = f"eval loss {loss:.4f}  accuracy {100 * accuracy:5.1f} %" if loss is not None and accuracy is not None else "not evaluated"
+        state = (
+            f"eval loss {loss:.4f}  accuracy {100 * accuracy:5.1f} %"
+            if loss is not None and accuracy is not None
+            else "not evaluated"
+        )
         if number == 0:
             return f"before       {state}"
         elapsed = time.perf_counter() - self._start

@@ -17,7 +17,16 @@ from ubsmoe_ds.errors import UserError
 # set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 # set by the deepspeed launcher for its one-process world; the ranks make their own
-RENDEZVOUS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+RENDEZVOUS_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:
@@ -25,7 +34,9 @@ def inside_mpi(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in MPI_RANK_VARIABLES)
 
 
-def mpi_command(script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python") -> list[str]:
+def mpi_command(
+    script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python"
+) -> list[str]:
     """The command that starts `ranks` ranks of `script`; also what error messages recommend."""
     return [mpiexec, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
 

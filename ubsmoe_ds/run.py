@@ -24,6 +24,7 @@ def run(exp: Experiment, script: str, arguments: list[str], verbose: bool) -> No
     devices = choose_accelerator(exp)
     check_devices(exp, world, devices)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # DeepSpeed reads rank, world and accelerator from the environment when it is imported: only now are they all set
     from ubsmoe_ds.federation.build import build
 
@@ -45,5 +46,3 @@ def choose_accelerator(exp: Experiment) -> int:
     use_cuda = found and exp.accelerator != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"
     return torch.cuda.device_count() if use_cuda else 0
-
-

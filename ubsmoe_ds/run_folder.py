@@ -34,4 +34,6 @@ def create_run_folder(exp: Experiment) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output: {exp.run_dir} cannot be written ({error.strerror}); choose another with output=...") from error
+        raise UserError(
+            f"output: {exp.run_dir} cannot be written ({error.strerror}); choose another with output=..."
+        ) from error

@@ -89,7 +89,9 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
     if comm.size != exp.world_size:
         need = " + ".join(f"{client.ranks} ({client.name})" for client in exp.clients)
         command = " ".join(mpi_command(script, arguments, exp.world_size))
-        raise UserError(f"world: {comm.size} MPI ranks were started, the clients need {need} = {exp.world_size}; run: {command}")
+        raise UserError(
+            f"world: {comm.size} MPI ranks were started, the clients need {need} = {exp.world_size}; run: {command}"
+        )
     owners = [number for number, client in enumerate(exp.clients) for _ in range(client.ranks)]
     number = owners[comm.rank]
     client_comm = comm.Split(color=number, key=comm.rank)
@@ -120,13 +122,13 @@ def check_devices(exp: Experiment, world: World, devices: int) -> None:
     on_host = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank).size
     if on_host > devices and not exp.oversubscribe:
         raise UserError(
-            f"clients: {on_host} ranks on this host need {on_host} accelerators, there are {devices}; lower the clients' "
-            f"ranks by {on_host - devices}, use more hosts, or set oversubscribe=true (clients of one rank each)"
+            f"clients: {on_host} ranks on this host need {on_host} accelerators, there are {devices}; lower the "
+            f"clients' ranks by {on_host - devices}, use more hosts, or set oversubscribe=true (clients of one rank each)"
         )
     os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
 
 
-def _rendezvous(client_comm: MPI.Intracomm, one_host: bool) -> tuple[str, int]:
+def _rendezvous(client_comm: MPI.Comm, one_host: bool) -> tuple[str, int]:
     """Address and a free port of the client's first rank, known to all its ranks."""
     message = np.zeros(5, dtype=np.int64)
     if client_comm.rank == 0:

@@ -42,6 +42,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     Returns:
         (examples, number of rows that were cut).
     """
+
     def tokens(batch: dict[str, list]) -> dict[str, list]:
         return {
             "prompt": tokenizer([text + "\n" for text in batch["instruction"]], add_special_tokens=False)["input_ids"],
@@ -49,7 +50,9 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
         }
 
     dataset = Dataset.from_list([{"instruction": row["instruction"], "answer": row["answer"]} for row in rows])
-    dataset = dataset.map(tokens, batched=True, keep_in_memory=True, load_from_cache_file=False, remove_columns=dataset.column_names)
+    dataset = dataset.map(
+        tokens, batched=True, keep_in_memory=True, load_from_cache_file=False, remove_columns=dataset.column_names
+    )
     found, cut = [], 0
     for item in dataset:
         answer = [*item["reply"], tokenizer.eos_token_id]
@@ -88,7 +91,15 @@ class StepBatch(NamedTuple):
 
 
 def steps(
-    examples: Sequence[Example], *, batch_size: int, micro_batches: int, rank: int, ranks: int, pad: int, seed: Sequence[int], first: int = 0
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    micro_batches: int,
+    rank: int,
+    ranks: int,
+    pad: int,
+    seed: Sequence[int],
+    first: int = 0,
 ) -> Iterator[StepBatch]:
     """The client's endless sequence of steps, as one of its ranks sees it.
 
@@ -104,6 +115,7 @@ def steps(
         seed: of the order, such as (experiment's seed, client number).
         first: number of the first step wanted.
     """
+
     def order(epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
         return torch.randperm(len(examples), generator=generator).tolist()

@@ -43,12 +43,12 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
         # alpha close to 0 can underflow every draw
         weight_C = weight_C / weight_C.sum() if weight_C.sum() > 0 else share_C / share_C.sum()
         cuts = np.round(np.cumsum(weight_C) * len(rows)).astype(int)[:-1]
-        for client, part in enumerate(np.split(rng.permutation(rows), cuts)):
-            dealt[client].extend(int(row) for row in part)
-    for client, part in zip(clients, dealt, strict=True):
-        if not part:
+        for mine, part in zip(dealt, np.split(rng.permutation(rows), cuts), strict=True):
+            mine.extend(int(row) for row in part)
+    for client, mine in zip(clients, dealt, strict=True):
+        if not mine:
             raise UserError(
                 f"clients: {client.name!r} would get none of the {len(tasks)} rows (share {client.share}, partition "
                 f"{config.partition}); raise its share, data.alpha or data.rows"
             )
-    return [sorted(part) for part in dealt]
+    return [sorted(mine) for mine in dealt]

@@ -34,10 +34,8 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
-    if config.source == "synthetic":
-        rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
-    else:
-        rows = _read(config.source)
+    is_synthetic = config.source == "synthetic"
+    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else _read(config.source)
     if config.eval_source is None:
         held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
         train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
@@ -47,9 +45,12 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         train = [row for row in rows if row["question"] not in asked]
     train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
     train, held_out = train[: config.rows], held_out[: config.eval_rows]
-    for key, part in (("data.source", train), ("data.eval_source", held_out)):
-        if not part:
-            raise UserError(f"{key}: {getattr(config, key[5:]) or config.source!r} leaves no rows; give more rows or change data.eval_fraction")
+    if not train:
+        raise UserError(f"data.source: {config.source!r} leaves no training rows; give more rows")
+    if not held_out:
+        raise UserError(
+            f"data: {config.source!r} leaves no evaluation rows; raise data.eval_fraction or set data.eval_source"
+        )
     return train, held_out
 
 
@@ -105,7 +106,11 @@ def _checked_row(row: Any, where: str) -> Row:
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a text")
     for field in ("choices", "labels"):
-        if not isinstance(row.get(field), list) or not row[field] or not all(isinstance(v, str) and v for v in row[field]):
+        if (
+            not isinstance(row.get(field), list)
+            or not row[field]
+            or not all(isinstance(v, str) and v for v in row[field])
+        ):
             raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a list of texts")
     if len(row["choices"]) != len(row["labels"]):
         raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")

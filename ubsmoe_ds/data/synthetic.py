@@ -78,7 +78,9 @@ def odd_one_out(rng: Generator) -> Item:
     kind, other = _pick(rng, list(KINDS), 2)
     right = KINDS[other][rng.integers(len(KINDS[other]))]
     wrong = _pick(rng, KINDS[kind], 3)
-    return f"{NAMES[rng.integers(len(NAMES))]} has {', '.join(_pick(rng, [*wrong, right], 4))}. Which of them is not one of the {kind}s?", right, wrong
+    things = ", ".join(_pick(rng, [*wrong, right], 4))
+    who = NAMES[rng.integers(len(NAMES))]
+    return f"{who} has {things}. Which of them is not one of the {kind}s?", right, wrong
 
 
 def boxes(rng: Generator) -> Item:
@@ -128,10 +130,11 @@ def make_row(task: str, question: str, choices: list[str], label: int, number: i
     """One row in the prompt form of LLM-Adapters (arXiv 2304.01933)."""
     labels = [f"answer{i + 1}" for i in range(len(choices))]
     options = " ".join(f"Answer{i + 1}: {choice}" for i, choice in enumerate(choices))
+    prompt = f"Please choose the correct answer to the question: {question}"
     return {
         "task": task,
         "id": f"{task}-{number}",
-        "instruction": f"Please choose the correct answer to the question: {question}\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
+        "instruction": f"{prompt}\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
         "answer": f"the correct answer is {labels[label]}",
         "question": question,
         "choices": choices,
@@ -153,4 +156,6 @@ def _unique(task: str, rng: Generator) -> Iterator[tuple[str, str, list[str], in
         misses = 0
         choices = _pick(rng, [right, *wrong], len(wrong) + 1)
         yield task, question, choices, choices.index(right)
-    raise UserError(f"data.rows: task {task!r} has only {len(seen)} different questions; use at most {len(seen) * len(TASKS)} rows")
+    raise UserError(
+        f"data.rows: task {task!r} has only {len(seen)} different questions; use at most {len(seen) * len(TASKS)} rows"
+    )

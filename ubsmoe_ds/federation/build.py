@@ -1,6 +1,7 @@
 """One rank's `Federation`, put together from an experiment. Imported only when the rendezvous variables are set."""
 
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ubsmoe_ds.client import Client, start_deepspeed
 from ubsmoe_ds.config import Experiment
@@ -27,6 +28,8 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
         UserError: for bad rows, a client without rows, a broken model folder or a run folder in use.
     """
     check_run_folder(exp)
+    if not verbose:
+        transformers_logging.disable_progress_bar()
     train_rows, eval_rows = load_rows(exp.data, exp.seed)
     shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
     tokenizer = _load_tokenizer(exp)
@@ -72,11 +75,11 @@ def _load_tokenizer(exp: Experiment) -> AutoTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(exp.model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {str(exp.model_dir)!r} has no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"model.path: {str(exp.model_dir)!r} has no usable tokenizer ({' '.join(str(error).split())[:200]})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer in {str(exp.model_dir)!r} has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so its id does not matter
     return tokenizer
-
-

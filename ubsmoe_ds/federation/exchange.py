@@ -64,7 +64,9 @@ class Exchange:
         num_experts: experts of the model.
     """
 
-    def __init__(self, comm: MPI.Intracomm, layouts: Sequence[ClientLayout], units: Sequence[Unit], num_experts: int) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, layouts: Sequence[ClientLayout], units: Sequence[Unit], num_experts: int
+    ) -> None:
         self.comm, self.units = comm, units
         owner = owners(units, comm.size)
         self.owned = range(*np.searchsorted(owner, [comm.rank, comm.rank + 1]).tolist())
@@ -76,7 +78,9 @@ class Exchange:
         senders = [[ranks[i % len(ranks)] for i, ranks in enumerate(per_unit)] for per_unit in holders]
         sent = [index for index in mine if any(per_unit[index] == comm.rank for per_unit in senders)]
         start_held = _starts(mine, sizes)
-        self._pack: list[Run] = _coalesce([(start_held[i], start, int(sizes[i])) for i, start in _starts(sent, sizes).items()])
+        self._pack: list[Run] = _coalesce(
+            [(start_held[i], start, int(sizes[i])) for i, start in _starts(sent, sizes).items()]
+        )
         self._up_send = np.bincount(owner[sent], sizes[sent], comm.size).astype(np.int64)
         self._stack_shape = (len(layouts), int(sizes[self.owned].sum()))
         self._unpack, self._up_receive = self._plan_receive(senders, sizes)

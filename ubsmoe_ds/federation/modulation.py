@@ -41,4 +41,6 @@ def server_step(phi_mean_E: Tensor, utilisation_E: Tensor, target: float, zeta: 
 
 def coefficient_of_variation(utilisation_E: Tensor) -> Tensor:
     """Standard deviation over mean of the experts' utilisation, [...]; 0 is a perfectly even use."""
-    return utilisation_E.std(dim=-1, unbiased=False) / utilisation_E.mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return utilisation_E.std(dim=-1, unbiased=False) / utilisation_E.mean(dim=-1).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )

@@ -64,7 +64,11 @@ class Federation:
                 after = self._evaluate()
                 metrics |= after
             clock.append(time.perf_counter())
-            seconds = {"round": clock[3] - clock[0], "local": stats.seconds, "wait": clock[1] - clock[0] - stats.seconds}
+            seconds = {
+                "round": clock[3] - clock[0],
+                "local": stats.seconds,
+                "wait": clock[1] - clock[0] - stats.seconds,
+            }
             seconds |= {"exchange": moving, "merge": merging, "evaluation": clock[3] - clock[2]}
             self._record(number, metrics, seconds, utilisation_LE)
         self._finish(before, after, first_LE, utilisation_LE)
@@ -73,14 +77,18 @@ class Federation:
         """Loss and accuracy at each distinct K, per task, per client and overall (the clients' plain mean)."""
         ks = [self.exp.active_experts(client) for client in self.exp.clients]
         distinct = sorted(set(ks))
-        ranks = [(c, r) for c, config in enumerate(self.exp.clients) for r in range(config.ranks) if ks[c] == self.client.k]
+        ranks = [
+            (c, r) for c, config in enumerate(self.exp.clients) for r in range(config.ranks) if ks[c] == self.client.k
+        ]
         worker = ranks.index((self.world.client, self.world.client_rank))
         sums = np.zeros((len(distinct), len(self.evaluator.tasks), 4))
         sums[distinct.index(self.client.k)] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
         sums = self.world.sum(sums)
         found: dict[str, float] = {}
         for k, of_k in zip(distinct, sums, strict=True):
-            for name, (nll, tokens, correct, rows) in zip(["all", *self.evaluator.tasks], [of_k.sum(0), *of_k], strict=True):
+            for name, (nll, tokens, correct, rows) in zip(
+                ["all", *self.evaluator.tasks], [of_k.sum(0), *of_k], strict=True
+            ):
                 found[f"eval_k{k}/loss_{name}"] = nll / tokens
                 found[f"eval_k{k}/accuracy_{name}"] = correct / rows
         for field in ("loss", "accuracy"):
@@ -112,11 +120,15 @@ class Federation:
         found["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
         return found
 
-    def _record(self, number: int, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: Tensor | None) -> None:
+    def _record(
+        self, number: int, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: Tensor | None
+    ) -> None:
         if self.monitor is not None:
             self.monitor.round(number, metrics, seconds, utilisation_LE)
 
-    def _finish(self, before: dict[str, float], after: dict[str, float], first_LE: Tensor | None, last_LE: Tensor | None) -> None:
+    def _finish(
+        self, before: dict[str, float], after: dict[str, float], first_LE: Tensor | None, last_LE: Tensor | None
+    ) -> None:
         """Step times (one client at a time, so that they do not disturb each other), the table, and the adapter."""
         assert first_LE is not None and last_LE is not None
         k_max = self.exp.k_max
@@ -136,7 +148,10 @@ class Federation:
             flops = flops_per_token(shape, k, context) / flops_per_token(shape, k_max, context)
             row = {"client": config.name, "k": k, "flops_ratio": flops, "step_time_ratio": float(ratio)}
             for field in ("loss", "accuracy"):
-                row |= {f"{field}_before": before[f"eval_{field}/{config.name}"], f"{field}_after": after[f"eval_{field}/{config.name}"]}
+                row |= {
+                    f"{field}_before": before[f"eval_{field}/{config.name}"],
+                    f"{field}_after": after[f"eval_{field}/{config.name}"],
+                }
             rows.append(row)
         cv = [float(coefficient_of_variation(u).mean()) for u in (first_LE, last_LE)]
         if self.monitor is not None:

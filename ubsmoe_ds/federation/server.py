@@ -40,5 +40,3 @@ class Server:
                 phi_E.copy_(modulation.server_step(phi_E, utilisation_E, self.target, self.dmr.zeta, self.dmr.eps))
             start += unit.numel
         return merged_N.numpy()
-
-

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.gradients import MasterWeights
 from ubsmoe_ds.models.olmoe import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM
+from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
 
 DMR_SUFFIX = ".dmr"
@@ -43,8 +44,8 @@ class UnitStore:
         self.units: list[Unit] = []
         self._blocks: list[_Block] = []
         self._held_names: list[str] = []
-        for index, decoder in enumerate(model.hf.model.layers):
-            self._add_layer(f"layers.{index}", decoder)
+        for index, decoder in enumerate(model.decoders):
+            self._add_layer(f"layers.{index}", decoder.mlp, decoder.self_attn)
         self.shared = self._pack()
 
     def updates(self, utilisation_LE: Tensor) -> Tensor:
@@ -84,8 +85,7 @@ class UnitStore:
                 found[next(held)] = row.clone()
         return found
 
-    def _add_layer(self, name: str, decoder: nn.Module) -> None:
-        layer = decoder.mlp
+    def _add_layer(self, name: str, layer: UBSMoE, attention: nn.Module) -> None:
         first = layer.experts.first
         for projection in PROJECTIONS:
             pair = layer.experts.factors()[projection]
@@ -96,7 +96,7 @@ class UnitStore:
         if layer.gate.wg.weight.requires_grad:
             self._add_dense(f"{name}.router", (layer.gate.wg.weight,))
         for projection in ATTENTION_PROJECTIONS:
-            linear = getattr(decoder.self_attn, projection)
+            linear = getattr(attention, projection)
             if isinstance(linear, LoraLinear):
                 self._add_dense(f"{name}.attention.{projection}", (linear.lora_A, linear.lora_B))
         phi = layer.gate.phi

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeDecoderLayer, OlmoeSparseMoeBlock
 
 from ubsmoe_ds.cost import ModelShape
 from ubsmoe_ds.errors import UserError
@@ -65,7 +66,12 @@ class UBSMoEForCausalLM(nn.Module):
     @property
     def layers(self) -> list[UBSMoE]:
         """The UB-SMoE layers, in order."""
-        return [decoder.mlp for decoder in self.hf.model.layers]
+        return [decoder.mlp for decoder in self.decoders]
+
+    @property
+    def decoders(self) -> list[OlmoeDecoderLayer]:
+        """The HF decoder layers around them."""
+        return list(self.hf.model.layers)
 
     def forward(self, input_ids: Tensor, used: Tensor, answer_position_A: Tensor | None = None) -> Tensor:
         """Next-token logits.
@@ -116,7 +122,9 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> OlmoeFo
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path: {str(folder)!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"model.path: {str(folder)!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"model.path: {str(folder)!r} lacks {len(missing)} tensors, the first is {missing[0]!r}")
@@ -133,7 +141,9 @@ def convert(hf: OlmoeForCausalLM, spec: UBSMoESpec) -> UBSMoEForCausalLM:
     """
     config: OlmoeConfig = hf.config
     if config.num_experts % spec.expert_parallel:
-        raise UserError(f"expert_parallel: {spec.expert_parallel} does not divide the model's {config.num_experts} experts")
+        raise UserError(
+            f"expert_parallel: {spec.expert_parallel} does not divide the model's {config.num_experts} experts"
+        )
     if config.hidden_act != "silu":
         raise UserError(f"model.path: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
     hf.requires_grad_(False)
@@ -162,7 +172,9 @@ def model_shape(config: OlmoeConfig, spec: UBSMoESpec) -> ModelShape:
     )
 
 
-def _convert_block(block: nn.Module, config: OlmoeConfig, spec: UBSMoESpec, generator: torch.Generator) -> UBSMoE:
+def _convert_block(
+    block: OlmoeSparseMoeBlock, config: OlmoeConfig, spec: UBSMoESpec, generator: torch.Generator
+) -> UBSMoE:
     """One `OlmoeSparseMoeBlock` -> `UBSMoE` holding this rank's experts."""
     gate = UBSMoEGate(
         config.hidden_size,

@@ -17,7 +17,14 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from ubsmoe_ds.moe.layer import TokenGradients, UBSMoE
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, LoraFactors, dense_oracle, expert_mean, inactive_weight, token_weighted
+from ubsmoe_ds.moe.pseudo_gradient import (
+    PROJECTIONS,
+    LoraFactors,
+    dense_oracle,
+    expert_mean,
+    inactive_weight,
+    token_weighted,
+)
 
 Addition = tuple[nn.Parameter, Tensor]  # an expert's LoRA parameter and its pseudo-gradient, fp32
 
@@ -44,7 +51,9 @@ class PseudoGradientCollector:
                         parameter.register_hook(partial(self._add_gradient, i, f"{name}_{part}"))
             elif estimator == "dense_oracle":
                 names = list(layer.experts.base())
-                self._base.append(dict(zip(names, _gather_experts(layer, list(layer.experts.base().values())), strict=True)))
+                self._base.append(
+                    dict(zip(names, _gather_experts(layer, list(layer.experts.base().values())), strict=True))
+                )
 
     def begin_step(self) -> None:
         """Before the first micro-batch of an optimiser step: fetch the factors of the experts of other ranks."""
@@ -83,7 +92,9 @@ class PseudoGradientCollector:
 
     def _from_sums(self, total: dict[str, Tensor]) -> LoraFactors:
         pairs = {name: (total[f"{name}_A"], total[f"{name}_B"]) for name in PROJECTIONS}
-        return expert_mean(total["pseudo_mass"], total["active_mass"], pairs) if self.estimator == "expert_mean" else pairs
+        return (
+            expert_mean(total["pseudo_mass"], total["active_mass"], pairs) if self.estimator == "expert_mean" else pairs
+        )
 
     @torch.no_grad()
     def _observe(self, index: int, tokens: TokenGradients) -> None:
@@ -117,6 +128,6 @@ def _gather_experts(layer: UBSMoE, local: list[Tensor]) -> list[Tensor]:
         return local
     flat = torch.cat([part.reshape(-1) for part in local])
     gathered = flat.new_empty(layer.ep_size * flat.numel())
-    dist.all_gather_into_tensor(gathered, flat, group=layer.deepspeed_moe.ep_group)
+    torch.distributed.all_gather_single(gathered, flat, group=layer.deepspeed_moe.ep_group)
     by_rank = gathered.view(layer.ep_size, -1).split([part.numel() for part in local], dim=1)
     return [piece.reshape(-1, *part.shape[1:]) for piece, part in zip(by_rank, local, strict=True)]

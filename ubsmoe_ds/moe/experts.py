@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, LoraFactors
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
 
 
 class Activations(NamedTuple):
@@ -42,7 +42,15 @@ class StackedExperts(nn.Module):
     """
 
     def __init__(
-        self, base: dict[str, Tensor], *, rank: int, alpha: float, group_name: str, generator: torch.Generator, num_experts: int, first: int
+        self,
+        base: dict[str, Tensor],
+        *,
+        rank: int,
+        alpha: float,
+        group_name: str,
+        generator: torch.Generator,
+        num_experts: int,
+        first: int,
     ) -> None:
         super().__init__()
         self.scaling = alpha / rank
@@ -57,12 +65,14 @@ class StackedExperts(nn.Module):
             local = slice(first, first + self.num_local_experts)
             self.register_parameter(f"{name}_weight", nn.Parameter(weight, requires_grad=False))
             self.register_parameter(f"{name}_lora_A", nn.Parameter(a_all[local].clone()))
-            self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, weight.shape[1], rank)))
+            self.register_parameter(
+                f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, weight.shape[1], rank))
+            )
         for parameter in self.parameters():
-            parameter.allreduce = False
-            parameter.group_name = group_name
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = group_name  # type: ignore[attr-defined]
 
-    def factors(self) -> LoraFactors:
+    def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of each projection: the live parameters."""
         return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}
 

@@ -63,7 +63,9 @@ class UBSMoEGate(TopKGate):
         normalize: bool,
         phi_range: tuple[float, float] | None,
     ) -> None:
-        super().__init__(hidden, num_experts, k, capacity_factor or 1.0, 1.0, min_capacity, drop_tokens=capacity_factor is not None)
+        super().__init__(
+            hidden, num_experts, k, capacity_factor or 1.0, 1.0, min_capacity, drop_tokens=capacity_factor is not None
+        )
         self.candidates = candidates
         self.normalize = normalize
         self.phi_range = phi_range
@@ -91,7 +93,11 @@ class UBSMoEGate(TopKGate):
         """
         if not sparse_routes or use_tutel:
             raise ValueError("UBSMoEGate serves MOELayer's sparse routes without Tutel only")
-        used_T = torch.ones(len(input), dtype=torch.bool, device=input.device) if used_token is None else used_token.view(-1).bool()
+        used_T = (
+            torch.ones(len(input), dtype=torch.bool, device=input.device)
+            if used_token is None
+            else used_token.view(-1).bool()
+        )
         p_TE = F.softmax(self.modulated_logits(input), dim=-1)
         weight_TK, index_TK = p_TE.topk(self.k, dim=-1)
         active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
@@ -139,7 +145,9 @@ class UBSMoEGate(TopKGate):
         share_E = active_TE.sum(0) / n
         return (mean_p_E * share_E).sum() * p_TE.shape[1] / self.k
 
-    def _assign_slots(self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _assign_slots(
+        self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Give every route a slot of its expert by one sort; routes beyond the capacity get expert -1."""
         num_experts = self.wg.weight.shape[0]
         expert_N = torch.where(used_T, index_KT, num_experts).reshape(-1)  # padding sorts behind the last expert

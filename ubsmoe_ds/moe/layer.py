@@ -3,7 +3,7 @@
 Shapes: T tokens, D model width, F expert width, E experts of the model, C slots, K experts per token, R LoRA rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class UBSMoELayer(MOELayer):
         x_TD = x.detach().reshape(-1, x.shape[-1])
         hidden_ENF, down_ENR = act.hidden_ENF.detach(), act.down_ENR.detach()
 
-        def report(gradients: tuple[Tensor | None, ...]) -> None:
+        def report(gradients: Sequence[Tensor | None]) -> None:
             delta, gate_ENF, up_ENF = gradients
             if delta is None or gate_ENF is None or up_ENF is None:
                 raise RuntimeError("a MoE layer got no gradient; is its output used by the loss?")
@@ -81,7 +81,9 @@ class UBSMoELayer(MOELayer):
         values, gradients = table.split([widths[0] + widths[1], widths[2] + widths[3]], dim=-1)
         gamma_TK = (weight_TK * per_total_T1).contiguous()
         hidden_TF, down_TR = _weighted_rows(values, slot_TK, gamma_TK).split(widths[:2], dim=-1)
-        gate_TF, up_TF = _weighted_rows(gradients, slot_TK, (kept_TK * per_total_T1).contiguous()).split(widths[2:], dim=-1)
+        gate_TF, up_TF = _weighted_rows(gradients, slot_TK, (kept_TK * per_total_T1).contiguous()).split(
+            widths[2:], dim=-1
+        )
         return TokenMixture(hidden_TF, down_TR, gate_TF, up_TF)
 
 

@@ -9,6 +9,7 @@ An expert's output is W_down h, h = silu(g) * u, with g, u, and the down project
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PROJECTIONS = ("gate", "up", "down")
-LoraFactors = dict[str, tuple[Tensor, Tensor]]
+LoraFactors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class TokenMixture(NamedTuple):
@@ -38,7 +39,9 @@ def inactive_weight(p_TE: Tensor, active_TE: Tensor, rho: float) -> Tensor:
     return rho * p_TE * ~active_TE
 
 
-def token_weighted(x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture, lora: LoraFactors, scaling: float) -> LoraFactors:
+def token_weighted(
+    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture, lora: LoraFactors, scaling: float
+) -> LoraFactors:
     """Per-token pseudo-gradient through LoRA's outer products [ours].
 
     Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
@@ -98,7 +101,9 @@ def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactor
     }
 
 
-def dense_oracle(x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, base: dict[str, Tensor], lora: LoraFactors, scaling: float) -> LoraFactors:
+def dense_oracle(
+    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, base: dict[str, Tensor], lora: LoraFactors, scaling: float
+) -> LoraFactors:
     """The true gradient of the inactive experts, by running all of them: the yardstick of tests and studies.
 
     Args:
