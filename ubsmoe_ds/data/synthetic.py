@@ -127,18 +127,16 @@ def rows(count: int, seed: int) -> list[dict]:
 
 
 def make_row(task: str, question: str, choices: list[str], label: int, number: int) -> dict:
-    """One row in the prompt form of LLM-Adapters (arXiv 2304.01933)."""
-    labels = [f"answer{i + 1}" for i in range(len(choices))]
-    options = " ".join(f"Answer{i + 1}: {choice}" for i, choice in enumerate(choices))
-    prompt = f"Please choose the correct answer to the question: {question}"
+    """One row in the prompt form of LLM-Adapters (arXiv 2304.01933); a choice is its own label, as in its BoolQ rows."""
+    options = "/".join(choices)
     return {
         "task": task,
         "id": f"{task}-{number}",
-        "instruction": f"{prompt}\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
-        "answer": f"the correct answer is {labels[label]}",
+        "instruction": f"Please answer the following question: {question}\n\nAnswer format: {options}",
+        "answer": f"the correct answer is {choices[label]}",
         "question": question,
         "choices": choices,
-        "labels": labels,
+        "labels": choices,
         "label": label,
     }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -121,7 +122,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> OlmoeFo
         model, report = OlmoeForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model.path: {str(folder)!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -1,0 +1,158 @@
+"""The gate on tiny numbers worked by hand, and its contract with DeepSpeed's MOELayer."""
+
+import math
+
+import pytest
+import torch
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate, topkgating
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ubsmoe_ds.moe.gate import UBSMoEGate
+
+
+def make_gate(k=2, experts=4, hidden=4, candidates=None, capacity_factor=None, normalize=False, phi_range=(-1.0, 1.0), min_capacity=1):
+    gate = UBSMoEGate(
+        hidden,
+        experts,
+        k,
+        candidates=candidates or experts,
+        capacity_factor=capacity_factor,
+        min_capacity=min_capacity,
+        normalize=normalize,
+        phi_range=phi_range,
+    )
+    if hidden == experts:
+        gate.wg.weight.data.copy_(torch.eye(experts))  # the input's entries are the logits
+    return gate.train()
+
+
+def logits_of(p):
+    return torch.tensor(p).log().unsqueeze(0)
+
+
+def test_weights_are_the_softmax_itself():
+    """p = (0.1, 0.2, 0.3, 0.4), K = 2: experts 3 and 2 with weights 0.4 and 0.3, not renormalised."""
+    _, _, experts, index, _, weight, counts = make_gate()(logits_of([0.1, 0.2, 0.3, 0.4]))
+    assert experts == 4 and index.tolist() == [[3], [2]] and counts.tolist() == [0, 0, 1, 1]
+    torch.testing.assert_close(weight, torch.tensor([[0.4], [0.3]]))
+
+
+def test_weights_normalised_if_the_model_does():
+    """The same p: 0.4 / 0.7 and 0.3 / 0.7."""
+    weight = make_gate(normalize=True)(logits_of([0.1, 0.2, 0.3, 0.4]))[5]
+    torch.testing.assert_close(weight, torch.tensor([[4 / 7], [3 / 7]]))
+
+
+def test_phi_moves_only_the_candidates():
+    """s = ln(1, 2, 3, 4), N_p = 2: phi = ln 3 on experts 0 and 2 reaches 2 alone: odds (1, 2, 9, 4), sum 16."""
+    gate = make_gate(candidates=2)
+    gate.phi.data = torch.tensor([math.log(3), 0, math.log(3), 0])
+    _, _, _, index, _, weight, _ = gate(torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log())
+    assert index.tolist() == [[2], [3]]
+    torch.testing.assert_close(weight, torch.tensor([[9 / 16], [4 / 16]]))
+
+
+def test_phi_gets_a_gradient_and_none_without_modulation():
+    gate = make_gate(k=1)
+    gate(logits_of([0.1, 0.2, 0.3, 0.4]))[5].sum().backward()
+    # d p_3 / d phi_i = p_3 (1[i = 3] - p_i) with p_3 = 0.4
+    torch.testing.assert_close(gate.phi.grad, torch.tensor([-0.04, -0.08, -0.12, 0.24]))
+    assert not make_gate(phi_range=None).phi.requires_grad
+
+
+def test_range_penalty_by_hand():
+    """phi = (-1.5, 0, 1, 3) in [-1, 1]: 0.5^2 + 2^2 = 4.25, gradient 2 * overshoot."""
+    gate = make_gate()
+    gate.phi.data = torch.tensor([-1.5, 0.0, 1.0, 3.0])
+    penalty = gate.range_penalty()
+    penalty.backward()
+    assert penalty.item() == pytest.approx(4.25)
+    torch.testing.assert_close(gate.phi.grad, torch.tensor([-1.0, 0.0, 0.0, 4.0]))
+
+
+def test_dropping_keeps_the_routes_of_largest_weight():
+    """Three tokens want expert 0 with p = 0.5, 0.7, 0.6; C = ceil(3 / 2 * 1.0 * 1) = 2: the first is dropped."""
+    gate = make_gate(k=1, experts=2, hidden=2, capacity_factor=1.0)
+    x = torch.tensor([[0.5, 0.5 - 1e-3], [0.7, 0.3], [0.6, 0.4]]).log()
+    _, capacity, _, index, location, weight, counts = gate(x)
+    assert int(capacity) == 2 and index.tolist() == [[-1, 0, 0]] and location.tolist() == [[0, 0, 1]]
+    assert counts.tolist() == [3, 0] and int(gate.dropped) == 1 and int(gate.tokens) == 3
+    assert weight[0, 1].item() == pytest.approx(0.7)
+
+
+def test_min_capacity_and_no_dropping_in_evaluation():
+    gate = make_gate(k=1, experts=2, hidden=2, capacity_factor=0.1, min_capacity=3)
+    x = torch.tensor([[0.9, 0.1]] * 5).log()
+    assert int(gate(x)[1]) == 3
+    gate.eval()
+    _, capacity, _, index, _, _, _ = gate(x)
+    assert int(capacity) == 5 and (index >= 0).all()
+    assert int(gate.tokens) == 5, "evaluation must not count as utilisation"
+
+
+def test_load_balancing_loss_is_deepspeeds():
+    torch.manual_seed(0)
+    gate = make_gate(k=3, experts=6, hidden=5, phi_range=None)
+    x = torch.randn(11, 5)
+    logits = x @ gate.wg.weight.T
+    expected = topkgating(logits, 3, 1.0, 1, drop_tokens=False)[0]
+    torch.testing.assert_close(gate(x)[0], expected)
+
+
+def test_unused_tokens_are_not_routed():
+    gate = make_gate(k=1)
+    x = torch.cat([logits_of([0.1, 0.2, 0.3, 0.4])] * 3)
+    _, capacity, _, index, _, _, counts = gate(x, torch.tensor([True, False, True]))
+    assert index.tolist() == [[3, -1, 3]] and counts.tolist() == [0, 0, 0, 2] and int(capacity) == 2
+
+
+def test_all_tokens_unused_still_works():
+    _, capacity, _, index, _, _, counts = make_gate()(torch.randn(3, 4), torch.zeros(3, dtype=torch.bool))
+    assert int(capacity) == 1 and (index == -1).all() and counts.sum() == 0
+
+
+def test_contract_with_deepspeed():
+    """Seven values of these kinds, as MOELayer.forward unpacks them; a DeepSpeed that changes this fails here."""
+    gate = make_gate(k=2)
+    assert isinstance(gate, TopKGate)
+    torch.manual_seed(0)
+    stock = TopKGate(4, 4, k=4, drop_tokens=False)
+    for ours, theirs in zip(gate(torch.randn(5, 4)), stock(torch.randn(5, 4), sparse_routes=True), strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(ours, torch.Tensor) and ours.dim():
+            assert ours.dtype == theirs.dtype and ours.dim() == theirs.dim()
+    experts = torch.nn.Identity()
+    layer = MOELayer(gate, experts, "ep_size_1", 1, 4)
+    x = torch.randn(5, 4)
+    # identity experts: y = (sum of the weights of the token's routes) * x
+    torch.testing.assert_close(layer(x, None), gate.routing.weight_KT.sum(0).unsqueeze(-1) * x)
+    with pytest.raises(ValueError, match="sparse routes"):
+        gate(x, sparse_routes=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    experts=st.integers(2, 9),
+    data=st.data(),
+    factor=st.one_of(st.none(), st.floats(0.2, 3.0)),
+)
+def test_slots_never_collide_and_routes_are_kept_or_counted(tokens, experts, data, factor):
+    k = data.draw(st.integers(1, experts))
+    used = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
+    torch.manual_seed(tokens * 100 + experts)
+    gate = make_gate(k=k, experts=experts, hidden=3, capacity_factor=factor)
+    _, capacity, _, index, location, _, counts = gate(torch.randn(tokens, 3), used)
+    kept = index >= 0
+    taken = list(zip(index[kept].tolist(), location[kept].tolist(), strict=True))
+    assert len(set(taken)) == len(taken), "two routes share a slot"
+    assert all(0 <= slot < int(capacity) for _, slot in taken)
+    assert int(counts.sum()) == k * int(used.sum())
+    kept_E = torch.bincount(index[kept].long(), minlength=experts)
+    expected = counts if factor is None else counts.clamp(max=int(capacity))
+    assert kept_E.tolist() == expected.tolist()
+    assert int(gate.dropped) == int((counts - kept_E).sum())
+    for column, active in zip(index.t(), used, strict=True):
+        chosen = [e for e in column.tolist() if e >= 0]
+        assert len(set(chosen)) == len(chosen) and (active or not chosen)

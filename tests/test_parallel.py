@@ -1,0 +1,86 @@
+"""One client, many layouts: every layout, ZeRO stage and precision trains like a plain loop in one process."""
+
+import numpy as np
+import pytest
+
+from tests import reference, tiny
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+STEPS = 10
+VARIANTS = {
+    "plain": {},
+    "clip": {"deepspeed": {"clip": 0.2}},
+    "clip_zero1": {"deepspeed": {"clip": 0.2, "zero": 1}},
+    "clip_zero2": {"deepspeed": {"clip": 0.2, "zero": 2}},
+    "accumulate": {"deepspeed": {"clip": 0.2, "accumulation": 2}},
+    "accumulate_zero2": {"deepspeed": {"clip": 0.2, "accumulation": 2, "zero": 2}},
+    "attention": {"attention": True},
+    "token": {"pg": "token_weighted"},
+    "token_clip": {"pg": "token_weighted", "deepspeed": {"clip": 0.2}},
+    "token_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "zero": 1}},
+    "token_zero2_accumulate": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
+    "mean": {"pg": "expert_mean"},
+    "mean_zero2_accumulate": {"pg": "expert_mean", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
+    "oracle": {"pg": "dense_oracle"},
+    "bf16": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True}},
+    "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
+    "bf16_zero2": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
+}
+# accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "olmoe")
+
+
+@pytest.fixture(scope="module")
+def expected(model_path):
+    """The plain loop's losses, norms and final weights, computed when first asked for."""
+    cache = {}
+
+    def get(name):
+        change = VARIANTS[name]
+        # layout, ZeRO stage, accumulation and precision must not matter: the reference has none
+        plain = {**change, "deepspeed": {"clip": change.get("deepspeed", {}).get("clip", 0.0)}}
+        key = repr(plain)
+        if key not in cache:
+            base = tiny.experiment(model_path, [{"budget": 0.5}])
+            losses, norms, model = reference.train(tiny.variant(base, plain), STEPS)
+            start = reference.whole_model(tiny.variant(base, plain))
+            values = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
+            first = {n: p.detach().numpy() for n, p in start.named_parameters() if p.requires_grad}
+            cache[key] = np.array(losses), np.array(norms), values, first
+        return cache[key]
+
+    return get
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda p: f"ranks{p[0]}_ep{p[1]}")
+def trained(request, model_path, tmp_path_factory):
+    ranks, ep = request.param
+    arguments = {"model_path": model_path, "ranks": ranks, "expert_parallel": ep, "variants": VARIANTS, "count": STEPS}
+    return ranks, ep, run_ranks(tmp_path_factory.mktemp("train"), ranks, "tests.scenarios:train", arguments)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layout_trains_like_a_plain_loop(name, trained, expected):
+    ranks, ep, results = trained
+    losses, norms, values, first = expected(name)
+    bf16 = name.startswith("bf16")
+    for result in results:
+        np.testing.assert_allclose(result[f"{name}/losses"], losses, rtol=0, atol=0.15 if bf16 else 1e-4)
+        np.testing.assert_allclose(result[f"{name}/norms"], norms, rtol=0.2 if bf16 else 1e-3)
+    experts = 8 // ep
+    for key, value in values.items():
+        held = [result[f"{name}/value/{key}"] for result in results]
+        whole = np.concatenate(held[:ep]) if ".experts." in key else held[0]
+        assert np.abs(whole - first[key]).max() > 1e-4, f"{key} has not moved"
+        if not bf16:
+            np.testing.assert_allclose(whole, value, atol=2e-3, err_msg=key)
+        for rank in range(ranks):  # replicas stay equal to the bit
+            twin = rank % ep if ".experts." in key else 0
+            np.testing.assert_array_equal(held[rank], held[twin], err_msg=f"{key} on rank {rank}")
+            assert ".experts." not in key or len(held[rank]) == experts

@@ -1,0 +1,86 @@
+"""The smallest things that tests share: a random OLMoE checkpoint, an experiment around it, and rows of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.data.batches import Example
+
+VOCAB = 61
+
+
+def hf_model(seed: int = 0, **changes: Any) -> OlmoeForCausalLM:
+    """A random OLMoE with weights large enough that experts and router matter."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    model = OlmoeForCausalLM(OlmoeConfig(**(sizes | changes))).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+def save_model(folder: Path, **changes: Any) -> str:
+    """Write `hf_model` as a checkpoint folder."""
+    hf_model(**changes).save_pretrained(folder)
+    return str(folder)
+
+
+def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experiment:
+    """An experiment around a checkpoint of 8 experts, 4 active, without reading a YAML."""
+    raw: dict[str, Any] = {
+        "name": "test",
+        "model": {"path": model_path},
+        "num_experts": 8,
+        "k_max": 4,
+        "lora": {"rank": 3, "alpha": 6.0},
+        "deepspeed": deepspeed(),
+        "clients": [{"name": f"c{i}"} | client for i, client in enumerate(clients)],
+    }
+    return Experiment.model_validate(raw | sections)
+
+
+def deepspeed(zero: int = 0, accumulation: int = 1, clip: float = 0.0, bf16: bool = False, lr: float = 0.01) -> dict:
+    """A DeepSpeed config for 8 rows a step."""
+    return {
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "eps": 1e-6}},
+        "zero_optimization": {"stage": zero},
+        "bf16": {"enabled": bf16},
+    }
+
+
+def examples(count: int = 24, seed: int = 3) -> list[Example]:
+    """Rows of random tokens of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
+
+    return [Example(tokens(4, 12), tokens(1, 4)) for _ in range(count)]
+
+
+def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
+    """`base` with other DeepSpeed settings ("deepspeed": arguments of `deepspeed`), estimator ("pg"), router ("aux")."""
+    raw = base.model_dump()
+    raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
+    raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none")}
+    raw["router"] = {"aux_loss": changes.get("aux", 0.0)}
+    raw["lora"]["attention"] = changes.get("attention", False)
+    return Experiment.model_validate(raw)
