@@ -58,3 +58,30 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return found
+
+
+def exchange(layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float]) -> dict[str, Any]:
+    """One exchange of random values, client c's value of a unit the same on all ranks that hold it."""
+    from mpi4py import MPI
+
+    from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit
+    from ubsmoe_ds.federation.merge import fedavg
+
+    comm = MPI.COMM_WORLD
+    firsts = np.cumsum([0, *[ranks for ranks, _ in layouts]])
+    placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
+    listed = [Unit(*unit) for unit in units]
+    client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(len(layouts), unit.numel)).astype(np.float32)[client] for unit in listed]
+    held = [v for v, unit in zip(values, listed, strict=True) if comm.rank in placed[client].holders(unit, num_experts)]
+    plan = Exchange(comm, placed, listed, num_experts)
+    owned = []
+
+    def merge(positions: range, update_CN: np.ndarray) -> np.ndarray:
+        owned.append(update_CN.shape[1])
+        assert update_CN.shape[1] == sum(listed[i].numel for i in positions)
+        return fedavg(torch.from_numpy(update_CN), torch.tensor(weights)).numpy()
+
+    merged, _ = plan.merge(np.concatenate(held), merge)
+    return {"merged": merged, "owned": np.array(owned[0])}

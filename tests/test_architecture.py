@@ -1,0 +1,91 @@
+"""Design rules: a file imports only from layers above it, two modules know MPI, and nothing is pickled."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "ubsmoe_ds"
+# from the top: each file may import only from lines above its own
+LAYERS = [
+    "errors",
+    "config",
+    "relaunch",
+    "run_folder",
+    "federation.merge",
+    "federation.modulation",
+    "moe.pseudo_gradient",
+    "cost",
+    "world",
+    "data.synthetic",
+    "data.sources",
+    "data.partition",
+    "data.batches",
+    "moe.gate",
+    "moe.experts",
+    "moe.layer",
+    "moe.collector",
+    "models.olmoe",
+    "gradients",
+    "federation.exchange",
+    "federation.units",
+    "federation.server",
+    "client",
+    "evaluation",
+    "monitor",
+    "federation.rounds",
+    "federation.build",
+    "run",
+]
+KNOWS_MPI = {"world", "federation.exchange"}
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imports(source: str) -> set[str]:
+    """Full names of everything imported anywhere in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_every_file_has_a_layer():
+    assert sorted(SOURCES) == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_point_upwards(name):
+    above = set(LAYERS[: LAYERS.index(name)])
+    own = {other.removeprefix("ubsmoe_ds.") for other in imports(SOURCES[name]) if other.startswith("ubsmoe_ds.")}
+    assert own & set(LAYERS) <= above, f"{name} imports {sorted(own & set(LAYERS) - above)} from below"
+
+
+def test_only_two_modules_know_mpi():
+    knows = {name for name, source in SOURCES.items() if any(i.split(".")[0] == "mpi4py" for i in imports(source))}
+    assert knows == KNOWS_MPI
+
+
+def test_config_is_free_of_torch():
+    """A mistake in the config must be told before seconds of imports."""
+    for name in ("errors", "config", "relaunch", "run_folder", "data.synthetic", "data.sources", "data.partition"):
+        heavy = {i.split(".")[0] for i in imports(SOURCES[name])} & {"torch", "deepspeed", "transformers"}
+        assert not heavy, f"{name} imports {heavy}"
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_nothing_is_pickled_or_evaluated(name):
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(SOURCES[name])) if isinstance(node, ast.Call)}
+    forbidden = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "pickle.loads", "pickle.dumps"}
+    assert not calls & forbidden and "pickle" not in imports(SOURCES[name])
+    # mpi4py's lower-case methods pickle whatever they are given
+    pickling = {".bcast", ".gather", ".scatter", ".allgather", ".alltoall", ".allreduce", ".send", ".recv"}
+    methods = {"." + call.rsplit(".", 1)[-1] for call in calls if "comm" in call.rsplit(".", 1)[0]}
+    assert not methods & pickling
