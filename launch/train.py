@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 
 from ubsmoe_ds import relaunch
-from ubsmoe_ds.config import Experiment, load_experiment
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError

@@ -1,6 +1,6 @@
 """Run a function on several MPI ranks, as real processes, and get back the arrays that each returns.
 
-    results = run_ranks(tmp_path, 4, "tests.scenarios:train", {"zero": 2})   # results[rank]["losses"]
+results = run_ranks(tmp_path, 4, "tests.scenarios:train", {"zero": 2})   # results[rank]["losses"]
 """
 
 import importlib
@@ -34,7 +34,9 @@ def run_ranks(folder: Path, count: int, function: str, arguments: dict[str, Any]
     command = ["mpiexec", "-n", str(count), sys.executable, "-u", "-m", "mpi4py", str(Path(__file__))]
     command += [function, json.dumps(arguments), str(out)]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{function} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"{function} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return [dict(np.load(out / f"{rank}.npz", allow_pickle=False)) for rank in range(count)]
 
 

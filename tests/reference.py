@@ -70,7 +70,9 @@ def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[
     for layer, record in zip(model.layers, seen, strict=True):
         if estimator == "none":
             continue
-        function = {"token_weighted": token_weighted, "expert_mean": expert_mean, "dense_oracle": dense_oracle}[estimator]
+        function = {"token_weighted": token_weighted, "expert_mean": expert_mean, "dense_oracle": dense_oracle}[
+            estimator
+        ]
         gradients = function(layer, record, rho)
         found += [(p, gradients[id(p)]) for pair in layer.experts.factors().values() for p in pair]
     return found

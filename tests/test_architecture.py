@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ubsmoe_ds"
 LAYERS = [
     "errors",
     "config",
+    "config_file",
     "relaunch",
     "run_folder",
     "federation.merge",
@@ -75,7 +76,16 @@ def test_only_two_modules_know_mpi():
 
 def test_config_is_free_of_torch():
     """A mistake in the config must be told before seconds of imports."""
-    for name in ("errors", "config", "relaunch", "run_folder", "data.synthetic", "data.sources", "data.partition"):
+    for name in (
+        "errors",
+        "config",
+        "config_file",
+        "relaunch",
+        "run_folder",
+        "data.synthetic",
+        "data.sources",
+        "data.partition",
+    ):
         heavy = {i.split(".")[0] for i in imports(SOURCES[name])} & {"torch", "deepspeed", "transformers"}
         assert not heavy, f"{name} imports {heavy}"
 

@@ -1,6 +1,7 @@
 """The experiment file: what is derived from it, and one clear line for everything that is wrong with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
-from ubsmoe_ds.config import ClientConfig, Experiment, load_experiment
+from ubsmoe_ds.config import ClientConfig, Experiment
+from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
-
-FOLDER = "ds_configs"
 
 
 def load(*overrides):
@@ -56,7 +56,10 @@ WRONG = {
     "unknown section": (["optimiser.lr=1"], "optimiser: unknown key"),
     "unknown client key": (["clients.0.k=2"], "clients.0.k: unknown key"),
     "budget 0": (["clients.0.budget=0"], "clients.0.budget: 0 is not valid: Input should be greater than 0"),
-    "budget 1.5": (["clients.2.budget=1.5"], "clients.2.budget: 1.5 is not valid: Input should be less than or equal to 1"),
+    "budget 1.5": (
+        ["clients.2.budget=1.5"],
+        "clients.2.budget: 1.5 is not valid: Input should be less than or equal to 1",
+    ),
     "budget nan": (["clients.2.budget=.nan"], "clients.2.budget: nan is not valid"),
     "text for a number": (["train.rounds=many"], "train.rounds: 'many' is not valid"),
     "experts not divisible": (
@@ -70,7 +73,10 @@ WRONG = {
     "zero 3": (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization: stage 3 is not one of 0, 1, 2"),
     "fp16": (["deepspeed.fp16.enabled=true"], "deepspeed.fp16: enabled true is not supported"),
     "k_max above experts": (["model.k_max=17"], "model.k_max: 17 exceeds the model's 16 experts"),
-    "candidates below k_max": (["dmr.candidates=7"], "dmr.candidates: 7 (N_p) must lie between K_max 8 and the 16 experts"),
+    "candidates below k_max": (
+        ["dmr.candidates=7"],
+        "dmr.candidates: 7 (N_p) must lie between K_max 8 and the 16 experts",
+    ),
     "candidates above experts": (["dmr.candidates=17"], "dmr.candidates: 17 (N_p) must lie between"),
     "phi range": (["dmr.phi_min=2.0"], "dmr: phi_min 2.0 must be below phi_max 1.0"),
     "same name twice": (["clients.1.name=phone"], "clients: name 'phone' appears more than once"),
@@ -99,7 +105,11 @@ def test_wrong_settings_get_one_line(name):
 
 
 def test_files_that_are_no_experiments(tmp_path):
-    for text, expected in (("[1, 2]", "must hold key: value pairs"), ("a: [", "is not valid YAML"), ("!!python/object:os.x {}", "is not valid YAML")):
+    for text, expected in (
+        ("[1, 2]", "must hold key: value pairs"),
+        ("a: [", "is not valid YAML"),
+        ("!!python/object:os.x {}", "is not valid YAML"),
+    ):
         path = tmp_path / "bad.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match="bad.yaml") as caught:
@@ -116,7 +126,7 @@ def test_other_model_families_are_refused(tmp_path):
 
 
 def test_deepspeed_json_is_beside_the_yaml(tmp_path):
-    raw = yaml.safe_load(open("ds_configs/tiny.yaml").read())  # noqa: SIM115
+    raw = yaml.safe_load(Path("ds_configs/tiny.yaml").read_text())
     (tmp_path / "exp.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match="tiny.json: cannot be read"):
         load_experiment(tmp_path / "exp.yaml")

@@ -66,7 +66,9 @@ def test_synthetic_answers_are_right():
 
 
 def test_synthetic_worlds_are_finite_and_say_so():
-    with pytest.raises(UserError, match="data.rows: task 'weekdays' has only 1092 different questions; use at most 8736"):
+    with pytest.raises(
+        UserError, match="data.rows: task 'weekdays' has only 1092 different questions; use at most 8736"
+    ):
         synthetic.rows(9000, 0)
 
 
@@ -91,7 +93,10 @@ BAD_LINES = {
     "truncated": ('{"task": "t", "id"', "is not a JSON object"),
     "no object": ("[1, 2]", "is a list, must be an object"),
     "invalid UTF-8": (b"\xff\xfe{}", "is not a JSON object"),
-    "missing field": (json.dumps({k: v for k, v in GOOD.items() if k != "answer"}), "field 'answer' is None, must be a text"),
+    "missing field": (
+        json.dumps({k: v for k, v in GOOD.items() if k != "answer"}),
+        "field 'answer' is None, must be a text",
+    ),
     "wrong type": (json.dumps(GOOD | {"question": 3}), "field 'question' is 3, must be a text"),
     "empty choices": (json.dumps(GOOD | {"choices": []}), "field 'choices' is [], must be a list of texts"),
     "unequal lists": (json.dumps(GOOD | {"labels": ["a", "b", "c"]}), "has 2 choices but 3 labels"),
@@ -146,7 +151,11 @@ def test_partition_deals_every_row_once(kind, count, tasks, seed, alpha):
 
 
 def test_iid_follows_the_shares():
-    assert [len(part) for part in partition(["t"] * 100, clients(1, 3, 1), DataConfig(partition="iid"), 0)] == [20, 60, 20]
+    assert [len(part) for part in partition(["t"] * 100, clients(1, 3, 1), DataConfig(partition="iid"), 0)] == [
+        20,
+        60,
+        20,
+    ]
 
 
 def test_by_task_keeps_tasks_whole():
@@ -194,7 +203,9 @@ def test_steps_hold_the_same_rows_in_every_layout(ranks, micro):
     examples = tiny.examples(10)
 
     def take(rank, ranks, micro, first=0):
-        return steps(examples, batch_size=8, micro_batches=micro, rank=rank, ranks=ranks, pad=0, seed=(7, 1), first=first)
+        return steps(
+            examples, batch_size=8, micro_batches=micro, rank=rank, ranks=ranks, pad=0, seed=(7, 1), first=first
+        )
 
     whole = take(0, 1, 1)
     parts = [take(rank, ranks, micro) for rank in range(ranks)]

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from ubsmoe_ds.moe.gate import UBSMoEGate
 
 
-def make_gate(k=2, experts=4, hidden=4, candidates=None, capacity_factor=None, normalize=False, phi_range=(-1.0, 1.0), min_capacity=1):
+def make_gate(
+    k=2,
+    experts=4,
+    hidden=4,
+    candidates=None,
+    capacity_factor=None,
+    normalize=False,
+    phi_range=(-1.0, 1.0),
+    min_capacity=1,
+):
     gate = UBSMoEGate(
         hidden,
         experts,

@@ -52,7 +52,9 @@ def test_fedavg_rules(given_updates, scale, random):
     torch.testing.assert_close(fedavg(rows[order], weights[order]), merged, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(fedavg(rows, weights * scale), merged, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(fedavg(rows[:1], weights[:1]), rows[0])
-    torch.testing.assert_close(fedavg(rows[:1].expand(3, -1), torch.tensor([1.0, 2.0, 3.0])), rows[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        fedavg(rows[:1].expand(3, -1), torch.tensor([1.0, 2.0, 3.0])), rows[0], atol=1e-4, rtol=1e-5
+    )
 
 
 def test_server_step_by_hand():
@@ -70,7 +72,9 @@ def test_server_step_by_hand():
 
 def test_coefficient_of_variation_by_hand():
     """(1, 3): mean 2, deviation 1."""
-    torch.testing.assert_close(coefficient_of_variation(torch.tensor([[1.0, 3.0], [2.0, 2.0]])), torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(
+        coefficient_of_variation(torch.tensor([[1.0, 3.0], [2.0, 2.0]])), torch.tensor([0.5, 0.0])
+    )
 
 
 def test_holders_follow_deepspeeds_expert_groups():

@@ -12,8 +12,18 @@ from ubsmoe_ds.models.olmoe import LoraLinear, UBSMoESpec, convert, load_checkpo
 
 SHAPES = {
     "olmoe_like": {},
-    "wide_experts_grouped_query": {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "normalised_many_experts": {"num_experts": 16, "num_experts_per_tok": 8, "norm_topk_prob": True, "num_hidden_layers": 3},
+    "wide_experts_grouped_query": {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "normalised_many_experts": {
+        "num_experts": 16,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+    },
 }
 
 
@@ -91,7 +101,9 @@ def test_attention_lora_equals_peft():
 
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 5, bias=False)
-    peft = get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
+    peft = get_peft_model(
+        torch.nn.Sequential(copy.deepcopy(linear)), LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    )
     ours = LoraLinear(linear, 3, 6.0, torch.Generator().manual_seed(0))
     weights = dict(peft.named_parameters())
     for key, factor in (("lora_A", ours.lora_A), ("lora_B", ours.lora_B)):
@@ -115,7 +127,11 @@ def test_expert_parallel_slices_are_the_whole_models_experts():
     hf = tiny.hf_model()
     whole = convert(copy.deepcopy(hf), UBSMoESpec(k=2, candidates=8)).layers[1].experts
     for rank in range(4):
-        part = convert(copy.deepcopy(hf), UBSMoESpec(k=2, candidates=8, expert_parallel=4, expert_rank=rank)).layers[1].experts
+        part = (
+            convert(copy.deepcopy(hf), UBSMoESpec(k=2, candidates=8, expert_parallel=4, expert_rank=rank))
+            .layers[1]
+            .experts
+        )
         for name, parameter in part.named_parameters():
             torch.testing.assert_close(parameter, whole.get_parameter(name)[2 * rank : 2 * rank + 2], atol=0, rtol=0)
             assert parameter.allreduce is False and parameter.group_name == "ep_size_4"
@@ -148,4 +164,6 @@ def test_gradient_equals_hugging_face():
         embedding = (network.hf if network is model else network).model.embed_tokens.weight.requires_grad_()
         F.cross_entropy(run().reshape(ids.numel(), -1), target).backward()
         assert embedding.grad.abs().max() > 1e-3
-    torch.testing.assert_close(model.hf.model.embed_tokens.weight.grad, hf.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        model.hf.model.embed_tokens.weight.grad, hf.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-3
+    )

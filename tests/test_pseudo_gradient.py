@@ -53,8 +53,13 @@ def test_dense_oracle_completes_the_dense_gradient():
     """K = 1 plus the oracle with rho = 1 is the gradient of running every expert with its softmax weight."""
     torch.manual_seed(0)
     tokens, width, hidden, experts, rank = 5, 4, 3, 4, 2
-    base = {n: torch.randn(experts, *shape) for n, shape in zip(PROJECTIONS, [(hidden, width)] * 2 + [(width, hidden)], strict=True)}
-    lora = {n: (torch.randn(experts, rank, w.shape[2]), torch.randn(experts, w.shape[1], rank)) for n, w in base.items()}
+    base = {
+        n: torch.randn(experts, *shape)
+        for n, shape in zip(PROJECTIONS, [(hidden, width)] * 2 + [(width, hidden)], strict=True)
+    }
+    lora = {
+        n: (torch.randn(experts, rank, w.shape[2]), torch.randn(experts, w.shape[1], rank)) for n, w in base.items()
+    }
     x, delta = torch.randn(tokens, width), torch.randn(tokens, width)
     p = torch.randn(tokens, experts).softmax(-1)
     active = F.one_hot(p.argmax(-1), experts).bool()

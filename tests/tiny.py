@@ -77,7 +77,7 @@ def examples(count: int = 24, seed: int = 3) -> list[Example]:
 
 
 def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
-    """`base` with other DeepSpeed settings ("deepspeed": arguments of `deepspeed`), estimator ("pg"), router ("aux")."""
+    """`base` changed: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA)."""
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
     raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none")}

@@ -1,19 +1,16 @@
 """The whole experiment as typed objects, validated once; no other module probes options.
 
 A YAML file holds the experiment, a DeepSpeed JSON beside it the optimiser, ZeRO stage, precision and batch size, and
-the model folder's `config.json` the number of experts. Nothing here imports torch, so that a bad key fails in
-milliseconds, before any process is started.
+the model folder's `config.json` the number of experts. `config_file.py` reads them. Nothing here imports torch,
+so that a bad key fails in milliseconds, before any process is started.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ubsmoe_ds.errors import UserError
 
@@ -172,7 +169,7 @@ class DeepSpeedConfig(BaseModel):
 
 
 class Experiment(Section):
-    """Everything a run needs. `load_experiment` makes one; build one directly only in tests."""
+    """Everything a run needs. `config_file.load_experiment` makes one; build one directly only in tests."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -268,96 +265,3 @@ def model_folder(path: str) -> Path:
     if path.startswith("builtin:") and path not in BUILTIN_MODELS:
         raise UserError(f"model.path: {path!r} is not built in; use one of {sorted(BUILTIN_MODELS)} or a folder")
     return BUILTIN_MODELS.get(path, Path(path))
-
-
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read, complete and validate an experiment.
-
-    Args:
-        path: the YAML file. Its `deepspeed` key names a JSON beside it. Other paths are relative to the working folder.
-        overrides: `key.sub=value` texts, the value in YAML; list items by position (`clients.0.budget=0.5`).
-
-    Raises:
-        UserError: with one line naming the key, the value and what would be right.
-    """
-    path = Path(path)
-    raw = _read_mapping(path, "YAML")
-    if isinstance(raw.get("deepspeed"), str):
-        raw["deepspeed"] = _read_mapping(path.parent / raw["deepspeed"], "JSON")
-    for text in overrides:
-        _override(raw, text)
-    for derived in ("num_experts", "k_max"):
-        if derived in raw:
-            raise UserError(f"{derived}: is read from the model's folder and cannot be set; use model.k_max")
-    try:
-        model = ModelConfig.model_validate(raw.get("model", {}))
-    except ValidationError as error:
-        raise UserError(_one_line(error, prefix="model.")) from error
-    facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
-    if facts.get("model_type") != "olmoe":
-        raise UserError(f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: 'olmoe'")
-    raw["num_experts"] = facts["num_experts"]
-    raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
-    try:
-        return Experiment.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from error
-
-
-def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
-    """A YAML or JSON file whose top level is a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{path}: is not valid {kind} ({' '.join(str(error).split())})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold key: value pairs, found {type(value).__name__}")
-    return value
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    """Apply one `key.sub=value`; missing sections are made, so that the schema alone decides what is known."""
-    key, equals, value_text = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {text!r}: must read key.sub=value, such as train.rounds=3")
-    try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
-    *parents, last = key.split(".")
-    node: Any = raw
-    try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        if isinstance(node, list):
-            node[int(last)] = value
-        else:
-            node[last] = value
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"override {text!r}: {key!r} does not lead to a setting of this experiment") from error
-
-
-def _one_line(error: ValidationError, prefix: str = "") -> str:
-    """The first problem as `key: value ... what would be right`, and how many more there are."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    # "str" and the like are the branch of a union, not part of the key
-    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int"))
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        line = f"{prefix}{key}: {message}" if key else message
-    elif first["type"] == "extra_forbidden":
-        line = f"{prefix}{key}: unknown key (value {_short(first['input'])}); see the README's table of keys"
-    elif first["type"] == "missing":
-        line = f"{prefix}{key}: is missing and must be given"
-    else:
-        line = f"{prefix}{key}: {_short(first['input'])} is not valid: {first['msg']}"
-    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -59,11 +60,25 @@ class Monitor:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, number)
         for name, value in seconds.items():
-            self._writer.add_scalar(f"seconds/{name}", value, number)
+            self._writer.add_scalar(name if "/" in name else f"seconds/{name}", value, number)
         if utilisation_LE is not None:
             self._writer.add_image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
         self._writer.flush()
         self.say(self._progress(number, metrics, seconds))
+
+    def save_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Write the global adapter as `adapter.safetensors`: LoRA, phi and, if trained, the router, in fp32."""
+        metadata = {
+            "format": "ubsmoe_ds.adapter.1",
+            "base_model": self.exp.model.path,
+            "lora_rank": str(self.exp.lora.rank),
+            "lora_alpha": str(self.exp.lora.alpha),
+            "k_max": str(self.exp.k_max),
+            "candidates": str(self.exp.candidates),
+        }
+        unfinished = self.folder / "adapter.safetensors.tmp"
+        save_file(dict(state), unfinished, metadata=metadata)
+        unfinished.replace(self.folder / "adapter.safetensors")
 
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""

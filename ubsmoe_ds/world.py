@@ -122,8 +122,8 @@ def check_devices(exp: Experiment, world: World, devices: int) -> None:
     on_host = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank).size
     if on_host > devices and not exp.oversubscribe:
         raise UserError(
-            f"clients: {on_host} ranks on this host need {on_host} accelerators, there are {devices}: {on_host - devices} "
-            "too many; lower the clients' ranks, use more hosts, or set oversubscribe=true (clients of one rank each)"
+            f"clients: {on_host} ranks on this host, {devices} accelerators: {on_host - devices} too few; "
+            "lower the ranks, use more hosts, or set oversubscribe=true (then only clients of one rank each)"
         )
     os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
 

@@ -127,7 +127,7 @@ def rows(count: int, seed: int) -> list[dict]:
 
 
 def make_row(task: str, question: str, choices: list[str], label: int, number: int) -> dict:
-    """One row in the prompt form of LLM-Adapters (arXiv 2304.01933); a choice is its own label, as in its BoolQ rows."""
+    """One row in the manner of LLM-Adapters (arXiv 2304.01933); a choice is its own label, as in its BoolQ rows."""
     options = "/".join(choices)
     return {
         "task": task,

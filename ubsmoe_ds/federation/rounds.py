@@ -59,7 +59,7 @@ class Federation:
             utilisation_LE = self.store.apply(torch.from_numpy(merged))
             first_LE = utilisation_LE if first_LE is None else first_LE
             clock.append(time.perf_counter())
-            metrics = self._training_metrics(stats, utilisation_LE)
+            metrics, speeds = self._training_metrics(stats, utilisation_LE)
             if number % self.exp.evaluation.every == 0 or number == self.exp.train.rounds:
                 after = self._evaluate()
                 metrics |= after
@@ -69,7 +69,7 @@ class Federation:
                 "local": stats.seconds,
                 "wait": clock[1] - clock[0] - stats.seconds,
             }
-            seconds |= {"exchange": moving, "merge": merging, "evaluation": clock[3] - clock[2]}
+            seconds |= {"exchange": moving, "merge": merging, "evaluation": clock[3] - clock[2]} | speeds
             self._record(number, metrics, seconds, utilisation_LE)
         self._finish(before, after, first_LE, utilisation_LE)
 
@@ -97,8 +97,8 @@ class Federation:
             found[f"eval/{field}"] = sum(of_client) / len(of_client)
         return found
 
-    def _training_metrics(self, stats: LocalStats, utilisation_LE: Tensor) -> dict[str, float]:
-        """Every client's and the overall training scalars of a round, the same on every rank."""
+    def _training_metrics(self, stats: LocalStats, utilisation_LE: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+        """Every client's and the overall training scalars of a round, and tokens/s; the same on every rank."""
         table = np.zeros((len(self.exp.clients), len(stats) + 1))
         own = np.array([*stats, self.exchange.bytes_sent], dtype=np.float64)
         if self.world.client_rank > 0:  # norms, steps and seconds are the client's, not a rank's
@@ -106,6 +106,7 @@ class Federation:
         table[self.world.client] = own
         table = self.world.sum(table)
         found: dict[str, float] = {}
+        speeds: dict[str, float] = {}
         for config, row in zip(self.exp.clients, table, strict=True):
             client = LocalStats(*row[:-1])
             found[f"train_loss/{config.name}"] = client.nll / client.answer_tokens
@@ -113,12 +114,13 @@ class Federation:
             found[f"gradient_norm/{config.name}"] = client.real_norm / client.steps
             found[f"pseudo_over_real_norm/{config.name}"] = client.pseudo_norm / max(client.real_norm, 1e-12)
             found[f"tokens/{config.name}"] = client.used_tokens
+            speeds[f"tokens_per_second/{config.name}"] = client.used_tokens / client.seconds
         total = LocalStats(*table[:, :-1].sum(0))
         found["train/loss"] = total.nll / total.answer_tokens
         found["train/dropped_share"] = total.dropped_routes / max(total.routed_routes, 1)
         found["exchange/megabytes"] = table[:, -1].sum() / 1e6
         found["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
-        return found
+        return found, speeds
 
     def _record(
         self, number: int, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: Tensor | None
@@ -153,6 +155,9 @@ class Federation:
                     f"{field}_after": after[f"eval_{field}/{config.name}"],
                 }
             rows.append(row)
+        # the global state is the same everywhere; the first client has it complete
+        state = self.store.full_state() if self.world.client == 0 else {}
         cv = [float(coefficient_of_variation(u).mean()) for u in (first_LE, last_LE)]
         if self.monitor is not None:
+            self.monitor.save_adapter(state)
             self.monitor.finish(rows, {"utilisation_cv_before": cv[0], "utilisation_cv_after": cv[1]})

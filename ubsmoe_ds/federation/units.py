@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
 
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.gradients import MasterWeights
@@ -23,12 +25,22 @@ DMR_SUFFIX = ".dmr"
 
 @dataclass(frozen=True)
 class _Block:
-    """Parameters whose rows side by side are `rows` consecutive units; DMR's has one more row part, the utilisation."""
+    """Named parameters whose rows side by side are `rows` consecutive units of the held buffer.
 
-    parameters: tuple[nn.Parameter, ...]
+    DMR's block has one more part in its row, the utilisation. `group` is set where other ranks hold other rows.
+    """
+
+    parameters: dict[str, nn.Parameter]
     rows: int
     place: slice  # in the held buffer
+    group: ProcessGroup | None = None
     dmr: bool = False
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """This block's part of a held buffer, one tensor for each parameter, in its shape."""
+        columns = [p.numel() // self.rows for p in self.parameters.values()]
+        values = flat[self.place].view(self.rows, -1)[:, : sum(columns)].split(columns, dim=1)
+        return {n: v.reshape(p.shape) for (n, p), v in zip(self.parameters.items(), values, strict=True)}
 
 
 class UnitStore:
@@ -43,7 +55,6 @@ class UnitStore:
         self.masters = masters
         self.units: list[Unit] = []
         self._blocks: list[_Block] = []
-        self._held_names: list[str] = []
         for index, decoder in enumerate(model.decoders):
             self._add_layer(f"layers.{index}", decoder.mlp, decoder.self_attn)
         self.shared = self._pack()
@@ -69,49 +80,57 @@ class UnitStore:
             new[block.place] = torch.cat([phi_E, torch.zeros_like(utilisation_E)])
         self.shared = new
         for block in self._blocks:
-            values = new[block.place].view(block.rows, -1)
-            columns = [p.numel() // block.rows for p in block.parameters]
-            for parameter, value in zip(block.parameters, values[:, : sum(columns)].split(columns, dim=1), strict=True):
+            for name, value in block.split(new).items():
+                parameter = block.parameters[name]
                 if parameter.requires_grad:
-                    self.masters.write(parameter, value.reshape(parameter.shape).to(parameter.device))
+                    self.masters.write(parameter, value.to(parameter.device))
         return torch.stack(utilisation)
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        """The shared state of this rank, one flat fp32 tensor a unit it holds."""
+    def full_state(self) -> dict[str, Tensor]:
+        """The shared state of the whole model by parameter, experts stacked [E, ...], fp32 on the CPU.
+
+        A collective over the expert groups of the client.
+        """
         found = {}
-        held = iter(self._held_names)
         for block in self._blocks:
-            for row in self.shared[block.place].view(block.rows, -1):
-                found[next(held)] = row.clone()
+            for name, value in block.split(self.shared).items():
+                if block.group is not None:
+                    local = value.contiguous().to(block.parameters[name].device)
+                    whole = local.new_empty(dist.get_world_size(block.group) * len(local), *local.shape[1:])
+                    dist.all_gather_single(whole, local, group=block.group)
+                    value = whole.cpu()
+                found[name] = value.clone()
         return found
 
     def _add_layer(self, name: str, layer: UBSMoE, attention: nn.Module) -> None:
-        first = layer.experts.first
+        group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
         for projection in PROJECTIONS:
-            pair = layer.experts.factors()[projection]
-            numel = sum(p[0].numel() for p in pair)
-            names = [f"{name}.experts.{expert}.{projection}" for expert in range(layer.num_experts)]
-            self.units += [Unit(unit, numel, expert) for expert, unit in enumerate(names)]
-            self._add_block(pair, names[first : first + len(pair[0])])
+            A, B = layer.experts.factors()[projection]
+            numel = A[0].numel() + B[0].numel()
+            self.units += [Unit(f"{name}.experts.{e}.{projection}", numel, e) for e in range(layer.num_experts)]
+            prefix = f"{name}.experts.{projection}"
+            self._add_block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, rows=len(A), group=group)
         if layer.gate.wg.weight.requires_grad:
-            self._add_dense(f"{name}.router", (layer.gate.wg.weight,))
+            self._add_dense(f"{name}.router", {f"{name}.router.weight": layer.gate.wg.weight})
         for projection in ATTENTION_PROJECTIONS:
             linear = getattr(attention, projection)
             if isinstance(linear, LoraLinear):
-                self._add_dense(f"{name}.attention.{projection}", (linear.lora_A, linear.lora_B))
+                prefix = f"{name}.attention.{projection}"
+                self._add_dense(prefix, {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B})
         phi = layer.gate.phi
         self.units.append(Unit(name + DMR_SUFFIX, 2 * phi.numel()))
-        self._add_block((phi,), [name + DMR_SUFFIX], dmr=True)
+        self._add_block({f"{name}.phi": phi}, dmr=True)
 
-    def _add_dense(self, name: str, parameters: tuple[nn.Parameter, ...]) -> None:
-        self.units.append(Unit(name, sum(p.numel() for p in parameters)))
-        self._add_block(parameters, [name])
+    def _add_dense(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
+        self.units.append(Unit(name, sum(p.numel() for p in parameters.values())))
+        self._add_block(parameters)
 
-    def _add_block(self, parameters: tuple[nn.Parameter, ...], names: list[str], dmr: bool = False) -> None:
-        numel = sum(p.numel() for p in parameters) * (2 if dmr else 1)
+    def _add_block(
+        self, parameters: dict[str, nn.Parameter], rows: int = 1, group: ProcessGroup | None = None, dmr: bool = False
+    ) -> None:
+        numel = sum(p.numel() for p in parameters.values()) * (2 if dmr else 1)
         start = self._blocks[-1].place.stop if self._blocks else 0
-        self._blocks.append(_Block(parameters, len(names), slice(start, start + numel), dmr))
-        self._held_names += names
+        self._blocks.append(_Block(parameters, rows, slice(start, start + numel), group, dmr))
 
     def _dmr_blocks(self) -> list[_Block]:
         return [block for block in self._blocks if block.dmr]
@@ -120,7 +139,7 @@ class UnitStore:
         """Current values, [numel held]; the utilisation places are zero."""
         parts = []
         for block in self._blocks:
-            values = [self._read(p).view(block.rows, -1) for p in block.parameters]
+            values = [self._read(p).view(block.rows, -1) for p in block.parameters.values()]
             parts.append(torch.cat(values + [torch.zeros_like(values[0])] * block.dmr, dim=1).reshape(-1))
         return torch.cat(parts)
 

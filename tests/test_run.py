@@ -1,0 +1,253 @@
+"""Whole jobs, started as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPO, clean_environment
+
+pytestmark = pytest.mark.slow
+COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
+SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
+TRAIN = "launch/train.py"
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    """Start a job in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=clean_environment() | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*command: str, timeout: float = 240, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a job that ends by itself; nothing of it may be left behind."""
+    process = start(list(command), **environment)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert_nothing_left(process.pid)
+    return process.returncode, output
+
+
+def assert_nothing_left(group: int, seconds: float = 10.0) -> None:
+    """No process of the job's group or session is alive."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in session_members(group)]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def session_members(session: int) -> list[int]:
+    """Process ids whose session is the given one, zombies left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo, shortened, through the deepspeed launcher."""
+    out = tmp_path_factory.mktemp("demo")
+    code, output = run("deepspeed", TRAIN, *SHORT, f"output={out}")
+    assert code == 0, output
+    return out / "tiny", output
+
+
+def test_run_folder_holds_what_is_promised(demo):
+    folder, _ = demo
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
+    assert [row["k"] for row in summary["clients"]] == [2, 4, 6, 8]
+    keys = {"client", "k", "flops_ratio", "step_time_ratio"}
+    keys |= {f"{field}_{when}" for field in ("loss", "accuracy") for when in ("before", "after")}
+    assert all(set(row) == keys for row in summary["clients"])
+    assert summary["clients"][3]["flops_ratio"] == 1.0
+    assert 0 < summary["clients"][0]["flops_ratio"] < summary["clients"][1]["flops_ratio"] < 1
+    assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
+    assert [record["round"] for record in records(folder)] == [0, 1, 2]
+    assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
+
+
+def test_metrics_are_complete_and_plausible(demo):
+    folder, _ = demo
+    last = records(folder)[-1]
+    metrics, seconds = last["metrics"], last["seconds"]
+    for client in ("phone", "laptop", "desktop", "server"):
+        for name in (
+            "eval_loss",
+            "eval_accuracy",
+            "train_loss",
+            "dropped_share",
+            "pseudo_over_real_norm",
+            "tokens_per_second",
+        ):
+            where = seconds if name == "tokens_per_second" else metrics
+            assert f"{name}/{client}" in where
+        assert 0 < metrics[f"eval_loss/{client}"] < 10 and 0 <= metrics[f"eval_accuracy/{client}"] <= 1
+        assert metrics[f"pseudo_over_real_norm/{client}"] > 0
+        assert (metrics[f"dropped_share/{client}"] > 0) <= (client == "laptop")
+    assert metrics["exchange/megabytes"] > 1
+    assert {"round", "local", "wait", "exchange", "merge", "evaluation"} <= set(seconds)
+
+
+def test_tensorboard_has_scalars_and_heat_maps(demo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(demo[0] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"eval/loss", "eval_accuracy/phone", "seconds/exchange", "utilisation/cv"} <= set(tags["scalars"])
+    assert len(events.Images("utilisation/layer_by_expert")) == 2
+    logged = {record["round"]: record["metrics"]["eval/loss"] for record in records(demo[0])}
+    assert {e.step: pytest.approx(e.value, rel=1e-6) for e in events.Scalars("eval/loss")} == logged
+
+
+def test_output_is_quiet(demo):
+    """After DeepSpeed's launcher (which prints for itself) there are our lines and nothing else."""
+    lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
+    ours = ("before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
+    assert [line for line in lines if not line.startswith(ours)] == []
+    assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
+
+
+def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
+    folder, _ = demo
+    command = ["mpiexec", "-n", "6", sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
+    code, output = run(*command, f"output={folder.parent}", "overwrite=false")
+    assert code == 2 and "already holds a run" in output and output.count("error:") == 1
+    code, output = run(*command, f"output={tmp_path}")
+    assert code == 0, output
+    first, second = records(folder), records(tmp_path / "tiny")
+    assert [r["metrics"] for r in first] == [r["metrics"] for r in second]
+
+
+def test_adapter_holds_the_whole_merged_state(demo):
+    from safetensors import safe_open
+
+    with safe_open(demo[0] / "adapter.safetensors", "np") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        assert metadata["lora_rank"] == "8" and metadata["k_max"] == "8"
+        assert file.get_tensor("layers.0.experts.gate.lora_A").shape == (16, 8, 128)
+        assert file.get_tensor("layers.2.experts.down.lora_B").shape == (16, 128, 8)
+        assert abs(file.get_tensor("layers.1.phi")).max() > 0
+    assert "layers.0.router.weight" in names
+
+
+def test_wrong_world_size_names_the_right_command(tmp_path):
+    code, output = run("mpiexec", "-n", "2", sys.executable, "-m", "mpi4py", TRAIN, f"output={tmp_path}")
+    assert code == 2 and "2 MPI ranks were started, the clients need 1 (phone) + 1 (laptop) + 2 (desktop)" in output
+    assert "run: mpiexec -n 6 python -u -m mpi4py launch/train.py" in output and output.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deepspeed_mpich_launcher_finds_its_world(tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    out = tmp_path / "out"
+    launcher = ["--launcher", "mpich", "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    two = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]", "data.partition=iid"]
+    code, output = run("deepspeed", "--hostfile", str(hostfile), *launcher, TRAIN, *SHORT, *two, f"output={out}")
+    assert code == 0, output
+    assert [row["k"] for row in json.loads((out / "tiny" / "summary.json").read_text())["clients"]] == [4, 8]
+
+
+BAD = {
+    "config": (["train.epochs=3"], "error: train.epochs: unknown key"),
+    "rows": (["data.source=jsonl:{tmp}/bad.jsonl"], "bad.jsonl, line 1: is not a JSON object"),
+    "missing file": (["data.source=jsonl:{tmp}/none.jsonl"], "none.jsonl cannot be read"),
+    "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
+    "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
+    "cuda": (["accelerator=cuda"], "torch sees no CUDA device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"task": \n')
+    (tmp_path / "used" / "tiny").mkdir(parents=True)
+    (tmp_path / "used" / "tiny" / "metrics.jsonl").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    overrides, expected = BAD[name]
+    chosen = [text.format(tmp=tmp_path) for text in overrides]
+    if not any(text.startswith("output=") for text in chosen):
+        chosen.append(f"output={tmp_path}/new")
+    code, output = run(sys.executable, TRAIN, *chosen)
+    assert code == 2 and expected in output, output
+    assert output.count("error:") == 1 and "Traceback" not in output
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "used" / "tiny" / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("raise@3", 1, "error: client 'desktop', rank 1 of 2 (job rank 3): RuntimeError: planted fault"),
+        ("user@4", 2, "error: data: planted mistake"),
+    ],
+)
+def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
+    found, output = run("deepspeed", "tests/failing_train.py", *SHORT, f"output={tmp_path}", FAULT=fault)
+    assert found == code, output
+    assert output.count(message) == 1 and "Traceback" not in output
+
+
+def test_ctrl_c_ends_everything(tmp_path):
+    process = start(["deepspeed", "tests/failing_train.py", *SHORT, f"output={tmp_path}"], FAULT="hang@5")
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "hanging" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode != 0, output
+    assert output.count("error: interrupted") == 1
+    assert_nothing_left(process.pid)
+
+
+@pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")
+def test_real_rows_lower_every_clients_loss(tmp_path):
+    overrides = [
+        f"data.source=jsonl:{COMMONSENSE}/train.jsonl",
+        f"data.eval_source=jsonl:{COMMONSENSE}/dev.jsonl",
+        "data.rows=1500",
+        "data.eval_rows=48",
+        "train.rounds=2",
+        "train.local_steps=6",
+        "evaluation.every=2",
+        f"output={tmp_path}",
+    ]
+    code, output = run("deepspeed", TRAIN, *overrides, timeout=400)
+    assert code == 0, output
+    for row in json.loads((tmp_path / "tiny" / "summary.json").read_text())["clients"]:
+        assert row["loss_after"] < row["loss_before"] - 0.01, row
