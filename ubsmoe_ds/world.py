@@ -19,6 +19,7 @@ from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.relaunch import mpi_command
 
 POLL_SECONDS = 0.001
+MESSAGE_SECONDS = 0.3
 LOOPBACK = "127.0.0.1"
 
 
@@ -76,6 +77,7 @@ def all_ranks_failed(seconds: float = 3.0) -> bool:
 
 def abort(code: int) -> None:
     """End every rank of the job now; used when one rank fails and the others cannot know."""
+    time.sleep(MESSAGE_SECONDS)  # MPICH ends mpiexec's own forwarding too, and would lose this rank's last words
     MPI.COMM_WORLD.Abort(code)
 
 

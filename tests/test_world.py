@@ -1,0 +1,75 @@
+"""Re-execution, devices and precision: what is refused, and with which words."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests import tiny
+from ubsmoe_ds import relaunch, world
+from ubsmoe_ds.errors import UserError
+
+
+def test_inside_mpi_knows_each_process_manager():
+    assert not relaunch.inside_mpi({"RANK": "0", "WORLD_SIZE": "4"})
+    for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"):
+        assert relaunch.inside_mpi({name: "0"})
+
+
+def test_local_rank_0_becomes_mpiexec_and_the_others_leave(monkeypatch):
+    called = []
+    monkeypatch.setattr(relaunch.os, "execvpe", lambda *args: called.append(args))
+    for name in relaunch.RENDEZVOUS_VARIABLES:
+        monkeypatch.setenv(name, "0")
+    relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6)
+    ((program, command, environment),) = called
+    assert program == command[0] and command[0].endswith("mpiexec")
+    assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
+    assert not set(relaunch.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        relaunch.relaunch("launch/train.py", [], 6)
+    assert left.value.code == 0 and len(called) == 1
+
+
+def test_no_mpiexec_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(relaunch.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="mpiexec: not found beside python or on PATH; install the wheel `mpich`"):
+        relaunch.relaunch("launch/train.py", [], 6)
+
+
+def fake_world(ranks_on_host: int, host_rank: int = 0):
+    return SimpleNamespace(
+        comm=SimpleNamespace(Split_type=lambda *_, **__: SimpleNamespace(size=ranks_on_host)),
+        rank=0,
+        host_rank=host_rank,
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "oversubscribe", "local"), [(0, False, "5"), (8, False, "5"), (4, True, "1"), (1, True, "0")]
+)
+def test_ranks_get_the_device_of_their_place_on_the_host(devices, oversubscribe, local, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
+    world.check_devices(exp, fake_world(6, host_rank=5), devices)
+    assert world.os.environ["LOCAL_RANK"] == local
+
+
+def test_too_few_devices_are_refused_with_the_arithmetic():
+    exp = tiny.experiment("unused", [{"budget": 1.0}])
+    with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
+        world.check_devices(exp, fake_world(6), 4)
+
+
+def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    from ubsmoe_ds.client import Client
+
+    monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
+    exp = tiny.experiment("unused", [{"budget": 1.0}], deepspeed=tiny.deepspeed(bf16=True))
+    with pytest.raises(UserError, match="deepspeed.bf16.enabled: true, but .* has no bfloat16; set it to false"):
+        Client(exp, exp.clients[0], 0)
