@@ -1,5 +1,7 @@
 """One rank's `Federation`, put together from an experiment. Imported only when the rendezvous variables are set."""
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -16,9 +18,11 @@ from ubsmoe_ds.federation.modulation import target_utilisation
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.monitor import Monitor
 from ubsmoe_ds.run_folder import check_run_folder
 from ubsmoe_ds.world import World
+
+if TYPE_CHECKING:
+    from ubsmoe_ds.monitor import Monitor
 
 
 def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool) -> Federation:
@@ -58,8 +62,15 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
             seed=(exp.seed, world.client),
         ),
         rows_cut=cut,
-        monitor=Monitor(exp) if world.rank == 0 else None,
+        monitor=_open_monitor(exp) if world.rank == 0 else None,
     )
+
+
+def _open_monitor(exp: Experiment) -> "Monitor":
+    """Only the rank that writes pays for importing TensorBoard."""
+    from ubsmoe_ds.monitor import Monitor
+
+    return Monitor(exp)
 
 
 def client_layouts(exp: Experiment) -> list[ClientLayout]:

@@ -6,7 +6,7 @@ Shapes: C clients, L layers, E experts.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from ubsmoe_ds.federation.modulation import coefficient_of_variation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.models.olmoe import model_shape
-from ubsmoe_ds.monitor import Monitor
 from ubsmoe_ds.world import World
+
+if TYPE_CHECKING:
+    from ubsmoe_ds.monitor import Monitor
 
 TIMING_REPEATS = 3
 
@@ -41,7 +43,7 @@ class Federation:
     evaluator: Evaluator
     batches: Iterator[StepBatch]
     rows_cut: int  # of this client: prompts that lost their beginning to data.max_length
-    monitor: Monitor | None
+    monitor: "Monitor | None"
 
     def run(self) -> None:
         """All rounds; every rank of the job calls it."""
