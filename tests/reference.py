@@ -112,19 +112,19 @@ def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict
             continue
         p_E, active, weights = route(layer, x)
         gamma = weights / weights.sum()
-        hbar = tbar = vgate = vup = 0.0
+        hbar = vgate = vup = 0.0
         for g_j, j in zip(gamma, active, strict=True):
             w = _expert(layer, j)
             g, u = w["gate"] @ x, w["up"] @ x
             h = F.silu(g) * u
             sig = torch.sigmoid(g)
             back = w["down"].T @ delta
-            hbar, tbar = hbar + g_j * h, tbar + g_j * (w["A_down"] @ h)
+            hbar = hbar + g_j * h
             vgate = vgate + g_j * back * sig * (1 + g * (1 - sig)) * u
             vup = vup + g_j * back * F.silu(g)
         for i in set(range(len(p_E))) - set(active):
             c, w = rho * p_E[i], _expert(layer, i)
-            out[id(factors["down"][1])][i] += s * c * torch.outer(delta, tbar)
+            out[id(factors["down"][1])][i] += s * c * torch.outer(delta, w["A_down"] @ hbar)
             out[id(factors["down"][0])][i] += s * c * torch.outer(w["B_down"].T @ delta, hbar)
             for name, v in (("gate", vgate), ("up", vup)):
                 out[id(factors[name][1])][i] += s * c * torch.outer(v, w[f"A_{name}"] @ x)

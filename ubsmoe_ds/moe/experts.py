@@ -16,13 +16,12 @@ from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
 class Activations(NamedTuple):
     """Intermediate results of a forward pass whose values or gradients a pseudo-gradient needs.
 
-    gate_ENF, up_ENF: pre-activations g, u; hidden_ENF: silu(g) * u; down_ENR: A_down h
+    gate_ENF, up_ENF: pre-activations g, u; hidden_ENF: silu(g) * u
     """
 
     gate_ENF: Tensor
     up_ENF: Tensor
     hidden_ENF: Tensor
-    down_ENR: Tensor
 
 
 class StackedExperts(nn.Module):
@@ -91,17 +90,16 @@ class StackedExperts(nn.Module):
         """
         ranks, num_experts, capacity, width = slots.shape
         x_END = slots.transpose(0, 1).reshape(num_experts, ranks * capacity, width)
-        gate_ENF, _ = self._project("gate", x_END)
-        up_ENF, _ = self._project("up", x_END)
+        gate_ENF, up_ENF = self._project("gate", x_END), self._project("up", x_END)
         hidden_ENF = F.silu(gate_ENF) * up_ENF
-        y_END, down_ENR = self._project("down", hidden_ENF)
+        y_END = self._project("down", hidden_ENF)
         if self.keep_activations:
-            self.activations = Activations(gate_ENF, up_ENF, hidden_ENF, down_ENR)
+            self.activations = Activations(gate_ENF, up_ENF, hidden_ENF)
         return y_END.view(num_experts, ranks, capacity, width).transpose(0, 1)
 
-    def _project(self, name: str, x_ENI: Tensor) -> tuple[Tensor, Tensor]:
-        """W x + s B (A x) for all experts, and A x."""
+    def _project(self, name: str, x_ENI: Tensor) -> Tensor:
+        """W x + s B (A x) for all experts."""
         A_ERI, B_EOR = self.factors()[name]
         ax_ENR = torch.bmm(x_ENI, A_ERI.mT)
         base_ENO = torch.bmm(x_ENI, getattr(self, f"{name}_weight").mT)
-        return torch.baddbmm(base_ENO, ax_ENR, B_EOR.mT, alpha=self.scaling), ax_ENR
+        return torch.baddbmm(base_ENO, ax_ENR, B_EOR.mT, alpha=self.scaling)

@@ -1,6 +1,6 @@
 """The UB-SMoE layer on DeepSpeed's `MOELayer` and `MoE`: the only place that reaches into their construction.
 
-Shapes: T tokens, D model width, F expert width, E experts of the model, C slots, K experts per token, R LoRA rank.
+Shapes: T tokens, D model width, F expert width, E experts of the model, C slots, K experts per token.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ class UBSMoELayer(MOELayer):
     """`MOELayer` that can report, during backward, what its tokens and their active experts saw.
 
     Under expert parallelism the active experts of a token live on several ranks. Their hidden units and gradients come
-    back to the token's rank by one all-to-all of width 3 F + R a slot, so that `observer` gets everything of the local
+    back to the token's rank by one all-to-all of width 3 F a slot, so that `observer` gets everything of the local
     tokens, whichever ranks their experts are on.
     """
 
@@ -49,23 +49,22 @@ class UBSMoELayer(MOELayer):
 
     def _report_when_differentiated(self, x: Tensor, y: Tensor, routing: Routing, act: Activations) -> None:
         x_TD = x.detach().reshape(-1, x.shape[-1])
-        hidden_ENF, down_ENR = act.hidden_ENF.detach(), act.down_ENR.detach()
+        hidden_ENF = act.hidden_ENF.detach()
 
         def report(gradients: Sequence[Tensor | None]) -> None:
             delta, gate_ENF, up_ENF = gradients
             if delta is None or gate_ENF is None or up_ENF is None:
                 raise RuntimeError("a MoE layer got no gradient; is its output used by the loss?")
-            mixture = self._mix(routing, [hidden_ENF, down_ENR, gate_ENF, up_ENF])
+            mixture = self._mix(routing, hidden_ENF, gate_ENF, up_ENF)
             assert self.observer is not None
             self.observer(TokenGradients(x_TD, delta.reshape_as(x_TD), routing, mixture))
 
         torch.autograd.graph.register_multi_grad_hook((y, act.gate_ENF, act.up_ENF), report, mode="all")
 
     @torch.no_grad()
-    def _mix(self, routing: Routing, parts: list[Tensor]) -> TokenMixture:
+    def _mix(self, routing: Routing, hidden_ENF: Tensor, gate_ENF: Tensor, up_ENF: Tensor) -> TokenMixture:
         """Bring the slots back to their tokens and mix the routes with gamma."""
-        widths = [part.shape[-1] for part in parts]
-        stacked = torch.cat(parts, dim=-1)  # [E local, ranks * C, 3 F + R]
+        stacked = torch.cat([hidden_ENF, gate_ENF, up_ENF], dim=-1)  # [E local, ranks * C, 3 F]
         local = stacked.view(len(stacked), self.ep_size, -1, stacked.shape[-1]).transpose(0, 1).contiguous()
         if self.ep_size > 1:
             returned = torch.empty_like(local)
@@ -78,13 +77,11 @@ class UBSMoELayer(MOELayer):
         weight_TK = routing.weight_KT.float().t() * kept_TK
         total_T1 = weight_TK.sum(dim=-1, keepdim=True)
         per_total_T1 = torch.where(total_T1 > 0, 1 / total_T1, 0.0)
-        values, gradients = table.split([widths[0] + widths[1], widths[2] + widths[3]], dim=-1)
-        gamma_TK = (weight_TK * per_total_T1).contiguous()
-        hidden_TF, down_TR = _weighted_rows(values, slot_TK, gamma_TK).split(widths[:2], dim=-1)
-        gate_TF, up_TF = _weighted_rows(gradients, slot_TK, (kept_TK * per_total_T1).contiguous()).split(
-            widths[2:], dim=-1
-        )
-        return TokenMixture(hidden_TF, down_TR, gate_TF, up_TF)
+        width = hidden_ENF.shape[-1]
+        values, gradients = table.split([width, 2 * width], dim=-1)
+        gamma_TK = weight_TK * per_total_T1
+        gradient_TG = _weighted_rows(gradients, slot_TK, kept_TK * per_total_T1)
+        return TokenMixture(_weighted_rows(values, slot_TK, gamma_TK), *gradient_TG.chunk(2, dim=-1))
 
 
 class UBSMoE(MoE):
@@ -121,4 +118,4 @@ class UBSMoE(MoE):
 
 def _weighted_rows(table: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """sum_k weight_TK * table[row_TK] without the [T, K, width] intermediate."""
-    return F.embedding_bag(row_TK, table.contiguous(), mode="sum", per_sample_weights=weight_TK)
+    return F.embedding_bag(row_TK, table.contiguous(), mode="sum", per_sample_weights=weight_TK.contiguous())

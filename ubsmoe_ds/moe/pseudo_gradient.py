@@ -23,13 +23,11 @@ LoraFactors = Mapping[str, tuple[Tensor, Tensor]]
 class TokenMixture(NamedTuple):
     """What the active experts of each token tell about it, mixed by gamma (their weights normalised to one).
 
-    hidden_TF: sum_j gamma_j h_j
-    down_TR: sum_j gamma_j A_down,j h_j
+    hidden_TF: hbar = sum_j gamma_j h_j
     gate_TF, up_TF: sum_j gamma_j dL/dg_j / w_j and the same for u, the gradient before the gate weight w_j
     """
 
     hidden_TF: Tensor
-    down_TR: Tensor
     gate_TF: Tensor
     up_TF: Tensor
 
@@ -46,9 +44,11 @@ def token_weighted(
 
     Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
     through the expert's own LoRA factors:
-        dB_down = s sum_x c delta tbar^T     dA_down = s B_down^T sum_x c delta hbar^T
+        dB_down = s sum_x c delta (A_down hbar)^T     dA_down = s B_down^T sum_x c delta hbar^T
         dB_gate = s sum_x c vbar (A_gate x)^T     dA_gate = s B_gate^T sum_x c vbar x^T     (up alike)
     Exact when all experts are equal; useless when their hidden units share no basis (experts trained from scratch).
+    The expert's own A_down matters: with the mixture sum_j gamma_j A_down,j h_j of the active experts in its place,
+    the cosine with the dense gradient on upcycled experts falls from 0.95 - 0.98 to 0.31 - 0.70.
 
     Args:
         x_TD, delta_TD: the layer's input and dL/dy.
@@ -63,11 +63,13 @@ def token_weighted(
     x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
     mix = TokenMixture(*(part.float() for part in mixture))
     c_TE1 = c_TE.unsqueeze(-1)
-    into_A_TER = c_TE1 * torch.einsum("td,edr->ter", delta_TD, lora["down"][1].float())
+    A_ERF, B_EDR = (factor.float() for factor in lora["down"])
+    into_A_TER = c_TE1 * torch.einsum("td,edr->ter", delta_TD, B_EDR)
+    from_A_TER = c_TE1 * torch.einsum("tf,erf->ter", mix.hidden_TF, A_ERF)
     grads = {
         "down": (
             scaling * torch.einsum("ter,tf->erf", into_A_TER, mix.hidden_TF),
-            scaling * torch.einsum("td,ter->edr", delta_TD, c_TE1 * mix.down_TR.unsqueeze(1)),
+            scaling * torch.einsum("td,ter->edr", delta_TD, from_A_TER),
         )
     }
     for name, v_TF in (("gate", mix.gate_TF), ("up", mix.up_TF)):
