@@ -85,3 +85,90 @@ def exchange(layouts: list[list[int]], units: list[list], num_experts: int, weig
 
     merged, _ = plan.merge(np.concatenate(held), merge)
     return {"merged": merged, "owned": np.array(owned[0])}
+
+
+def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:
+    """Clients of unequal layout get known weights and utilisation, and merge once; returns what each rank holds then.
+
+    The value of a parameter at client c is `federated_value(name, c, shape)`, cut to the rank's experts.
+    """
+    base = tiny.experiment(model_path, clients)
+    from ubsmoe_ds.world import join
+
+    world = join(base, "train.py", [])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from ubsmoe_ds.client import Client, start_deepspeed
+    from ubsmoe_ds.federation.build import client_layouts
+    from ubsmoe_ds.federation.exchange import Exchange
+    from ubsmoe_ds.federation.merge import fedavg
+    from ubsmoe_ds.federation.server import Server
+    from ubsmoe_ds.federation.units import UnitStore
+
+    start_deepspeed(on_accelerator=False, verbose=False)
+    found: dict[str, Any] = {}
+    for name, variant in variants.items():
+        exp = tiny.variant(base, variant)
+        config = exp.clients[world.client]
+        client = Client(exp, config, world.client_rank)
+        store = UnitStore(client.model, client.finisher.masters)
+        weights = [float(c.share) for c in exp.clients]
+        server = Server(store.units, fedavg, [w / sum(weights) for w in weights], 0.4, exp.dmr)
+        plan = Exchange(world.comm, client_layouts(exp), store.units, exp.num_experts)
+        for key, parameter in client.model.named_parameters():
+            if parameter.requires_grad:
+                client.finisher.masters.write(
+                    parameter, _local_value(key, world.client, parameter, config, world.client_rank)
+                )
+        utilisation = torch.from_numpy(federated_value("utilisation", world.client, (2, 8))).abs()
+        merged, _ = plan.merge(store.updates(utilisation).numpy(), server.merge_owned)
+        found[f"{name}/utilisation"] = store.apply(torch.from_numpy(merged)).numpy()
+        for key, parameter in client.model.named_parameters():
+            if parameter.requires_grad:
+                found[f"{name}/value/{key}"] = client.finisher.masters.read(parameter).numpy()
+                assert torch.allclose(parameter.detach().float(), client.finisher.masters.read(parameter), atol=0.02)
+        for key, value in store.full_state().items():
+            found[f"{name}/full/{key}"] = value.numpy()
+        client.engine.destroy()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Known weights: a draw that depends on the parameter's name and the client alone."""
+    return np.random.default_rng([client, *name.encode()]).normal(size=shape).astype(np.float32)
+
+
+def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, rank: int) -> torch.Tensor:
+    if ".experts." not in key:
+        return torch.from_numpy(federated_value(key, client, tuple(parameter.shape)))
+    whole = federated_value(key, client, (8, *parameter.shape[1:]))
+    first = rank % config.expert_parallel * len(parameter)
+    return torch.from_numpy(whole[first : first + len(parameter)])
+
+
+def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
+    """Losses of two rounds of three steps: kept, and with the state forgotten in between; moments after forgetting."""
+    base = tiny.experiment(model_path, [{"budget": 0.5}])
+    from ubsmoe_ds.world import join
+
+    join(base, "train.py", [])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from ubsmoe_ds.client import Client, start_deepspeed
+    from ubsmoe_ds.data.batches import steps
+
+    start_deepspeed(on_accelerator=False, verbose=False)
+    found: dict[str, Any] = {}
+    for name, kind in (("keep", "keep"), ("reset", "reset")):
+        exp = tiny.variant(base, {"deepspeed": {"zero": zero}})
+        exp = exp.model_copy(update={"train": exp.train.model_copy(update={"optimizer_state": kind})})
+        client = Client(exp, exp.clients[0], 0)
+        batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0, 0))
+        stats = [client.train(batches, 3) for _ in range(3)]
+        found[f"{name}/nll"] = np.array([s.nll for s in stats])
+        states = client.engine.basic_optimizer.state.values()
+        found[f"{name}/steps"] = np.array([float(state["step"]) for state in states])
+        client.reset_optimizer()
+        found[f"{name}/largest"] = np.array([float(v.abs().max()) for state in states for v in state.values()])
+        client.engine.destroy()
+    torch.distributed.destroy_process_group()
+    return found
