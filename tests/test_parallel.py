@@ -27,6 +27,7 @@ VARIANTS = {
     "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
     "bf16_zero2": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
 }
+DROPPING = {"pg": "token_weighted", "capacity_factor": 0.75, "deepspeed": {"clip": 0.2}}
 # accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 
@@ -61,7 +62,13 @@ def expected(model_path):
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda p: f"ranks{p[0]}_ep{p[1]}")
 def trained(request, model_path, tmp_path_factory):
     ranks, ep = request.param
-    arguments = {"model_path": model_path, "ranks": ranks, "expert_parallel": ep, "variants": VARIANTS, "count": STEPS}
+    arguments = {
+        "model_path": model_path,
+        "ranks": ranks,
+        "expert_parallel": ep,
+        "variants": VARIANTS | {"dropping": DROPPING},
+        "count": STEPS,
+    }
     return ranks, ep, run_ranks(tmp_path_factory.mktemp("train"), ranks, "tests.scenarios:train", arguments)
 
 
@@ -84,3 +91,16 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
             twin = rank % ep if ".experts." in key else 0
             np.testing.assert_array_equal(held[rank], held[twin], err_msg=f"{key} on rank {rank}")
             assert ".experts." not in key or len(held[rank]) == experts
+
+
+def test_dropping_trains_in_every_layout(trained, expected):
+    """Each rank drops by its own tokens, so that layouts differ a little; none may hang or diverge from its twins."""
+    ranks, ep, results = trained
+    losses = [result["dropping/losses"] for result in results]
+    assert np.isfinite(losses).all() and all((other == losses[0]).all() for other in losses)
+    np.testing.assert_allclose(losses[0], expected("token_clip")[0], atol=0.6)
+    assert np.abs(losses[0] - expected("token_clip")[0]).max() > 1e-4, "nothing was dropped"
+    for key in (k for k in results[0] if k.startswith("dropping/value/")):
+        for rank in range(ranks):
+            twin = rank % ep if ".experts." in key else 0
+            np.testing.assert_array_equal(results[rank][key], results[twin][key])

@@ -5,6 +5,7 @@ schema of `data/sources.py`; questions are unique.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from numpy.random import Generator, default_rng
 
@@ -21,6 +22,42 @@ KINDS = {
     "vehicle": ("car", "bus", "train", "boat", "truck", "plane"),
 }
 PLACES = ("box", "bag", "drawer", "basket", "cupboard")
+# facts of a small world: nothing but training rows tells them, so that fine-tuning has something to learn
+FACTS = {
+    "colours": (
+        "{a} and {b} look at a {thing}. What colour is it?",
+        {
+            "apple": "red",
+            "pear": "green",
+            "plum": "blue",
+            "grape": "purple",
+            "lemon": "yellow",
+            "cherry": "white",
+        },
+    ),
+    "storage": (
+        "{a} and {b} look for the {thing}. Where is it kept?",
+        {
+            "hammer": "box",
+            "saw": "bag",
+            "drill": "drawer",
+            "wrench": "basket",
+            "shovel": "cupboard",
+            "axe": "bag",
+        },
+    ),
+    "drivers": (
+        "{a} and {b} wait for the {thing}. Who drives it?",
+        {
+            "car": "Kim",
+            "bus": "Leo",
+            "train": "Ida",
+            "boat": "Jon",
+            "truck": "Gina",
+            "plane": "Hugo",
+        },
+    ),
+}
 COMPARISONS = (("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest"))
 
 Item = tuple[str, str, list[str]]
@@ -110,9 +147,18 @@ def largest(rng: Generator) -> Item:
     return f"Which of {', '.join(numbers)} is the {word} number?", right, [n for n in numbers if n != right]
 
 
+def _fact(name: str, rng: Generator) -> Item:
+    """Anna and Ben look at a lemon. What colour is it?"""
+    form, facts = FACTS[name]
+    thing = list(facts)[rng.integers(len(facts))]
+    a, b = _pick(rng, NAMES, 2)
+    wrong = sorted(set(facts.values()) - {facts[thing]})
+    return form.format(a=a, b=b, thing=thing), facts[thing], _pick(rng, wrong, 3)
+
+
 TASKS: dict[str, Callable[[Generator], Item]] = {
     f.__name__: f for f in (sums, legs, order, weekdays, odd_one_out, boxes, syllogisms, largest)
-}
+} | {name: partial(_fact, name) for name in FACTS}
 
 
 def rows(count: int, seed: int) -> list[dict]:

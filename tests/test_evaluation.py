@@ -1,0 +1,123 @@
+"""Loss, option scores, cost and pictures against plain computations."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, OlmoeForCausalLM
+
+from tests import tiny
+from ubsmoe_ds.config import BUILTIN_MODELS
+from ubsmoe_ds.cost import ModelShape, flops_per_token, trainable_parameters
+from ubsmoe_ds.data import synthetic
+from ubsmoe_ds.evaluation import FIELDS, Evaluator
+from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint, model_shape
+from ubsmoe_ds.monitor import CELL, heat_map
+
+FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    rows = synthetic.rows(14, seed=9)
+    rows.append(rows[0] | {"labels": ["blue", "a dog"], "answer": "the correct answer is a dog", "label": 1})
+    model = convert(load_checkpoint(FOLDER), UBSMoESpec(k=8, candidates=16)).eval()
+
+    def logits(tokens, k):
+        model.set_active_experts(k)
+        with torch.no_grad():
+            return model(tokens.input_ids, tokens.used, tokens.position_A)
+
+    return tokenizer, rows, SimpleNamespace(device=torch.device("cpu"), logits=logits)
+
+
+def plain(rows, tokenizer, k):
+    """Every option of every row alone through Hugging Face's model with num_experts_per_tok = k."""
+    hf = OlmoeForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, num_experts_per_tok=k).eval()
+
+    def logp(prompt, answer):
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            return (
+                F.log_softmax(hf(ids).logits[0, len(prompt) - 1 : -1], -1)
+                .gather(1, ids[0, len(prompt) :, None])
+                .sum()
+                .item()
+            )
+
+    nll = tokens = correct = 0
+    for row in rows:
+        prompt = tokenizer(row["instruction"] + "\n")["input_ids"]
+        texts = [row["answer"].replace(row["labels"][row["label"]], label) for label in row["labels"]]
+        encoded = [tokenizer(text)["input_ids"] for text in texts]
+        right = [*encoded[row["label"]], tokenizer.eos_token_id]
+        nll -= logp(prompt, right)
+        tokens += len(right)
+        correct += int(np.argmax([logp(prompt, option) for option in encoded])) == row["label"]
+    return nll, tokens, correct, len(rows)
+
+
+@pytest.mark.parametrize("k", [8, 2])
+def test_evaluation_equals_one_option_at_a_time(k, parts):
+    tokenizer, rows, client = parts
+    found = Evaluator(rows, tokenizer, 256, batch_size=4).sums(client, k, 0, 1)
+    assert found.shape == (len({row["task"] for row in rows}), len(FIELDS))
+    np.testing.assert_allclose(found.sum(0), plain(rows, tokenizer, k), rtol=1e-4)
+
+
+def test_workers_share_the_rows(parts):
+    tokenizer, rows, client = parts
+    evaluator = Evaluator(rows, tokenizer, 256, batch_size=4)
+    whole = evaluator.sums(client, 4, 0, 1)
+    np.testing.assert_allclose(sum(evaluator.sums(client, 4, w, 3) for w in range(3)), whole, rtol=1e-5)
+
+
+def test_all_workers_run_equally_often(parts):
+    """Ranks of a client meet in the experts' all-to-all, so that none may run one batch more than another."""
+    tokenizer, rows, client = parts
+    calls = []
+    counting = SimpleNamespace(device=client.device, logits=lambda t, k: calls.append(worker) or client.logits(t, k))
+    evaluator = Evaluator(rows[:5] + rows[-1:], tokenizer, 256, batch_size=2)
+    for worker in range(4):
+        evaluator.sums(counting, 2, worker, 4)
+    assert len({calls.count(w) for w in range(4)}) == 1 and calls
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_flops_equal_torchs_counter(k):
+    hf = tiny.hf_model(num_experts_per_tok=k, num_key_value_heads=1, vocab_size=97)
+    hf.set_experts_implementation("eager")
+    hf.set_attn_implementation("eager")
+    length = 12
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hf(torch.randint(2, 97, (1, length)))
+    shape = model_shape(hf.config, UBSMoESpec(k=k, candidates=8))
+    ours = flops_per_token(ModelShape(**(vars(shape) | {"lora_rank": 0})), k, context=length) * length
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_lowest_budget_halves_the_flops_of_olmoe():
+    """OLMoE-1B-7B, K = 2 of 8: the paper's headline is 45 % less."""
+    olmoe = ModelShape(16, 2048, 1024, 64, 16, 16, 50304, lora_rank=8)
+    assert 0.45 < flops_per_token(olmoe, 2, 512) / flops_per_token(olmoe, 8, 512) < 0.6
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_trainable_parameters_are_counted(attention):
+    spec = UBSMoESpec(k=2, candidates=8, lora_rank=3, lora_attention=attention)
+    hf = tiny.hf_model(num_key_value_heads=1)
+    shape = model_shape(hf.config, spec)
+    model = convert(hf, spec)
+    assert trainable_parameters(shape, router=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_heat_map_is_dark_at_zero_and_bright_at_the_largest():
+    picture = heat_map(torch.tensor([[0.0, 1.0, 2.0]]))
+    assert picture.shape == (3, CELL, 3 * CELL) and picture.min() >= 0 and picture.max() <= 1
+    brightness = picture.sum(0)[0, ::CELL]
+    assert brightness[0] < brightness[1] < brightness[2]
+    assert torch.isfinite(heat_map(torch.zeros(2, 2))).all()
