@@ -30,13 +30,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
     parser.add_argument("-v", "--verbose", action="store_true", help="let DeepSpeed print, and show tracebacks")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
     """Validate, then become an MPI world or take a place in it."""
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    first = relaunch.is_first(os.environ)
+    if not relaunch.inside_mpi(os.environ) and not first:
+        return 0  # another local process of the deepspeed launcher: the first one starts the MPI world
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
     options = parse(arguments)
     try:
         exp = load_experiment(options.config, options.overrides)
@@ -44,7 +46,7 @@ def main() -> int:
             check_files(exp)
             relaunch.relaunch(sys.argv[0], arguments, exp.world_size)
     except UserError as error:
-        return report(error)
+        return report(error) if first else EXIT_USER_ERROR
     return run_rank(exp, arguments, options.verbose)
 
 

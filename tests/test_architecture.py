@@ -34,6 +34,7 @@ LAYERS = [
     "client",
     "evaluation",
     "monitor",
+    "federation.metrics",
     "federation.rounds",
     "federation.build",
     "run",

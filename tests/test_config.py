@@ -71,6 +71,13 @@ WRONG = {
         "ranks 3, not a multiple of its expert_parallel 2",
     ),
     "zero 3": (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization: stage 3 is not one of 0, 1, 2"),
+    "typo in the json": (["deepspeed.gradient_cliping=1.0"], "deepspeed.gradient_cliping: unknown key"),
+    "no optimiser": (["deepspeed.optimizer={}"], "deepspeed.optimizer: type None must name an optimiser"),
+    "offload": (
+        ["deepspeed.zero_optimization={stage: 1, offload_optimizer: {device: cpu}}"],
+        "offload_optimizer is not supp",
+    ),
+    "another json": (["deepspeed=none.json"], "none.json: cannot be read"),
     "fp16": (["deepspeed.fp16.enabled=true"], "deepspeed.fp16: enabled true is not supported"),
     "k_max above experts": (["model.k_max=17"], "model.k_max: 17 exceeds the model's 16 experts"),
     "candidates below k_max": (
@@ -122,6 +129,12 @@ def test_files_that_are_no_experiments(tmp_path):
 def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="model_type 'llama'; supported: 'olmoe'"):
+        load(f"model.path={tmp_path}")
+
+
+def test_models_without_experts_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    with pytest.raises(UserError, match="num_experts is None, not a number"):
         load(f"model.path={tmp_path}")
 
 

@@ -98,6 +98,7 @@ BAD_LINES = {
     "wrong type": (json.dumps(GOOD | {"question": 3}), "field 'question' is 3, must be a text"),
     "empty choices": (json.dumps(GOOD | {"choices": []}), "field 'choices' is [], must be a list of texts"),
     "unequal lists": (json.dumps(GOOD | {"labels": ["a", "b", "c"]}), "has 2 choices but 3 labels"),
+    "repeated labels": (json.dumps(GOOD | {"labels": ["b", "b"]}), "must not repeat a label"),
     "label out of range": (json.dumps(GOOD | {"label": 2}), "field 'label' is 2, must be 0 to 1"),
     "boolean label": (json.dumps(GOOD | {"label": True}), "field 'label' is True"),
     "answer without label": (json.dumps(GOOD | {"answer": "the correct answer is c"}), "must contain 'b'"),
@@ -128,22 +129,24 @@ def test_hub_rows_are_checked_and_a_missing_hub_is_said(monkeypatch):
     import datasets
 
     found = {
-        "a/train": [GOOD | {"question": f"Q{i}?"} for i in range(3)],
-        "a/dev": [GOOD],
-        "a/bad": [GOOD | {"label": 5}],
+        "a/rows@train": [GOOD | {"question": f"Q{i}?"} for i in range(3)],
+        "a/rows@test": [GOOD],
+        "a/rows@bad": [GOOD | {"label": 5}],
     }
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(found[name]))
-    train, held_out = load_rows(DataConfig(source="hub:a/train", eval_source="hub:a/dev"), 0)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(found[f"{name}@{split}"])
+    )
+    train, held_out = load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows"), 0)
     assert len(train) == 3 and held_out == [GOOD]
-    with pytest.raises(UserError, match="hub:a/bad, row 1: field 'label' is 5"):
-        load_rows(DataConfig(source="hub:a/bad"), 0)
+    with pytest.raises(UserError, match="hub:a/rows@bad, row 1: field 'label' is 5"):
+        load_rows(DataConfig(source="hub:a/rows@bad"), 0)
 
     def offline(name, split):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="data: hub:a/train cannot be loaded: no route to the hub"):
-        load_rows(DataConfig(source="hub:a/train"), 0)
+    with pytest.raises(UserError, match="data: hub:a/rows@train cannot be loaded: no route to the hub"):
+        load_rows(DataConfig(source="hub:a/rows"), 0)
 
 
 def clients(*shares):

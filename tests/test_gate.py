@@ -97,7 +97,9 @@ def test_min_capacity_and_no_dropping_in_evaluation():
     gate.eval()
     _, capacity, _, index, _, _, _ = gate(x)
     assert int(capacity) == 5 and (index >= 0).all()
-    assert int(gate.tokens) == 5, "evaluation must not count as utilisation"
+    assert int(gate.tokens) == 10 and int(gate.dropped) == 2
+    gate.reset_counts()
+    assert int(gate.tokens) == int(gate.dropped) == int(gate.routed_E.sum()) == 0
 
 
 def test_load_balancing_loss_is_deepspeeds():

@@ -1,6 +1,8 @@
 """Pseudo-gradients: estimators by hand and against loops, and what they are worth on upcycled experts."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -156,3 +158,19 @@ def test_evaluation_and_frozen_passes_collect_nothing():
         model(ids, torch.ones_like(ids, dtype=torch.bool))
     model.eval()(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
     assert collector._sums == [{}, {}]
+
+
+@pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted"])
+def test_a_steps_graph_is_freed(estimator):
+    """The hook that reports a layer's gradients hangs on the graph it reads: it must not keep it alive."""
+    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    collector = PseudoGradientCollector(model.layers, estimator, 1.0)
+    ids = torch.randint(2, tiny.VOCAB, (2, 6))
+    seen = []
+    for _ in range(4):
+        collector.begin_step()
+        model(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
+        collector.discard()
+        seen.append(weakref.ref(model.layers[0].gate.routing.p_TE))
+    gc.collect()
+    assert [reference() is not None for reference in seen] == [False, False, False, True]  # the gate keeps its last

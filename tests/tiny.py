@@ -83,6 +83,7 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
     raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none")}
     raw["router"] = {"aux_loss": changes.get("aux", 0.0)}
     raw["lora"]["attention"] = changes.get("attention", False)
+    raw["dmr"]["candidates"] = changes.get("candidates")
     for client in raw["clients"]:
         client["capacity_factor"] = changes.get("capacity_factor")
     return Experiment.model_validate(raw)

@@ -6,6 +6,7 @@ Shapes: L layers, E experts, A answer positions, V vocabulary.
 import contextlib
 import io
 import logging
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -39,7 +40,6 @@ class LocalStats(NamedTuple):
     real_norm: float
     pseudo_norm: float
     steps: float
-    seconds: float
 
 
 def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
@@ -62,7 +62,7 @@ def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSM
 
 def engine_config(exp: Experiment) -> dict[str, Any]:
     """The DeepSpeed JSON as DeepSpeed gets it: progress lines off, and clipping off where it would be wrong."""
-    config = exp.deepspeed.model_dump()
+    config = exp.deepspeed.model_dump(exclude_none=True)
     config.setdefault("steps_per_print", 2**31)
     if exp.deepspeed.zero_stage == 0:
         config["gradient_clipping"] = 0.0  # see GradientFinisher
@@ -110,13 +110,11 @@ class Client:
 
     def train(self, batches: Iterator[StepBatch], count: int) -> LocalStats:
         """Take `count` optimiser steps; the sums stay on the device until the end."""
-        start = time.perf_counter()
         if self.exp.train.optimizer_state == "reset":
             self.reset_optimizer()
         self.engine.train()
         self.model.set_active_experts(self.k)
-        for layer in self.model.layers:
-            layer.gate.reset_counts()
+        self.reset_counts()
         sums = torch.zeros(5, device=self.device)  # nll, answer tokens, used tokens, real norm, pseudo norm
         for _ in range(count):
             batch = next(batches)
@@ -128,8 +126,7 @@ class Client:
         nll_sum, answer_sum, used_sum, real_sum, pseudo_sum = sums.tolist()
         dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
         routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
-        seconds = time.perf_counter() - start
-        return LocalStats(nll_sum, answer_sum, used_sum, dropped, routed, real_sum, pseudo_sum, count, seconds)
+        return LocalStats(nll_sum, answer_sum, used_sum, dropped, routed, real_sum, pseudo_sum, count)
 
     def step(self, batch: StepBatch) -> Tensor:
         """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""
@@ -157,11 +154,19 @@ class Client:
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
         return loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss), nll.detach()
 
+    def reset_counts(self) -> None:
+        """Start counting routed tokens anew."""
+        for layer in self.model.layers:
+            layer.gate.reset_counts()
+
+    def routed_counts(self) -> Tensor:
+        """Tokens that this rank routed to each expert, and its tokens in the last column, [L, E + 1] int64, CPU."""
+        gates = [layer.gate for layer in self.model.layers]
+        return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
+
     def utilisation(self) -> Tensor:
         """a_c / n_c: tokens routed to each expert per token, over all ranks of the client, [L, E] fp32 on the CPU."""
-        counts = torch.stack(
-            [torch.cat([layer.gate.routed_E, layer.gate.tokens.reshape(1)]) for layer in self.model.layers]
-        )
+        counts = self.routed_counts().to(self.device)
         dist.all_reduce(counts)
         return (counts[:, :-1] / counts[:, -1:].clamp_min(1)).float().cpu()
 
@@ -205,6 +210,8 @@ def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
     """Initialise this client's torch world."""
     # on the CPU DeepSpeed would compile this at start (40-85 s, a compiler); a killed build hangs all later runs
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_accelerator:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     with _deepspeed_output(verbose):
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo"

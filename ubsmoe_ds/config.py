@@ -125,10 +125,8 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 16  # rows a rank takes at a time
 
 
-class DeepSpeedConfig(BaseModel):
-    """The keys of the DeepSpeed JSON that this program relies on; all others go to DeepSpeed as they are."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+class DeepSpeedConfig(Section):
+    """The DeepSpeed JSON: the keys this program relies on, and those it passes on as they are (None: not given)."""
 
     train_batch_size: PositiveInt  # rows a client takes in one optimiser step, over all its ranks
     gradient_accumulation_steps: PositiveInt = 1
@@ -137,6 +135,25 @@ class DeepSpeedConfig(BaseModel):
     zero_optimization: dict[str, Any] = {}
     bf16: dict[str, Any] = {}
     fp16: dict[str, Any] = {}
+    scheduler: dict[str, Any] | None = None
+    data_types: dict[str, Any] | None = None
+    communication_data_type: str | None = None
+    prescale_gradients: bool | None = None
+    gradient_predivide_factor: float | None = None
+    zero_allow_untested_optimizer: bool | None = None
+    steps_per_print: PositiveInt | None = None
+    wall_clock_breakdown: bool | None = None
+    memory_breakdown: bool | None = None
+    dump_state: bool | None = None
+    flops_profiler: dict[str, Any] | None = None
+    comms_logger: dict[str, Any] | None = None
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("type"), str):
+            raise ValueError(f"type {value.get('type')!r} must name an optimiser, such as AdamW")
+        return value
 
     @field_validator("zero_optimization")
     @classmethod
@@ -146,6 +163,8 @@ class DeepSpeedConfig(BaseModel):
             raise ValueError(
                 f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further"
             )
+        if value.get("offload_optimizer", {}).get("device", "none") != "none" or value.get("cpu_offload"):
+            raise ValueError("offload_optimizer is not supported (adapters are small); remove it")
         return value
 
     @field_validator("fp16")
@@ -245,17 +264,17 @@ def _problems(exp: Experiment) -> list[str]:
             f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
             f"{exp.num_experts} experts of the model"
         )
-    micro_rows = exp.deepspeed.gradient_accumulation_steps
+    micro_batches = exp.deepspeed.gradient_accumulation_steps
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
             found.append(
                 f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
                 f"experts (client {client.name!r})"
             )
-        if exp.deepspeed.train_batch_size % (client.ranks * micro_rows):
+        if exp.deepspeed.train_batch_size % (client.ranks * micro_batches):
             found.append(
                 f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks "
-                f"{client.ranks} x gradient_accumulation_steps {micro_rows} of client {client.name!r}"
+                f"{client.ranks} x gradient_accumulation_steps {micro_batches} of client {client.name!r}"
             )
     return found
 

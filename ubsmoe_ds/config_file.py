@@ -24,10 +24,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     path = Path(path)
     raw = _read_mapping(path, "YAML")
+    whole_file = [text for text in overrides if text.startswith("deepspeed=")]  # before its keys are overridden
+    for text in whole_file:
+        _override(raw, text)
     if isinstance(raw.get("deepspeed"), str):
         raw["deepspeed"] = _read_mapping(path.parent / raw["deepspeed"], "JSON")
     for text in overrides:
-        _override(raw, text)
+        if text not in whole_file:
+            _override(raw, text)
     for derived in ("num_experts", "k_max"):
         if derived in raw:
             raise UserError(f"{derived}: is read from the model's folder and cannot be set; use model.k_max")
@@ -38,6 +42,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
     if facts.get("model_type") != "olmoe":
         raise UserError(f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: 'olmoe'")
+    for name in ("num_experts", "num_experts_per_tok"):
+        if not isinstance(facts.get(name), int):
+            raise UserError(f"model.path: in {model.path!r}, config.json's {name} is {facts.get(name)!r}, not a number")
     raw["num_experts"] = facts["num_experts"]
     raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
     try:

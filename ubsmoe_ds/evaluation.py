@@ -34,6 +34,7 @@ class Evaluator:
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int) -> None:
         self.rows, self.batch_size, self.pad = rows, batch_size, tokenizer.pad_token_id
         self.candidates = candidates(rows, tokenizer, max_length)
+        self.cut = sum(options[0].cut for options in self.candidates)  # rows whose prompt lost its beginning
         self.tasks = sorted({row["task"] for row in rows})
         # long rows together: less padding
         self._order = sorted(range(len(rows)), key=lambda n: len(self.candidates[n][0].prompt))

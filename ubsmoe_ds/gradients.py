@@ -119,7 +119,7 @@ class GradientFinisher:
                 master, start, offset, numel = fragment
                 assert master.grad is not None
                 piece = gradient.reshape(-1)[offset : offset + numel] * factor
-                master.grad.view(-1)[start : start + numel].add_(piece.to(master.grad.dtype))
+                master.grad.view(-1)[start : start + numel].add_(piece.to(master.grad))
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, gradient at its master); without ZeRO a master is whole."""

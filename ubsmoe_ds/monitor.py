@@ -57,10 +57,8 @@ class Monitor:
         """
         self._record.write(json.dumps({"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}) + "\n")
         self._record.flush()
-        for name, value in metrics.items():
+        for name, value in (*metrics.items(), *seconds.items()):
             self._writer.add_scalar(name, value, number)
-        for name, value in seconds.items():
-            self._writer.add_scalar(name if "/" in name else f"seconds/{name}", value, number)
         if utilisation_LE is not None:
             self._writer.add_image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
         self._writer.flush()
@@ -97,17 +95,14 @@ class Monitor:
             else "not evaluated"
         )
         if number == 0:
+            self._start = time.perf_counter()  # set-up does not count towards the ETA
             return f"before       {state}"
         elapsed = time.perf_counter() - self._start
         left = elapsed / number * (self.exp.train.rounds - number)
         return (
             f"round {number:3d}/{self.exp.train.rounds}  {state}  train loss {metrics['train/loss']:.4f}  "
-            f"{metrics['exchange/megabytes']:.1f} MB  {seconds['round']:.1f} s  ETA {_clock(left)}"
+            f"{metrics['exchange/megabytes']:.1f} MB  {seconds['seconds/round']:.1f} s  ETA {_clock(left)}"
         )
-
-    def restart_clock(self) -> None:
-        """Rounds begin now; set-up does not count towards the ETA."""
-        self._start = time.perf_counter()
 
 
 def heat_map(value_LE: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def inside_mpi(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in MPI_RANK_VARIABLES)
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for its job before there is a world: the first MPI rank, or the first local one."""
+    names = MPI_RANK_VARIABLES if inside_mpi(environment) else ("LOCAL_RANK",)
+    return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
 def mpi_command(
     script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python"
 ) -> list[str]:
@@ -42,13 +48,11 @@ def mpi_command(
 
 
 def relaunch(script: str, arguments: Sequence[str], ranks: int) -> NoReturn:
-    """Become mpiexec (local rank 0) or leave with code 0 (any other local rank of the deepspeed launcher).
+    """Become mpiexec; local ranks other than the first have left before.
 
     Raises:
         UserError: if there is no mpiexec.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        sys.exit(0)
     beside_python = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
     if mpiexec is None:

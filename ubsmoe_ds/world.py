@@ -7,6 +7,7 @@ imported: if one is missing, DeepSpeed takes all of COMM_WORLD.
 """
 
 import os
+import shlex
 import socket
 import time
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
     comm = MPI.COMM_WORLD
     if comm.size != exp.world_size:
         need = " + ".join(f"{client.ranks} ({client.name})" for client in exp.clients)
-        command = " ".join(mpi_command(script, arguments, exp.world_size))
+        command = shlex.join(mpi_command(script, arguments, exp.world_size))
         raise UserError(
             f"world: {comm.size} MPI ranks were started, the clients need {need} = {exp.world_size}; run: {command}"
         )
@@ -117,7 +118,7 @@ def check_devices(exp: Experiment, world: World, devices: int) -> None:
         devices: accelerators on this host; 0 means that the job runs on the CPU, where sharing is always fine.
 
     Raises:
-        UserError: with the arithmetic.
+        UserError: with the arithmetic; also if two ranks of one client would share a device, which NCCL cannot.
     """
     if devices == 0:
         return
@@ -125,8 +126,14 @@ def check_devices(exp: Experiment, world: World, devices: int) -> None:
     if on_host > devices and not exp.oversubscribe:
         raise UserError(
             f"clients: {on_host} ranks on this host, {devices} accelerators: {on_host - devices} too few; "
-            "lower the ranks, use more hosts, or set oversubscribe=true (then only clients of one rank each)"
+            "lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
         )
+    for client in exp.clients:
+        if client.ranks > devices and on_host > devices:
+            raise UserError(
+                f"clients: {client.name!r} has {client.ranks} ranks for {devices} accelerators; ranks of one client "
+                f"cannot share a device: give it at most {devices}, or set accelerator=cpu"
+            )
     os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
 
 

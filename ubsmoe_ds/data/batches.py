@@ -150,6 +150,7 @@ class Candidate(NamedTuple):
     last: list[int]
     options: list[int]
     end: list[int]
+    cut: bool  # the prompt lost its beginning
 
     def example(self) -> Example:
         """The tokens to run: through the first of `last`, and the end if there is one."""
@@ -176,5 +177,6 @@ def _row_candidates(number: int, row: Row, prompt: list[int], tokenizer: Any, ma
     for shared, options in groups.items():
         end = [tokenizer.eos_token_id] if options[0] == row["label"] else []
         room = max(1, max_length - len(shared) - 1 - len(end))
-        found.append(Candidate(number, prompt[-room:], list(shared), [encoded[o][-1] for o in options], options, end))
+        last = [encoded[option][-1] for option in options]
+        found.append(Candidate(number, prompt[-room:], list(shared), last, options, end, cut=len(prompt) > room))
     return found

@@ -8,7 +8,6 @@ Nothing here imports torch, so that a bad row is found before any process is sta
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,12 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
     is_synthetic = config.source == "synthetic"
-    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else _read(config.source)
+    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else _read(config.source, split="train")
     if config.eval_source is None:
         held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
         train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
     else:
-        held_out = _read(config.eval_source)
+        held_out = _read(config.eval_source, split="test")
         asked = {row["question"] for row in held_out}
         train = [row for row in rows if row["question"] not in asked]
     train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
@@ -73,21 +72,21 @@ def read_jsonl(path: Path) -> list[Row]:
     return found
 
 
-def _read(source: str) -> list[Row]:
+def _read(source: str, split: str) -> list[Row]:
+    """Rows of `jsonl:PATH`, `hub:NAME` (its `split`) or `hub:NAME@SPLIT`."""
     kind, _, name = source.partition(":")
     if kind == "jsonl":
         return read_jsonl(Path(name))
     from datasets import load_dataset  # the hub is reached only when the config asks for it
 
+    name, _, named_split = name.partition("@")
+    split = named_split or split
     try:
-        dataset = load_dataset(name, split="train")
+        dataset = load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data: hub:{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-    return [_checked_row(row, f"hub:{name}, row {number}") for number, row in enumerate(_as_rows(dataset), start=1)]
-
-
-def _as_rows(dataset: Iterable[Any]) -> Iterable[Row]:
-    return (dict(row) for row in dataset)
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"data: hub:{name}@{split} cannot be loaded: {message}") from error
+    return [_checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
 
 
 def _checked(line: bytes, where: str) -> Row:
@@ -114,6 +113,8 @@ def _checked_row(row: Any, where: str) -> Row:
             raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a list of texts")
     if len(row["choices"]) != len(row["labels"]):
         raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")
+    if len(set(row["labels"])) != len(row["labels"]):
+        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must not repeat a label")
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(row["labels"]):
         raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")

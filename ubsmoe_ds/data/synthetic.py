@@ -23,7 +23,7 @@ KINDS = {
 }
 PLACES = ("box", "bag", "drawer", "basket", "cupboard")
 # facts of a small world: nothing but training rows tells them, so that fine-tuning has something to learn
-FACTS = {
+FACTS: dict[str, tuple[str, dict[str, str]]] = {
     "colours": (
         "{a} and {b} look at a {thing}. What colour is it?",
         {
@@ -156,9 +156,18 @@ def _fact(name: str, rng: Generator) -> Item:
     return form.format(a=a, b=b, thing=thing), facts[thing], _pick(rng, wrong, 3)
 
 
-TASKS: dict[str, Callable[[Generator], Item]] = {
-    f.__name__: f for f in (sums, legs, order, weekdays, odd_one_out, boxes, syllogisms, largest)
-} | {name: partial(_fact, name) for name in FACTS}
+REASONING: tuple[Callable[[Generator], Item], ...] = (
+    sums,
+    legs,
+    order,
+    weekdays,
+    odd_one_out,
+    boxes,
+    syllogisms,
+    largest,
+)
+TASKS: dict[str, Callable[[Generator], Item]] = {function.__name__: function for function in REASONING}
+TASKS |= {name: partial(_fact, name) for name in FACTS}
 
 
 def rows(count: int, seed: int) -> list[dict]:

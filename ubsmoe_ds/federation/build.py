@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ubsmoe_ds.client import Client, start_deepspeed
 from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.cost import trainable_parameters
 from ubsmoe_ds.data.batches import encode, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
@@ -18,6 +20,7 @@ from ubsmoe_ds.federation.modulation import target_utilisation
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.models.olmoe import model_shape
 from ubsmoe_ds.run_folder import check_run_folder
 from ubsmoe_ds.world import World
 
@@ -31,7 +34,8 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     Raises:
         UserError: for bad rows, a client without rows, a broken model folder or a run folder in use.
     """
-    check_run_folder(exp)
+    if world.rank == 0:
+        check_run_folder(exp)
     if not verbose:
         transformers_logging.disable_progress_bar()
     train_rows, eval_rows = load_rows(exp.data, exp.seed)
@@ -44,6 +48,16 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     store = UnitStore(client.model, client.finisher.masters)
     weights = [len(share) / len(train_rows) for share in shares]
     active = [exp.active_experts(c) for c in exp.clients]
+    evaluator = Evaluator(eval_rows, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    monitor = _open_monitor(exp) if world.rank == 0 else None
+    cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
+    if monitor is not None:
+        monitor.say(_headline(exp, client))
+        if cut_prompts or evaluator.cut:
+            monitor.say(
+                f"note: {cut_prompts:.0f} of {len(train_rows)} training and {evaluator.cut} of {len(eval_rows)} "
+                f"evaluation prompts lose their beginning to data.max_length={exp.data.max_length}"
+            )
     return Federation(
         exp=exp,
         world=world,
@@ -51,7 +65,7 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
         store=store,
         exchange=Exchange(world.comm, client_layouts(exp), store.units, exp.num_experts),
         server=Server(store.units, fedavg, weights, target_utilisation(weights, active, exp.num_experts), exp.dmr),
-        evaluator=Evaluator(eval_rows, tokenizer, exp.data.max_length, exp.evaluation.batch_size),
+        evaluator=evaluator,
         batches=steps(
             examples,
             batch_size=exp.deepspeed.train_batch_size,
@@ -61,8 +75,7 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
             pad=tokenizer.pad_token_id,
             seed=(exp.seed, world.client),
         ),
-        rows_cut=cut,
-        monitor=_open_monitor(exp) if world.rank == 0 else None,
+        monitor=monitor,
     )
 
 
@@ -71,6 +84,16 @@ def _open_monitor(exp: Experiment) -> "Monitor":
     from ubsmoe_ds.monitor import Monitor
 
     return Monitor(exp)
+
+
+def _headline(exp: Experiment, client: Client) -> str:
+    """What is about to run, in one line."""
+    ks = " ".join(str(exp.active_experts(c)) for c in exp.clients)
+    adapter = trainable_parameters(model_shape(client.hf_config, client.spec), exp.router.trainable)
+    return (
+        f"{exp.name}: {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), K {ks} of "
+        f"{exp.num_experts} experts, adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
+    )
 
 
 def client_layouts(exp: Experiment) -> list[ClientLayout]:

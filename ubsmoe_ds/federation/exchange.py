@@ -12,6 +12,7 @@ Shapes: C clients, N elements of the units of one owner.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -47,8 +48,11 @@ class ClientLayout:
 MergeOwned = Callable[[range, np.ndarray], np.ndarray]  # (positions of the owned units, update_CN) -> merged_N
 
 
-class Seconds(tuple[float, float]):
-    """(moving data, merging) of one exchange on this rank."""
+class Seconds(NamedTuple):
+    """Of one exchange on this rank."""
+
+    moving: float
+    merging: float
 
 
 Run = tuple[int, int, int]  # source start, destination start, length
@@ -87,7 +91,8 @@ class Exchange:
         # back to all holders, in unit order, which is the order of the held buffer
         self._reply, self._down_send = self._plan_reply(holders, sizes)
         self._down_receive = np.bincount(owner[mine], sizes[mine], comm.size).astype(np.int64)
-        self.bytes_sent = 4 * int(self._up_send.sum() + self._down_send.sum())
+        sent_elements = self._up_send + self._down_send
+        self.bytes_sent = 4 * int(sent_elements.sum() - sent_elements[comm.rank])  # to other ranks, in one exchange
 
     def merge(self, held: np.ndarray, merge_owned: MergeOwned) -> tuple[np.ndarray, Seconds]:
         """Exchange and merge one round's updates (a collective over the job).
@@ -112,7 +117,7 @@ class Exchange:
             raise ValueError(f"the merge must return {self._stack_shape[1]} elements, got shape {merged.shape}")
         reply = _copy(merged, self._reply, int(self._down_send.sum()))
         result = self._alltoallv(reply, self._down_send, self._down_receive)
-        return result, Seconds((moved - start + time.perf_counter() - done, done - moved))
+        return result, Seconds(moved - start + time.perf_counter() - done, done - moved)
 
     def _alltoallv(self, send: np.ndarray, send_counts: np.ndarray, receive_counts: np.ndarray) -> np.ndarray:
         received = np.empty(int(receive_counts.sum()), dtype=np.float32)

@@ -4,7 +4,7 @@ Shapes: C clients, L layers, E experts.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from ubsmoe_ds.client import Client, LocalStats
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import flops_per_token
 from ubsmoe_ds.data.batches import StepBatch
-from ubsmoe_ds.evaluation import Evaluator
+from ubsmoe_ds.evaluation import FIELDS, Evaluator
 from ubsmoe_ds.federation.exchange import Exchange
+from ubsmoe_ds.federation.metrics import RoundSeconds, evaluation_scalars, seconds_scalars, training_scalars
 from ubsmoe_ds.federation.modulation import coefficient_of_variation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
@@ -42,87 +43,77 @@ class Federation:
     server: Server
     evaluator: Evaluator
     batches: Iterator[StepBatch]
-    rows_cut: int  # of this client: prompts that lost their beginning to data.max_length
     monitor: "Monitor | None"
 
     def run(self) -> None:
         """All rounds; every rank of the job calls it."""
-        before = self._evaluate()
+        before = after = self._evaluate()
         self._record(0, before, {}, None)
-        utilisation_LE = first_LE = None
-        after = before
         for number in range(1, self.exp.train.rounds + 1):
             clock = [time.perf_counter()]
             stats = self.client.train(self.batches, self.exp.train.local_steps)
+            clock.append(time.perf_counter())
             update = self.store.updates(self.client.utilisation())
             self.world.barrier()
             clock.append(time.perf_counter())
             merged, (moving, merging) = self.exchange.merge(update.numpy(), self.server.merge_owned)
             utilisation_LE = self.store.apply(torch.from_numpy(merged))
-            first_LE = utilisation_LE if first_LE is None else first_LE
             clock.append(time.perf_counter())
-            metrics, speeds = self._training_metrics(stats, utilisation_LE)
+            evaluated: dict[str, float] = {}
             if number % self.exp.evaluation.every == 0 or number == self.exp.train.rounds:
-                after = self._evaluate()
-                metrics |= after
+                evaluated = after = self._evaluate()
             clock.append(time.perf_counter())
-            seconds = {
-                "round": clock[3] - clock[0],
-                "local": stats.seconds,
-                "wait": clock[1] - clock[0] - stats.seconds,
-            }
-            seconds |= {"exchange": moving, "merge": merging, "evaluation": clock[3] - clock[2]} | speeds
-            self._record(number, metrics, seconds, utilisation_LE)
-        self._finish(before, after, first_LE, utilisation_LE)
+            local, wait, _, evaluation = np.diff(clock)
+            seconds = RoundSeconds(local, wait, moving, merging, evaluation)
+            metrics, times = self._round_scalars(stats, seconds, utilisation_LE)
+            times["seconds/round"] = clock[-1] - clock[0]
+            self._record(number, metrics | evaluated, times, utilisation_LE)
+        self._finish(before, after)
+
+    @property
+    def _names(self) -> list[str]:
+        return [client.name for client in self.exp.clients]
+
+    @property
+    def _ks(self) -> list[int]:
+        return [self.exp.active_experts(client) for client in self.exp.clients]
 
     def _evaluate(self) -> dict[str, float]:
-        """Loss and accuracy at each distinct K, per task, per client and overall (the clients' plain mean)."""
-        ks = [self.exp.active_experts(client) for client in self.exp.clients]
-        distinct = sorted(set(ks))
-        ranks = [
-            (c, r) for c, config in enumerate(self.exp.clients) for r in range(config.ranks) if ks[c] == self.client.k
-        ]
+        """Clients with the same K hold the same model and share the rows; utilisation is weighted as in training."""
+        distinct = sorted(set(self._ks))
+        mine = distinct.index(self.client.k)
+        sharers = [c for c, k in enumerate(self._ks) if k == self.client.k]
+        ranks = [(c, r) for c in sharers for r in range(self.exp.clients[c].ranks)]
         worker = ranks.index((self.world.client, self.world.client_rank))
-        sums = np.zeros((len(distinct), len(self.evaluator.tasks), 4))
-        sums[distinct.index(self.client.k)] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
-        sums = self.world.sum(sums)
-        found: dict[str, float] = {}
-        for k, of_k in zip(distinct, sums, strict=True):
-            for name, (nll, tokens, correct, rows) in zip(
-                ["all", *self.evaluator.tasks], [of_k.sum(0), *of_k], strict=True
-            ):
-                found[f"eval_k{k}/loss_{name}"] = nll / tokens
-                found[f"eval_k{k}/accuracy_{name}"] = correct / rows
-        for field in ("loss", "accuracy"):
-            of_client = [found[f"eval_k{k}/{field}_all"] for k in ks]
-            found |= {f"eval_{field}/{c.name}": v for c, v in zip(self.exp.clients, of_client, strict=True)}
-            found[f"eval/{field}"] = sum(of_client) / len(of_client)
-        return found
+        sums = np.zeros((len(distinct), len(self.evaluator.tasks), len(FIELDS)))
+        counts = np.zeros((len(distinct), len(self.client.model.layers), self.exp.num_experts + 1))
+        self.client.reset_counts()
+        sums[mine] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
+        counts[mine] = self.client.routed_counts().numpy()
+        sums, counts = self.world.sum(sums), self.world.sum(counts)
+        of_k = counts[..., :-1] / np.maximum(counts[..., -1:], 1)
+        utilisation = sum(w * of_k[distinct.index(k)] for w, k in zip(self.server.weights, self._ks, strict=True))
+        cv = float(coefficient_of_variation(torch.as_tensor(utilisation)).mean())
+        return evaluation_scalars(self._names, self._ks, self.evaluator.tasks, sums, cv)
 
-    def _training_metrics(self, stats: LocalStats, utilisation_LE: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """Every client's and the overall training scalars of a round, and tokens/s; the same on every rank."""
-        table = np.zeros((len(self.exp.clients), len(stats) + 1))
-        own = np.array([*stats, self.exchange.bytes_sent], dtype=np.float64)
-        if self.world.client_rank > 0:  # norms, steps and seconds are the client's, not a rank's
-            own[[stats._fields.index(name) for name in ("real_norm", "pseudo_norm", "steps", "seconds")]] = 0
+    def _round_scalars(
+        self, stats: LocalStats, seconds: RoundSeconds, utilisation_LE: Tensor
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """(metrics, wall times) of all clients."""
+        if self.world.client_rank > 0:  # norms and steps are the client's, times are its first rank's
+            stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0)
+            seconds = RoundSeconds(*np.zeros(len(seconds)))
+        table = self._client_table([*stats, *seconds, self.exchange.bytes_sent])
+        of_client = [LocalStats(*row) for row in table[:, : len(stats)]]
+        times = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
+        metrics = training_scalars(self._names, of_client, table[:, -1], utilisation_LE)
+        return metrics, seconds_scalars(self._names, of_client, times)
+
+    def _client_table(self, own: Sequence[float]) -> np.ndarray:
+        """[C, len(own)], each client's row the sum over its ranks."""
+        table = np.zeros((len(self.exp.clients), len(own)))
         table[self.world.client] = own
-        table = self.world.sum(table)
-        found: dict[str, float] = {}
-        speeds: dict[str, float] = {}
-        for config, row in zip(self.exp.clients, table, strict=True):
-            client = LocalStats(*row[:-1])
-            found[f"train_loss/{config.name}"] = client.nll / client.answer_tokens
-            found[f"dropped_share/{config.name}"] = client.dropped_routes / max(client.routed_routes, 1)
-            found[f"gradient_norm/{config.name}"] = client.real_norm / client.steps
-            found[f"pseudo_over_real_norm/{config.name}"] = client.pseudo_norm / max(client.real_norm, 1e-12)
-            found[f"tokens/{config.name}"] = client.used_tokens
-            speeds[f"tokens_per_second/{config.name}"] = client.used_tokens / client.seconds
-        total = LocalStats(*table[:, :-1].sum(0))
-        found["train/loss"] = total.nll / total.answer_tokens
-        found["train/dropped_share"] = total.dropped_routes / max(total.routed_routes, 1)
-        found["exchange/megabytes"] = table[:, -1].sum() / 1e6
-        found["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
-        return found, speeds
+        return self.world.sum(table)
 
     def _record(
         self, number: int, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: Tensor | None
@@ -130,36 +121,38 @@ class Federation:
         if self.monitor is not None:
             self.monitor.round(number, metrics, seconds, utilisation_LE)
 
-    def _finish(
-        self, before: dict[str, float], after: dict[str, float], first_LE: Tensor | None, last_LE: Tensor | None
-    ) -> None:
-        """Step times (one client at a time, so that they do not disturb each other), the table, and the adapter."""
-        assert first_LE is not None and last_LE is not None
-        k_max = self.exp.k_max
-        ratios = np.zeros(len(self.exp.clients))
+    def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """Step times (one client at a time, so that they do not disturb each other), the adapter, and the table."""
         batch = next(self.batches)
+        ratio = 0.0
         for number in range(len(self.exp.clients)):
             self.world.barrier()
             if number == self.world.client:
-                own, full = self.client.step_seconds(batch, (self.client.k, k_max), TIMING_REPEATS)
-                ratios[number] = own / full if self.world.client_rank == 0 else 0.0
-        ratios = self.world.sum(ratios)
-        shape = model_shape(self.client.hf_config, self.client.spec)
-        context = batch.micro[0].input_ids.shape[1]
-        rows: list[dict[str, Any]] = []
-        for config, ratio in zip(self.exp.clients, ratios, strict=True):
-            k = self.exp.active_experts(config)
-            flops = flops_per_token(shape, k, context) / flops_per_token(shape, k_max, context)
-            row = {"client": config.name, "k": k, "flops_ratio": flops, "step_time_ratio": float(ratio)}
-            for field in ("loss", "accuracy"):
-                row |= {
-                    f"{field}_before": before[f"eval_{field}/{config.name}"],
-                    f"{field}_after": after[f"eval_{field}/{config.name}"],
-                }
-            rows.append(row)
-        # the global state is the same everywhere; the first client has it complete
+                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
+                ratio = own / full if self.world.client_rank == 0 else 0.0
+        ratios_C = self._client_table([ratio])[:, 0]
+        # the global state is the same everywhere; the first client gathers it whole
         state = self.store.full_state() if self.world.client == 0 else {}
-        cv = [float(coefficient_of_variation(u).mean()) for u in (first_LE, last_LE)]
         if self.monitor is not None:
             self.monitor.save_adapter(state)
-            self.monitor.finish(rows, {"utilisation_cv_before": cv[0], "utilisation_cv_after": cv[1]})
+            rows = self._summary(before, after, ratios_C, context=batch.micro[0].input_ids.shape[1])
+            cv = {
+                f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in (("before", before), ("after", after))
+            }
+            self.monitor.finish(rows, cv)
+
+    def _summary(
+        self, before: dict[str, float], after: dict[str, float], ratios_C: np.ndarray, context: int
+    ) -> list[dict[str, Any]]:
+        """One row a client."""
+        shape = model_shape(self.client.hf_config, self.client.spec)
+        full = flops_per_token(shape, self.exp.k_max, context)
+        rows = []
+        for name, k, ratio in zip(self._names, self._ks, ratios_C, strict=True):
+            flops = flops_per_token(shape, k, context)
+            row = {"client": name, "k": k, "flops_ratio": flops / full, "step_time_ratio": float(ratio)}
+            for field in ("loss", "accuracy"):
+                row[f"{field}_before"] = before[f"eval_{field}/{name}"]
+                row[f"{field}_after"] = after[f"eval_{field}/{name}"]
+            rows.append(row)
+        return rows

@@ -83,10 +83,10 @@ class PseudoGradientCollector:
                 total[key] = flat[offset : offset + part.numel()].view_as(part)
                 offset += part.numel()
             pseudo = self._from_sums(total)
-            first = dist.get_rank(layer.deepspeed_moe.ep_group) * layer.num_local_experts
+            first, count = layer.experts.first, layer.num_local_experts
             for name, pair in layer.experts.factors().items():
                 for parameter, gradient in zip(pair, pseudo[name], strict=True):
-                    additions.append((parameter, gradient[first : first + layer.num_local_experts] / world))
+                    additions.append((parameter, gradient[first : first + count] / world))
         self.discard()
         return additions
 

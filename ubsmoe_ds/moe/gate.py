@@ -28,7 +28,6 @@ class Routing(NamedTuple):
     location_KT: Tensor
     weight_KT: Tensor
     used_T: Tensor
-    capacity: Tensor
 
 
 class UBSMoEGate(TopKGate):
@@ -105,10 +104,9 @@ class UBSMoEGate(TopKGate):
         index_KT, location_KT, capacity, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
         if self.normalize:
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-        weight_KT = weight_TK.t().contiguous().to(input.dtype)
-        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, capacity)
-        if self.training:
-            self._count(routed_E, used_T, index_KT)
+        weight_KT = weight_TK.t().contiguous().to(input.dtype)  # as Hugging Face's router does
+        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T)
+        self._count(routed_E, used_T, index_KT)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def modulated_logits(self, x_TD: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ class UBSMoEGate(TopKGate):
         self.k = k
 
     def reset_counts(self) -> None:
-        """Start a new round's utilisation."""
+        """Start counting anew: before local steps, and before an evaluation."""
         for counter in (self.routed_E, self.tokens, self.dropped):
             counter.zero_()
 

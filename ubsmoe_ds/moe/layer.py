@@ -52,6 +52,7 @@ class UBSMoELayer(MOELayer):
         hidden_ENF = act.hidden_ENF.detach()
 
         def report(gradients: Sequence[Tensor | None]) -> None:
+            handle.remove()  # the hook refers to the graph it hangs on; left there, no step's graph would ever be freed
             delta, gate_ENF, up_ENF = gradients
             if delta is None or gate_ENF is None or up_ENF is None:
                 raise RuntimeError("a MoE layer got no gradient; is its output used by the loss?")
@@ -59,7 +60,7 @@ class UBSMoELayer(MOELayer):
             assert self.observer is not None
             self.observer(TokenGradients(x_TD, delta.reshape_as(x_TD), routing, mixture))
 
-        torch.autograd.graph.register_multi_grad_hook((y, act.gate_ENF, act.up_ENF), report, mode="all")
+        handle = torch.autograd.graph.register_multi_grad_hook((y, act.gate_ENF, act.up_ENF), report, mode="all")
 
     @torch.no_grad()
     def _mix(self, routing: Routing, hidden_ENF: Tensor, gate_ENF: Tensor, up_ENF: Tensor) -> TokenMixture:

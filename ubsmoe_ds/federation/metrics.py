@@ -1,0 +1,91 @@
+"""The scalars of a round, from tables that every rank has: the same numbers, with the same names, everywhere.
+
+Names are "group/name" for TensorBoard and `metrics.jsonl`; "group/CLIENT" where each client has its own.
+Shapes: C clients, L layers, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ubsmoe_ds.client import LocalStats
+from ubsmoe_ds.federation.modulation import coefficient_of_variation
+
+
+class RoundSeconds(NamedTuple):
+    """Wall seconds of one client's first rank: local steps, waiting for others, moving updates, merging, evaluation."""
+
+    local: float
+    wait: float
+    exchange: float
+    merge: float
+    evaluation: float
+
+
+def evaluation_scalars(
+    clients: Sequence[str], ks: Sequence[int], tasks: Sequence[str], sums: np.ndarray, weighted_cv: float
+) -> dict[str, float]:
+    """Loss and accuracy at each distinct K, per task, per client (at its K), and overall (the clients' plain mean).
+
+    Args:
+        clients, ks: name and K of each client.
+        tasks: names of the axis of tasks.
+        sums: [distinct K in rising order, tasks, 4] in the order of `evaluation.FIELDS`.
+        weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
+    """
+    found: dict[str, float] = {}
+    for k, of_k in zip(sorted(set(ks)), sums, strict=True):
+        for name, (nll, tokens, correct, rows) in zip(["all", *tasks], [of_k.sum(0), *of_k], strict=True):
+            found[f"eval_k{k}/loss_{name}"] = nll / tokens
+            found[f"eval_k{k}/accuracy_{name}"] = correct / rows
+    for field in ("loss", "accuracy"):
+        of_client = [found[f"eval_k{k}/{field}_all"] for k in ks]
+        found |= {f"eval_{field}/{client}": value for client, value in zip(clients, of_client, strict=True)}
+        found[f"eval/{field}"] = sum(of_client) / len(of_client)
+    found["eval/utilisation_cv"] = weighted_cv
+    return found
+
+
+def training_scalars(
+    clients: Sequence[str], stats: Sequence[LocalStats], bytes_C: np.ndarray, utilisation_LE: Tensor
+) -> dict[str, float]:
+    """What the local steps and the exchange did.
+
+    Args:
+        clients: names.
+        stats: each client's sums over its ranks.
+        bytes_C: bytes that each client's ranks sent to other ranks.
+        utilisation_LE: global utilisation of the round.
+    """
+    found: dict[str, float] = {}
+    for name, one, sent in zip(clients, stats, bytes_C, strict=True):
+        found[f"train_loss/{name}"] = one.nll / one.answer_tokens
+        found[f"dropped_share/{name}"] = one.dropped_routes / max(one.routed_routes, 1)
+        found[f"gradient_norm/{name}"] = one.real_norm / one.steps
+        found[f"pseudo_over_real_norm/{name}"] = one.pseudo_norm / max(one.real_norm, 1e-12)
+        found[f"tokens/{name}"] = one.used_tokens
+        found[f"megabytes_sent/{name}"] = float(sent) / 1e6
+    total = LocalStats(*np.sum(stats, axis=0))
+    found["train/loss"] = total.nll / total.answer_tokens
+    found["train/dropped_share"] = total.dropped_routes / max(total.routed_routes, 1)
+    found["train/pseudo_over_real_norm"] = total.pseudo_norm / max(total.real_norm, 1e-12)
+    found["exchange/megabytes"] = float(bytes_C.sum()) / 1e6
+    found["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
+    return found
+
+
+def seconds_scalars(
+    clients: Sequence[str], stats: Sequence[LocalStats], seconds: Sequence[RoundSeconds]
+) -> dict[str, float]:
+    """Wall times per client and of the slowest, and tokens per second; these differ from run to run."""
+    found = {}
+    for field in RoundSeconds._fields:
+        of_client = [getattr(one, field) for one in seconds]
+        found[f"seconds/{field}"] = max(of_client)
+        found |= {f"seconds_{field}/{name}": value for name, value in zip(clients, of_client, strict=True)}
+    for name, one, time in zip(clients, stats, seconds, strict=True):
+        found[f"tokens_per_second/{name}"] = one.used_tokens / time.local
+    found["train/tokens_per_second"] = sum(one.used_tokens for one in stats) / found["seconds/local"]
+    return found
