@@ -26,6 +26,10 @@ VARIANTS = {
     "oracle": {"pg": "dense_oracle"},
     "bf16": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True}},
     "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
+    "bf16_zero1_fp32_gradients": {
+        "pg": "token_weighted",
+        "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1, "gradients": "fp32", "accumulation": 2},
+    },
     "bf16_zero2": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
 }
 DROPPING = {"pg": "token_weighted", "capacity_factor": 0.75, "deepspeed": {"clip": 0.2}}

@@ -53,15 +53,18 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
     return Experiment.model_validate(raw | sections)
 
 
-def deepspeed(zero: int = 0, accumulation: int = 1, clip: float = 0.0, bf16: bool = False, lr: float = 0.01) -> dict:
+def deepspeed(
+    zero: int = 0, accumulation: int = 1, clip: float = 0.0, bf16: bool = False, gradients: str | None = None
+) -> dict:
     """A DeepSpeed config for 8 rows a step."""
     return {
         "train_batch_size": 8,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "eps": 1e-6}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.0, "eps": 1e-6}},
         "zero_optimization": {"stage": zero},
         "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": gradients},
     }
 
 

@@ -165,6 +165,10 @@ class DeepSpeedConfig(Section):
             )
         if value.get("offload_optimizer", {}).get("device", "none") != "none" or value.get("cpu_offload"):
             raise ValueError("offload_optimizer is not supported (adapters are small); remove it")
+        if value.get("compute_grad_norm") is False:
+            raise ValueError(
+                "compute_grad_norm false is not supported: the norm is logged and scales the pseudo-gradient"
+            )
         return value
 
     @field_validator("fp16")

@@ -62,7 +62,7 @@ def job_rank() -> int:
     return MPI.COMM_WORLD.rank
 
 
-def all_ranks_failed(seconds: float = 3.0) -> bool:
+def all_ranks_failed(seconds: float = 10.0) -> bool:
     """Whether every rank of the job calls this within the time: then all can leave quietly with the same code.
 
     The job's own messages travel on a duplicate of COMM_WORLD, so that this barrier cannot meet one of theirs.
