@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Validate, then become an MPI world or take a place in it."""
+    """Validate, then start an MPI world or take a place in it."""
     first = relaunch.is_first(os.environ)
     if not relaunch.inside_mpi(os.environ) and not first:
         return 0  # another local process of the deepspeed launcher: the first one starts the MPI world
@@ -44,7 +44,7 @@ def main() -> int:
         exp = load_experiment(options.config, options.overrides)
         if not relaunch.inside_mpi(os.environ):
             check_files(exp)
-            relaunch.relaunch(sys.argv[0], arguments, exp.world_size)
+            return relaunch.relaunch(sys.argv[0], arguments, exp.world_size)
     except UserError as error:
         return report(error) if first else EXIT_USER_ERROR
     return run_rank(exp, arguments, options.verbose)
@@ -60,7 +60,7 @@ def check_files(exp: Experiment) -> None:
 
 def run_rank(exp: Experiment, arguments: list[str], verbose: bool) -> int:
     """One rank of the job; whatever goes wrong here ends the others too."""
-    from ubsmoe_ds import run, world  # MPI starts when it is imported, so not in the process that becomes mpiexec
+    from ubsmoe_ds import run, world  # MPI starts when it is imported, so not in the process that starts mpiexec
 
     rank = world.job_rank()
     try:
@@ -75,7 +75,7 @@ def run_rank(exp: Experiment, arguments: list[str], verbose: bool) -> int:
             world.abort(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if rank == 0:
+        if rank == 0 and relaunch.PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
         world.abort(EXIT_INTERRUPTED)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one

@@ -15,6 +15,7 @@ from tests.ranks import REPO, clean_environment
 pytestmark = pytest.mark.slow
 COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
+FEW_RANKS = [*SHORT, "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
 TRAIN = "launch/train.py"
 CLIENTS = ("phone", "laptop", "desktop", "server")
 
@@ -188,7 +189,7 @@ BAD = {
     "missing file": (["data.source=jsonl:{tmp}/none.jsonl"], "none.jsonl cannot be read"),
     "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
     "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
-    "cuda": (["accelerator=cuda"], "torch sees no CUDA device"),
+    "cuda": (["accelerator=cuda", FEW_RANKS[-1]], "torch sees no CUDA device"),
 }
 
 
@@ -199,7 +200,7 @@ def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
     (tmp_path / "used" / "tiny" / "metrics.jsonl").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
     overrides, expected = BAD[name]
-    chosen = [text.format(tmp=tmp_path) for text in overrides]
+    chosen = [text.replace("{tmp}", str(tmp_path)) for text in overrides]
     if not any(text.startswith("output=") for text in chosen):
         chosen.append(f"output={tmp_path}/new")
     code, output = run(sys.executable, TRAIN, *chosen)
@@ -212,25 +213,25 @@ def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        ("raise@3", 1, "error: client 'desktop', rank 1 of 2 (job rank 3): RuntimeError: planted fault"),
-        ("user@4", 2, "error: data: planted mistake"),
+        ("raise@2", 1, "error: client 'b', rank 1 of 2 (job rank 2): RuntimeError: planted fault"),
+        ("user@1", 2, "error: data: planted mistake"),
     ],
 )
 def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
-    found, output = run("deepspeed", "tests/failing_train.py", *SHORT, f"output={tmp_path}", FAULT=fault)
+    found, output = run("deepspeed", "tests/failing_train.py", *FEW_RANKS, f"output={tmp_path}", FAULT=fault)
     assert found == code, output
     assert output.count(message) == 1 and "Traceback" not in output
 
 
 def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
     overrides = ["deepspeed.bf16.enabled=true", f"output={tmp_path}/new"]
-    code, output = run("deepspeed", "tests/failing_train.py", *SHORT, *overrides, FAULT="nobf16@all")
+    code, output = run("deepspeed", "tests/failing_train.py", *FEW_RANKS, *overrides, FAULT="nobf16@all")
     assert code == 2 and output.count("error: deepspeed.bf16.enabled: true, but") == 1, output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_everything(tmp_path):
-    process = start(["deepspeed", "tests/failing_train.py", *SHORT, f"output={tmp_path}"], FAULT="hang@5")
+    process = start(["deepspeed", "tests/failing_train.py", *FEW_RANKS, f"output={tmp_path}"], FAULT="hang@2")
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

@@ -16,14 +16,20 @@ def test_inside_mpi_knows_each_process_manager():
         assert relaunch.inside_mpi({name: "0"})
 
 
-def test_the_script_becomes_mpiexec(monkeypatch):
-    called = []
-    monkeypatch.setattr(relaunch.os, "execvpe", lambda *args: called.append(args))
+def test_the_script_runs_itself_under_mpiexec(monkeypatch):
+    started = []
+
+    def popen(command, env):
+        started.append((command, env))
+        return SimpleNamespace(wait=lambda: 7, terminate=lambda: None)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
     for name in relaunch.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
-    relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6)
-    ((program, command, environment),) = called
-    assert program == command[0] and command[0].endswith("mpiexec")
+    assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == 7
+    ((command, environment),) = started
+    assert command[0].endswith("mpiexec")
     assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
     assert not set(relaunch.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
 

@@ -1,18 +1,19 @@
 """From a plain `deepspeed launch/train.py` on one host to one MPI world: the script re-executes itself under mpiexec.
 
-Started that way each local process is an MPI world of its own (singletons cannot join later), so local rank 0 becomes
-mpiexec and the other local ranks leave at once. The launcher waits for mpiexec and passes its exit code on.
+Started that way each local process is an MPI world of its own (singletons cannot join later), so local rank 0 runs
+mpiexec and the other local ranks leave at once. Its exit code is passed on.
 `-m mpi4py` makes an exception in one rank abort the whole job; without it the others would wait for ever.
 """
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.errors import EXIT_INTERRUPTED, UserError
 
 # set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -27,6 +28,8 @@ RENDEZVOUS_VARIABLES = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
+
+PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # set for ranks whose parent is `relaunch`
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:
@@ -47,8 +50,10 @@ def mpi_command(
     return [mpiexec, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
 
 
-def relaunch(script: str, arguments: Sequence[str], ranks: int) -> NoReturn:
-    """Become mpiexec; local ranks other than the first have left before.
+def relaunch(script: str, arguments: Sequence[str], ranks: int) -> int:
+    """Run the script again under mpiexec and return its exit code; local ranks other than the first have left before.
+
+    This process stays to speak for the job when it is interrupted: what ranks print then may be lost with mpiexec.
 
     Raises:
         UserError: if there is no mpiexec.
@@ -63,7 +68,12 @@ def relaunch(script: str, arguments: Sequence[str], ranks: int) -> NoReturn:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     # threads of all ranks together fill the cores; more would only get in each other's way
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    command = mpi_command(script, arguments, ranks, mpiexec, sys.executable)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execvpe(command[0], command, environment)
+    environment[PARENT_SPEAKS] = "1"
+    process = subprocess.Popen(mpi_command(script, arguments, ranks, mpiexec, sys.executable), env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has signalled mpiexec and the ranks as well
+        print("error: interrupted", file=sys.stderr, flush=True)
+        process.wait()
+        return EXIT_INTERRUPTED
