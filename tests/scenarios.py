@@ -7,6 +7,18 @@ import numpy as np
 import torch
 
 from tests import tiny
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.world import World, join
+
+
+def enter(exp: Experiment) -> World:
+    """This rank's place in the job, its torch world started; only then may DeepSpeed be imported."""
+    world = join(exp, "train.py", [])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from ubsmoe_ds.client import start_deepspeed
+
+    start_deepspeed(on_accelerator=False, verbose=False)
+    return world
 
 
 def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str, dict], count: int) -> dict[str, Any]:
@@ -17,16 +29,12 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     """
     client_config = {"budget": 0.5, "ranks": ranks, "expert_parallel": expert_parallel}
     base = tiny.experiment(model_path, [client_config])
-    from ubsmoe_ds.world import join
-
-    world = join(base, "train.py", [])
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    world = enter(base)
     from deepspeed import comm as dist
 
-    from ubsmoe_ds.client import Client, start_deepspeed
+    from ubsmoe_ds.client import Client
     from ubsmoe_ds.data.batches import steps
 
-    start_deepspeed(on_accelerator=False, verbose=False)
     found: dict[str, Any] = {}
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
@@ -90,21 +98,17 @@ def exchange(layouts: list[list[int]], units: list[list], num_experts: int, weig
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:
     """Clients of unequal layout get known weights and utilisation, and merge once; returns what each rank holds then.
 
-    The value of a parameter at client c is `federated_value(name, c, shape)`, cut to the rank's experts.
+    The value of a parameter at client c is `tiny.federated_value(name, c, shape)`, cut to the rank's experts.
     """
     base = tiny.experiment(model_path, clients)
-    from ubsmoe_ds.world import join
-
-    world = join(base, "train.py", [])
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from ubsmoe_ds.client import Client, start_deepspeed
+    world = enter(base)
+    from ubsmoe_ds.client import Client
     from ubsmoe_ds.federation.build import client_layouts
     from ubsmoe_ds.federation.exchange import Exchange
     from ubsmoe_ds.federation.merge import fedavg
     from ubsmoe_ds.federation.server import Server
     from ubsmoe_ds.federation.units import UnitStore
 
-    start_deepspeed(on_accelerator=False, verbose=False)
     found: dict[str, Any] = {}
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
@@ -119,7 +123,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
                 client.finisher.masters.write(
                     parameter, _local_value(key, world.client, parameter, config, world.client_rank)
                 )
-        utilisation = torch.from_numpy(federated_value("utilisation", world.client, (2, 8))).abs()
+        utilisation = torch.from_numpy(tiny.federated_value("utilisation", world.client, (2, 8))).abs()
         merged, _ = plan.merge(store.updates(utilisation).numpy(), server.merge_owned)
         found[f"{name}/utilisation"] = store.apply(torch.from_numpy(merged)).numpy()
         for key, parameter in client.model.named_parameters():
@@ -133,15 +137,10 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     return found
 
 
-def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Known weights: a draw that depends on the parameter's name and the client alone."""
-    return np.random.default_rng([client, *name.encode()]).normal(size=shape).astype(np.float32)
-
-
 def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, rank: int) -> torch.Tensor:
     if ".experts." not in key:
-        return torch.from_numpy(federated_value(key, client, tuple(parameter.shape)))
-    whole = federated_value(key, client, (8, *parameter.shape[1:]))
+        return torch.from_numpy(tiny.federated_value(key, client, tuple(parameter.shape)))
+    whole = tiny.federated_value(key, client, (8, *parameter.shape[1:]))
     first = rank % config.expert_parallel * len(parameter)
     return torch.from_numpy(whole[first : first + len(parameter)])
 
@@ -149,14 +148,10 @@ def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, ra
 def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
     """Losses of two rounds of three steps: kept, and with the state forgotten in between; moments after forgetting."""
     base = tiny.experiment(model_path, [{"budget": 0.5}])
-    from ubsmoe_ds.world import join
-
-    join(base, "train.py", [])
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from ubsmoe_ds.client import Client, start_deepspeed
+    enter(base)
+    from ubsmoe_ds.client import Client
     from ubsmoe_ds.data.batches import steps
 
-    start_deepspeed(on_accelerator=False, verbose=False)
     found: dict[str, Any] = {}
     for name, kind in (("keep", "keep"), ("reset", "reset")):
         exp = tiny.variant(base, {"deepspeed": {"zero": zero}})

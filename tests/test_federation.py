@@ -5,7 +5,6 @@ import pytest
 
 from tests import tiny
 from tests.ranks import run_ranks
-from tests.scenarios import federated_value
 
 pytestmark = pytest.mark.slow
 CLIENTS = [
@@ -35,14 +34,14 @@ def merged(model_path, tmp_path_factory):
 
 def mean(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Weights 1 : 2 : 5."""
-    values = [federated_value(key, client, shape).astype(np.float64) for client in range(3)]
+    values = [tiny.federated_value(key, client, shape).astype(np.float64) for client in range(3)]
     return np.average(values, axis=0, weights=[1, 2, 5])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_merge_of_one_two_and_four_ranks_equals_numpy(name, merged):
     utilisation = np.average(
-        [np.abs(federated_value("utilisation", c, (2, 8))) for c in range(3)], axis=0, weights=[1, 2, 5]
+        [np.abs(tiny.federated_value("utilisation", c, (2, 8))) for c in range(3)], axis=0, weights=[1, 2, 5]
     )
     places = [(0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4)]  # (place in the expert group, its size)
     checked = 0

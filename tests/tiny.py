@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -90,3 +91,8 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
     for client in raw["clients"]:
         client["capacity_factor"] = changes.get("capacity_factor")
     return Experiment.model_validate(raw)
+
+
+def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Known weights: a draw that depends on the parameter's name and the client alone."""
+    return np.random.default_rng([client, *name.encode()]).normal(size=shape).astype(np.float32)

@@ -69,11 +69,17 @@ def relaunch(script: str, arguments: Sequence[str], ranks: int) -> int:
     # threads of all ranks together fill the cores; more would only get in each other's way
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment[PARENT_SPEAKS] = "1"
+    interrupted: list[int] = []
+
+    def stop(signal_number: int, _: object) -> None:
+        if not interrupted:
+            os.write(sys.stderr.fileno(), b"error: interrupted\n")
+        interrupted.append(signal_number)
+        if signal_number == signal.SIGTERM:  # a terminal's Ctrl-C reaches mpiexec and the ranks by itself
+            process.terminate()
+
     process = subprocess.Popen(mpi_command(script, arguments, ranks, mpiexec, sys.executable), env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # the terminal has signalled mpiexec and the ranks as well
-        print("error: interrupted", file=sys.stderr, flush=True)
-        process.wait()
-        return EXIT_INTERRUPTED
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, stop)
+    code = process.wait()
+    return EXIT_INTERRUPTED if interrupted else code
