@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests import tiny
-from ubsmoe_ds.config import BUILTIN_MODELS, ClientConfig, DataConfig
+from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import candidates, collate, encode, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows, read_jsonl
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.sections import ClientConfig, DataConfig
 
 COMMONSENSE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "commonsense" / "dev.jsonl"
 GOOD = {

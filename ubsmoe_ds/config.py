@@ -10,191 +10,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.methods import PRESETS, with_preset
+from ubsmoe_ds.sections import (
+    ClientConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    DmrConfig,
+    EvalConfig,
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    PositiveInt,
+    PseudoGradientConfig,
+    RouterConfig,
+    Section,
+    TrainConfig,
+)
 
 BUILTIN_MODELS = {"builtin:tiny_olmoe": Path(__file__).parent / "models" / "tiny_olmoe"}
-ZERO_STAGES = (0, 1, 2)
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys, NaN and silent type changes are refused, and values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class ClientConfig(Section):
-    """One federated client: its own DeepSpeed world of `ranks` processes."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    budget: Fraction  # beta: K_c = max(1, floor(K_max * beta))
-    ranks: PositiveInt = 1
-    expert_parallel: PositiveInt = 1
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: no token is dropped
-    share: Annotated[float, Field(gt=0)] = 1.0  # of the training rows, relative to the other clients
-
-    @model_validator(mode="after")
-    def _whole_expert_groups(self) -> ClientConfig:
-        if self.ranks % self.expert_parallel:
-            raise ValueError(
-                f"client {self.name!r} has ranks {self.ranks}, not a multiple of its expert_parallel "
-                f"{self.expert_parallel}; every expert group needs all its ranks"
-            )
-        return self
-
-
-class ModelConfig(Section):
-    """Which checkpoint, and how many experts the richest client activates."""
-
-    path: str = "builtin:tiny_olmoe"  # an HF folder of an OlmoeForCausalLM, with its tokenizer
-    k_max: PositiveInt | None = None  # None: the checkpoint's num_experts_per_tok
-    min_capacity: Annotated[int, Field(ge=1)] = 4  # DeepSpeed's floor of an expert's token slots
-
-
-class LoraConfig(Section):
-    """LoRA on the experts' gate, up and down projections, and on attention if asked."""
-
-    rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    attention: bool = False
-
-
-class RouterConfig(Section):
-    """The gate's own weights."""
-
-    trainable: bool = True
-    aux_loss: Annotated[float, Field(ge=0)] = 0.0  # coefficient of DeepSpeed's load-balancing loss
-
-
-class DmrConfig(Section):
-    """Dynamic Modulated Routing (paper); the clamps and the reading of N_p are documented in moe/gate.py."""
-
-    enabled: bool = True
-    candidates: PositiveInt | None = None  # N_p; None: 2 K_max, at most the number of experts
-    phi_min: float = -1.0
-    phi_max: float = 1.0
-    penalty: Annotated[float, Field(ge=0)] = 0.1  # lambda of the range penalty
-    zeta: Annotated[float, Field(ge=0, le=1)] = 0.7  # server momentum
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-
-    @model_validator(mode="after")
-    def _range(self) -> DmrConfig:
-        if self.phi_min >= self.phi_max:
-            raise ValueError(f"phi_min {self.phi_min} must be below phi_max {self.phi_max}")
-        return self
-
-
-class PseudoGradientConfig(Section):
-    """Universal Pseudo-Gradient: the estimator, and rho, its scale."""
-
-    estimator: Literal["none", "expert_mean", "token_weighted", "dense_oracle"] = "token_weighted"
-    rho: Literal["sparsity"] | Annotated[float, Field(gt=0)] = "sparsity"  # sparsity: 1 - K_c / M
-
-
-class DataConfig(Section):
-    """Where rows come from, and how they are dealt to the clients."""
-
-    source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = "synthetic"
-    eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = (
-        None  # None: held-out questions of source
-    )
-    partition: Literal["iid", "dirichlet", "by_task"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.5  # of the Dirichlet; small is unequal
-    rows: PositiveInt | None = None  # at most so many rows in all; for synthetic None means 4,000
-    eval_rows: PositiveInt = 400  # at most so many evaluation rows
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the questions, where eval_source is None
-    max_length: Annotated[int, Field(ge=8)] = 256  # tokens of a row; longer prompts lose their beginning
-
-
-class TrainConfig(Section):
-    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage stand in the DeepSpeed JSON."""
-
-    rounds: PositiveInt = 5
-    local_steps: PositiveInt = 10
-    optimizer_state: Literal["reset", "keep"] = "reset"  # between rounds
-
-
-class EvalConfig(Section):
-    """Evaluation on all evaluation rows at each distinct K of the clients."""
-
-    every: PositiveInt = 1  # rounds; the first state and the last round are always evaluated
-    batch_size: PositiveInt = 16  # rows a rank takes at a time
-
-
-class DeepSpeedConfig(Section):
-    """The DeepSpeed JSON: the keys this program relies on, and those it passes on as they are (None: not given)."""
-
-    train_batch_size: PositiveInt  # rows a client takes in one optimiser step, over all its ranks
-    gradient_accumulation_steps: PositiveInt = 1
-    gradient_clipping: Annotated[float, Field(ge=0)] = 0.0
-    optimizer: dict[str, Any]
-    zero_optimization: dict[str, Any] = {}
-    bf16: dict[str, Any] = {}
-    fp16: dict[str, Any] = {}
-    scheduler: dict[str, Any] | None = None
-    data_types: dict[str, Any] | None = None
-    communication_data_type: str | None = None
-    prescale_gradients: bool | None = None
-    gradient_predivide_factor: float | None = None
-    zero_allow_untested_optimizer: bool | None = None
-    steps_per_print: PositiveInt | None = None
-    wall_clock_breakdown: bool | None = None
-    memory_breakdown: bool | None = None
-    dump_state: bool | None = None
-    flops_profiler: dict[str, Any] | None = None
-    comms_logger: dict[str, Any] | None = None
-
-    @field_validator("optimizer")
-    @classmethod
-    def _optimizer_type(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("type"), str):
-            raise ValueError(f"type {value.get('type')!r} must name an optimiser, such as AdamW")
-        return value
-
-    @field_validator("zero_optimization")
-    @classmethod
-    def _zero_stage(cls, value: dict[str, Any]) -> dict[str, Any]:
-        stage = value.get("stage", 0)
-        if stage not in ZERO_STAGES:
-            raise ValueError(
-                f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further"
-            )
-        if value.get("offload_optimizer", {}).get("device", "none") != "none" or value.get("cpu_offload"):
-            raise ValueError("offload_optimizer is not supported (adapters are small); remove it")
-        if value.get("compute_grad_norm") is False:
-            raise ValueError(
-                "compute_grad_norm false is not supported: the norm is logged and scales the pseudo-gradient"
-            )
-        return value
-
-    @field_validator("fp16")
-    @classmethod
-    def _no_fp16(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value.get("enabled"):
-            raise ValueError(
-                "enabled true is not supported (loss scaling would scale the pseudo-gradient); use bf16 or fp32"
-            )
-        return value
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage: 0, 1 or 2."""
-        return int(self.zero_optimization.get("stage", 0))
-
-    @property
-    def use_bf16(self) -> bool:
-        """Whether weights and activations are bfloat16 (masters stay fp32)."""
-        return bool(self.bf16.get("enabled", False))
+ELEMENTWISE_RULES = ("fedavg", "activation", "median", "trimmed_mean")  # need one LoRA rank for all clients
 
 
 class Experiment(Section):
     """Everything a run needs. `config_file.load_experiment` makes one; build one directly only in tests."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    method: str = "ub_smoe"  # a preset of methods.py, laid under everything else
+    budget_scales: Literal["experts", "lora_rank"] = "experts"  # what a client's budget cuts down
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str = "runs"
     overwrite: bool = False  # replace the folder of an earlier run of the same name
@@ -205,6 +50,7 @@ class Experiment(Section):
     router: RouterConfig = RouterConfig()
     dmr: DmrConfig = DmrConfig()
     pseudo_gradient: PseudoGradientConfig = PseudoGradientConfig()
+    merge: MergeConfig = MergeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
@@ -235,15 +81,37 @@ class Experiment(Section):
         return self.dmr.candidates or min(2 * self.k_max, self.num_experts)
 
     def active_experts(self, client: ClientConfig) -> int:
-        """K_c = max(1, floor(K_max * beta)) (paper; the clamp to 1 is ours)."""
-        # the small term undoes binary rounding: floor(10 * 0.7) must be 7 although 10 * 0.7 < 7 in some formats
-        return max(1, int(self.k_max * client.budget + 1e-9))
+        """K_c = max(1, floor(K_max * beta)) (paper; the clamp to 1 is ours); K_max where budgets scale ranks."""
+        return _share(self.k_max, client.budget) if self.budget_scales == "experts" else self.k_max
+
+    def lora_rank(self, client: ClientConfig) -> int:
+        """LoRA rank of a client at the start: its own key, else from its budget where budgets scale ranks."""
+        if client.lora_rank is not None:
+            return client.lora_rank
+        return _share(self.lora.rank, client.budget) if self.budget_scales == "lora_rank" else self.lora.rank
+
+    @property
+    def lora_ranks(self) -> list[int]:
+        """Rank of each client at the start."""
+        return [self.lora_rank(client) for client in self.clients]
 
     def rho(self, client: ClientConfig) -> float:
         """Scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
         if self.pseudo_gradient.rho == "sparsity":
             return 1.0 - self.active_experts(client) / self.num_experts
         return self.pseudo_gradient.rho
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, value: Any) -> Any:
+        return with_preset(value) if isinstance(value, dict) else value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"{value!r} is no method; use one of {', '.join(PRESETS)}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -268,6 +136,7 @@ def _problems(exp: Experiment) -> list[str]:
             f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
             f"{exp.num_experts} experts of the model"
         )
+    found += _merge_problems(exp)
     micro_batches = exp.deepspeed.gradient_accumulation_steps
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
@@ -281,6 +150,34 @@ def _problems(exp: Experiment) -> list[str]:
                 f"{client.ranks} x gradient_accumulation_steps {micro_batches} of client {client.name!r}"
             )
     return found
+
+
+def _merge_problems(exp: Experiment) -> list[str]:
+    """Which rules go with which ranks and options."""
+    found = []
+    rule, ranks = exp.merge.rule, exp.lora_ranks
+    if rule in ELEMENTWISE_RULES and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
+        ranks_text = " ".join(map(str, ranks)) + (" and pruning" if exp.lora.prune_penalty else "")
+        found.append(
+            f"merge.rule: {rule!r} needs equal LoRA ranks, the clients have {ranks_text}; use zero_pad, hetlora, "
+            "flexlora, flora or florist"
+        )
+    if exp.lora.prune_penalty and rule == "flora":
+        found.append("lora.prune_penalty: flora starts its adapters anew each round, there is no rank to prune; set 0")
+    if rule not in ELEMENTWISE_RULES and exp.merge.server_optimizer != "none":
+        found.append(
+            f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not go with merge.rule {rule!r}, whose "
+            f"factors change their basis each round; use none, or one of {', '.join(ELEMENTWISE_RULES)}"
+        )
+    if max(ranks) > exp.lora.rank:
+        found.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the rank of the whole")
+    return found
+
+
+def _share(whole: int, budget: float) -> int:
+    """max(1, floor(whole * budget))."""
+    # the small term undoes binary rounding: floor(10 * 0.7) must be 7 although 10 * 0.7 < 7 in some formats
+    return max(1, int(whole * budget + 1e-9))
 
 
 def model_folder(path: str) -> Path:

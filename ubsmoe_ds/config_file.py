@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ubsmoe_ds.config import Experiment, ModelConfig, model_folder
+from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.sections import ModelConfig
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.config import DataConfig
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.sections import DataConfig
 
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ubsmoe_ds.config import DmrConfig
 from ubsmoe_ds.federation import modulation
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.federation.merge import MergeRule
 from ubsmoe_ds.federation.units import DMR_SUFFIX
+from ubsmoe_ds.sections import DmrConfig
 
 
 @dataclass(frozen=True)

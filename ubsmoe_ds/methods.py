@@ -1,0 +1,79 @@
+"""The methods that UB-SMoE is compared with, as presets: what `method: NAME` sets where the experiment says nothing.
+
+A preset is a mapping shaped like the YAML. Every key of it can be overridden by the experiment. Which lines are the
+papers' and which are ours stands beside each preset and in the README.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+_PLAIN = {
+    "budget_scales": "experts",
+    "dmr": {"enabled": False},
+    "pseudo_gradient": {"estimator": "none"},
+    "router": {"gate_rescale": "none", "aux_loss": 0.0},
+    "merge": {"rule": "fedavg"},
+}
+
+
+def _on(base: Settings, changes: Settings) -> dict[str, Any]:
+    """`changes` laid over `base`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _on(merged[key], value) if both else value
+    return merged
+
+
+_RANKS = _on(_PLAIN, {"budget_scales": "lora_rank"})  # every client runs K_max experts; its budget sets its LoRA rank
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2605.16690: DMR, PG and FedAvg are the paper's; the estimator's formula and the rescaling are ours
+    "ub_smoe": _on(
+        _PLAIN,
+        {
+            "dmr": {"enabled": True},
+            "pseudo_gradient": {"estimator": "linearised"},
+            "router": {"gate_rescale": "power"},
+        },
+    ),
+    # sparse routing with K_c experts and FedAvg, nothing else
+    "topk": _PLAIN,
+    # the same with a load-balancing loss on every client; the coefficient is ours
+    "smoe_llb": _on(_PLAIN, {"router": {"aux_loss": 0.01}}),
+    # our reading of A3SMoE, whose text was not at hand: experts are merged in proportion to their activation
+    "a3smoe": _on(_PLAIN, {"merge": {"rule": "activation"}}),
+    # arXiv 2506.16600: learnable rescaling and activation-aware merging; share of tokens and temperature 1 are ours
+    "flame": _on(_PLAIN, {"router": {"gate_rescale": "learned"}, "merge": {"rule": "activation"}}),
+    # arXiv 2401.06432: zero-padding, weights by the norm of B A, self-pruning; its two constants are ours
+    "hetlora": _on(_RANKS, {"merge": {"rule": "hetlora"}, "lora": {"prune_penalty": 0.005}}),
+    # zero-padding and FedAvg of the factors
+    "hetlora_plain": _on(_RANKS, {"merge": {"rule": "zero_pad"}}),
+    # arXiv 2402.11505
+    "flexlora": _on(_RANKS, {"merge": {"rule": "flexlora"}}),
+    # arXiv 2409.05976
+    "flora": _on(_RANKS, {"merge": {"rule": "flora"}}),
+    # arXiv 2506.09199; that a client of smaller rank gets the leading part is ours
+    "florist": _on(_RANKS, {"merge": {"rule": "florist"}}),
+}
+
+# parts of ub_smoe: label -> what changes; "plain sparse + one part" is topk with that part alone
+_NO_DMR: Settings = {"dmr": {"enabled": False}}
+_NO_PG: Settings = {"pseudo_gradient": {"estimator": "none"}}
+_NO_RESCALE: Settings = {"router": {"gate_rescale": "none"}}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "ub_smoe-no_dmr": _on({"method": "ub_smoe"}, _NO_DMR),
+    "ub_smoe-no_pg": _on({"method": "ub_smoe"}, _NO_PG),
+    "ub_smoe-no_rescale": _on({"method": "ub_smoe"}, _NO_RESCALE),
+    "dmr_alone": _on(_on({"method": "ub_smoe"}, _NO_PG), _NO_RESCALE),
+    "pg_alone": _on(_on({"method": "ub_smoe"}, _NO_DMR), _NO_RESCALE),
+    "rescale_alone": _on(_on({"method": "ub_smoe"}, _NO_DMR), _NO_PG),
+}
+
+
+def with_preset(experiment: Settings) -> dict[str, Any]:
+    """The experiment laid over the preset that `method` names (default ub_smoe); an unknown name changes nothing."""
+    name = experiment.get("method", "ub_smoe")
+    return _on(PRESETS.get(name, {}) if isinstance(name, str) else {}, experiment)
