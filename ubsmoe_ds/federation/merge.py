@@ -1,32 +1,178 @@
-"""Aggregation rules: pure functions on the stacked updates that the clients send for one unit.
+"""Aggregation rules: pure functions on the stacked updates or factors of the clients. No ranks, files or MPI here.
 
-Shapes: C clients, N elements of a unit. A rule knows nothing of ranks, files or MPI.
+Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take the LoRA factors of clients of any
+ranks, all units of one shape at a time. Weights are per client and element or unit, of any scale; a client whose weight
+is zero does not count, and where all weights are zero nothing is learned: the update, or Delta W, is zero.
+
+Shapes: C clients, N elements, U units of one shape (such as the experts of a layer), m x n a unit's Delta W, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MergeRule = Callable[[Tensor, Tensor], Tensor]
+ElementwiseRule = Callable[[Tensor, Tensor], Tensor]
 
 
-def fedavg(update_CN: Tensor, weight_C: Tensor) -> Tensor:
+class Factors(NamedTuple):
+    """LoRA factors of U units: Delta W = B A, alpha / r already multiplied into B.
+
+    A_URn: [U, R, n]; B_UmR: [U, m, R]
+    """
+
+    A_URn: Tensor
+    B_UmR: Tensor
+
+
+FactorRule = Callable[[Sequence[Factors], Tensor], Factors]
+
+
+def shares(weight_C: Tensor) -> Tensor:
+    """Weights divided by their sum over clients (dim 0), in fp64; zero where all are zero.
+
+    Raises:
+        ValueError: if a weight is negative or not finite.
+    """
+    if not torch.isfinite(weight_C).all() or (weight_C < 0).any():
+        raise ValueError(f"client weights must be finite and not negative, got {weight_C.tolist()}")
+    total = weight_C.double().sum(dim=0, keepdim=True)
+    return torch.where(total > 0, weight_C.double() / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def fedavg(update_CN: Tensor, weight_CN: Tensor) -> Tensor:
     """Weighted mean of the clients' updates (FedAvg, arXiv 1602.05629; UB-SMoE's own rule).
 
     Args:
         update_CN: client updates, floating point.
-        weight_C: non-negative data weights of any scale; only their ratios matter.
+        weight_CN: weights, [C, N] or, alike for all elements, [C, 1].
 
     Returns:
         The mean, [N], in the dtype of `update_CN`, summed in fp32 or wider.
-
-    Raises:
-        ValueError: if a weight is negative or not finite, or all are zero.
     """
-    total = weight_C.sum()
-    if not torch.isfinite(total) or (weight_C < 0).any() or total <= 0:
-        raise ValueError(f"client weights must be finite, non-negative and not all zero, got {weight_C.tolist()}")
     wide = torch.promote_types(update_CN.dtype, torch.float32)
-    share_C = (weight_C.double() / total.double()).to(wide)
-    return (share_C @ update_CN.to(wide)).to(update_CN.dtype)
+    share_CN = shares(weight_CN).to(wide)
+    if share_CN.shape[1] == 1:  # one product over everything
+        return (share_CN[:, 0] @ update_CN.to(wide)).to(update_CN.dtype)
+    return torch.einsum("cn,cn->n", share_CN, update_CN.to(wide)).to(update_CN.dtype)
+
+
+def activation_weight(weight_C: Tensor, used_CU: Tensor, temperature: float) -> Tensor:
+    """n_c f^t (FLAME, arXiv 2506.16600; our stand-in for A3SMoE): clients count by how much they used an expert.
+
+    Args:
+        weight_C: data weights.
+        used_CU: f, the share of a client's tokens that used each unit's expert.
+        temperature: t; 0 is FedAvg over the clients that used the expert at all [ours: 0^0 is 0].
+
+    Returns:
+        Weights [C, U] for `fedavg`; zero for a client that did not use the expert.
+    """
+    return torch.where(used_CU > 0, weight_C.unsqueeze(1) * used_CU.clamp_min(1e-30).pow(temperature), 0.0)
+
+
+def coordinate_median(update_CN: Tensor, weight_CN: Tensor) -> Tensor:
+    """Median of each element over the clients that count (arXiv 1803.01498); their weights do not matter further."""
+    sorted_CN, count_1N = _sorted_valid(update_CN, weight_CN)
+    low, high = (count_1N - 1).clamp_min(0) // 2, count_1N // 2
+    high = torch.minimum(high, (count_1N - 1).clamp_min(0))
+    middle = (sorted_CN.gather(0, low) + sorted_CN.gather(0, high)) / 2
+    return torch.where(count_1N > 0, middle, 0.0).squeeze(0).to(update_CN.dtype)
+
+
+def trimmed_mean(update_CN: Tensor, weight_CN: Tensor, trim: float) -> Tensor:
+    """Mean of each element without its floor(trim * clients) largest and as many smallest values (arXiv 1803.01498).
+
+    Weights only say which clients count.
+    """
+    sorted_CN, count_1N = _sorted_valid(update_CN, weight_CN)
+    cut_1N = (count_1N * trim + 1e-9).long()
+    place_C1 = torch.arange(len(update_CN), device=update_CN.device).unsqueeze(1)
+    kept_CN = (place_C1 >= cut_1N) & (place_C1 < count_1N - cut_1N)
+    total = torch.where(kept_CN, sorted_CN, 0.0).sum(dim=0)
+    return (total / kept_CN.sum(dim=0).clamp_min(1)).to(update_CN.dtype)
+
+
+def _sorted_valid(update_CN: Tensor, weight_CN: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in rising order with those that do not count last, and how many count, [1, N]."""
+    valid_CN = (weight_CN > 0).expand(update_CN.shape)
+    wide = torch.promote_types(update_CN.dtype, torch.float32)
+    return torch.where(valid_CN, update_CN.to(wide), torch.inf).sort(dim=0).values, valid_CN.sum(dim=0, keepdim=True)
+
+
+def clip_factors(norm_CU: Tensor, largest: float) -> Tensor:
+    """What to multiply each client's update of each unit with, so that its L2 norm is at most `largest`."""
+    return (largest / norm_CU.clamp_min(torch.finfo(norm_CU.dtype).tiny)).clamp(max=1.0)
+
+
+def resize(factors: Factors, rank: int) -> Factors:
+    """The first `rank` ranks; zeros where there are fewer."""
+    A_URn, B_UmR = factors
+    missing = rank - A_URn.shape[1]
+    if missing <= 0:
+        return Factors(A_URn[:, :rank], B_UmR[:, :, :rank])
+    return Factors(
+        torch.cat([A_URn, A_URn.new_zeros(len(A_URn), missing, A_URn.shape[2])], dim=1),
+        torch.cat([B_UmR, B_UmR.new_zeros(*B_UmR.shape[:2], missing)], dim=2),
+    )
+
+
+def zero_pad(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
+    """Weighted mean of A and of B, smaller ranks padded with zeros; the rank is the largest of the clients'."""
+    rank = max(f.A_URn.shape[1] for f in clients)
+    padded = [resize(f, rank) for f in clients]
+    share_CU = shares(weight_CU).to(padded[0].A_URn.dtype)
+    return Factors(*(torch.einsum("cu,cuxy->uxy", share_CU, torch.stack(part)) for part in zip(*padded, strict=True)))
+
+
+def delta_norm(factors: Factors) -> Tensor:
+    """||B A||_F of each unit, [U], without forming the product: sqrt(sum A * (B^T B A))."""
+    A_URn, B_UmR = factors
+    return (A_URn * (B_UmR.mT @ B_UmR @ A_URn)).sum(dim=(1, 2)).clamp_min(0).sqrt()
+
+
+def hetlora(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
+    """Zero-padding with weights ||B_c A_c||_F (HetLoRA, arXiv 2401.06432).
+
+    The data weights say only who counts; they decide where every norm is zero [ours].
+    """
+    norm_CU = torch.stack([delta_norm(f) for f in clients]) * (weight_CU > 0)
+    return zero_pad(clients, torch.where(norm_CU.sum(dim=0) > 0, norm_CU.to(weight_CU.dtype), weight_CU))
+
+
+def flora(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
+    """The stack A = [w_c A_c], B = [B_c], of rank sum r_c: B A is exactly sum w_c B_c A_c (FLoRA, arXiv 2409.05976)."""
+    share_CU11 = shares(weight_CU)[:, :, None, None].to(clients[0].A_URn.dtype)
+    return Factors(
+        torch.cat([share * f.A_URn for share, f in zip(share_CU11, clients, strict=True)], dim=1),
+        torch.cat([f.B_UmR for f in clients], dim=2),
+    )
+
+
+def flexlora(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
+    """SVD of sum w_c B_c A_c: B = U S, A = V^T, strongest rank first (FlexLoRA, arXiv 2402.11505)."""
+    return _svd(flora(clients, weight_CU))[0]
+
+
+def florist(clients: Sequence[Factors], weight_CU: Tensor, energy: float) -> Factors:
+    """The same SVD, cut for each unit where it holds `energy` of sum S^2 (FLoRIST, arXiv 2506.09199).
+
+    The first p ranks with sum_{i <= p} S_i^2 >= energy * sum S^2 are kept, the others are zero.
+    """
+    factors, S_UR = _svd(flora(clients, weight_CU))
+    square_UR = S_UR.double().square()
+    before_UR = square_UR.cumsum(dim=1) - square_UR
+    kept_UR = before_UR < energy * square_UR.sum(dim=1, keepdim=True)
+    return Factors(factors.A_URn * kept_UR.unsqueeze(2), factors.B_UmR * kept_UR.unsqueeze(1))
+
+
+def _svd(stack: Factors) -> tuple[Factors, Tensor]:
+    """B A = U S V^T as (B = U S, A = V^T) and S, [U, min(R, m, n)].
+
+    QR of both factors leaves an SVD of at most R x R; the m x n product is never formed.
+    """
+    Q_B, R_B = torch.linalg.qr(stack.B_UmR)
+    Q_A, R_A = torch.linalg.qr(stack.A_URn.mT)
+    U, S_UR, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Factors(Vh @ Q_A.mT, Q_B @ (U * S_UR.unsqueeze(1))), S_UR
