@@ -68,71 +68,116 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     return found
 
 
-def exchange(layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float]) -> dict[str, Any]:
-    """One exchange of random values, client c's value of a unit the same on all ranks that hold it."""
+def exchange(
+    layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float], payload: str = "fp32"
+) -> dict[str, Any]:
+    """One exchange of random values, client c's value of a unit the same on all ranks that hold it.
+
+    A layout is [ranks, expert parallelism, LoRA rank sent, LoRA rank got back]. What client c gets back is the clients'
+    weighted sum of their units' first elements, as many as it has of them, and c added to it.
+    """
     from mpi4py import MPI
 
-    from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit
-    from ubsmoe_ds.federation.merge import fedavg
+    from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
 
     comm = MPI.COMM_WORLD
-    firsts = np.cumsum([0, *[ranks for ranks, _ in layouts]])
+    firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
     placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
-    listed = [Unit(*unit) for unit in units]
+    listed = [Unit(name, numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
-    rng = np.random.default_rng(0)
-    values = [rng.normal(size=(len(layouts), unit.numel)).astype(np.float32)[client] for unit in listed]
-    held = [v for v, unit in zip(values, listed, strict=True) if comm.rank in placed[client].holders(unit, num_experts)]
-    plan = Exchange(comm, placed, listed, num_experts)
-    owned = []
-
-    def merge(positions: range, update_CN: np.ndarray) -> np.ndarray:
-        owned.append(update_CN.shape[1])
-        assert update_CN.shape[1] == sum(listed[i].numel for i in positions)
-        return fedavg(torch.from_numpy(update_CN), torch.tensor(weights)).numpy()
-
-    merged, _ = plan.merge(np.concatenate(held), merge)
-    return {"merged": merged, "owned": np.array(owned[0])}
+    plan = Exchange(comm, placed, listed, num_experts, owners(listed, 4, comm.size), payload)
+    mine = [u for u, unit in enumerate(listed) if comm.rank in placed[client].holders(unit, num_experts)]
+    sizes = placed[client].sizes(listed, reply=False)
+    held = np.concatenate([tiny.federated_value(listed[u].name, client, (int(sizes[u]),)) for u in mine])
+    received = plan.collect(held)
+    replies: list[list[np.ndarray]] = [[] for _ in layouts]
+    starts = [0] * len(layouts)
+    for u in plan.owned:
+        for c, layout in enumerate(placed):
+            numel = int(layout.sizes(listed, reply=True)[u])
+            total = np.full(numel, c, dtype=np.float32)
+            for other, (flat, weight) in enumerate(zip(received, weights, strict=True)):
+                value = flat[starts[other] :][: int(placed[other].sizes(listed, reply=False)[u])]
+                total[: len(value)] += weight * value[:numel]
+            replies[c].append(total)
+        for c, layout in enumerate(placed):
+            starts[c] += int(layout.sizes(listed, reply=False)[u])
+    back = plan.distribute([np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies])
+    owned = sum(listed[u].size(4) for u in plan.owned)
+    return {"merged": back, "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
 
 
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:
-    """Clients of unequal layout get known weights and utilisation, and merge once; returns what each rank holds then.
+    """Clients of unequal layout get known weights and usage, and merge once; returns what each rank holds then.
 
-    The value of a parameter at client c is `tiny.federated_value(name, c, shape)`, cut to the rank's experts.
+    The value of a parameter at client c is `tiny.federated_value(name, c, shape)`, cut to the rank's experts and the
+    client's LoRA rank. A variant may name a ("broken") client and parameter whose first value is NaN.
     """
-    base = tiny.experiment(model_path, clients)
+    base = tiny.experiment(model_path, [{k: v for k, v in client.items() if k != "lora_rank"} for client in clients])
     world = enter(base)
     from ubsmoe_ds.client import Client
-    from ubsmoe_ds.federation.build import client_layouts
-    from ubsmoe_ds.federation.exchange import Exchange
-    from ubsmoe_ds.federation.merge import fedavg
-    from ubsmoe_ds.federation.server import Server
+    from ubsmoe_ds.federation.build import plan_exchanges
+    from ubsmoe_ds.federation.server import Server, Usage
     from ubsmoe_ds.federation.units import UnitStore
 
     found: dict[str, Any] = {}
+    used_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
-        exp = tiny.variant(base, variant)
+        exp = tiny.variant(base, variant | {"ranks": [client.get("lora_rank") for client in clients]})
         config = exp.clients[world.client]
         client = Client(exp, config, world.client_rank)
-        store = UnitStore(client.model, client.finisher.masters)
-        weights = [float(c.share) for c in exp.clients]
-        server = Server(store.units, fedavg, [w / sum(weights) for w in weights], 0.4, exp.dmr)
-        plan = Exchange(world.comm, client_layouts(exp), store.units, exp.num_experts)
+        flora = exp.merge.rule == "flora"
+        store = UnitStore(client.model, client.finisher.masters, rank=client.rank, dmr=exp.dmr.enabled, stacking=flora)
+        weights = np.array([c.share for c in exp.clients]) / sum(c.share for c in exp.clients)
+        plan, owned = plan_exchanges(exp, world, store)
+        server = Server(exp, owned, weights.tolist(), 0.4)
+        replies = [sum(server.ranks)] * len(clients) if flora else server.ranks
+        exchange = plan(server.ranks, replies)
+        server.start(exchange.collect(store.shared.numpy(), exact=True))
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
-                client.finisher.masters.write(
-                    parameter, _local_value(key, world.client, parameter, config, world.client_rank)
-                )
-        utilisation = torch.from_numpy(tiny.federated_value("utilisation", world.client, (2, 8))).abs()
-        merged, _ = plan.merge(store.updates(utilisation).numpy(), server.merge_owned)
-        found[f"{name}/utilisation"] = store.apply(torch.from_numpy(merged)).numpy()
+                value = _local_value(key, world.client, parameter, config, world.client_rank)
+                if variant.get("broken") == [world.client, key]:
+                    value.view(-1)[0] = float("nan")
+                client.finisher.masters.write(parameter, value)
+        usage = Usage(used_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), used_CLE).float())
+        merged = server.merge(exchange.collect(store.updates().numpy()), usage, server.ranks)
+        store.apply(torch.from_numpy(exchange.distribute(merged)), replies[world.client], round_number=1)
+        found[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
                 found[f"{name}/value/{key}"] = client.finisher.masters.read(parameter).numpy()
                 assert torch.allclose(parameter.detach().float(), client.finisher.masters.read(parameter), atol=0.02)
-        for key, value in store.full_state().items():
-            found[f"{name}/full/{key}"] = value.numpy()
+            elif flora and ".experts." in key:
+                found[f"{name}/value/{key}"] = parameter.detach().float().numpy()
+        for key, full in store.full_state().items():
+            found[f"{name}/full/{key}"] = full.numpy()
         client.engine.destroy()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def methods(config: str, overrides: list[str], names: list[str], folder: str) -> dict[str, Any]:
+    """Whole runs of several methods, one after the other in one job; each writes folder/NAME."""
+    from ubsmoe_ds.config_file import load_experiment
+
+    experiments = {
+        name: load_experiment(config, [*overrides, f"method={name}", f"name={name}", f"output={folder}"])
+        for name in names
+    }
+    world = enter(experiments[names[0]])
+    from ubsmoe_ds.federation.build import build
+
+    found: dict[str, Any] = {}
+    for name, exp in experiments.items():
+        federation = build(exp, world, on_accelerator=False, verbose=False)
+        federation.run()
+        layers = federation.client.model.layers
+        for projection, weight in layers[0].experts.base().items():
+            found[f"{name}/base/{projection}"] = weight.detach().numpy()
+        found[f"{name}/rank"] = np.array(federation.store.rank)
+        federation.client.engine.destroy()
+        world.barrier()
     torch.distributed.destroy_process_group()
     return found
 
@@ -142,7 +187,7 @@ def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, ra
         return torch.from_numpy(tiny.federated_value(key, client, tuple(parameter.shape)))
     whole = tiny.federated_value(key, client, (8, *parameter.shape[1:]))
     first = rank % config.expert_parallel * len(parameter)
-    return torch.from_numpy(whole[first : first + len(parameter)])
+    return torch.from_numpy(whole[first : first + len(parameter)].copy())
 
 
 def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from ubsmoe_ds.config import Experiment
@@ -48,6 +49,8 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
         "num_experts": 8,
         "k_max": 4,
         "lora": {"rank": 3, "alpha": 6.0},
+        "pseudo_gradient": {"estimator": "none"},
+        "router": {"gate_rescale": "none"},
         "deepspeed": deepspeed(),
         "clients": [{"name": f"c{i}"} | client for i, client in enumerate(clients)],
     }
@@ -81,16 +84,29 @@ def examples(count: int = 24, seed: int = 3) -> list[Example]:
 
 
 def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
-    """`base` changed: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA)."""
+    """`base` changed: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA), ...
+
+    "ranks": LoRA rank of each client; "sections": {section: {key: value}} for everything else.
+    """
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
     raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none")}
-    raw["router"] = {"aux_loss": changes.get("aux", 0.0)}
+    raw["router"] = {"aux_loss": changes.get("aux", 0.0), "gate_rescale": changes.get("rescale", "none")}
     raw["lora"]["attention"] = changes.get("attention", False)
     raw["dmr"]["candidates"] = changes.get("candidates")
-    for client in raw["clients"]:
+    for client, rank in zip(raw["clients"], changes.get("ranks", [None] * len(raw["clients"])), strict=True):
         client["capacity_factor"] = changes.get("capacity_factor")
+        client["lora_rank"] = rank
+    for section, values in changes.get("sections", {}).items():
+        raw[section] = {**raw[section], **values}
     return Experiment.model_validate(raw)
+
+
+def usage(client: int) -> Tensor:
+    """Share of a client's tokens that used each expert, [2 layers, 8 experts]; nobody used the last."""
+    used = torch.from_numpy(federated_value("usage", client, (2, 8))).abs()
+    used[:, -1] = 0
+    return used
 
 
 def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -25,6 +25,7 @@ from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.gradients import GradientFinisher
 from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.moments import ExpertMoments
 
 ADAMS = ("adam", "adamw")
 
@@ -47,13 +48,18 @@ def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSM
     return UBSMoESpec(
         k=exp.active_experts(config),
         candidates=exp.candidates,
-        lora_rank=exp.lora.rank,
+        lora_rank=exp.lora_rank(config),
+        full_rank=exp.lora.rank,
         lora_alpha=exp.lora.alpha,
         lora_attention=exp.lora.attention,
         router_trainable=exp.router.trainable,
         capacity_factor=config.capacity_factor,
         min_capacity=exp.model.min_capacity,
         phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
+        modulate=exp.dmr.modulate,
+        gate_rescale=exp.router.gate_rescale,
+        gamma=exp.router.gamma,
+        k_max=exp.k_max,
         expert_parallel=config.expert_parallel,
         expert_rank=client_rank % config.expert_parallel,
         seed=exp.seed,
@@ -86,6 +92,7 @@ class Client:
     def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
         self.exp, self.config = exp, config
         self.k = exp.active_experts(config)
+        self.rank = exp.lora_rank(config)  # pruning lowers it
         self.device = torch.device(get_accelerator().current_device_name())
         if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
@@ -101,9 +108,11 @@ class Client:
                 config=engine_config(exp),
             )
         estimator = exp.pseudo_gradient.estimator
-        self.collector = (
-            None if estimator == "none" else PseudoGradientCollector(self.model.layers, estimator, exp.rho(config))
-        )
+        self.collector = None
+        if estimator != "none":
+            share = exp.pseudo_gradient.token_share
+            self.collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), share)
+        self.moments = ExpertMoments(self.model.layers) if estimator == "linearised" else None
         self.finisher = GradientFinisher(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )
@@ -152,23 +161,48 @@ class Client:
         nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
         loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
-        return loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss), nll.detach()
+        loss = loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss)
+        if self.exp.lora.prune_penalty and self.tail_start < self.rank:
+            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self.tail_start)
+        return loss, nll.detach()
+
+    @property
+    def tail_start(self) -> int:
+        """The rank from which on self-pruning sees a tail: floor(gamma r), at least the smallest rank allowed."""
+        return max(self.exp.lora.prune_min_rank, int(self.exp.lora.prune_gamma * self.rank))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
+        """Sum up moments over `count` steps' rows without training, so that the first round has some."""
+        self.engine.train()
+        self.model.set_active_experts(self.k)
+        self.reset_counts()
+        for _ in range(count):
+            for tokens in next(batches).micro:
+                self.model(*tokens.to(self.device)[:3])
 
     def reset_counts(self) -> None:
-        """Start counting routed tokens anew."""
+        """Start counting routed tokens anew, and with them the moments."""
         for layer in self.model.layers:
             layer.gate.reset_counts()
+        if self.moments is not None:
+            self.moments.start()
 
     def routed_counts(self) -> Tensor:
         """Tokens that this rank routed to each expert, and its tokens in the last column, [L, E + 1] int64, CPU."""
         gates = [layer.gate for layer in self.model.layers]
         return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
 
-    def utilisation(self) -> Tensor:
-        """a_c / n_c: tokens routed to each expert per token, over all ranks of the client, [L, E] fp32 on the CPU."""
-        counts = self.routed_counts().to(self.device)
-        dist.all_reduce(counts)
-        return (counts[:, :-1] / counts[:, -1:].clamp_min(1)).float().cpu()
+    def pseudo_mass(self) -> Tensor:
+        """Sum over this rank's tokens of the weight that pseudo-gradients gave each expert, [L, E] fp64, CPU."""
+        return torch.stack([layer.gate.pseudo_E for layer in self.model.layers]).double().cpu()
+
+    def recover(self) -> None:
+        """After NaN or Inf, once the shared state is back: forget moments, and learned scales that went astray."""
+        self.reset_optimizer()
+        for layer in self.model.layers:
+            if layer.gate.scale is not None and not bool(torch.isfinite(layer.gate.scale).all()):
+                self.finisher.masters.write(layer.gate.scale, torch.ones_like(layer.gate.scale))
 
     def reset_optimizer(self) -> None:
         """Forget moments and step counts in place, so that ZeRO's views of them stay valid."""

@@ -5,14 +5,13 @@ Only rank 0 of the job has a monitor that writes. Shapes: L layers, E experts.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -64,19 +63,17 @@ class Monitor:
         self._writer.flush()
         self.say(self._progress(number, metrics, seconds))
 
-    def save_adapter(self, state: Mapping[str, Tensor]) -> None:
-        """Write the global adapter as `adapter.safetensors`: LoRA, phi and, if trained, the router, in fp32."""
-        metadata = {
-            "format": "ubsmoe_ds.adapter.1",
-            "base_model": self.exp.model.path,
-            "lora_rank": str(self.exp.lora.rank),
-            "lora_alpha": str(self.exp.lora.alpha),
-            "k_max": str(self.exp.k_max),
-            "candidates": str(self.exp.candidates),
-        }
-        unfinished = self.folder / "adapter.safetensors.tmp"
-        save_file(dict(state), unfinished, metadata=metadata)
-        unfinished.replace(self.folder / "adapter.safetensors")
+    def refused(self, number: int, units: Mapping[str, Sequence[str]]) -> None:
+        """Name the units of which a client's update held NaN or Inf.
+
+        Args:
+            number: of the round.
+            units: names of units by client.
+        """
+        for client, names in units.items():
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
+            self._writer.add_text(f"refused/{client}", ", ".join(names), number)
 
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
@@ -119,12 +116,13 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     """The end of a run at a glance."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
     table = Table(title=f"utilisation CV {before:.3f} -> {after:.3f}", title_justify="left")
-    for heading in ("client", "K", "FLOPs %", "step time %", "loss", "accuracy %"):
+    for heading in ("client", "K", "rank", "FLOPs %", "step time %", "loss", "accuracy %"):
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for row in rows:
         table.add_row(
             row["client"],
             str(row["k"]),
+            str(row["lora_rank"]),
             f"{100 * row['flops_ratio']:.1f}",
             f"{100 * row['step_time_ratio']:.1f}",
             f"{row['loss_before']:.4f} -> {row['loss_after']:.4f}",

@@ -1,5 +1,8 @@
 """One rank's `Federation`, put together from an experiment. Imported only when the rendezvous variables are set."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +17,7 @@ from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.evaluation import Evaluator
-from ubsmoe_ds.federation.exchange import ClientLayout, Exchange
-from ubsmoe_ds.federation.merge import fedavg
+from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
 from ubsmoe_ds.federation.modulation import target_utilisation
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.server import Server
@@ -26,6 +28,9 @@ from ubsmoe_ds.world import World
 
 if TYPE_CHECKING:
     from ubsmoe_ds.monitor import Monitor
+
+Plan = Callable[[Sequence[int], Sequence[int]], Exchange]
+CALIBRATION_STEPS = 2  # whose rows give the first moments; they are trained on all the same
 
 
 def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool) -> Federation:
@@ -45,7 +50,14 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     start_deepspeed(on_accelerator, verbose)
     config = exp.clients[world.client]
     client = Client(exp, config, world.client_rank, verbose)
-    store = UnitStore(client.model, client.finisher.masters)
+    store = UnitStore(
+        client.model,
+        client.finisher.masters,
+        rank=client.rank,
+        dmr=exp.dmr.enabled,
+        stacking=exp.merge.rule == "flora",
+        seed=exp.seed,
+    )
     weights = [len(share) / len(train_rows) for share in shares]
     active = [exp.active_experts(c) for c in exp.clients]
     evaluator = Evaluator(eval_rows, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
@@ -53,30 +65,54 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
     if monitor is not None:
         monitor.say(_headline(exp, client))
+        if exp.merge.rule == "activation" and client.collector is not None and not exp.merge.pseudo_weight:
+            monitor.say(
+                "warning: merge.rule activation gives no weight to a client that did not use an expert, so the "
+                "pseudo-gradients it gave that expert are lost; set merge.pseudo_weight above 0, or merge.rule fedavg"
+            )
         if cut_prompts or evaluator.cut:
             monitor.say(
                 f"note: {cut_prompts:.0f} of {len(train_rows)} training and {evaluator.cut} of {len(eval_rows)} "
                 f"evaluation prompts lose their beginning to data.max_length={exp.data.max_length}"
             )
+    batches = partial(
+        steps,
+        examples,
+        batch_size=exp.deepspeed.train_batch_size,
+        micro_batches=exp.deepspeed.gradient_accumulation_steps,
+        rank=world.client_rank,
+        ranks=config.ranks,
+        pad=tokenizer.pad_token_id,
+        seed=(exp.seed, world.client),
+    )
+    if client.moments is not None:
+        client.calibrate(batches(), CALIBRATION_STEPS)
+    plan, owned = plan_exchanges(exp, world, store)
     return Federation(
         exp=exp,
         world=world,
         client=client,
         store=store,
-        exchange=Exchange(world.comm, client_layouts(exp), store.units, exp.num_experts),
-        server=Server(store.units, fedavg, weights, target_utilisation(weights, active, exp.num_experts), exp.dmr),
+        plan=plan,
+        server=Server(exp, owned, weights, target_utilisation(weights, active, exp.num_experts)),
         evaluator=evaluator,
-        batches=steps(
-            examples,
-            batch_size=exp.deepspeed.train_batch_size,
-            micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
-            ranks=config.ranks,
-            pad=tokenizer.pad_token_id,
-            seed=(exp.seed, world.client),
-        ),
+        batches=batches(),
         monitor=monitor,
     )
+
+
+def plan_exchanges(exp: Experiment, world: World, store: UnitStore) -> tuple[Plan, list[Unit]]:
+    """How to plan an exchange for given LoRA ranks, and the units that this rank owns whatever they are."""
+    owner = owners(store.units, exp.lora.rank, world.comm.size)
+
+    def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
+        layouts = [
+            replace(layout, lora_rank=rank, reply_rank=reply)
+            for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
+        ]
+        return Exchange(world.comm, layouts, store.units, exp.num_experts, owner, exp.merge.payload)
+
+    return plan, [unit for unit, rank in zip(store.units, owner, strict=True) if rank == world.rank]
 
 
 def _open_monitor(exp: Experiment) -> "Monitor":
@@ -89,10 +125,13 @@ def _open_monitor(exp: Experiment) -> "Monitor":
 def _headline(exp: Experiment, client: Client) -> str:
     """What is about to run, in one line."""
     ks = " ".join(str(exp.active_experts(c)) for c in exp.clients)
-    adapter = trainable_parameters(model_shape(client.hf_config, client.spec), exp.router.trainable)
+    ranks = " ".join(map(str, dict.fromkeys(exp.lora_ranks)))
+    shape = replace(model_shape(client.hf_config, client.spec), lora_rank=exp.lora.rank)
+    adapter = trainable_parameters(shape, exp.router.trainable)
     return (
-        f"{exp.name}: {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), K {ks} of "
-        f"{exp.num_experts} experts, adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
+        f"{exp.name}: {exp.method}, {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), "
+        f"K {ks} of {exp.num_experts} experts, LoRA rank {ranks}, "
+        f"adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
     )
 
 

@@ -1,20 +1,21 @@
 """Units <-> owners over MPI, without a central server and without arithmetic.
 
 A unit is one module's trainable state. A fixed map spreads the units over all ranks by bytes; the rank that a unit is
-assigned to is its owner. In a round the holders of a unit (one per client) send their update to its owner, the owner
-calls the merge with the stack of all clients' updates, and sends the result to every rank that holds the unit. Both
-ways are one Alltoallv of contiguous fp32. Clients may differ in ranks and expert parallelism: experts are re-sharded
-on the way. Every rank derives all counts from the config, so nothing but the payload is sent.
+assigned to is its owner. In a round the holders of a unit (one per client) send their update to its owner (`collect`),
+the owner merges what all clients sent, and sends each client's result to every rank of it that holds the unit
+(`distribute`). Both ways are one Alltoallv of contiguous fp32 or bf16. Clients may differ in ranks, in expert
+parallelism (experts are re-sharded on the way) and in LoRA rank, which decides how many elements a unit has for them.
+Every rank derives all counts from the layouts, so nothing but the payload is sent.
 
-Shapes: C clients, N elements of the units of one owner.
+Shapes: C clients, N elements of the units of one owner, as one client sends or receives them.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from ubsmoe_ds.world import wait_quietly
@@ -22,20 +23,34 @@ from ubsmoe_ds.world import wait_quietly
 
 @dataclass(frozen=True)
 class Unit:
-    """`expert` is the expert it belongs to, or None for state that every rank of a client holds."""
+    """A module's state: `numel` elements, or LoRA factors A [R, n] and B [m, R] of `lora` = (m, n).
+
+    `expert` is the expert it belongs to, or None for state that every rank of a client holds; `layer` its layer.
+    """
 
     name: str
-    numel: int
+    numel: int = 0
     expert: int | None = None
+    lora: tuple[int, int] | None = None
+    layer: int = 0
+
+    def size(self, rank: int) -> int:
+        """Elements of the unit at a LoRA rank."""
+        return self.numel if self.lora is None else rank * sum(self.lora)
 
 
 @dataclass(frozen=True)
 class ClientLayout:
-    """Which ranks of the job a client has, and how its experts are spread over them (DeepSpeed's order)."""
+    """Which ranks of the job a client has, how its experts are spread over them (DeepSpeed's order), its LoRA ranks.
+
+    lora_rank: of what it sends; reply_rank: of what it gets back, None: the same.
+    """
 
     first: int
     ranks: int
     expert_parallel: int
+    lora_rank: int = 0
+    reply_rank: int | None = None
 
     def holders(self, unit: Unit, num_experts: int) -> range:
         """Job ranks that hold the unit: all of the client, or those of its expert's place in each expert group."""
@@ -44,120 +59,155 @@ class ClientLayout:
         place = unit.expert // (num_experts // self.expert_parallel)
         return range(self.first + place, self.first + self.ranks, self.expert_parallel)
 
-
-MergeOwned = Callable[[range, np.ndarray], np.ndarray]  # (positions of the owned units, update_CN) -> merged_N
-
-
-class Seconds(NamedTuple):
-    """Of one exchange on this rank."""
-
-    moving: float
-    merging: float
+    def sizes(self, units: Sequence[Unit], reply: bool) -> np.ndarray:
+        """Elements of each unit on the way to the owner, or back."""
+        rank = self.reply_rank if reply and self.reply_rank is not None else self.lora_rank
+        return np.array([unit.size(rank) for unit in units], dtype=np.int64)
 
 
-Run = tuple[int, int, int]  # source start, destination start, length
+class Run(NamedTuple):
+    """`length` elements from `start` of buffer number `source` to `destination` of the buffer that is filled."""
+
+    source: int
+    start: int
+    destination: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One direction as one rank sees it: how to fill what it sends, and how to spread out what arrives."""
+
+    pack: list[Run]
+    send_counts: np.ndarray
+    receive_counts: np.ndarray
+    unpack: list[Run]
+    result_sizes: list[int]  # of the buffers that `unpack` fills, one after the other
 
 
 class Exchange:
-    """The plan of one rank, made once; `merge` carries it out.
+    """The plan of one rank for given layouts.
 
     Args:
         comm: the job's communicator.
         layouts: of all clients, in the order of the merge's C axis.
         units: of the whole model, the same list on every rank.
         num_experts: experts of the model.
+        owner: see `owners`; it stays the same when LoRA ranks change.
+        payload: "fp32" or "bf16".
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, layouts: Sequence[ClientLayout], units: Sequence[Unit], num_experts: int
+        self,
+        comm: MPI.Intracomm,
+        layouts: Sequence[ClientLayout],
+        units: Sequence[Unit],
+        num_experts: int,
+        owner: np.ndarray,
+        payload: str = "fp32",
     ) -> None:
-        self.comm, self.units = comm, units
-        owner = owners(units, comm.size)
+        self.comm, self.units, self.layouts = comm, units, layouts
+        self.payload = payload
         self.owned = range(*np.searchsorted(owner, [comm.rank, comm.rank + 1]).tolist())
-        sizes = np.array([unit.numel for unit in units], dtype=np.int64)
+        client = max(c for c, layout in enumerate(layouts) if layout.first <= comm.rank)
         holders = [[layout.holders(unit, num_experts) for unit in units] for layout in layouts]
-        mine = [index for index in range(len(units)) if any(comm.rank in per_unit[index] for per_unit in holders)]
-        self.held_numel = int(sizes[mine].sum()) if mine else 0
+        mine = [index for index, ranks in enumerate(holders[client]) if comm.rank in ranks]
         # to the owners: of a client's replicas one sends, a different one for each unit in turn
         senders = [[ranks[i % len(ranks)] for i, ranks in enumerate(per_unit)] for per_unit in holders]
-        sent = [index for index in mine if any(per_unit[index] == comm.rank for per_unit in senders)]
-        start_held = _starts(mine, sizes)
-        self._pack: list[Run] = _coalesce(
-            [(start_held[i], start, int(sizes[i])) for i, start in _starts(sent, sizes).items()]
-        )
-        self._up_send = np.bincount(owner[sent], sizes[sent], comm.size).astype(np.int64)
-        self._stack_shape = (len(layouts), int(sizes[self.owned].sum()))
-        self._unpack, self._up_receive = self._plan_receive(senders, sizes)
-        # back to all holders, in unit order, which is the order of the held buffer
-        self._reply, self._down_send = self._plan_reply(holders, sizes)
-        self._down_receive = np.bincount(owner[mine], sizes[mine], comm.size).astype(np.int64)
-        sent_elements = self._up_send + self._down_send
-        self.bytes_sent = 4 * int(sent_elements.sum() - sent_elements[comm.rank])  # to other ranks, in one exchange
+        self._up = self._plan_up(client, mine, senders, owner)
+        self._down = self._plan_down(client, mine, holders, owner)
+        self.held_numel = int(layouts[client].sizes(units, reply=False)[mine].sum())
+        sent = self._up.send_counts + self._down.send_counts
+        width = 2 if payload == "bf16" else 4
+        self.bytes_sent = width * int(sent.sum() - sent[comm.rank])  # to other ranks, in one round
 
-    def merge(self, held: np.ndarray, merge_owned: MergeOwned) -> tuple[np.ndarray, Seconds]:
-        """Exchange and merge one round's updates (a collective over the job).
+    def collect(self, held: np.ndarray, exact: bool = False) -> list[np.ndarray]:
+        """Every client's values of the units that this rank owns (a collective over the job).
 
         Args:
-            held: fp32, the updates of the units that this rank holds, in unit order, concatenated.
-            merge_owned: see `MergeOwned`; called once, also where this rank owns nothing.
+            held: fp32, the units that this rank holds, in unit order, concatenated.
+            exact: send fp32 whatever the payload.
 
         Returns:
-            (fp32, the merged values of the same units in the same order, seconds spent).
+            One fp32 array a client, the owned units in order.
         """
         if held.shape != (self.held_numel,) or held.dtype != np.float32:
             raise ValueError(f"held must be float32 of {self.held_numel} elements, got {held.dtype} {held.shape}")
-        start = time.perf_counter()
-        send = _copy(held, self._pack, int(self._up_send.sum()))
-        received = self._alltoallv(send, self._up_send, self._up_receive)
-        stack_CN = _copy(received, self._unpack, int(np.prod(self._stack_shape))).reshape(self._stack_shape)
-        moved = time.perf_counter()
-        merged = np.ascontiguousarray(merge_owned(self.owned, stack_CN), dtype=np.float32)
-        done = time.perf_counter()
-        if merged.shape != (self._stack_shape[1],):
-            raise ValueError(f"the merge must return {self._stack_shape[1]} elements, got shape {merged.shape}")
-        reply = _copy(merged, self._reply, int(self._down_send.sum()))
-        result = self._alltoallv(reply, self._down_send, self._down_receive)
-        return result, Seconds(moved - start + time.perf_counter() - done, done - moved)
+        return self._travel([held], self._up, exact)
 
-    def _alltoallv(self, send: np.ndarray, send_counts: np.ndarray, receive_counts: np.ndarray) -> np.ndarray:
-        received = np.empty(int(receive_counts.sum()), dtype=np.float32)
-        wait_quietly(self.comm.Ialltoallv([send, send_counts, MPI.FLOAT], [received, receive_counts, MPI.FLOAT]))
+    def distribute(self, replies: Sequence[np.ndarray]) -> np.ndarray:
+        """Send each client its values of the owned units (a collective over the job).
+
+        Args:
+            replies: fp32, one array a client; clients that get the same may share one array.
+
+        Returns:
+            fp32, the units that this rank holds, in unit order, concatenated.
+        """
+        need = [int(layout.sizes(self.units, reply=True)[self.owned].sum()) for layout in self.layouts]
+        if [reply.shape for reply in replies] != [(numel,) for numel in need]:
+            raise ValueError(f"replies must have {need} elements, got shapes {[reply.shape for reply in replies]}")
+        return self._travel(replies, self._down, exact=False)[0]
+
+    def _travel(self, sources: Sequence[np.ndarray], way: _Way, exact: bool) -> list[np.ndarray]:
+        send = _fill(sources, way.pack, int(way.send_counts.sum()))
+        if self.payload == "bf16" and not exact:
+            bits = torch.from_numpy(send).bfloat16().view(torch.uint16).numpy()
+            arrived = self._alltoallv(bits, way, MPI.UINT16_T)  # MPI knows no bfloat16
+            received = torch.from_numpy(arrived).view(torch.bfloat16).float().numpy()
+        else:
+            received = self._alltoallv(send, way, MPI.FLOAT)
+        flat = _fill([received], way.unpack, sum(way.result_sizes))
+        return np.split(flat, np.cumsum(way.result_sizes)[:-1])
+
+    def _alltoallv(self, send: np.ndarray, way: _Way, kind: MPI.Datatype) -> np.ndarray:
+        received = np.empty(int(way.receive_counts.sum()), dtype=send.dtype)
+        wait_quietly(self.comm.Ialltoallv([send, way.send_counts, kind], [received, way.receive_counts, kind]))
         return received
 
-    def _plan_receive(self, senders: list[list[int]], sizes: np.ndarray) -> tuple[list[Run], np.ndarray]:
-        """Where each piece that arrives belongs in the [C, N] stack; pieces arrive by sender, then by unit."""
+    def _plan_up(self, client: int, mine: list[int], senders: list[list[int]], owner: np.ndarray) -> _Way:
+        """Held units to their owners; pieces arrive by sender, then by unit, and go to one buffer a client."""
+        sizes = [layout.sizes(self.units, reply=False) for layout in self.layouts]
+        own = sizes[client]
+        sent = [index for index in mine if senders[client][index] == self.comm.rank]
+        start_held, start_sent = _starts(mine, own), _starts(sent, own)
+        pack = [Run(0, start_held[i], start_sent[i], int(own[i])) for i in sent]
+        stack_sizes = [int(of_client[self.owned].sum()) for of_client in sizes]
         pieces = []
-        for client, per_unit in enumerate(senders):
-            start = client * self._stack_shape[1]
-            for index in self.owned:
-                pieces.append((per_unit[index], index, start, int(sizes[index])))
-                start += int(sizes[index])
-        pieces.sort()
-        counts = np.zeros(self.comm.size, dtype=np.int64)
-        runs, arrived = [], 0
-        for sender, _, start, length in pieces:
-            runs.append((arrived, start, length))
-            arrived += length
-            counts[sender] += length
-        return _coalesce(runs), counts
+        for number, per_unit in enumerate(senders):
+            starts = _starts(self.owned, sizes[number])
+            offset = sum(stack_sizes[:number])
+            pieces += [(per_unit[i], i, offset + starts[i], int(sizes[number][i])) for i in self.owned]
+        unpack, receive_counts = self._arrange(pieces, arriving=True)
+        send_counts = np.bincount(owner[sent], own[sent], self.comm.size).astype(np.int64)
+        return _Way(list(_coalesce(pack)), send_counts, receive_counts, unpack, stack_sizes)
 
-    def _plan_reply(self, holders: list[list[range]], sizes: np.ndarray) -> tuple[list[Run], np.ndarray]:
-        """Owned units for each rank that holds them, by rank, then by unit."""
-        start_owned = _starts(self.owned, sizes)
-        pieces = sorted((rank, index) for per_unit in holders for index in self.owned for rank in per_unit[index])
+    def _plan_down(self, client: int, mine: list[int], holders: list[list[range]], owner: np.ndarray) -> _Way:
+        """Owned units to each rank that holds them; they arrive in unit order, the order of the held buffer."""
+        sizes = [layout.sizes(self.units, reply=True) for layout in self.layouts]
+        pieces = []
+        for number, per_unit in enumerate(holders):
+            starts = _starts(self.owned, sizes[number])
+            pieces += [(rank, i, starts[i], int(sizes[number][i]), number) for i in self.owned for rank in per_unit[i]]
+        pack, send_counts = self._arrange(pieces, arriving=False)
+        receive_counts = np.bincount(owner[mine], sizes[client][mine], self.comm.size).astype(np.int64)
+        numel = int(receive_counts.sum())
+        return _Way(pack, send_counts, receive_counts, [Run(0, 0, 0, numel)], [numel])
+
+    def _arrange(self, pieces: list[tuple], arriving: bool) -> tuple[list[Run], np.ndarray]:
+        """Runs between a travelling buffer, ordered by (rank, unit), and the places of its pieces; counts per rank."""
         counts = np.zeros(self.comm.size, dtype=np.int64)
-        runs, sent = [], 0
-        for rank, index in pieces:
-            length = int(sizes[index])
-            runs.append((start_owned[index], sent, length))
-            sent += length
+        runs, offset = [], 0
+        for rank, _, place, length, *source in sorted(pieces):
+            runs.append(Run(0, offset, place, length) if arriving else Run(source[0], place, offset, length))
+            offset += length
             counts[rank] += length
-        return _coalesce(runs), counts
+        return list(_coalesce(runs)), counts
 
 
-def owners(units: Sequence[Unit], ranks: int) -> np.ndarray:
+def owners(units: Sequence[Unit], lora_rank: int, ranks: int) -> np.ndarray:
     """Owner of each unit: contiguous blocks of units with about equal bytes; the same on every rank."""
-    sizes = np.array([unit.numel for unit in units], dtype=np.float64)
+    sizes = np.array([unit.size(lora_rank) for unit in units], dtype=np.float64)
     middle = np.cumsum(sizes) - sizes / 2
     return np.minimum((middle / sizes.sum() * ranks).astype(np.int64), ranks - 1)
 
@@ -171,22 +221,30 @@ def _starts(indices: Sequence[int], sizes: np.ndarray) -> dict[int, int]:
     return found
 
 
-def _coalesce(runs: list[Run]) -> list[Run]:
+def _coalesce(runs: Sequence[Run]) -> Iterator[Run]:
     """Join runs that follow each other in both buffers: few large copies instead of one per unit."""
-    joined: list[Run] = []
-    for source, destination, length in runs:
-        if joined and joined[-1][0] + joined[-1][2] == source and joined[-1][1] + joined[-1][2] == destination:
-            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + length)
-        else:
-            joined.append((source, destination, length))
-    return joined
+    current: Run | None = None
+    for run in runs:
+        if (
+            current is not None
+            and current.source == run.source
+            and current.start + current.length == run.start
+            and current.destination + current.length == run.destination
+        ):
+            current = current._replace(length=current.length + run.length)
+            continue
+        if current is not None:
+            yield current
+        current = run
+    if current is not None:
+        yield current
 
 
-def _copy(source: np.ndarray, runs: list[Run], numel: int) -> np.ndarray:
+def _fill(sources: Sequence[np.ndarray], runs: list[Run], numel: int) -> np.ndarray:
     """A buffer of `numel` elements filled by the runs; the source itself where they change nothing."""
-    if numel == len(source) and runs == [(0, 0, numel)]:
-        return source
-    result = np.empty(numel, dtype=source.dtype)
-    for start, destination, length in runs:
-        result[destination : destination + length] = source[start : start + length]
+    if len(sources) == 1 and numel == len(sources[0]) and runs == [Run(0, 0, 0, numel)]:
+        return sources[0]
+    result = np.empty(numel, dtype=np.float32)
+    for source, start, destination, length in runs:
+        result[destination : destination + length] = sources[source][start : start + length]
     return result

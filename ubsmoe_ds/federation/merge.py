@@ -1,6 +1,6 @@
 """Aggregation rules: pure functions on the stacked updates or factors of the clients. No ranks, files or MPI here.
 
-Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take the LoRA factors of clients of any
+Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take LoRA factors of clients of any
 ranks, all units of one shape at a time. Weights are per client and element or unit, of any scale; a client whose weight
 is zero does not count, and where all weights are zero nothing is learned: the update, or Delta W, is zero.
 

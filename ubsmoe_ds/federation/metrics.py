@@ -25,23 +25,24 @@ class RoundSeconds(NamedTuple):
 
 
 def evaluation_scalars(
-    clients: Sequence[str], ks: Sequence[int], tasks: Sequence[str], sums: np.ndarray, weighted_cv: float
+    clients: Sequence[str], views: Sequence[str], tasks: Sequence[str], sums: np.ndarray, weighted_cv: float
 ) -> dict[str, float]:
-    """Loss and accuracy at each distinct K, per task, per client (at its K), and overall (the clients' plain mean).
+    """Loss and accuracy of each distinct view of the model, per task, per client, and overall (clients' plain mean).
 
     Args:
-        clients, ks: name and K of each client.
+        clients: names.
+        views: of each client; clients of one view have the same K and the same model, see `rounds.views`.
         tasks: names of the axis of tasks.
-        sums: [distinct K in rising order, tasks, 4] in the order of `evaluation.FIELDS`.
+        sums: [distinct views in order of appearance, tasks, 4] in the order of `evaluation.FIELDS`.
         weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
     """
     found: dict[str, float] = {}
-    for k, of_k in zip(sorted(set(ks)), sums, strict=True):
-        for name, (nll, tokens, correct, rows) in zip(["all", *tasks], [of_k.sum(0), *of_k], strict=True):
-            found[f"eval_k{k}/loss_{name}"] = nll / tokens
-            found[f"eval_k{k}/accuracy_{name}"] = correct / rows
+    for view, of_view in zip(dict.fromkeys(views), sums, strict=True):
+        for name, (nll, tokens, correct, rows) in zip(["all", *tasks], [of_view.sum(0), *of_view], strict=True):
+            found[f"eval_{view}/loss_{name}"] = nll / tokens
+            found[f"eval_{view}/accuracy_{name}"] = correct / rows
     for field in ("loss", "accuracy"):
-        of_client = [found[f"eval_k{k}/{field}_all"] for k in ks]
+        of_client = [found[f"eval_{view}/{field}_all"] for view in views]
         found |= {f"eval_{field}/{client}": value for client, value in zip(clients, of_client, strict=True)}
         found[f"eval/{field}"] = sum(of_client) / len(of_client)
     found["eval/utilisation_cv"] = weighted_cv
@@ -49,7 +50,12 @@ def evaluation_scalars(
 
 
 def training_scalars(
-    clients: Sequence[str], stats: Sequence[LocalStats], bytes_C: np.ndarray, utilisation_LE: Tensor
+    clients: Sequence[str],
+    stats: Sequence[LocalStats],
+    bytes_C: np.ndarray,
+    utilisation_LE: Tensor,
+    ranks: Sequence[int],
+    refused_C: Sequence[int],
 ) -> dict[str, float]:
     """What the local steps and the exchange did.
 
@@ -58,9 +64,13 @@ def training_scalars(
         stats: each client's sums over its ranks.
         bytes_C: bytes that each client's ranks sent to other ranks.
         utilisation_LE: global utilisation of the round.
+        ranks: LoRA rank of each client after the round.
+        refused_C: units of each client that held NaN or Inf.
     """
     found: dict[str, float] = {}
-    for name, one, sent in zip(clients, stats, bytes_C, strict=True):
+    for name, one, sent, rank, refused in zip(clients, stats, bytes_C, ranks, refused_C, strict=True):
+        found[f"lora_rank/{name}"] = rank
+        found[f"refused_units/{name}"] = refused
         found[f"train_loss/{name}"] = one.nll / one.answer_tokens
         found[f"dropped_share/{name}"] = one.dropped_routes / max(one.routed_routes, 1)
         found[f"gradient_norm/{name}"] = one.real_norm / one.steps

@@ -1,11 +1,11 @@
 """The loop, written once: local steps, exchange, merge, DMR's server step, back, evaluation.
 
-Shapes: C clients, L layers, E experts.
+Shapes: C clients, L layers, E experts, G groups of clients that hold the same model.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import flops_per_token
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.evaluation import FIELDS, Evaluator
+from ubsmoe_ds.federation.adapter import save_adapter
 from ubsmoe_ds.federation.exchange import Exchange
 from ubsmoe_ds.federation.metrics import RoundSeconds, evaluation_scalars, seconds_scalars, training_scalars
 from ubsmoe_ds.federation.modulation import coefficient_of_variation
+from ubsmoe_ds.federation.pruning import next_rank
 from ubsmoe_ds.federation.server import Server
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, share_moments
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.models.olmoe import model_shape
 from ubsmoe_ds.world import World
@@ -33,13 +36,16 @@ TIMING_REPEATS = 3
 
 @dataclass
 class Federation:
-    """Everything one rank needs for the rounds; `run` is the loop. `monitor` is None on all ranks but the first."""
+    """Everything one rank needs for the rounds; `run` is the loop. `monitor` is None on all ranks but the first.
+
+    plan: (LoRA ranks sent, LoRA ranks received) of the clients -> the exchange.
+    """
 
     exp: Experiment
     world: World
     client: Client
     store: UnitStore
-    exchange: Exchange
+    plan: Callable[[Sequence[int], Sequence[int]], Exchange]
     server: Server
     evaluator: Evaluator
     batches: Iterator[StepBatch]
@@ -47,28 +53,79 @@ class Federation:
 
     def run(self) -> None:
         """All rounds; every rank of the job calls it."""
+        self._start()
         before = after = self._evaluate()
         self._record(0, before, {}, None)
         for number in range(1, self.exp.train.rounds + 1):
             clock = [time.perf_counter()]
             stats = self.client.train(self.batches, self.exp.train.local_steps)
             clock.append(time.perf_counter())
-            update = self.store.updates(self.client.utilisation())
-            self.world.barrier()
+            update = self.store.updates()
+            if self.exp.lora.prune_penalty:
+                self.client.rank = next_rank(self.store, update, self.client.tail_start)
+            statistics = self._statistics(update)
             clock.append(time.perf_counter())
-            merged, (moving, merging) = self.exchange.merge(update.numpy(), self.server.merge_owned)
-            utilisation_LE = self.store.apply(torch.from_numpy(merged))
+            merging = self._exchange(number, update, statistics)
+            refused_C = self._report_refused(number, statistics)
             clock.append(time.perf_counter())
             evaluated: dict[str, float] = {}
             if number % self.exp.evaluation.every == 0 or number == self.exp.train.rounds:
                 evaluated = after = self._evaluate()
             clock.append(time.perf_counter())
-            local, wait, _, evaluation = np.diff(clock)
-            seconds = RoundSeconds(local, wait, moving, merging, evaluation)
-            metrics, times = self._round_scalars(stats, seconds, utilisation_LE)
+            local, wait, exchange, evaluation = np.diff(clock)
+            seconds = RoundSeconds(local, wait, exchange - merging, merging, evaluation)
+            metrics, times = self._round_scalars(stats, seconds, statistics, refused_C)
             times["seconds/round"] = clock[-1] - clock[0]
-            self._record(number, metrics | evaluated, times, utilisation_LE)
+            self._record(number, metrics | evaluated, times, statistics.usage.utilisation_LE)
         self._finish(before, after)
+
+    def _start(self) -> None:
+        """Owners learn what clients hold; the moments of a first look at the data are shared."""
+        self.exchange = self.plan(self.server.ranks, self._reply_ranks(self.server.ranks))
+        self.server.start(self.exchange.collect(self.store.shared.numpy(), exact=True))
+        share_moments(self.world, self.client, self.server.weights[self.world.client])
+
+    def _reply_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
+        return [sum(ranks)] * len(ranks) if self.exp.merge.rule == "flora" else list(ranks)
+
+    def _statistics(self, update: Tensor) -> RoundStatistics:
+        finite = bool(torch.isfinite(update).all())
+        return gather(self.world, self.client, self.server.weights, finite, self.exp.merge.pseudo_weight)
+
+    def _exchange(self, number: int, update: Tensor, statistics: RoundStatistics) -> float:
+        """To the owners and back; returns the seconds spent merging."""
+        old, new = self.server.ranks, statistics.ranks
+        if new != old:
+            self.exchange = self.plan(old, self._reply_ranks(new))
+        received = self.exchange.collect(update.numpy())
+        start = time.perf_counter()
+        replies = self.server.merge(received, statistics.usage, new)
+        merging = time.perf_counter() - start
+        back = torch.from_numpy(self.exchange.distribute(replies))
+        self.store.apply(back, self._reply_ranks(new)[self.world.client], number)
+        if new != old:
+            self.exchange = self.plan(new, self._reply_ranks(new))
+            if self.client.rank != old[self.world.client]:
+                self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
+        return merging
+
+    def _report_refused(self, number: int, statistics: RoundStatistics) -> list[int]:
+        """Name what was refused, and get its clients going again; returns how many units of each client."""
+        if not statistics.astray_C.any():
+            return [0] * len(self._names)
+        units = [unit.name for unit in self.store.units]
+        refused = count_refused(
+            self.world, [(client, units.index(unit.name)) for client, unit in self.server.refused], len(self._names),
+            len(units),
+        )  # fmt: skip
+        by_client = [[units[u] for c, u in refused if c == client] for client in range(len(self._names))]
+        if statistics.astray_C[self.world.client]:
+            self.client.recover()
+        if self.monitor is not None:
+            pairs = zip(self._names, by_client, strict=True)
+            self.monitor.refused(number, {name: found for name, found in pairs if found})
+        return [len(found) for found in by_client]
 
     @property
     def _names(self) -> list[str]:
@@ -79,25 +136,27 @@ class Federation:
         return [self.exp.active_experts(client) for client in self.exp.clients]
 
     def _evaluate(self) -> dict[str, float]:
-        """Clients with the same K hold the same model and share the rows; utilisation is weighted as in training."""
-        distinct = sorted(set(self._ks))
-        mine = distinct.index(self.client.k)
-        sharers = [c for c, k in enumerate(self._ks) if k == self.client.k]
+        """Clients of one view hold the same model and share the rows; utilisation is weighted as in training."""
+        of_client = views(self.exp)
+        distinct = list(dict.fromkeys(of_client))
+        mine = distinct.index(of_client[self.world.client])
+        sharers = [c for c, view in enumerate(of_client) if view == distinct[mine]]
         ranks = [(c, r) for c in sharers for r in range(self.exp.clients[c].ranks)]
         worker = ranks.index((self.world.client, self.world.client_rank))
-        sums = np.zeros((len(distinct), len(self.evaluator.tasks), len(FIELDS)))
-        counts = np.zeros((len(distinct), len(self.client.model.layers), self.exp.num_experts + 1))
+        sums_G = np.zeros((len(distinct), len(self.evaluator.tasks), len(FIELDS)))
+        counts_GLX = np.zeros((len(distinct), len(self.client.model.layers), self.exp.num_experts + 1))
         self.client.reset_counts()
-        sums[mine] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
-        counts[mine] = self.client.routed_counts().numpy()
-        sums, counts = self.world.sum(sums), self.world.sum(counts)
-        of_k = counts[..., :-1] / np.maximum(counts[..., -1:], 1)
-        utilisation = sum(w * of_k[distinct.index(k)] for w, k in zip(self.server.weights, self._ks, strict=True))
-        cv = float(coefficient_of_variation(torch.as_tensor(utilisation)).mean())
-        return evaluation_scalars(self._names, self._ks, self.evaluator.tasks, sums, cv)
+        sums_G[mine] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
+        counts_GLX[mine] = self.client.routed_counts().numpy()
+        sums_G, counts_GLX = self.world.sum(sums_G), self.world.sum(counts_GLX)
+        of_view = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)
+        pairs = zip(self.server.weights, of_client, strict=True)
+        utilisation_LE = sum(w * of_view[distinct.index(view)] for w, view in pairs)
+        cv = float(coefficient_of_variation(torch.as_tensor(utilisation_LE)).mean())
+        return evaluation_scalars(self._names, of_client, self.evaluator.tasks, sums_G, cv)
 
     def _round_scalars(
-        self, stats: LocalStats, seconds: RoundSeconds, utilisation_LE: Tensor
+        self, stats: LocalStats, seconds: RoundSeconds, statistics: RoundStatistics, refused_C: Sequence[int]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, wall times) of all clients."""
         if self.world.client_rank > 0:  # norms and steps are the client's, times are its first rank's
@@ -106,7 +165,9 @@ class Federation:
         table = self._client_table([*stats, *seconds, self.exchange.bytes_sent])
         of_client = [LocalStats(*row) for row in table[:, : len(stats)]]
         times = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
-        metrics = training_scalars(self._names, of_client, table[:, -1], utilisation_LE)
+        metrics = training_scalars(
+            self._names, of_client, table[:, -1], statistics.usage.utilisation_LE, statistics.ranks, refused_C
+        )
         return metrics, seconds_scalars(self._names, of_client, times)
 
     def _client_table(self, own: Sequence[float]) -> np.ndarray:
@@ -131,10 +192,14 @@ class Federation:
                 own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
                 ratio = own / full if self.world.client_rank == 0 else 0.0
         ratios_C = self._client_table([ratio])[:, 0]
-        # the global state is the same everywhere; the first client gathers it whole
-        state = self.store.full_state() if self.world.client == 0 else {}
+        # the client of the largest rank holds all that is shared; it gathers its experts and writes them
+        largest = int(np.argmax(self.server.ranks))
+        if self.world.client == largest:
+            state = self.store.full_state()
+            if self.world.client_rank == 0:
+                save_adapter(self.exp, state, self.store.rank, self.exp.lora.alpha / self.exp.lora_ranks[largest])
+        self.world.barrier()
         if self.monitor is not None:
-            self.monitor.save_adapter(state)
             rows = self._summary(before, after, ratios_C, context=batch.micro[0].input_ids.shape[1])
             cv = {
                 f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in (("before", before), ("after", after))
@@ -146,13 +211,23 @@ class Federation:
     ) -> list[dict[str, Any]]:
         """One row a client."""
         shape = model_shape(self.client.hf_config, self.client.spec)
-        full = flops_per_token(shape, self.exp.k_max, context)
+        full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
         rows = []
-        for name, k, ratio in zip(self._names, self._ks, ratios_C, strict=True):
-            flops = flops_per_token(shape, k, context)
-            row = {"client": name, "k": k, "flops_ratio": flops / full, "step_time_ratio": float(ratio)}
+        for config, k, rank, ratio in zip(self.exp.clients, self._ks, self.server.ranks, ratios_C, strict=True):
+            flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
+            row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
+            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio)}
             for field in ("loss", "accuracy"):
-                row[f"{field}_before"] = before[f"eval_{field}/{name}"]
-                row[f"{field}_after"] = after[f"eval_{field}/{name}"]
+                row[f"{field}_before"] = before[f"eval_{field}/{config.name}"]
+                row[f"{field}_after"] = after[f"eval_{field}/{config.name}"]
             rows.append(row)
         return rows
+
+
+def views(exp: Experiment) -> list[str]:
+    """Name of the model that each client evaluates: "k4" where K tells them apart, else the client's own name.
+
+    A client's model is its own where it has learned something for itself alone, or where its LoRA rank is.
+    """
+    alone = exp.router.gate_rescale == "learned" or len(set(exp.lora_ranks)) > 1 or exp.lora.prune_penalty > 0
+    return [client.name if alone else f"k{exp.active_experts(client)}" for client in exp.clients]

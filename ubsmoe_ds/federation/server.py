@@ -1,42 +1,271 @@
-"""What an owner does with the stack of updates of its units: merge them, then DMR's step on phi.
+"""What an owner does with the clients' updates of its units: refuse, clip, merge, server optimiser, DMR's step, reply.
 
-Shapes: C clients, N elements of the owned units, E experts.
+Updates arrive and replies leave as differences to what the client holds. Where a rule needs values (factor rules, DMR)
+the owner keeps what each client holds. FLoRA's factors are values by themselves: its adapters start anew each round.
+
+Shapes: C clients, L layers, E experts, U units of a segment, N elements of a segment, R LoRA rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ubsmoe_ds.federation import modulation
+from ubsmoe_ds.config import ELEMENTWISE_RULES, Experiment
+from ubsmoe_ds.federation import merge, modulation
 from ubsmoe_ds.federation.exchange import Unit
-from ubsmoe_ds.federation.merge import MergeRule
+from ubsmoe_ds.federation.merge import Factors
 from ubsmoe_ds.federation.units import DMR_SUFFIX
-from ubsmoe_ds.sections import DmrConfig
+from ubsmoe_ds.sections import MergeConfig
+
+
+class Usage(NamedTuple):
+    """How much clients used experts in a round; see statistics.py.
+
+    used_CLE: share of the client's tokens that count for an expert in the merge (f of `activation`)
+    utilisation_LE: global u
+    """
+
+    used_CLE: Tensor
+    utilisation_LE: Tensor
 
 
 @dataclass(frozen=True)
-class Server:
-    """The aggregator's arithmetic; every rank has one and applies it to the units it owns.
+class Segment:
+    """Consecutive units that are merged together: `kind` is "elementwise", "factors" (of one shape) or "phi"."""
 
-    rule: see `merge.py`; weights: w_c, summing to one; target: u*; dmr: the config's section.
+    kind: str
+    units: Sequence[Unit]
+
+    def numel(self, rank: int) -> int:
+        """Elements at a LoRA rank."""
+        return sum(unit.size(rank) for unit in self.units)
+
+
+class Server:
+    """The aggregator's arithmetic and state; every rank has one for the units it owns.
+
+    Args:
+        exp: the experiment: rule, DMR and server optimiser.
+        units: the owned units, in order.
+        weights: w_c, summing to one.
+        target: u*.
     """
 
-    units: Sequence[Unit]
-    rule: MergeRule
-    weights: Sequence[float]
-    target: float
-    dmr: DmrConfig
+    def __init__(self, exp: Experiment, units: Sequence[Unit], weights: Sequence[float], target: float) -> None:
+        self.exp, self.config, self.target = exp, exp.merge, target
+        self.weights = list(weights)
+        self.weight_C = torch.tensor(weights, dtype=torch.float64)
+        self.segments = _segments(units, exp.merge.rule in ELEMENTWISE_RULES)
+        self.ranks = list(exp.lora_ranks)
+        self._scaling = [exp.lora.alpha / rank for rank in self.ranks]  # of the modules: pruning does not change it
+        self._optimizer = [ServerOptimizer(exp.merge) for _ in self.segments]
+        self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
+        self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
 
-    def merge_owned(self, owned: range, update_CN: np.ndarray) -> np.ndarray:
-        """The merged value of each owned unit, [N] fp32; `Exchange.merge` calls this."""
-        merged_N = self.rule(torch.from_numpy(update_CN), torch.tensor(self.weights))
-        start = 0
-        for index in owned:
-            unit = self.units[index]
-            if self.dmr.enabled and unit.name.endswith(DMR_SUFFIX):
-                phi_E, utilisation_E = merged_N[start : start + unit.numel].chunk(2)
-                phi_E.copy_(modulation.server_step(phi_E, utilisation_E, self.target, self.dmr.zeta, self.dmr.eps))
-            start += unit.numel
-        return merged_N.numpy()
+    def start(self, values: Sequence[np.ndarray]) -> None:
+        """Take note of what the clients hold: their values of the owned units, one array a client."""
+        self._held = []
+        for segment, part_C in zip(self.segments, self._split(values), strict=True):
+            self._held.append([] if segment.kind == "elementwise" else [part.clone() for part in part_C])
+
+    def merge(self, updates: Sequence[np.ndarray], usage: Usage, ranks: Sequence[int]) -> list[np.ndarray]:
+        """One round.
+
+        Args:
+            updates: of the owned units, one fp32 array a client.
+            usage: of this round.
+            ranks: LoRA rank of each client from now on (pruning lowers it).
+
+        Returns:
+            What to add to what each client holds, one fp32 array a client; under FLoRA, for LoRA units, the stacked
+            factors themselves. Clients that get the same share one array.
+        """
+        self.refused = []
+        pieces: list[list[Tensor]] = [[] for _ in updates]
+        for number, (segment, part_C) in enumerate(zip(self.segments, self._split(updates), strict=True)):
+            weight_CU = self._weights(segment, part_C, usage)
+            if segment.kind == "factors":
+                reply_C = self._merge_factors(segment, part_C, weight_CU, self._held[number], ranks)
+            else:
+                delta_N = self._merge_elements(number, part_C, weight_CU, usage)
+                reply_C = [delta_N] * len(updates)
+            for piece, reply in zip(pieces, reply_C, strict=True):
+                piece.append(reply)
+        self.ranks = list(ranks)
+        if all(segment.kind != "factors" for segment in self.segments):
+            return [_joined(pieces[0])] * len(updates)
+        return [_joined(piece) for piece in pieces]
+
+    def _split(self, flat_C: Sequence[np.ndarray]) -> list[list[Tensor]]:
+        """[segment][client] views of the clients' arrays."""
+        parts = [
+            torch.from_numpy(flat).split([segment.numel(rank) for segment in self.segments])
+            for flat, rank in zip(flat_C, self.ranks, strict=True)
+        ]
+        return [list(of_segment) for of_segment in zip(*parts, strict=True)]
+
+    def _weights(self, segment: Segment, part_C: list[Tensor], usage: Usage) -> Tensor:
+        """Weight of each client for each unit, [C, U]. Updates are refused (weight 0, zeroed) and clipped in place."""
+        weight_CU = self.weight_C.unsqueeze(1).repeat(1, len(segment.units))
+        if self.config.rule == "activation":
+            of_expert = [
+                (u, unit.layer, unit.expert) for u, unit in enumerate(segment.units) if unit.expert is not None
+            ]
+            if of_expert:
+                place, layer, expert = (list(part) for part in zip(*of_expert, strict=True))
+                used_CU = usage.used_CLE[:, layer, expert]
+                weight_CU[:, place] = merge.activation_weight(self.weight_C, used_CU, self.config.temperature)
+        for client, (part, rank) in enumerate(zip(part_C, self.ranks, strict=True)):
+            sizes = [unit.size(rank) for unit in segment.units]
+            if not torch.isfinite(part).all():
+                for u, piece in enumerate(part.split(sizes)):
+                    if not torch.isfinite(piece).all():
+                        piece.zero_()
+                        weight_CU[client, u] = 0
+                        self.refused.append((client, segment.units[u]))
+            if self.config.clip_norm is not None and segment.kind != "phi":
+                norm_U = torch.stack([piece.norm() for piece in part.split(sizes)])
+                factor_U = merge.clip_factors(norm_U, self.config.clip_norm)
+                part *= factor_U.repeat_interleave(torch.tensor(sizes))
+        return weight_CU
+
+    def _merge_elements(self, number: int, part_C: list[Tensor], weight_CU: Tensor, usage: Usage) -> Tensor:
+        """The difference that every client gets, [N]."""
+        segment = self.segments[number]
+        alike = bool((weight_CU == weight_CU[:, :1]).all())
+        sizes = torch.tensor([unit.size(self.ranks[0]) for unit in segment.units])
+        weight_CN = weight_CU[:, :1] if alike else weight_CU.repeat_interleave(sizes, dim=1)
+        rules: dict[str, merge.ElementwiseRule] = {
+            "median": merge.coordinate_median,
+            "trimmed_mean": partial(merge.trimmed_mean, trim=self.config.trim),
+        }
+        rule = rules.get(self.config.rule, merge.fedavg)  # activation differs by its weights alone
+        if segment.kind == "phi":
+            return self._step_phi(segment, merge.fedavg(torch.stack(part_C), weight_CN), self._held[number], usage)
+        delta_N = rule(torch.stack(part_C), weight_CN)
+        heard_N = (weight_CN > 0).any(dim=0)  # a unit of which nobody sent anything keeps its value
+        return self._optimizer[number].step(delta_N, heard_N) * heard_N
+
+    def _step_phi(self, segment: Segment, mean_N: Tensor, held_C: list[Tensor], usage: Usage) -> Tensor:
+        """DMR's server step on phibar = held + mean update."""
+        dmr, new = self.exp.dmr, []
+        for unit, phi_E in zip(segment.units, (held_C[0] + mean_N).split(self.exp.num_experts), strict=True):
+            utilisation_E = usage.utilisation_LE[unit.layer].float()
+            new.append(modulation.server_step(phi_E, utilisation_E, self.target, dmr.zeta, dmr.eps))
+        delta_N = self._rounded(torch.cat(new) - held_C[0])
+        if all((client, unit) in self.refused for client in range(len(held_C)) for unit in segment.units):
+            delta_N = torch.zeros_like(delta_N)
+        for held in held_C:
+            held += delta_N
+        return delta_N
+
+    def _merge_factors(
+        self, segment: Segment, part_C: list[Tensor], weight_CU: Tensor, held_C: list[Tensor], ranks: Sequence[int]
+    ) -> list[Tensor]:
+        """Each client's difference at its new rank; under FLoRA the stack."""
+        shape = segment.units[0].lora
+        assert shape is not None
+        rules: dict[str, merge.FactorRule] = {
+            "zero_pad": merge.zero_pad,
+            "hetlora": merge.hetlora,
+            "flexlora": merge.flexlora,
+            "florist": partial(merge.florist, energy=self.config.energy),
+            "flora": merge.flora,
+        }
+        scaled = [
+            _scaled(_factors(held + part, rank, shape), scaling)
+            for held, part, rank, scaling in zip(held_C, part_C, self.ranks, self._scaling, strict=True)
+        ]
+        whole = rules[self.config.rule](scaled, weight_CU)
+        if self.config.rule == "flora":
+            return [_flat(whole)] * len(part_C)
+        heard_U11 = (weight_CU > 0).any(dim=0)[:, None, None]
+        replies = []
+        for client, (scaling, old_rank, rank) in enumerate(zip(self._scaling, self.ranks, ranks, strict=True)):
+            kept = merge.resize(_factors(held_C[client], old_rank, shape), rank)
+            new = _scaled(merge.resize(whole, rank), 1 / scaling)
+            new = Factors(*(torch.where(heard_U11, n, k) for n, k in zip(new, kept, strict=True)))
+            delta_N = self._rounded(_flat(new) - _flat(kept))
+            held_C[client] = _flat(kept) + delta_N
+            replies.append(delta_N)
+        return replies
+
+    def _rounded(self, delta: Tensor) -> Tensor:
+        """As the client will receive it, so that both go on from the same value."""
+        return delta.bfloat16().float() if self.config.payload == "bf16" else delta
+
+
+class ServerOptimizer:
+    """FedOpt (arXiv 2003.00295) on one segment: the merged update is the server's negative gradient.
+
+    momentum: m = b1 m + d;  step lr m        adam: m = b1 m + (1 - b1) d, v = b2 v + (1 - b2) d^2;
+                                                    step lr m / (sqrt(v) + eps), without bias correction
+    """
+
+    def __init__(self, config: MergeConfig) -> None:
+        self.config = config
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+
+    def step(self, delta_N: Tensor, heard_N: Tensor) -> Tensor:
+        """The update to apply; moments of elements that nobody sent stay as they are.
+
+        Args:
+            delta_N: merged update.
+            heard_N: which elements some client sent; [N] or [1].
+        """
+        if self.config.server_optimizer == "none":
+            return delta_N
+        if self.first is None or self.second is None:
+            self.first, self.second = torch.zeros_like(delta_N), torch.zeros_like(delta_N)
+        beta1, beta2 = self.config.server_betas
+        if self.config.server_optimizer == "momentum":
+            self.first = torch.where(heard_N, beta1 * self.first + delta_N, self.first)
+            return self.config.server_lr * self.first
+        self.first = torch.where(heard_N, beta1 * self.first + (1 - beta1) * delta_N, self.first)
+        self.second = torch.where(heard_N, beta2 * self.second + (1 - beta2) * delta_N.square(), self.second)
+        return self.config.server_lr * self.first / (self.second.sqrt() + self.config.server_eps)
+
+
+def _segments(units: Sequence[Unit], elementwise: bool) -> list[Segment]:
+    """Units in their order, joined where they can be merged together."""
+
+    def key(unit: Unit) -> tuple:
+        if unit.name.endswith(DMR_SUFFIX):
+            return ("phi",)
+        return ("elementwise",) if elementwise or unit.lora is None else ("factors", unit.lora)
+
+    groups: list[tuple[tuple, list[Unit]]] = []
+    for unit in units:
+        if groups and groups[-1][0] == key(unit):
+            groups[-1][1].append(unit)
+        else:
+            groups.append((key(unit), [unit]))
+    return [Segment(kind[0], members) for kind, members in groups]
+
+
+def _factors(flat_N: Tensor, rank: int, shape: tuple[int, int]) -> Factors:
+    """Units as they travel: each A [R, n], then B [m, R]."""
+    m, n = shape
+    A_UX, B_UX = flat_N.view(-1, rank * (m + n)).split([rank * n, rank * m], dim=1)
+    return Factors(A_UX.reshape(-1, rank, n), B_UX.reshape(-1, m, rank))
+
+
+def _flat(factors: Factors) -> Tensor:
+    """The way back."""
+    return torch.cat([factors.A_URn.flatten(1), factors.B_UmR.flatten(1)], dim=1).reshape(-1)
+
+
+def _scaled(factors: Factors, scaling: float) -> Factors:
+    """alpha / r multiplied into B, or taken out again."""
+    return Factors(factors.A_URn, factors.B_UmR * scaling)
+
+
+def _joined(pieces: list[Tensor]) -> np.ndarray:
+    joined = torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+    return np.ascontiguousarray(joined.numpy(), dtype=np.float32)

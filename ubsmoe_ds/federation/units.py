@@ -1,12 +1,14 @@
 """The trainable state of a model as a list of units, and the flat buffer of those that one rank holds.
 
 Units of a layer, in order: for each projection every expert's LoRA (A then B), the router, the attention adapters, and
-one for DMR: phi and, in the same message, the layer's utilisation. All are sent as updates (local minus shared) but
-DMR's, which are sent as they are, because the server's step needs phi itself.
+with DMR phi. What a client learns for itself alone (the gates' learned scale) is no unit. Everything travels as a
+difference to the shared state, which client and owners know; under FLoRA the adapters themselves, whose shared state is
+nothing, because each round ends with merging them into the frozen weights.
 
-Shapes: L layers, E experts of the model.
+Shapes: E local experts, R LoRA rank, m x n a projection's weight.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +18,45 @@ from torch.distributed import ProcessGroup
 
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.gradients import MasterWeights
-from ubsmoe_ds.models.olmoe import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM
+from ubsmoe_ds.models.olmoe import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM, lora_generator
 from ubsmoe_ds.moe.layer import UBSMoE
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
 
 DMR_SUFFIX = ".dmr"
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Named parameters whose rows side by side are `rows` consecutive units of the held buffer.
+    """Consecutive units of one kind: named parameters whose rows side by side are the `rows` units.
 
-    DMR's block has one more part in its row, the utilisation. `group` is set where other ranks hold other rows.
+    A LoRA block has A, stacked or not, then B, and the frozen weight they belong to; the units hold their first ranks.
+    `group` is set where other ranks hold other rows.
     """
 
     parameters: dict[str, nn.Parameter]
     rows: int
-    place: slice  # in the held buffer
+    base: Tensor | None = None
     group: ProcessGroup | None = None
-    dmr: bool = False
 
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """This block's part of a held buffer, one tensor for each parameter, in its shape."""
-        columns = [p.numel() // self.rows for p in self.parameters.values()]
-        values = flat[self.place].view(self.rows, -1)[:, : sum(columns)].split(columns, dim=1)
-        return {n: v.reshape(p.shape) for (n, p), v in zip(self.parameters.items(), values, strict=True)}
+    def numel(self, rank: int) -> int:
+        """Elements in the held buffer at a LoRA rank."""
+        if self.base is None:
+            return sum(p.numel() for p in self.parameters.values())
+        return self.rows * rank * sum(self.base.shape[-2:])
+
+    def join(self, values: Sequence[Tensor], rank: int) -> Tensor:
+        """Values in their parameters' shapes -> this block's part of the held buffer."""
+        if self.base is not None:
+            values = [values[0][..., :rank, :], values[1][..., :rank]]
+        return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1).reshape(-1)
+
+    def split(self, flat: Tensor, rank: int) -> dict[str, Tensor]:
+        """The way back; a LoRA factor keeps the buffer's rank."""
+        shapes = [p.shape for p in self.parameters.values()]
+        if self.base is not None:
+            shapes = [torch.Size([*shapes[0][:-2], rank, shapes[0][-1]]), torch.Size([*shapes[1][:-1], rank])]
+        columns = [shape.numel() // self.rows for shape in shapes]
+        values = flat.view(self.rows, -1).split(columns, dim=1)
+        return {n: v.reshape(shape) for n, v, shape in zip(self.parameters, values, shapes, strict=True)}
 
 
 class UnitStore:
@@ -49,100 +65,186 @@ class UnitStore:
     Args:
         model: the converted model of this client.
         masters: its fp32 values.
+        rank: LoRA rank of the client.
+        dmr: whether phi is shared.
+        stacking: FLoRA: adapters travel whole, and come back as a stack that is merged into the frozen weights.
+        seed: of FLoRA's new adapters.
     """
 
-    def __init__(self, model: UBSMoEForCausalLM, masters: MasterWeights) -> None:
-        self.masters = masters
+    def __init__(
+        self,
+        model: UBSMoEForCausalLM,
+        masters: MasterWeights,
+        *,
+        rank: int,
+        dmr: bool = True,
+        stacking: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.masters, self.rank, self.stacking, self.seed = model, masters, rank, stacking, seed
         self.units: list[Unit] = []
         self._blocks: list[_Block] = []
+        self._remainders: dict[int, Tensor] = {}  # what a bf16 weight cannot hold of what was merged into it
         for index, decoder in enumerate(model.decoders):
-            self._add_layer(f"layers.{index}", decoder.mlp, decoder.self_attn)
-        self.shared = self._pack()
+            self._add_layer(index, decoder.mlp, decoder.self_attn, dmr)
+        self.shared = self._joined(self._read)
+        if stacking:
+            for block, part in self._places(self.shared, rank):
+                if block.base is not None:
+                    part.zero_()
 
-    def updates(self, utilisation_LE: Tensor) -> Tensor:
-        """What this rank sends: local minus shared state; for DMR phi and the client's utilisation as they are.
+    def updates(self) -> Tensor:
+        """What this rank sends: local minus shared state (a collective over the client under ZeRO)."""
+        return self._joined(self._read) - self.shared
 
-        A collective over the client under ZeRO.
+    def apply(self, difference: Tensor, reply_rank: int, round_number: int) -> None:
+        """Add to the shared state what came back, and load it.
+
+        Args:
+            difference: of the held units at `reply_rank`; see `Exchange.distribute`.
+            reply_rank: LoRA rank of this client from now on (ranks beyond it become zero), or of FLoRA's stack.
+            round_number: what FLoRA's new adapters are drawn for.
         """
-        update = self._pack() - self.shared
-        for block, utilisation_E in zip(self._dmr_blocks(), utilisation_LE.float().cpu(), strict=True):
-            phi_E = update[block.place].chunk(2)[0] + self.shared[block.place].chunk(2)[0]
-            update[block.place] = torch.cat([phi_E, utilisation_E])
-        return update
-
-    def apply(self, merged: Tensor) -> Tensor:
-        """Make the merged state the new shared state and load it; returns the global utilisation [L, E]."""
-        new = self.shared + merged
-        utilisation = []
-        for block in self._dmr_blocks():
-            phi_E, utilisation_E = merged[block.place].chunk(2)
-            utilisation.append(utilisation_E.clone())
-            new[block.place] = torch.cat([phi_E, torch.zeros_like(utilisation_E)])
-        self.shared = new
-        for block in self._blocks:
-            for name, value in block.split(new).items():
-                parameter = block.parameters[name]
-                if parameter.requires_grad:
-                    self.masters.write(parameter, value.to(parameter.device))
-        return torch.stack(utilisation)
+        fresh = self._fresh_adapters(round_number) if self.stacking else {}
+        new = []
+        for (block, shared), (_, change) in zip(
+            self._places(self.shared, self.rank), self._places(difference, reply_rank), strict=True
+        ):
+            if block.base is not None and self.stacking:
+                name_A, name_B = block.parameters
+                stack = block.split(change, reply_rank)
+                self._merge_into_base(block.base, stack[name_B], stack[name_A])
+                self._write(block, {name_A: fresh[name_A], name_B: torch.zeros(block.parameters[name_B].shape)})
+                new.append(shared)  # zero
+                continue
+            if block.base is not None:
+                shared = block.join(list(block.split(shared, self.rank).values()), reply_rank)
+            new.append(shared + change)
+            self._write(block, block.split(new[-1], reply_rank))
+        self.shared = torch.cat(new)
+        self.rank = self.rank if self.stacking else reply_rank
 
     def full_state(self) -> dict[str, Tensor]:
-        """The shared state of the whole model by parameter, experts stacked [E, ...], fp32 on the CPU.
+        """The state of the whole model by parameter, experts stacked [E, ...], fp32 on the CPU; what FLoRA merged too.
 
         A collective over the expert groups of the client.
         """
         found = {}
         for block in self._blocks:
-            for name, value in block.split(self.shared).items():
-                if block.group is not None:
-                    local = value.contiguous().to(block.parameters[name].device)
-                    whole = local.new_empty(dist.get_world_size(block.group) * len(local), *local.shape[1:])
-                    dist.all_gather_single(whole, local, group=block.group)
-                    value = whole.cpu()
-                found[name] = value.clone()
+            values = {name: self._read(parameter) for name, parameter in block.parameters.items()}
+            if block.base is not None:
+                values = block.split(block.join(list(values.values()), self.rank), self.rank)
+                if self.stacking:
+                    prefix = next(iter(values)).removesuffix(".lora_A")
+                    values = {**values, f"{prefix}.weight": block.base.detach().float().cpu()}
+            for name, value in values.items():
+                found[name] = self._gathered(value, block.group)
         return found
 
-    def _add_layer(self, name: str, layer: UBSMoE, attention: nn.Module) -> None:
+    def _gathered(self, value: Tensor, group: ProcessGroup | None) -> Tensor:
+        if group is None:
+            return value.clone()
+        local = value.contiguous().to(next(self.model.parameters()).device)
+        whole = local.new_empty(dist.get_world_size(group) * len(local), *local.shape[1:])
+        dist.all_gather_single(whole, local, group=group)
+        return whole.cpu()
+
+    def tail_norm(self, flat: Tensor, first: int) -> float:
+        """Sum over this rank's units of ||B[:, first:]|| ||A[first:, :]|| (HetLoRA's measure of superfluous ranks).
+
+        Experts count once for all ranks that hold them, and attention once for the client, when ranks are summed.
+
+        Args:
+            flat: values of the held units at the current rank.
+            first: the tail's first rank.
+        """
+        total, ranks = 0.0, dist.get_world_size()
+        for block, part in self._places(flat, self.rank):
+            if block.base is None:
+                continue
+            A, B = block.split(part, self.rank).values()
+            norm = B[..., first:].norm(dim=(-2, -1)) * A[..., first:, :].norm(dim=(-2, -1))
+            copies = ranks // dist.get_world_size(block.group) if block.group is not None else ranks
+            total += float(norm.sum()) / copies
+        return total
+
+    def _add_layer(self, index: int, layer: UBSMoE, attention: nn.Module, dmr: bool) -> None:
+        name = f"layers.{index}"
         group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
-        for projection in PROJECTIONS:
-            A, B = layer.experts.factors()[projection]
-            numel = A[0].numel() + B[0].numel()
-            self.units += [Unit(f"{name}.experts.{e}.{projection}", numel, e) for e in range(layer.num_experts)]
+        for projection, (A, B) in layer.experts.factors().items():
+            shape = (B.shape[1], A.shape[2])
+            self.units += [
+                Unit(f"{name}.experts.{e}.{projection}", expert=e, lora=shape, layer=index)
+                for e in range(layer.num_experts)
+            ]
             prefix = f"{name}.experts.{projection}"
-            self._add_block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, rows=len(A), group=group)
+            base = layer.experts.base()[projection]
+            self._blocks.append(_Block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, len(A), base, group))
         if layer.gate.wg.weight.requires_grad:
-            self._add_dense(f"{name}.router", {f"{name}.router.weight": layer.gate.wg.weight})
+            self._add_dense(f"{name}.router", f"{name}.router.weight", layer.gate.wg.weight, index)
         for projection in ATTENTION_PROJECTIONS:
             linear = getattr(attention, projection)
             if isinstance(linear, LoraLinear):
                 prefix = f"{name}.attention.{projection}"
-                self._add_dense(prefix, {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B})
-        phi = layer.gate.phi
-        self.units.append(Unit(name + DMR_SUFFIX, 2 * phi.numel()))
-        self._add_block({f"{name}.phi": phi}, dmr=True)
+                m, n = linear.base.weight.shape
+                self.units.append(Unit(prefix, lora=(m, n), layer=index))
+                parameters = {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B}
+                self._blocks.append(_Block(parameters, 1, linear.base.weight))
+        if dmr:
+            self._add_dense(name + DMR_SUFFIX, f"{name}.phi", layer.gate.phi, index)
 
-    def _add_dense(self, name: str, parameters: dict[str, nn.Parameter]) -> None:
-        self.units.append(Unit(name, sum(p.numel() for p in parameters.values())))
-        self._add_block(parameters)
+    def _add_dense(self, unit: str, name: str, parameter: nn.Parameter, layer: int) -> None:
+        self.units.append(Unit(unit, parameter.numel(), layer=layer))
+        self._blocks.append(_Block({name: parameter}, 1))
 
-    def _add_block(
-        self, parameters: dict[str, nn.Parameter], rows: int = 1, group: ProcessGroup | None = None, dmr: bool = False
-    ) -> None:
-        numel = sum(p.numel() for p in parameters.values()) * (2 if dmr else 1)
-        start = self._blocks[-1].place.stop if self._blocks else 0
-        self._blocks.append(_Block(parameters, rows, slice(start, start + numel), group, dmr))
+    def _places(self, flat: Tensor, rank: int) -> Iterator[tuple[_Block, Tensor]]:
+        """Each block with its part of a held buffer of that LoRA rank."""
+        return zip(self._blocks, flat.split([block.numel(rank) for block in self._blocks]), strict=True)
 
-    def _dmr_blocks(self) -> list[_Block]:
-        return [block for block in self._blocks if block.dmr]
-
-    def _pack(self) -> Tensor:
-        """Current values, [numel held]; the utilisation places are zero."""
-        parts = []
-        for block in self._blocks:
-            values = [self._read(p).view(block.rows, -1) for p in block.parameters.values()]
-            parts.append(torch.cat(values + [torch.zeros_like(values[0])] * block.dmr, dim=1).reshape(-1))
-        return torch.cat(parts)
+    def _joined(self, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        return torch.cat([b.join([read(p) for p in b.parameters.values()], self.rank) for b in self._blocks])
 
     def _read(self, parameter: nn.Parameter) -> Tensor:
-        """fp32 on the CPU; phi without DMR is frozen, has no master and never changes."""
-        return self.masters.read(parameter).cpu() if parameter.requires_grad else parameter.detach().float().cpu()
+        """fp32 on the CPU."""
+        return self.masters.read(parameter).cpu()
+
+    def _write(self, block: _Block, values: dict[str, Tensor]) -> None:
+        """Load values; ranks of a factor that they lack become zero, so that they neither act nor learn."""
+        for name, value in values.items():
+            parameter = block.parameters[name]
+            whole = torch.zeros(parameter.shape)
+            whole[tuple(slice(size) for size in value.shape)] = value
+            self.masters.write(parameter, whole.to(parameter.device))
+
+    def _fresh_adapters(self, round_number: int) -> dict[str, Tensor]:
+        """New A of every LoRA block, as at the start but for another round."""
+        drawn = {}
+        for index, decoder in enumerate(self.model.decoders):
+            generator = lora_generator(self.seed, index, round_number)
+            for projection, A_ERn in decoder.mlp.experts.draw_adapters(generator).items():
+                drawn[f"layers.{index}.experts.{projection}.lora_A"] = A_ERn[:, : self.rank]
+            for projection in ATTENTION_PROJECTIONS:
+                linear = getattr(decoder.self_attn, projection)
+                if isinstance(linear, LoraLinear):
+                    drawn[f"layers.{index}.attention.{projection}.lora_A"] = linear.draw_adapters(generator)[
+                        : self.rank
+                    ]
+        return drawn
+
+    @torch.no_grad()
+    def _merge_into_base(self, base: Tensor, B: Tensor, A: Tensor) -> None:
+        """W += B A, in fp64 and one matrix at a time, so that every rank of every client gets the same bits.
+
+        What bf16 weights cannot hold is kept beside them for the next round.
+        """
+        matrices = base.data.view(-1, *base.shape[-2:])
+        if base.dtype != torch.float32 and id(base) not in self._remainders:
+            self._remainders[id(base)] = torch.zeros_like(matrices)
+        remainders = self._remainders.get(id(base))
+        pairs = zip(B.view(len(matrices), *B.shape[-2:]), A.view(len(matrices), *A.shape[-2:]), strict=True)
+        for number, (B_mR, A_Rn) in enumerate(pairs):
+            exact = matrices[number].double() + (B_mR.double() @ A_Rn.double()).to(base.device)
+            if remainders is not None:
+                exact += remainders[number]
+                remainders[number] = exact - exact.to(base.dtype)
+            matrices[number] = exact

@@ -30,12 +30,19 @@ class UBSMoESpec:
     k: int
     candidates: int
     lora_rank: int = 8
+    full_rank: int | None = (
+        None  # rank of the whole, of which this client's adapters are the first part; None: the same
+    )
     lora_alpha: float = 16.0
     lora_attention: bool = False
     router_trainable: bool = True
     capacity_factor: float | None = None
     min_capacity: int = 4
     phi_range: tuple[float, float] | None = (-1.0, 1.0)
+    modulate: str = "weights"
+    gate_rescale: str = "none"
+    gamma: float = 0.5
+    k_max: int | None = None  # None: k
     expert_parallel: int = 1
     expert_rank: int = 0  # position of this rank in its expert group
     seed: int = 0
@@ -44,13 +51,18 @@ class UBSMoESpec:
 class LoraLinear(nn.Module):
     """A frozen linear layer plus s B A x; used for attention (the experts have their own stacked form)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, rank: int, full_rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(base.in_features)
         self.base = base
+        self.full_rank = full_rank
         self.scaling = alpha / rank
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator))
+        self.lora_A = nn.Parameter(self.draw_adapters(generator)[:rank].clone())
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def draw_adapters(self, generator: torch.Generator) -> Tensor:
+        """A new A, [full rank, in], fp32 on the CPU."""
+        bound = 1 / math.sqrt(self.base.in_features)
+        return torch.empty(self.full_rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -104,6 +116,23 @@ class UBSMoEForCausalLM(nn.Module):
                 total = total + load_balancing * layer.deepspeed_moe.l_aux
         return total
 
+    def tail_penalty(self, first: int) -> Tensor:
+        """Sum over modules of ||B[:, first:]|| ||A[first:, :]|| (HetLoRA's self-pruning, arXiv 2401.06432), a scalar.
+
+        Experts count as often as they are spread, which the engine's mean over ranks undoes.
+        """
+        total = torch.zeros((), device=self.layers[0].gate.phi.device)
+        for decoder in self.decoders:
+            pairs = [(pair, decoder.mlp.ep_size) for pair in decoder.mlp.experts.factors().values()]
+            for name in ATTENTION_PROJECTIONS:
+                linear = getattr(decoder.self_attn, name)
+                if isinstance(linear, LoraLinear):
+                    pairs.append(((linear.lora_A, linear.lora_B), 1))
+            for (A, B), spread in pairs:
+                norms = B[..., first:].float().norm(dim=(-2, -1)) * A[..., first:, :].float().norm(dim=(-2, -1))
+                total = total + spread * norms.sum()
+        return total
+
     def set_active_experts(self, k: int) -> None:
         """Choose K in every layer."""
         for layer in self.layers:
@@ -149,12 +178,16 @@ def convert(hf: OlmoeForCausalLM, spec: UBSMoESpec) -> UBSMoEForCausalLM:
         raise UserError(f"model.path: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
     hf.requires_grad_(False)
     for index, decoder in enumerate(hf.model.layers):
-        generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + index)
+        generator = lora_generator(spec.seed, index)
         decoder.mlp = _convert_block(decoder.mlp, config, spec, generator)
         if spec.lora_attention:
             for name in ATTENTION_PROJECTIONS:
                 base = getattr(decoder.self_attn, name)
-                setattr(decoder.self_attn, name, LoraLinear(base, spec.lora_rank, spec.lora_alpha, generator))
+                setattr(
+                    decoder.self_attn,
+                    name,
+                    LoraLinear(base, spec.lora_rank, spec.full_rank or spec.lora_rank, spec.lora_alpha, generator),
+                )
     return UBSMoEForCausalLM(hf)
 
 
@@ -173,6 +206,11 @@ def model_shape(config: OlmoeConfig, spec: UBSMoESpec) -> ModelShape:
     )
 
 
+def lora_generator(seed: int, layer: int, round_number: int = 0) -> torch.Generator:
+    """What a layer's A are drawn from: the same for all clients; FLoRA draws anew each round."""
+    return torch.Generator().manual_seed((seed * 10_007 + layer) * 100_003 + round_number)
+
+
 def _convert_block(
     block: OlmoeSparseMoeBlock, config: OlmoeConfig, spec: UBSMoESpec, generator: torch.Generator
 ) -> UBSMoE:
@@ -186,6 +224,10 @@ def _convert_block(
         min_capacity=spec.min_capacity,
         normalize=config.norm_topk_prob,
         phi_range=spec.phi_range,
+        modulate=spec.modulate,
+        rescale=spec.gate_rescale,
+        gamma=spec.gamma,
+        k_max=spec.k_max,
     )
     gate.wg.weight.data.copy_(block.gate.weight)
     gate.wg.weight.requires_grad_(spec.router_trainable)
@@ -200,6 +242,7 @@ def _convert_block(
     experts = StackedExperts(
         base,
         rank=spec.lora_rank,
+        full_rank=spec.full_rank or spec.lora_rank,
         alpha=spec.lora_alpha,
         group_name=f"ep_size_{spec.expert_parallel}",
         generator=generator,

@@ -4,7 +4,8 @@ What a rank knows under expert parallelism: of its own tokens everything (input,
 all-to-all, the mixture of their active experts); of the experts of other ranks the LoRA factors, gathered once per
 step. So each rank computes the pseudo-gradient of ALL experts from ITS tokens, and one all-reduce per step over the
 client gives every rank the whole sum, of which it keeps its own experts. The cost of both messages is that of the
-adapters and does not grow with tokens. Division by the number of ranks matches DeepSpeed's expert gradients.
+adapters and does not grow with tokens. `linearised` finishes after that sum, where an expert's frozen weights, factors
+and moments are at home. Division by the number of ranks matches DeepSpeed's expert gradients.
 
 Shapes: T tokens, D model width, F expert width, E experts of the model, R LoRA rank.
 """
@@ -19,10 +20,16 @@ from torch import Tensor, nn
 from ubsmoe_ds.moe.layer import TokenGradients, UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import (
     PROJECTIONS,
+    LinearisedSums,
     LoraFactors,
+    TokenMixture,
     dense_oracle,
     expert_mean,
     inactive_weight,
+    linearised,
+    linearised_sums,
+    response,
+    sample_tokens,
     token_weighted,
 )
 
@@ -34,17 +41,20 @@ class PseudoGradientCollector:
 
     Args:
         layers: the model's UB-SMoE layers, in order, their expert groups set (after `deepspeed.initialize`).
-        estimator: "expert_mean", "token_weighted" or "dense_oracle".
+        estimator: "expert_mean", "token_weighted", "linearised" or "dense_oracle".
         rho: scale of the pseudo-gradient.
+        token_share: share of the tokens it is computed from, see `sample_tokens`; `expert_mean` takes them all.
     """
 
-    def __init__(self, layers: Sequence[UBSMoE], estimator: str, rho: float) -> None:
-        self.layers, self.estimator, self.rho = layers, estimator, rho
+    def __init__(self, layers: Sequence[UBSMoE], estimator: str, rho: float, token_share: float = 1.0) -> None:
+        self.layers, self.estimator, self.rho, self.token_share = layers, estimator, rho, token_share
         self._factors: list[LoraFactors] = []
+        self._responses: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # A, response; linearised
         self._base: list[dict[str, Tensor]] = []
         self._sums: list[dict[str, Tensor]] = [{} for _ in layers]
         for i, layer in enumerate(layers):
             layer.deepspeed_moe.observer = partial(self._observe, i)
+            layer.deepspeed_moe.with_mixture = estimator == "token_weighted"
             if estimator == "expert_mean":
                 for name, pair in layer.experts.factors().items():
                     for part, parameter in zip("AB", pair, strict=True):
@@ -62,12 +72,15 @@ class PseudoGradientCollector:
             return
         for layer in self.layers:
             own = layer.experts.factors()
+            if self.estimator == "linearised":
+                self._responses.append(_gather_responses(layer))
+                continue
             flat = _gather_experts(layer, [factor.detach() for name in PROJECTIONS for factor in own[name]])
             self._factors.append({name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)})
 
     def discard(self) -> None:
         """Forget what was collected, as after a timing run."""
-        self._factors = []
+        self._factors, self._responses = [], []
         self._sums = [{} for _ in self.layers]
 
     def reduce(self) -> list[Addition]:
@@ -82,34 +95,52 @@ class PseudoGradientCollector:
             for key, part in sums.items():
                 total[key] = flat[offset : offset + part.numel()].view_as(part)
                 offset += part.numel()
-            pseudo = self._from_sums(total)
-            first, count = layer.experts.first, layer.num_local_experts
+            pseudo = self._of_local_experts(layer, total)
             for name, pair in layer.experts.factors().items():
-                for parameter, gradient in zip(pair, pseudo[name], strict=True):
-                    additions.append((parameter, gradient[first : first + count] / world))
+                additions += [(p, gradient / world) for p, gradient in zip(pair, pseudo[name], strict=True)]
         self.discard()
         return additions
 
-    def _from_sums(self, total: dict[str, Tensor]) -> LoraFactors:
+    def _of_local_experts(self, layer: UBSMoE, total: dict[str, Tensor]) -> LoraFactors:
+        """The pseudo-gradient of this rank's experts from the client's sums."""
+        experts = layer.experts
+        local = slice(experts.first, experts.first + layer.num_local_experts)
+        if self.estimator == "linearised":
+            sums = LinearisedSums(**{name: part[local] for name, part in total.items()})
+            assert experts.moments is not None
+            return linearised(sums, experts.moments, experts.factors(), experts.base()["down"], experts.scaling)
         pairs = {name: (total[f"{name}_A"], total[f"{name}_B"]) for name in PROJECTIONS}
-        return (
-            expert_mean(total["pseudo_mass"], total["active_mass"], pairs) if self.estimator == "expert_mean" else pairs
-        )
+        if self.estimator == "expert_mean":
+            pairs = dict(expert_mean(total["pseudo_mass"], total["active_mass"], pairs))
+        return {name: (A[local], B[local]) for name, (A, B) in pairs.items()}
 
     @torch.no_grad()
     def _observe(self, index: int, tokens: TokenGradients) -> None:
         """One layer's backward pass of one micro-batch."""
         routing = tokens.routing
         c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
+        layer = self.layers[index]
+        layer.gate.pseudo_E += c_TE.sum(0)
         if self.estimator == "expert_mean":
             self._add(index, "pseudo_mass", c_TE.sum(0))
             self._add(index, "active_mass", (routing.p_TE * routing.active_TE).sum())
             return
-        scaling = self.layers[index].experts.scaling
+        x_TD, delta_TD, mixture = tokens.x_TD, tokens.delta_TD, tokens.mixture
+        if self.token_share < 1:
+            drawn_N, weight_N = sample_tokens(delta_TD, self.token_share)
+            x_TD, delta_TD, c_TE = x_TD[drawn_N], delta_TD[drawn_N], c_TE[drawn_N] * weight_N.unsqueeze(1)
+            mixture = mixture and TokenMixture(*(part[drawn_N] for part in mixture))
+        if self.estimator == "linearised":
+            sums = linearised_sums(x_TD, delta_TD, c_TE, *self._responses[index])
+            for name, value in sums._asdict().items():
+                self._add(index, name, value)
+            return
+        factors, scaling = self._factors[index], layer.experts.scaling
         if self.estimator == "token_weighted":
-            pseudo = token_weighted(tokens.x_TD, tokens.delta_TD, c_TE, tokens.mixture, self._factors[index], scaling)
+            assert mixture is not None
+            pseudo = token_weighted(x_TD, delta_TD, c_TE, mixture, factors, scaling)
         else:
-            pseudo = dense_oracle(tokens.x_TD, tokens.delta_TD, c_TE, self._base[index], self._factors[index], scaling)
+            pseudo = dense_oracle(x_TD, delta_TD, c_TE, self._base[index], factors, scaling)
         for name in PROJECTIONS:
             for part, gradient in zip("AB", pseudo[name], strict=True):
                 self._add(index, f"{name}_{part}", gradient)
@@ -120,6 +151,18 @@ class PseudoGradientCollector:
     def _add(self, index: int, key: str, value: Tensor) -> None:
         sums = self._sums[index]
         sums[key] = sums[key] + value if key in sums else value
+
+
+def _gather_responses(layer: UBSMoE) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A of gate and up, and `response` of both, of all experts of the layer: what `linearised_sums` needs."""
+    experts = layer.experts
+    assert experts.moments is not None
+    factors = {name: (A.detach(), B.detach()) for name, (A, B) in experts.factors().items()}
+    with torch.no_grad():
+        slopes = response(experts.moments, factors, experts.base()["down"])
+    local = [factors["gate"][0].float(), factors["up"][0].float(), *slopes]
+    gate_A, up_A, gate_response, up_response = _gather_experts(layer, local)
+    return (gate_A, up_A), (gate_response, up_response)
 
 
 def _gather_experts(layer: UBSMoE, local: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments, moment_values
 
 
 class Activations(NamedTuple):
@@ -33,6 +33,7 @@ class StackedExperts(nn.Module):
     Args:
         base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F].
         rank: R.
+        full_rank: rank of the largest client; A is drawn at this rank and cut, so that clients start alike.
         alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
         group_name: DeepSpeed's name of the expert group, "ep_size_N".
         generator: draws A for all `num_experts` experts of the model, so that A does not depend on expert parallelism.
@@ -45,6 +46,7 @@ class StackedExperts(nn.Module):
         base: dict[str, Tensor],
         *,
         rank: int,
+        full_rank: int,
         alpha: float,
         group_name: str,
         generator: torch.Generator,
@@ -53,23 +55,39 @@ class StackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling = alpha / rank
-        self.first = first
+        self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
         self.num_local_experts = len(base["gate"])
         self.keep_activations = False
         self.activations: Activations | None = None
+        self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
+        self.moment_sums: Moments | None = None  # accumulates where set
         for name in PROJECTIONS:
+            self.register_parameter(f"{name}_weight", nn.Parameter(base[name], requires_grad=False))
+        for name, A_ERI in self.draw_adapters(generator).items():
             weight = base[name]
-            bound = 1 / math.sqrt(weight.shape[2])  # kaiming uniform with a = sqrt 5
-            a_all = torch.empty(num_experts, rank, weight.shape[2]).uniform_(-bound, bound, generator=generator)
-            local = slice(first, first + self.num_local_experts)
-            self.register_parameter(f"{name}_weight", nn.Parameter(weight, requires_grad=False))
-            self.register_parameter(f"{name}_lora_A", nn.Parameter(a_all[local].clone()))
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :rank].clone()))
             self.register_parameter(
                 f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, weight.shape[1], rank))
             )
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]
+
+    def draw_adapters(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """New A of the local experts for each projection, [E local, full rank, in], fp32 on the CPU."""
+        drawn = {}
+        for name, weight in self.base().items():
+            bound = 1 / math.sqrt(weight.shape[2])  # kaiming uniform with a = sqrt 5
+            A_all = torch.empty(self.num_experts, self.full_rank, weight.shape[2])
+            A_all.uniform_(-bound, bound, generator=generator)
+            drawn[name] = A_all[self.first : self.first + self.num_local_experts]
+        return drawn
+
+    def start_moments(self) -> None:
+        """Begin to sum up moments over the tokens that training brings."""
+        width = self.base()["gate"].shape[1]
+        zeros = torch.zeros(3, self.num_local_experts, width, device=self.base()["gate"].device)
+        self.moment_sums = Moments(*zeros)
 
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of each projection: the live parameters."""
@@ -93,6 +111,12 @@ class StackedExperts(nn.Module):
         gate_ENF, up_ENF = self._project("gate", x_END), self._project("up", x_END)
         hidden_ENF = F.silu(gate_ENF) * up_ENF
         y_END = self._project("down", hidden_ENF)
+        if self.moment_sums is not None and self.training:
+            with torch.no_grad():  # empty slots are zero and add nothing
+                for total_EF, value_ENF in zip(
+                    self.moment_sums, moment_values(gate_ENF, up_ENF, hidden_ENF), strict=True
+                ):
+                    total_EF += value_ENF.sum(dim=1, dtype=torch.float32)
         if self.keep_activations:
             self.activations = Activations(gate_ENF, up_ENF, hidden_ENF)
         return y_END.view(num_experts, ranks, capacity, width).transpose(0, 1)

@@ -30,10 +30,32 @@ class Routing(NamedTuple):
     used_T: Tensor
 
 
+def _power(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
+    """(sum of the top K_max p / sum of the top K p)^gamma [ours]."""
+    return (full_TN.sum(-1, keepdim=True) / weight_TK.sum(-1, keepdim=True)) ** gamma
+
+
+def _sum_to_one(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
+    """1 / sum of the top K p: the weights sum to one at every K, also at K_max."""
+    return 1 / weight_TK.sum(-1, keepdim=True)
+
+
+def _ratio(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
+    """K_max / K (FLAME's fixed scale, arXiv 2506.16600)."""
+    return weight_TK.new_full((len(weight_TK), 1), full_TN.shape[1] / weight_TK.shape[1])
+
+
+# name -> factor [T, 1] on a token's K weights, from the weights of its top K_max and top K; never differentiated
+RESCALE = {"power": _power, "sum_to_one": _sum_to_one, "ratio": _ratio}
+
+
 class UBSMoEGate(TopKGate):
     """Top-K gate with DMR: phi modulates the logits of a token's N_p strongest experts.
 
         s = W_r x (fp32);  m_i = s_i + phi_i for the N_p largest s_i, else s_i;  p = softmax(m);  top K of p  [paper]
+
+    With `modulate` "selection" phi only chooses and p = softmax(s) weighs [ours]. `rescale` makes up for the weight
+    that a small K leaves out (`RESCALE`); at K = K_max "power" and "ratio" are 1.
 
     Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
     over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
@@ -46,8 +68,12 @@ class UBSMoEGate(TopKGate):
         candidates: N_p, at least k.
         capacity_factor: C = ceil(T / E * capacity_factor * k) from this rank's T; None keeps every token.
         min_capacity: least C.
-        normalize: whether the K weights are divided by their sum.
+        normalize: whether the K weights are divided by their sum (any rescaling but the learned one then cancels).
         phi_range: (phi_min, phi_max) of the penalty; None: no modulation, phi stays frozen at 0.
+        modulate: "weights" or "selection".
+        rescale: a key of `RESCALE`, or "learned": a trainable scale of this layer and client, at first 1.
+        gamma: of rescale "power".
+        k_max: K_max.
     """
 
     def __init__(
@@ -61,17 +87,25 @@ class UBSMoEGate(TopKGate):
         min_capacity: int,
         normalize: bool,
         phi_range: tuple[float, float] | None,
+        modulate: str = "weights",
+        rescale: str = "none",
+        gamma: float = 0.5,
+        k_max: int | None = None,
     ) -> None:
         super().__init__(
             hidden, num_experts, k, capacity_factor or 1.0, 1.0, min_capacity, drop_tokens=capacity_factor is not None
         )
         self.candidates = candidates
         self.normalize = normalize
-        self.phi_range = phi_range
+        self.phi_range, self.modulate = phi_range, modulate
+        self.rescale, self.gamma, self.k_max = rescale, gamma, k_max or k
+        self.scale = nn.Parameter(torch.ones(1)) if rescale == "learned" else None
         self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=phi_range is not None)
         self.routing: Routing | None = None
-        for name, shape in (("routed_E", (num_experts,)), ("tokens", ()), ("dropped", ())):
+        for name, shape in (("routed_E", (num_experts,)), ("kept_E", (num_experts,)), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
+        # mass of pseudo-gradients, sum over tokens of rho p (1 - active); no buffer, which an engine might cast to bf16
+        self.pseudo_E = torch.zeros(num_experts)
 
     def forward(  # type: ignore[override]  # the stock annotation promises three values; MOELayer unpacks seven
         self,
@@ -97,21 +131,37 @@ class UBSMoEGate(TopKGate):
             if used_token is None
             else used_token.view(-1).bool()
         )
-        p_TE = F.softmax(self.modulated_logits(input), dim=-1)
-        weight_TK, index_TK = p_TE.topk(self.k, dim=-1)
+        s_TE = F.linear(input.float(), self.wg.weight.float())
+        m_TE = self.modulated_logits(s_TE)
+        p_TE = F.softmax(s_TE if self.modulate == "selection" else m_TE, dim=-1)
+        index_TK, weight_TK = self._choose(m_TE, p_TE)
         active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
         l_aux = self._load_balancing_loss(p_TE, active_TE, used_T)
         index_KT, location_KT, capacity, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
         if self.normalize:
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        if self.scale is not None:
+            weight_TK = weight_TK * self.scale.float()
         weight_KT = weight_TK.t().contiguous().to(input.dtype)  # as Hugging Face's router does
         self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T)
         self._count(routed_E, used_T, index_KT)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
-    def modulated_logits(self, x_TD: Tensor) -> Tensor:
-        """m_TE in fp32: the router's logits, phi added to the N_p largest of each token [paper]."""
-        s_TE = F.linear(x_TD.float(), self.wg.weight.float())
+    def _choose(self, m_TE: Tensor, p_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [T, K] by falling m, and their weights before any normalisation, [T, K]."""
+        rescale = RESCALE.get(self.rescale)
+        if rescale is None:
+            index_TK = m_TE.topk(self.k, dim=-1).indices
+            return index_TK, p_TE.gather(1, index_TK)
+        index_TN = m_TE.topk(max(self.k, self.k_max), dim=-1).indices
+        weight_TN = p_TE.gather(1, index_TN)
+        weight_TK = weight_TN[:, : self.k]
+        with torch.no_grad():
+            factor_T1 = rescale(weight_TN[:, : self.k_max], weight_TK, self.gamma)
+        return index_TN[:, : self.k], weight_TK * factor_T1
+
+    def modulated_logits(self, s_TE: Tensor) -> Tensor:
+        """m_TE: phi added to the N_p largest logits of each token [paper]."""
         if self.phi_range is None:
             return s_TE
         candidate_TE = torch.zeros_like(s_TE).scatter_(1, s_TE.topk(self.candidates, dim=-1).indices, 1.0)
@@ -131,10 +181,16 @@ class UBSMoEGate(TopKGate):
             raise ValueError(f"k {k} must lie between 1 and the {self.candidates} candidates N_p")
         self.k = k
 
+    @property
+    def dropped(self) -> Tensor:
+        """Routes that found no slot since the counts were reset."""
+        return (self.routed_E - self.kept_E).sum()
+
     def reset_counts(self) -> None:
         """Start counting anew: before local steps, and before an evaluation."""
-        for counter in (self.routed_E, self.tokens, self.dropped):
+        for counter in (self.routed_E, self.kept_E, self.tokens):
             counter.zero_()
+        self.pseudo_E = torch.zeros_like(self.routed_E, dtype=torch.float32)
 
     def _load_balancing_loss(self, p_TE: Tensor, active_TE: Tensor, used_T: Tensor) -> Tensor:
         """DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that count."""
@@ -179,4 +235,5 @@ class UBSMoEGate(TopKGate):
     def _count(self, routed_E: Tensor, used_T: Tensor, index_KT: Tensor) -> None:
         self.routed_E += routed_E
         self.tokens += used_T.sum()
-        self.dropped += routed_E.sum() - (index_KT >= 0).sum()
+        index_N = index_KT.reshape(-1)
+        self.kept_E.scatter_add_(0, index_N.clamp_min(0), (index_N >= 0).long())

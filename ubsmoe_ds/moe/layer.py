@@ -24,7 +24,7 @@ class TokenGradients(NamedTuple):
     x_TD: Tensor
     delta_TD: Tensor
     routing: Routing
-    mixture: TokenMixture
+    mixture: TokenMixture | None
 
 
 class UBSMoELayer(MOELayer):
@@ -32,20 +32,28 @@ class UBSMoELayer(MOELayer):
 
     Under expert parallelism the active experts of a token live on several ranks. Their hidden units and gradients come
     back to the token's rank by one all-to-all of width 3 F a slot, so that `observer` gets everything of the local
-    tokens, whichever ranks their experts are on.
+    tokens, whichever ranks their experts are on. Observers that need no mixture are spared that.
     """
 
     observer: Callable[[TokenGradients], None] | None = None
+    with_mixture = True
 
     def forward(self, *input: Tensor) -> Tensor:
         """x [..., D], used_token [T] or None -> y [..., D]."""
         observing = self.observer is not None and self.training and torch.is_grad_enabled()
-        self.experts.keep_activations = observing
+        self.experts.keep_activations = observing and self.with_mixture
         y = super().forward(*input)
-        if observing:
+        if observing and self.with_mixture:
             self._report_when_differentiated(input[0], y, self.gate.routing, self.experts.activations)
             self.experts.activations = None
+        elif observing:
+            self._report_tokens(input[0], y, self.gate.routing)
         return y
+
+    def _report_tokens(self, x: Tensor, y: Tensor, routing: Routing) -> None:
+        x_TD, observer = x.detach().reshape(-1, x.shape[-1]), self.observer
+        assert observer is not None
+        y.register_hook(lambda delta: observer(TokenGradients(x_TD, delta.reshape_as(x_TD), routing, None)))
 
     def _report_when_differentiated(self, x: Tensor, y: Tensor, routing: Routing, act: Activations) -> None:
         x_TD = x.detach().reshape(-1, x.shape[-1])

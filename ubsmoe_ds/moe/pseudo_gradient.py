@@ -9,6 +9,7 @@ An expert's output is W_down h, h = silu(g) * u, with g, u, and the down project
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -81,6 +82,123 @@ def token_weighted(
             scaling * torch.einsum("tf,ter->efr", v_TF, from_A_TER),
         )
     return grads
+
+
+class Moments(NamedTuple):
+    """First-order model of an expert: means over the tokens that were active for it, each [E, F] in fp32.
+
+    hidden_EF: mu = E[h]; gate_EF: E[silu'(g) u], the mean dh/dg; up_EF: E[silu(g)], the mean dh/du
+    """
+
+    hidden_EF: Tensor
+    gate_EF: Tensor
+    up_EF: Tensor
+
+
+def moment_values(gate_NF: Tensor, up_NF: Tensor, hidden_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h, silu'(g) u and silu(g) of every token: what `Moments` are the means of; zero where g = u = 0."""
+    sigmoid_NF = torch.sigmoid(gate_NF)
+    silu_NF = gate_NF * sigmoid_NF
+    return hidden_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
+
+
+def response(moments: Moments, lora: LoraFactors, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+    """W_down diag(mean slope) B of gate and up, [E, D, R]: how the linearised output answers to A x."""
+    return tuple(  # type: ignore[return-value]
+        down_EDF.float() @ (slope_EF.unsqueeze(2) * lora[name][1].float())
+        for name, slope_EF in (("gate", moments.gate_EF), ("up", moments.up_EF))
+    )
+
+
+class LinearisedSums(NamedTuple):
+    """All that `linearised` needs of the tokens; sums, so that ranks and micro-batches add up.
+
+    delta_ED: sum c delta
+    gate_EDR, up_EDR: sum c delta (A x)^T
+    gate_ERD, up_ERD: sum c (response^T delta) x^T
+    """
+
+    delta_ED: Tensor
+    gate_EDR: Tensor
+    up_EDR: Tensor
+    gate_ERD: Tensor
+    up_ERD: Tensor
+
+
+def linearised_sums(
+    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, A_ERD: tuple[Tensor, Tensor], response_EDR: tuple[Tensor, Tensor]
+) -> LinearisedSums:
+    """One batch's part of `linearised`, as four products of all tokens with all experts' factors at once.
+
+    Args:
+        x_TD, delta_TD: the layer's input and dL/dy.
+        c_TE: see `inactive_weight`.
+        A_ERD: A of gate and up, of all E experts.
+        response_EDR: see `response`, of all E experts.
+    """
+    x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
+    num_experts, rank, width = A_ERD[0].shape
+    c_TJ = c_TE.repeat_interleave(rank, dim=1).repeat(1, 2)  # J: gate's E * R columns, then up's
+    A_JD = torch.cat([A.reshape(-1, width).float() for A in A_ERD])
+    response_JD = torch.cat([part.mT.reshape(-1, width) for part in response_EDR])
+    into_B_JD = (c_TJ * (x_TD @ A_JD.mT)).mT @ delta_TD
+    into_A_JD = (c_TJ * (delta_TD @ response_JD.mT)).mT @ x_TD
+    gate_B, up_B = into_B_JD.view(2, num_experts, rank, width).mT
+    gate_A, up_A = into_A_JD.view(2, num_experts, rank, width)
+    return LinearisedSums(c_TE.mT @ delta_TD, gate_B, up_B, gate_A, up_A)
+
+
+def linearised(
+    sums: LinearisedSums, moments: Moments, lora: LoraFactors, down_EDF: Tensor, scaling: float
+) -> LoraFactors:
+    """Pseudo-gradient of experts replaced by their first-order model [ours].
+
+        dB_down = s (sum c delta) (A_down mu)^T                  dA_down = s B_down^T (sum c delta) mu^T
+        dB_gate = s diag(E[silu' u]) W_down^T sum c delta (A_gate x)^T
+        dA_gate = s sum c (W_down diag(E[silu' u]) B_gate)^T delta x^T         (up alike, with E[silu])
+    W_down is the frozen one. An expert that was never active has moments 0 and gets no pseudo-gradient.
+
+    Args:
+        sums: of the same experts as the rest; see `linearised_sums`.
+        moments: the experts' moments.
+        lora: their factors.
+        down_EDF: their frozen down projections.
+        scaling: s = alpha / R.
+
+    Returns:
+        (dA, dB) for each projection, shaped like `lora`, in fp32.
+    """
+    A_ERF, B_EDR = (factor.float() for factor in lora["down"])
+    mu_EF, delta_ED = moments.hidden_EF, sums.delta_ED
+    A_mu_ER = torch.einsum("erf,ef->er", A_ERF, mu_EF)
+    B_delta_ER = torch.einsum("edr,ed->er", B_EDR, delta_ED)
+    grads = {
+        "down": (
+            scaling * B_delta_ER.unsqueeze(2) * mu_EF.unsqueeze(1),
+            scaling * delta_ED.unsqueeze(2) * A_mu_ER.unsqueeze(1),
+        )
+    }
+    W_EFD = down_EDF.float().mT
+    for name, slope_EF, into_B_EDR, into_A_ERD in (
+        ("gate", moments.gate_EF, sums.gate_EDR, sums.gate_ERD),
+        ("up", moments.up_EF, sums.up_EDR, sums.up_ERD),
+    ):
+        grads[name] = (scaling * into_A_ERD, scaling * slope_EF.unsqueeze(2) * (W_EFD @ into_B_EDR))
+    return grads
+
+
+def sample_tokens(delta_TD: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Draw ceil(share T) tokens, with replacement, in proportion to ||dL/dy||; sums over them weighted are unbiased.
+
+    Tokens with a large gradient decide the pseudo-gradient, and most have next to none.
+
+    Returns:
+        (token numbers [N], weights 1 / (N pi) [N]).
+    """
+    norm_T = delta_TD.float().norm(dim=1) + torch.finfo(torch.float32).tiny
+    count = math.ceil(share * len(norm_T))
+    drawn_N = torch.multinomial(norm_T, count, replacement=True)
+    return drawn_N, norm_T.sum() / (count * norm_T[drawn_N])
 
 
 def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactors) -> LoraFactors:
