@@ -1,8 +1,8 @@
 """Aggregation rules: pure functions on the stacked updates or factors of the clients. No ranks, files or MPI here.
 
-Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take the LoRA factors of clients of any
-ranks, all units of one shape at a time. Weights are per client and element or unit, of any scale; a client whose weight
-is zero does not count, and where all weights are zero nothing is learned: the update, or Delta W, is zero.
+Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take the LoRA factors of clients of
+any ranks, all units of one shape at a time. Weights are per client and element or unit, of any scale; a client whose
+weight is zero does not count, and where all weights are zero nothing is learned: the update, or Delta W, is zero.
 
 Shapes: C clients, N elements, U units of one shape (such as the experts of a layer), m x n a unit's Delta W, R rank.
 """
@@ -87,7 +87,7 @@ def trimmed_mean(update_CN: Tensor, weight_CN: Tensor, trim: float) -> Tensor:
     Weights only say which clients count.
     """
     sorted_CN, count_1N = _sorted_valid(update_CN, weight_CN)
-    cut_1N = (count_1N * trim + 1e-9).long()
+    cut_1N = (count_1N.double() * trim + 1e-9).long()  # 1e-9: a product just below a whole number is that number
     place_C1 = torch.arange(len(update_CN), device=update_CN.device).unsqueeze(1)
     kept_CN = (place_C1 >= cut_1N) & (place_C1 < count_1N - cut_1N)
     total = torch.where(kept_CN, sorted_CN, 0.0).sum(dim=0)
