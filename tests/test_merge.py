@@ -16,11 +16,11 @@ from ubsmoe_ds.federation.modulation import coefficient_of_variation, server_ste
 
 def test_fedavg_by_hand():
     """Weights 1 and 3: (1 * 2 + 3 * 6) / 4 = 5 and (1 * -4 + 3 * 0) / 4 = -1."""
-    merged = fedavg(torch.tensor([[2.0, -4.0], [6.0, 0.0]]), torch.tensor([1.0, 3.0]))
+    merged = fedavg(torch.tensor([[2.0, -4.0], [6.0, 0.0]]), torch.tensor([[1.0], [3.0]]))
     torch.testing.assert_close(merged, torch.tensor([5.0, -1.0]))
 
 
-@pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0]])
+@pytest.mark.parametrize("weights", [[[-1.0], [2.0]], [[math.nan], [1.0]], [[math.inf], [1.0]]])
 def test_fedavg_refuses_impossible_weights(weights):
     with pytest.raises(ValueError, match="client weights"):
         fedavg(torch.ones(2, 3), torch.tensor(weights))
@@ -29,7 +29,7 @@ def test_fedavg_refuses_impossible_weights(weights):
 def test_fedavg_sums_bf16_in_fp32():
     """256 + 1 is 256 in bf16, but the mean of 256 and 1 twice is 86 (bf16 of 86.0)."""
     stack = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    merged = fedavg(stack, torch.ones(3))
+    merged = fedavg(stack, torch.ones(3, 1))
     assert merged.dtype == torch.bfloat16 and merged.item() == 86.0
 
 
@@ -46,6 +46,7 @@ updates = st.integers(1, 5).flatmap(
 def test_fedavg_rules(given_updates, scale, random):
     """Order and scale of the weights do not matter; one client is the identity; equal clients give that client."""
     rows, weights = (torch.tensor(part, dtype=torch.float32) for part in given_updates)
+    weights = weights.unsqueeze(1)
     merged = fedavg(rows, weights)
     order = list(range(len(rows)))
     random.shuffle(order)
@@ -53,7 +54,7 @@ def test_fedavg_rules(given_updates, scale, random):
     torch.testing.assert_close(fedavg(rows, weights * scale), merged, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(fedavg(rows[:1], weights[:1]), rows[0])
     torch.testing.assert_close(
-        fedavg(rows[:1].expand(3, -1), torch.tensor([1.0, 2.0, 3.0])), rows[0], atol=1e-4, rtol=1e-5
+        fedavg(rows[:1].expand(3, -1), torch.tensor([[1.0], [2.0], [3.0]])), rows[0], atol=1e-4, rtol=1e-5
     )
 
 

@@ -1,8 +1,9 @@
 """Aggregation rules: pure functions on the stacked updates or factors of the clients. No ranks, files or MPI here.
 
-Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take LoRA factors of clients of any
-ranks, all units of one shape at a time. Weights are per client and element or unit, of any scale; a client whose weight
-is zero does not count, and where all weights are zero nothing is learned: the update, or Delta W, is zero.
+Elementwise rules take updates (local minus shared) of one LoRA rank; factor rules take the LoRA factors of clients of
+any ranks, all units of one shape at a time. Updates and factors are finite; weights are per client and element or unit,
+of any scale. A client whose weight is zero does not count, and where all weights are zero nothing is learned: the
+update, or Delta W, is zero.
 
 Shapes: C clients, N elements, U units of one shape (such as the experts of a layer), m x n a unit's Delta W, R rank.
 """
@@ -87,7 +88,7 @@ def trimmed_mean(update_CN: Tensor, weight_CN: Tensor, trim: float) -> Tensor:
     Weights only say which clients count.
     """
     sorted_CN, count_1N = _sorted_valid(update_CN, weight_CN)
-    cut_1N = (count_1N * trim + 1e-9).long()
+    cut_1N = (count_1N.double() * trim + 1e-9).long()  # 1e-9: a product just below a whole number is that number
     place_C1 = torch.arange(len(update_CN), device=update_CN.device).unsqueeze(1)
     kept_CN = (place_C1 >= cut_1N) & (place_C1 < count_1N - cut_1N)
     total = torch.where(kept_CN, sorted_CN, 0.0).sum(dim=0)
@@ -96,7 +97,7 @@ def trimmed_mean(update_CN: Tensor, weight_CN: Tensor, trim: float) -> Tensor:
 
 def _sorted_valid(update_CN: Tensor, weight_CN: Tensor) -> tuple[Tensor, Tensor]:
     """Values in rising order with those that do not count last, and how many count, [1, N]."""
-    valid_CN = (weight_CN > 0).expand(update_CN.shape)
+    valid_CN = (shares(weight_CN) > 0).expand(update_CN.shape)
     wide = torch.promote_types(update_CN.dtype, torch.float32)
     return torch.where(valid_CN, update_CN.to(wide), torch.inf).sort(dim=0).values, valid_CN.sum(dim=0, keepdim=True)
 
@@ -137,7 +138,7 @@ def hetlora(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
 
     The data weights say only who counts; they decide where every norm is zero [ours].
     """
-    norm_CU = torch.stack([delta_norm(f) for f in clients]) * (weight_CU > 0)
+    norm_CU = torch.stack([delta_norm(f) for f in clients]) * (shares(weight_CU) > 0)
     return zero_pad(clients, torch.where(norm_CU.sum(dim=0) > 0, norm_CU.to(weight_CU.dtype), weight_CU))
 
 
