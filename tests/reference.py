@@ -12,7 +12,7 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import steps
 from ubsmoe_ds.models.olmoe import UBSMoEForCausalLM, convert, load_checkpoint
 from ubsmoe_ds.moe.layer import UBSMoE
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
 
 def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
@@ -29,12 +29,15 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
     optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.0, eps=options["eps"])
     batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
     seen = watch(model.layers)
+    if exp.pseudo_gradient.estimator == "linearised":
+        calibrate(exp, model, seen)
     losses, norms = [], []
     for _ in range(count):
         tokens = next(batches).micro[0]
         logits = model(tokens.input_ids, tokens.used, tokens.position_A)
         loss = F.cross_entropy(logits, tokens.target_A)
-        (loss + model.auxiliary_loss(exp.dmr.penalty, exp.router.aux_loss)).backward()
+        total = loss + exp.lora.prune_penalty * tail_penalty(model, keep=exp.lora.rank - 1)
+        (total + model.auxiliary_loss(exp.dmr.penalty, exp.router.aux_loss)).backward()
         norms.append(float(torch.stack([p.grad.norm() for p in trained.values()]).norm()))
         clip = exp.deepspeed.gradient_clipping
         factor = min(1.0, clip / (norms[-1] + 1e-6)) if clip else 1.0
@@ -70,9 +73,8 @@ def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[
     for layer, record in zip(model.layers, seen, strict=True):
         if estimator == "none":
             continue
-        function = {"token_weighted": token_weighted, "expert_mean": expert_mean, "dense_oracle": dense_oracle}[
-            estimator
-        ]
+        functions = [token_weighted, expert_mean, dense_oracle, linearised]
+        function = next(f for f in functions if f.__name__ == estimator)
         gradients = function(layer, record, rho)
         found += [(p, gradients[id(p)]) for pair in layer.experts.factors().values() for p in pair]
     return found
@@ -90,6 +92,9 @@ def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
     p_E /= p_E.sum()
     active = p_E.argsort(descending=True)[: gate.k].tolist()
     weights = p_E[active]
+    if gate.modulate == "selection":
+        weights = torch.softmax(s_E, 0)[active]
+        p_E = torch.softmax(s_E, 0)
     return p_E, active, weights / weights.sum() if gate.normalize else weights
 
 
@@ -129,6 +134,61 @@ def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict
             for name, v in (("gate", vgate), ("up", vup)):
                 out[id(factors[name][1])][i] += s * c * torch.outer(v, w[f"A_{name}"] @ x)
                 out[id(factors[name][0])][i] += s * c * torch.outer(w[f"B_{name}"].T @ v, x)
+    return out
+
+
+def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
+    """HetLoRA's penalty, one expert at a time."""
+    total = torch.zeros(())
+    for layer in model.layers:
+        for A, B in layer.experts.factors().values():
+            for e in range(len(A)):
+                total = total + B[e][:, keep:].square().sum().sqrt() * A[e][keep:].square().sum().sqrt()
+    return total
+
+
+def slopes(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dh/dg, dh/du) of one token, by autograd."""
+    g, u = g.clone().requires_grad_(), u.clone().requires_grad_()
+    h = F.silu(g) * u
+    return h.detach(), *torch.autograd.grad(h.sum(), [g, u])
+
+
+def calibrate(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> None:
+    """Moments of each expert over the tokens of the first two steps that chose it, token by token."""
+    batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
+    values: list[list[list]] = [[[] for _ in range(layer.num_experts)] for layer in model.layers]
+    for _ in range(2):
+        tokens = next(batches).micro[0]
+        model(tokens.input_ids, tokens.used, tokens.position_A)
+        for layer, record, found in zip(model.layers, seen, values, strict=True):
+            for x, used in zip(record["x"], record["used"], strict=True):
+                for j in route(layer, x)[1] if used else []:
+                    w = _expert(layer, j)
+                    found[j].append(torch.stack(slopes(w["gate"] @ x, w["up"] @ x)))
+    for layer, found in zip(model.layers, values, strict=True):
+        width = layer.experts.base()["gate"].shape[1]
+        means = [torch.stack(f).mean(0) if f else torch.zeros(3, width) for f in found]
+        layer.experts.moments = Moments(*torch.stack(means, dim=1))
+
+
+def linearised(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
+    """The first-order model's gradient, one token and one inactive expert at a time."""
+    factors, s, base = layer.experts.factors(), layer.experts.scaling, layer.experts.base()
+    out = {id(p): torch.zeros_like(p) for pair in factors.values() for p in pair}
+    for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
+        if not used:
+            continue
+        p_E, active, _ = route(layer, x)
+        for i in set(range(len(p_E))) - set(active):
+            c, w = rho * p_E[i], _expert(layer, i)
+            mu, slope_gate, slope_up = (part[i] for part in layer.experts.moments)
+            out[id(factors["down"][1])][i] += s * c * torch.outer(delta, w["A_down"] @ mu)
+            out[id(factors["down"][0])][i] += s * c * torch.outer(w["B_down"].T @ delta, mu)
+            back = base["down"][i].T @ delta
+            for name, slope in (("gate", slope_gate), ("up", slope_up)):
+                out[id(factors[name][1])][i] += s * c * torch.outer(slope * back, w[f"A_{name}"] @ x)
+                out[id(factors[name][0])][i] += s * c * torch.outer(w[f"B_{name}"].T @ (slope * back), x)
     return out
 
 

@@ -1,6 +1,7 @@
 """What the ranks of multi-process tests run; each function returns arrays (see `ranks.py`)."""
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
         exp = tiny.variant(base, variant)
         client = Client(exp, exp.clients[0], world.client_rank)
         client.engine.train()
-        batches = steps(
+        all_batches = partial(
+            steps,
             tiny.examples(),
             batch_size=8,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
@@ -49,6 +51,12 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
             pad=0,
             seed=(exp.seed, 0),
         )
+        if client.moments is not None:
+            client.calibrate(all_batches(), 2)
+            total = client.moments.sums()
+            dist.all_reduce(total)
+            client.moments.update(total)
+        batches = all_batches()
         losses, norms = [], []
         for _ in range(count):
             batch = next(batches)
@@ -113,7 +121,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     The value of a parameter at client c is `tiny.federated_value(name, c, shape)`, cut to the rank's experts and the
     client's LoRA rank. A variant may name a ("broken") client and parameter whose first value is NaN.
     """
-    base = tiny.experiment(model_path, [{k: v for k, v in client.items() if k != "lora_rank"} for client in clients])
+    base = tiny.experiment(model_path, clients)
     world = enter(base)
     from ubsmoe_ds.client import Client
     from ubsmoe_ds.federation.build import plan_exchanges
@@ -123,7 +131,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     found: dict[str, Any] = {}
     used_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
-        exp = tiny.variant(base, variant | {"ranks": [client.get("lora_rank") for client in clients]})
+        exp = tiny.variant(base, variant)
         config = exp.clients[world.client]
         client = Client(exp, config, world.client_rank)
         flora = exp.merge.rule == "flora"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
+from tests.tiny import federated_value
 from ubsmoe_ds.federation.exchange import ClientLayout, Unit, owners
 from ubsmoe_ds.federation.merge import fedavg
 from ubsmoe_ds.federation.modulation import coefficient_of_variation, server_step, target_utilisation
@@ -89,46 +90,72 @@ def test_holders_follow_deepspeeds_expert_groups():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9))
 def test_owners_are_even_and_in_order(sizes, ranks):
-    owner = owners([Unit(str(i), size) for i, size in enumerate(sizes)], ranks)
+    owner = owners([Unit(str(i), size) for i, size in enumerate(sizes)], 1, ranks)
     assert (np.diff(owner) >= 0).all() and owner.min() >= 0 and owner.max() < ranks
     loads = np.bincount(owner, sizes, ranks)
     assert loads.max() <= sum(sizes) / ranks + 2 * max(sizes)
 
 
+# (ranks, expert parallelism, LoRA rank sent, LoRA rank got back)
 LAYOUTS = {
     "one_two_four": [(1, 1), (2, 2), (4, 4)],
     "replicas": [(4, 2), (2, 1), (1, 1)],
     "single_client": [(2, 2)],
     "more_ranks_than_units": [(4, 4), (4, 1)],
+    "unequal_lora_ranks": [(2, 2, 1), (1, 1, 4), (2, 1, 3)],
+    "stacks_back": [(2, 2, 1, 8), (1, 1, 4, 8), (2, 1, 3, 8)],
 }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("payload", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_exchange_equals_numpy(name, tmp_path):
-    """Every rank gets, for each unit it holds, the weighted mean that numpy computes from all clients' values."""
-    layouts = LAYOUTS[name]
-    size = sum(ranks for ranks, _ in layouts)
+def test_exchange_equals_numpy(name, payload, tmp_path):
+    """Every rank gets, for each unit it holds, what numpy computes from all clients' values for its client."""
+    layouts = [(*layout, *([2, None][len(layout) - 2 :])) for layout in LAYOUTS[name]]
+    size = sum(ranks for ranks, *_ in layouts)
     experts = 4
     few = name == "more_ranks_than_units"
-    units = [("router", 5, None)] if few else []
-    units += [(f"e{e}.{p}", 3 + p, e) for p in range(1 if few else 3) for e in range(experts)] + [("dmr", 8, None)]
-    arguments = {"layouts": layouts, "units": units, "num_experts": experts, "weights": [1.0, 2.0, 4.0][: len(layouts)]}
+    units = [("router", 5, None, None)] if few else []
+    units += [(f"e{e}.{p}", 0, e, (3 + p, 2)) for p in range(1 if few else 3) for e in range(experts)]
+    units += [("dmr", 8, None, None)]
+    weights = [1.0, 2.0, 4.0][: len(layouts)]
+    arguments = {
+        "layouts": layouts, "units": units, "num_experts": experts, "weights": weights, "payload": payload
+    }  # fmt: skip
     results = run_ranks(tmp_path, size, "tests.scenarios:exchange", arguments)
-    rng = np.random.default_rng(0)
-    values = {unit: rng.normal(size=(len(layouts), numel)).astype(np.float32) for unit, numel, _ in units}
-    weights = np.array(arguments["weights"], dtype=np.float64)
     rank = 0
-    for ranks, ep in layouts:
+    for client, (ranks, ep, sent_rank, back_rank) in enumerate(layouts):
         for client_rank in range(ranks):
-            held = [
-                np.average(values[unit].astype(np.float64), axis=0, weights=weights)
-                for unit, _, e in units
-                if e is None or e // (experts // ep) == client_rank % ep
-            ]
-            np.testing.assert_allclose(results[rank]["merged"], np.concatenate(held), atol=1e-6)
+            held = []
+            for unit, numel, expert, lora in units:
+                if expert is not None and expert // (experts // ep) != client_rank % ep:
+                    continue
+                total = np.full(_elements(numel, lora, back_rank or sent_rank), client, dtype=np.float64)
+                for other, (_, _, other_rank, _) in enumerate(layouts):
+                    value = federated_value(unit, other, (_elements(numel, lora, other_rank),))[: len(total)]
+                    total[: len(value)] += weights[other] * value
+                held.append(total)
+            expected, tolerance = np.concatenate(held), (1e-6, 1e-6) if payload == "fp32" else (0.05, 0.02)
+            np.testing.assert_allclose(results[rank]["merged"], expected, atol=tolerance[0], rtol=tolerance[1])
             rank += 1
     owned = sum(int(result["owned"]) for result in results)
-    assert owned == sum(numel for _, numel, _ in units)
+    assert owned == sum(_elements(numel, lora, 4) for _, numel, _, lora in units)
     if not few:
         assert max(int(r["owned"]) for r in results) < owned or size == 1, "one rank owns everything"
+
+
+def _elements(numel, lora, rank):
+    return rank * sum(lora) if lora else numel
+
+
+@pytest.mark.slow
+def test_bf16_halves_the_traffic(tmp_path):
+    units = [("e0.gate", 0, 0, (3, 2)), ("e1.gate", 0, 1, (3, 2))]
+    arguments = {"layouts": [(1, 1, 4, None), (1, 1, 4, None)], "units": units, "num_experts": 2, "weights": [1.0, 1.0]}
+    sent = {}
+    for payload in ("fp32", "bf16"):
+        found = run_ranks(tmp_path, 2, "tests.scenarios:exchange", arguments | {"payload": payload})
+        sent[payload] = [int(result["bytes"]) for result in found]
+    assert sent["fp32"] == [2 * 20 * 4] * 2  # 20 elements of the other's unit up, and of the own one back
+    assert sent["bf16"] == [2 * 20 * 2] * 2

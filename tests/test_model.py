@@ -104,7 +104,7 @@ def test_attention_lora_equals_peft():
     peft = get_peft_model(
         torch.nn.Sequential(copy.deepcopy(linear)), LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
     )
-    ours = LoraLinear(linear, 3, 6.0, torch.Generator().manual_seed(0))
+    ours = LoraLinear(linear, 3, 3, 6.0, torch.Generator().manual_seed(0))
     weights = dict(peft.named_parameters())
     for key, factor in (("lora_A", ours.lora_A), ("lora_B", ours.lora_B)):
         torch.nn.init.normal_(factor)

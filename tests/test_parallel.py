@@ -24,6 +24,17 @@ VARIANTS = {
     "mean": {"pg": "expert_mean"},
     "mean_zero2_accumulate": {"pg": "expert_mean", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
     "oracle": {"pg": "dense_oracle"},
+    "linearised": {"pg": "linearised"},
+    "linearised_clip": {"pg": "linearised", "deepspeed": {"clip": 0.2}},
+    "linearised_zero2_accumulate": {"pg": "linearised", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
+    "selection": {"pg": "token_weighted", "sections": {"dmr": {"modulate": "selection"}}},
+    "learned_scale_zero1": {"rescale": "learned", "deepspeed": {"zero": 1}},
+    "power": {"rescale": "power"},
+    "pruning": {"sections": {"lora": {"prune_penalty": 0.5}, "merge": {"rule": "hetlora"}}},
+    "pruning_zero2": {
+        "deepspeed": {"zero": 2},
+        "sections": {"lora": {"prune_penalty": 0.5}, "merge": {"rule": "hetlora"}},
+    },
     "bf16": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True}},
     "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
     "bf16_zero1_fp32_gradients": {

@@ -17,10 +17,17 @@ from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.pseudo_gradient import (
     PROJECTIONS,
+    LinearisedSums,
+    Moments,
     TokenMixture,
     dense_oracle,
     expert_mean,
     inactive_weight,
+    linearised,
+    linearised_sums,
+    moment_values,
+    response,
+    sample_tokens,
     token_weighted,
 )
 
@@ -53,6 +60,77 @@ def test_token_weighted_by_hand():
     found = token_weighted(3 * one, 5 * one, 0.5 * one, mixture, lora, scaling=2.0)
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
     assert values == {"down": (110.0, 70.0), "gate": (561.0, 357.0), "up": (627.0, 399.0)}
+
+
+def test_linearised_by_hand():
+    """All sizes 1, one token, s = 2, c = 0.5, x = 3, delta = 5; A = 7, B = 11, W_down = 13; moments (2, 17, 19).
+
+    down: dB = 2 * 0.5 * 5 * (7 * 2) = 70, dA = 2 * 0.5 * (11 * 5) * 2 = 110
+    gate: dB = 2 * 0.5 * 17 * (13 * 5) * (7 * 3) = 23205, dA = 2 * 0.5 * (13 * 17 * 11) * 5 * 3 = 36465
+    up, with 19 for 17: 25935 and 40755.
+    """
+    one = torch.ones(1, 1)
+    lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
+    moments, down = Moments(2 * one, 17 * one, 19 * one), torch.full((1, 1, 1), 13.0)
+    A = (lora["gate"][0], lora["up"][0])
+    sums = linearised_sums(3 * one, 5 * one, 0.5 * one, A, response(moments, lora, down))
+    found = linearised(sums, moments, lora, down, scaling=2.0)
+    values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
+    assert values == {"down": (110.0, 70.0), "gate": (36465.0, 23205.0), "up": (40755.0, 25935.0)}
+
+
+def test_moment_values_are_the_derivatives():
+    g, u = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    hidden, by_gate, by_up = moment_values(g, u, F.silu(g) * u)
+    expected = [reference.slopes(a, b) for a, b in zip(g, u, strict=True)]
+    for ours, theirs in zip((hidden, by_gate, by_up), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+def test_an_expert_without_moments_gets_nothing():
+    lora = {n: (torch.randn(2, 1, 3), torch.randn(2, 3, 1)) for n in PROJECTIONS}
+    zero = Moments(*torch.zeros(3, 2, 3))
+    down = torch.randn(2, 3, 3)
+    c = torch.rand(4, 2)
+    x, delta = torch.randn(2, 4, 3)
+    sums = linearised_sums(x, delta, c, (lora["gate"][0], lora["up"][0]), response(zero, lora, down))
+    assert all((g == 0).all() for pair in linearised(sums, zero, lora, down, 1.0).values() for g in pair)
+
+
+def test_sums_of_sampled_tokens_are_unbiased():
+    """The mean over many draws of a quarter of the tokens comes to the sum over all; one token with no gradient."""
+    torch.manual_seed(0)
+    delta = torch.randn(16, 3) * torch.logspace(-2, 1, 16).unsqueeze(1)
+    delta[3] = 0
+    drawn, weight = sample_tokens(delta, 0.25)
+    assert len(drawn) == len(weight) == 4
+    total = torch.zeros(3)
+    for _ in range(4000):
+        drawn, weight = sample_tokens(delta, 0.25)
+        total += (delta[drawn] * weight.unsqueeze(1)).sum(0) / 4000
+    torch.testing.assert_close(total, delta.sum(0), atol=0.4, rtol=0)
+    assert delta.norm(dim=1).sum() > 20  # so that 0.4 is a small part
+
+
+def test_linearised_equals_the_loop_over_tokens():
+    """Of the tiny model's layers, every LoRA factor, with moments of two steps: within 1e-5."""
+    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    for layer in model.layers:
+        layer.experts.moments = Moments(*torch.rand(3, 8, 12))
+        for _, B in layer.experts.factors().values():
+            B.data.normal_(0, 0.05)
+    seen = reference.watch(model.layers)
+    collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7)
+    collector.begin_step()
+    ids = torch.randint(2, tiny.VOCAB, (2, 8))
+    F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
+    for layer, record, sums in zip(model.layers, seen, collector._sums, strict=True):
+        truth = reference.linearised(layer, record, rho=0.7)
+        assert set(sums) == set(LinearisedSums._fields)
+        for name, pair in collector._of_local_experts(layer, sums).items():
+            for ours, parameter in zip(pair, layer.experts.factors()[name], strict=True):
+                assert truth[id(parameter)].abs().max() > 1e-4
+                torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-5, rtol=1e-4)
 
 
 def test_dense_oracle_completes_the_dense_gradient():
@@ -104,7 +182,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
     pairs = []
     for layer, record, collector in zip(model.layers, seen, collectors, strict=True):
         truth = reference.dense_oracle(layer, record, rho=1.0)
-        sums = collector._from_sums(collector._sums[0])
+        sums = collector._of_local_experts(layer, collector._sums[0])
         both = [
             (g, truth[id(p)]) for n, pair in layer.experts.factors().items() for p, g in zip(pair, sums[n], strict=True)
         ]
@@ -160,10 +238,12 @@ def test_evaluation_and_frozen_passes_collect_nothing():
     assert collector._sums == [{}, {}]
 
 
-@pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted"])
+@pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted", "linearised"])
 def test_a_steps_graph_is_freed(estimator):
     """The hook that reports a layer's gradients hangs on the graph it reads: it must not keep it alive."""
     model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    for layer in model.layers:
+        layer.experts.moments = Moments(*torch.ones(3, 8, 12))
     collector = PseudoGradientCollector(model.layers, estimator, 1.0)
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     seen = []

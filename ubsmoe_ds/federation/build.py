@@ -45,7 +45,7 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
         transformers_logging.disable_progress_bar()
     train_rows, eval_rows = load_rows(exp.data, exp.seed)
     shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
-    tokenizer = _load_tokenizer(exp)
+    tokenizer = load_tokenizer(exp)
     examples, cut = encode([train_rows[i] for i in shares[world.client]], tokenizer, exp.data.max_length)
     start_deepspeed(on_accelerator, verbose)
     config = exp.clients[world.client]
@@ -144,7 +144,7 @@ def client_layouts(exp: Experiment) -> list[ClientLayout]:
     return layouts
 
 
-def _load_tokenizer(exp: Experiment) -> AutoTokenizer:
+def load_tokenizer(exp: Experiment) -> AutoTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(exp.model_dir, local_files_only=True)
     except (OSError, ValueError) as error:

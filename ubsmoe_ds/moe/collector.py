@@ -52,9 +52,8 @@ class PseudoGradientCollector:
         self._responses: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # A, response; linearised
         self._base: list[dict[str, Tensor]] = []
         self._sums: list[dict[str, Tensor]] = [{} for _ in layers]
+        self.attach()
         for i, layer in enumerate(layers):
-            layer.deepspeed_moe.observer = partial(self._observe, i)
-            layer.deepspeed_moe.with_mixture = estimator == "token_weighted"
             if estimator == "expert_mean":
                 for name, pair in layer.experts.factors().items():
                     for part, parameter in zip("AB", pair, strict=True):
@@ -64,6 +63,12 @@ class PseudoGradientCollector:
                 self._base.append(
                     dict(zip(names, _gather_experts(layer, list(layer.experts.base().values())), strict=True))
                 )
+
+    def attach(self) -> None:
+        """Become the observer of the layers, in place of any other."""
+        for i, layer in enumerate(self.layers):
+            layer.deepspeed_moe.observer = partial(self._observe, i)
+            layer.deepspeed_moe.with_mixture = self.estimator == "token_weighted"
 
     def begin_step(self) -> None:
         """Before the first micro-batch of an optimiser step: fetch the factors of the experts of other ranks."""

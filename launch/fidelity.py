@@ -1,0 +1,133 @@
+"""How well each pseudo-gradient estimator fits a model: its gradients against those of the dense model.
+
+    python launch/fidelity.py --config ds_configs/compare_tiny.yaml --out results/fidelity
+    python launch/fidelity.py --config my.yaml model.path=FOLDER --ks 1 2 4 --steps 40
+
+One process, one rank: the experiment's first client alone. It trains `--steps` steps, so that the adapters are no
+longer zero, and then measures on the rows that follow. Nothing of it is evaluation data.
+The moments of `linearised` are pooled over the K of the experiment's clients, as the federation pools them.
+Exit codes: 0 done, 2 a mistake in config or data.
+"""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config_file import load_experiment
+from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+
+CALIBRATION_STEPS = 8  # whose rows give the moments of `linearised`
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
+    parser.add_argument("--config", required=True, help="experiment (YAML)")
+    parser.add_argument("--ks", nargs="+", type=int, help="active experts; default 1, 2, 4, ... K_max")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps before measuring")
+    parser.add_argument("--batches", type=int, default=8, help="steps' rows to measure on")
+    parser.add_argument("--out", type=Path, help="folder for fidelity.md, fidelity.csv and fidelity.png")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    """Measure, print, and write if asked to."""
+    options = parse(sys.argv[1:])
+    try:
+        exp = load_experiment(options.config, options.overrides)
+        ks = options.ks or [2**i for i in range(exp.k_max.bit_length()) if 2**i <= exp.k_max]
+        check(exp, ks, options)
+        table, bias = report(exp, ks, options.steps, options.batches)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    from ubsmoe_ds.fidelity_report import markdown, picture
+
+    command = shlex.join(["python", *sys.argv])
+    text = markdown(table, bias, command, exp)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "fidelity.md").write_text(text + "\n", encoding="utf-8")
+        table.merge(bias, on=["k", "estimator"]).to_csv(options.out / "fidelity.csv", index=False, float_format="%.5g")
+        picture(table, bias).savefig(options.out / "fidelity.png", dpi=120)
+    return 0
+
+
+def check(exp: Experiment, ks: list[int], options: argparse.Namespace) -> None:
+    """Bad numbers, before anything is loaded."""
+    for k in ks:
+        if not 1 <= k <= exp.num_experts:
+            raise UserError(f"--ks: {k} must lie between 1 and the model's {exp.num_experts} experts")
+    if options.batches < 1 or options.steps < 0:
+        raise UserError(f"--batches {options.batches} must be at least 1 and --steps {options.steps} at least 0")
+
+
+def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(summary, bias) over all K; see `fidelity.py`."""
+    client, rows = start(single_client(exp))
+    from ubsmoe_ds import fidelity  # only now is the environment as DeepSpeed wants it
+
+    if steps:
+        client.train(rows(), steps)
+    total = 0
+    for k in {exp.active_experts(config) for config in exp.clients}:
+        client.k = k
+        client.calibrate(rows(), CALIBRATION_STEPS)
+        total += client.moments.sums()
+    client.moments.update(total)
+    tables: list[pd.DataFrame] = []
+    biases: list[pd.DataFrame] = []
+    for k in ks:
+        measured = fidelity.measure(client, rows(first=steps), k, fidelity.ESTIMATORS, batches)
+        tables.append(fidelity.summary(measured, k))
+        biases.append(fidelity.bias(measured, k))
+    return pd.concat(tables, ignore_index=True), pd.concat(biases, ignore_index=True)
+
+
+def single_client(exp: Experiment) -> Experiment:
+    """The experiment of its first client alone on one rank, without what would blur the comparison."""
+    alone = exp.clients[0].model_copy(update={"ranks": 1, "expert_parallel": 1, "capacity_factor": None})
+    router = exp.router.model_copy(update={"gate_rescale": "none"})
+    estimator = exp.pseudo_gradient.model_copy(update={"estimator": "linearised"})  # so that moments are kept
+    return exp.model_copy(update={"clients": [alone], "router": router, "pseudo_gradient": estimator})
+
+
+def start(exp: Experiment) -> tuple[Any, Any]:
+    """(client, function from first step to its batches) of a one-client experiment in this process."""
+    from ubsmoe_ds import run, world
+
+    place = world.join(exp, sys.argv[0], sys.argv[1:])
+    devices = run.choose_accelerator(exp)
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from ubsmoe_ds.client import Client, start_deepspeed
+    from ubsmoe_ds.data.batches import encode
+    from ubsmoe_ds.data.batches import steps as batch_steps
+    from ubsmoe_ds.data.sources import load_rows
+    from ubsmoe_ds.federation.build import load_tokenizer
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    rows, _ = load_rows(exp.data, exp.seed)
+    tokenizer = load_tokenizer(exp)
+    examples, _ = encode(rows, tokenizer, exp.data.max_length)
+    start_deepspeed(devices > 0, verbose=False)
+    client = Client(exp, exp.clients[0], place.client_rank)
+    size, micro = exp.deepspeed.train_batch_size, exp.deepspeed.gradient_accumulation_steps
+    pad, seed = tokenizer.pad_token_id, (exp.seed, 0)
+    return client, partial(
+        batch_steps, examples, batch_size=size, micro_batches=micro, rank=0, ranks=1, pad=pad, seed=seed
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
