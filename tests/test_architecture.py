@@ -44,6 +44,7 @@ LAYERS = [
     "federation.rounds",
     "federation.build",
     "run",
+    "comparison",
 ]
 KNOWS_MPI = {"world", "federation.exchange"}
 SOURCES = {
@@ -94,6 +95,7 @@ def test_config_is_free_of_torch():
         "data.synthetic",
         "data.sources",
         "data.partition",
+        "comparison",
     ):
         heavy = {i.split(".")[0] for i in imports(SOURCES[name])} & {"torch", "deepspeed", "transformers"}
         assert not heavy, f"{name} imports {heavy}"

@@ -1,0 +1,152 @@
+"""Tables worked by hand from made-up run folders, and pictures of them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ubsmoe_ds import comparison
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config_file import load_experiment
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.methods import PRESETS
+
+CONFIG = "ds_configs/compare_tiny.yaml"
+TWO = "clients=[{name: poor, budget: 0.5}, {name: rich, budget: 1.0}]"
+LOSS = {"topk": (0.30, 0.40, 0.50), "ub_smoe": (0.29, 0.37, 0.45)}  # by seed; the second client's is 0.1 less
+
+
+def finish(exp: Experiment, loss: float) -> None:
+    """Leave the folder that a finished run leaves. The client at place i has loss - 0.1 i and accuracy 1 - that."""
+    names, rounds = [client.name for client in exp.clients], exp.train.rounds
+    rows = [
+        {"client": name, "flops_ratio": 0.25 * (i + 1), "loss_before": 0.9, "accuracy_before": 0.1}
+        | {"loss_after": loss - 0.1 * i, "accuracy_after": 1 - (loss - 0.1 * i)}
+        for i, name in enumerate(names)
+    ]
+    records = []
+    for number in range(rounds + 1):
+        metrics = {f"megabytes_sent/{name}": 1.5 * (i + 1) for i, name in enumerate(names)} if number else {}
+        if number % exp.evaluation.every == 0 or number == rounds:
+            metrics |= {"eval/loss": loss + rounds - number, "eval/accuracy": 0.5, "eval/utilisation_cv": 0.1 * number}
+        seconds = {f"seconds_local/{name}": 2.0 * (i + 1) for i, name in enumerate(names)} if number else {}
+        records.append({"round": number, "metrics": metrics, "seconds": seconds})
+    exp.run_dir.mkdir(parents=True, exist_ok=True)
+    (exp.run_dir / "config.json").write_text(exp.model_dump_json(indent=2))
+    (exp.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (exp.run_dir / "summary.json").write_text(json.dumps({"clients": rows, "utilisation_cv_after": 0.2}))
+
+
+def made_up(folder: Path, clients: str = TWO, methods: tuple[str, ...] = ("ub_smoe", "topk"), seeds: int = 3) -> list:
+    """Finished runs with the losses of `LOSS`."""
+    runs = []
+    for method in methods:
+        for seed in range(seeds):
+            own = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}", "train.rounds=3"]
+            exp = load_experiment(CONFIG, [clients, *own, "evaluation.every=2"])
+            finish(exp, LOSS.get(method, (0.6, 0.6, 0.6))[seed])
+            runs.append(comparison.Run(method, seed, exp))
+    return runs
+
+
+def test_one_row_per_client_with_sums_over_rounds(tmp_path):
+    clients, _ = comparison.collect(made_up(tmp_path, methods=("topk", "flexlora")))
+    assert len(clients) == 2 * 3 * 2
+    assert clients.iloc[3].to_dict() == {
+        "method": "topk",
+        "seed": 1,
+        "client": "rich",
+        "budget": 1.0,
+        "k": 8,
+        "lora_rank": 8,
+        "loss_before": 0.9,
+        "loss": pytest.approx(0.3),
+        "accuracy_before": 0.1,
+        "accuracy": pytest.approx(0.7),
+        "flops_ratio": 0.5,
+        "megabytes_sent": 9.0,  # 3 rounds x 3.0
+        "local_seconds": 12.0,  # 3 rounds x 4.0
+    }
+    # a budget cuts down experts or LoRA ranks
+    assert clients[["k", "lora_rank"]].values.tolist()[::6] == [[4, 8], [8, 4]]
+
+
+def test_rounds_that_were_not_evaluated_are_left_out(tmp_path):
+    _, rounds = comparison.collect(made_up(tmp_path, methods=("topk",)))
+    first = rounds[rounds["seed"] == 0]
+    assert list(first["round"]) == [0, 2, 3]
+    assert list(first["loss"]) == pytest.approx([3.3, 1.3, 0.3])
+    assert list(first["utilisation_cv"]) == pytest.approx([0.0, 0.2, 0.3])
+    assert list(rounds.columns) == ["method", "seed", "round", "loss", "accuracy", "utilisation_cv"]
+
+
+def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
+    found = comparison.by_budget(comparison.collect(made_up(tmp_path))[0])
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10))  # of 0.3 0.4 0.5
+    assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08))  # of 0.29 0.37 0.45
+    assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08))
+
+
+def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
+    three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
+    found = comparison.by_budget(comparison.collect(made_up(tmp_path, three))[0])
+    # a and c: loss and loss - 0.2, so on average 0.1 less; their distance is no spread between seeds
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10))
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0])
+    assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
+    assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02))  # of -0.01 -0.03 -0.05
+
+
+def test_markdown(tmp_path):
+    lines = comparison.markdown(comparison.collect(made_up(tmp_path))[0], "headline").splitlines()
+    assert lines[0] == "headline"
+    results = [line for line in lines if line.startswith("| `")]
+    assert results == [
+        "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 13.5 | 12.0 |",
+        "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 13.5 | 12.0 |",
+        "| `ub_smoe` | -0.0300 ± 0.0200 | -0.0300 ± 0.0200 |",
+    ]
+    assert all(line.count("|") == lines[4].count("|") for line in lines[4:8])
+
+
+def test_markdown_of_one_seed_or_without_the_baseline(tmp_path):
+    clients, _ = comparison.collect(made_up(tmp_path, methods=("ub_smoe", "flexlora"), seeds=1))
+    text = comparison.markdown(clients, "headline")
+    assert "| `ub_smoe` | 0.2900 | 71.0 | 0.1900 | 81.0 |" in text and "nan" not in text and "paired" not in text
+
+
+def test_pictures_show_every_method(tmp_path):
+    methods = tuple(PRESETS)
+    figure = comparison.picture(*comparison.collect(made_up(tmp_path, methods=methods)), methods)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(methods)
+    accuracy, loss, cv = figure.axes
+    assert len(accuracy.containers) == len(loss.lines) == len(cv.lines) == len(methods) >= 10
+    assert len({(line.get_color(), line.get_marker()) for line in loss.lines}) == len(methods)
+    topk = methods.index("topk")
+    assert list(loss.lines[topk].get_ydata()) == pytest.approx([3.4, 1.4, 0.4])  # the mean of three seeds
+    assert list(cv.lines[topk].get_xdata()) == [0, 2, 3]
+    assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
+    assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
+
+
+def test_damaged_run_is_named(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=1)
+    (runs[0].exp.run_dir / "metrics.jsonl").write_text('{"round": 1, "metrics": {}, "seconds": {}}\n')
+    with pytest.raises(UserError, match="topk-0 is damaged .*megabytes_sent/poor.*remove the folder"):
+        comparison.collect(runs)
+
+
+def test_machine(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\n" * 2)
+    gpu = tmp_path / "driver" / "nvidia" / "gpus" / "0000:01:00.0"
+    gpu.mkdir(parents=True)
+    (gpu / "information").write_text("Model: \t\t Some GPU\nIRQ: 1\n")
+    cores = f"{len(os.sched_getaffinity(0))} cores of "
+    assert comparison.machine(tmp_path).startswith(f"{cores}Some CPU @ 2 GHz, Some GPU, Python 3.")
+    elsewhere = comparison.machine(tmp_path / "none")
+    assert elsewhere.startswith(cores) and ", torch " in elsewhere

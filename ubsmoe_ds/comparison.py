@@ -1,0 +1,290 @@
+"""From the folders of finished runs to tables and pictures; `launch/compare.py` runs the jobs and writes the files.
+
+A run is known by its method (a preset or an ablation, methods.py) and its seed. Clients of equal budget are averaged
+within a run, before mean and sample standard deviation are taken over the seeds. Nothing here imports torch.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.errors import UserError
+
+BASELINE = "topk"  # what paired differences are taken against
+NOT_COMPARED = ("name", "output", "overwrite")  # where a run is written does not change what it is
+MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
+DODGE = 0.05  # between methods at one budget, in units of the distance between budgets
+
+
+class Run(NamedTuple):
+    """One run of a comparison; `exp.run_dir` is its folder."""
+
+    method: str
+    seed: int
+    exp: Experiment
+
+
+def is_finished(exp: Experiment) -> bool:
+    """Whether the run's folder holds this very run, complete. `summary.json` is the last thing that a run writes.
+
+    Args:
+        exp: the experiment asked for. That the folder holds another finished run must not pass unseen.
+
+    Raises:
+        UserError: if a run of another config was finished there.
+    """
+    summary = _read_mapping(exp.run_dir / "summary.json")
+    if not isinstance(summary.get("clients"), list):
+        return False
+    asked, recorded = _flat(exp.model_dump(mode="json")), _flat(_read_mapping(exp.run_dir / "config.json"))
+    for key in [*asked, *recorded]:
+        if key.split(".")[0] not in NOT_COMPARED and asked.get(key) != recorded.get(key):
+            raise UserError(
+                f"out: {exp.run_dir} holds a finished run with {key} {recorded.get(key)!r}, asked is "
+                f"{asked.get(key)!r}; remove the folder or choose another --out"
+            )
+    return True
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if it is missing or was never completed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """A nested config as `key.0.sub: value`; an empty section stays as it is."""
+    if not isinstance(value, dict | list) or not value:
+        return {key: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for name, sub in items for k, v in _flat(sub, f"{key}.{name}" if key else str(name)).items()}
+
+
+def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read finished runs.
+
+    Returns:
+        One row per method, seed and client; and one per method, seed and evaluated round.
+
+    Raises:
+        UserError: naming the folder of a run whose files are damaged.
+    """
+    clients: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    for run in runs:
+        folder = run.exp.run_dir
+        try:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines]
+            clients += _client_rows(run, summary, records)
+            rounds += _round_rows(run, records)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"out: {folder} is damaged ({type(error).__name__}: {error}); remove the folder and start again"
+            ) from error
+    return pd.DataFrame(clients), pd.DataFrame(rounds)
+
+
+def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    of_client = {row["client"]: row for row in summary["clients"]}
+    trained = [record for record in records if record["round"] > 0]  # round 0 is the state before training
+    rows = []
+    for client in run.exp.clients:
+        end = of_client[client.name]
+        rows.append(
+            {
+                "method": run.method,
+                "seed": run.seed,
+                "client": client.name,
+                "budget": client.budget,
+                "k": run.exp.active_experts(client),
+                "lora_rank": run.exp.lora_rank(client),
+                "loss_before": end["loss_before"],
+                "loss": end["loss_after"],
+                "accuracy_before": end["accuracy_before"],
+                "accuracy": end["accuracy_after"],
+                "flops_ratio": end["flops_ratio"],
+                "megabytes_sent": sum(record["metrics"][f"megabytes_sent/{client.name}"] for record in trained),
+                "local_seconds": sum(record["seconds"][f"seconds_local/{client.name}"] for record in trained),
+            }
+        )
+    return rows
+
+
+def _round_rows(run: Run, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": run.method,
+            "seed": run.seed,
+            "round": record["round"],
+            "loss": record["metrics"]["eval/loss"],
+            "accuracy": record["metrics"]["eval/accuracy"],
+            "utilisation_cv": record["metrics"]["eval/utilisation_cv"],
+        }
+        for record in records
+        if "eval/loss" in record["metrics"]
+    ]
+
+
+def by_budget(clients: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sample standard deviation over seeds; the latter is NaN for one seed.
+
+    Args:
+        clients: the first frame of `collect`.
+
+    Returns:
+        Index (method, budget); columns (loss or accuracy or flops_ratio, mean or std).
+    """
+    return _of_seed(clients).groupby(["method", "budget"]).agg(["mean", "std"])
+
+
+def paired_differences(clients: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+    """Loss of each method minus the baseline's of the same seed and budget: negative is better than the baseline.
+
+    Returns:
+        Index (method, budget), columns mean and std over the seeds that both have. The baseline itself is left out.
+    """
+    loss = _of_seed(clients)["loss"].unstack("method")
+    difference = loss.drop(columns=baseline).sub(loss[baseline], axis="index").stack()
+    return difference.groupby(["method", "budget"]).agg(["mean", "std"])
+
+
+def _of_seed(clients: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, seed and budget."""
+    return clients.groupby(["method", "seed", "budget"])[["loss", "accuracy", "flops_ratio"]].mean()
+
+
+def markdown(clients: pd.DataFrame, headline: str) -> str:
+    """What a person reads first.
+
+    Args:
+        clients: the first frame of `collect`.
+        headline: the first line: command, machine, seeds.
+    """
+    parts = [headline, "Mean ± sample standard deviation over the seeds, after the last round.", _results(clients)]
+    if BASELINE in set(clients["method"]) and clients["method"].nunique() > 1:
+        parts += [
+            f"Loss minus the loss of `{BASELINE}`, paired by seed (negative is better than `{BASELINE}`):",
+            _differences(clients),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(clients: pd.DataFrame) -> str:
+    table = by_budget(clients)
+    budgets = sorted(set(clients["budget"]))
+    of_run = clients.groupby(["method", "seed"]).agg({"megabytes_sent": "sum", "local_seconds": "max"})
+    totals = of_run.groupby("method").mean()
+    headings = ["method"]
+    headings += [f"{field} β={budget:g}" for budget in budgets for field in ("loss", "accuracy %")]
+    headings += [f"FLOPs % β={budgets[0]:g}", "MB sent", "local seconds, slowest client"]
+    rows = []
+    for method in dict.fromkeys(clients["method"]):
+        row = [f"`{method}`"]
+        for budget in budgets:
+            found = table.loc[(method, budget)]
+            row.append(_plus_minus(found["loss"], digits=4))
+            row.append(_plus_minus(100 * found["accuracy"], digits=1))
+        row.append(f"{100 * table.loc[(method, budgets[0]), ('flops_ratio', 'mean')]:.1f}")
+        row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
+        rows.append(row)
+    return _table(headings, rows)
+
+
+def _differences(clients: pd.DataFrame) -> str:
+    table = paired_differences(clients)
+    budgets = sorted(set(clients["budget"]))
+    rows = [
+        [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=4, sign="+") for budget in budgets)]
+        for method in dict.fromkeys(clients["method"])
+        if method != BASELINE
+    ]
+    return _table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
+
+
+def _plus_minus(found: Mapping[str, float], digits: int, sign: str = "") -> str:
+    spread = "" if pd.isna(found["std"]) else f" ± {found['std']:.{digits}f}"  # one seed has no spread
+    return f"{found['mean']:{sign}.{digits}f}{spread}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(proc: Path = Path("/proc")) -> str:
+    """Processor, cores that this process may use, accelerators, and the versions that results depend on."""
+    text = (proc / "cpuinfo").read_text(encoding="utf-8") if (proc / "cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    # as the driver names them: asking torch would import it
+    gpus = [
+        line.partition(":")[2].strip()
+        for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("Model:")
+    ]
+    cores = f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}"
+    versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "mpi4py")]
+    return ", ".join([cores, *gpus, f"Python {platform.python_version()}", *versions])
+
+
+def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """Accuracy by budget, loss by round, utilisation CV by round: one line a method, the legend beside them.
+
+    Args:
+        clients, rounds: the frames of `collect`.
+        methods: which of them to draw, in the legend's order.
+    """
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
+    by_accuracy, by_loss, by_cv = figure.subplots(1, 3)
+    _draw_accuracy(by_accuracy, by_budget(clients)["accuracy"] * 100, methods)
+    of_round = rounds.groupby(["method", "round"])[["loss", "utilisation_cv"]].mean()
+    for axes, column, title in (
+        (by_loss, "loss", "evaluation loss"),
+        (by_cv, "utilisation_cv", "utilisation CV of experts"),
+    ):
+        for place, method in enumerate(methods):
+            line = of_round.loc[method, column]
+            axes.plot(line.index, line.values, label=method, **_style(place))
+        axes.set(title=f"{title}, mean over seeds", xlabel="round")
+        axes.grid(alpha=0.3)
+    figure.legend(*by_loss.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, accuracy: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Budgets at equal distances, methods beside each other, so that error bars do not hide one another."""
+    budgets = sorted(set(accuracy.index.get_level_values("budget")))
+    for place, method in enumerate(methods):
+        line = accuracy.loc[method].loc[budgets]
+        x = [number + DODGE * (place - (len(methods) - 1) / 2) for number in range(len(budgets))]
+        axes.errorbar(x, line["mean"], yerr=line["std"].fillna(0.0), label=method, capsize=2, **_style(place))
+    axes.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
+    axes.set(title="accuracy % (± standard deviation over seeds)", xlabel="budget of the client")
+    axes.grid(alpha=0.3)
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Colour, marker and dash of the line at this place of the legend."""
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a ListedColormap
+    return {
+        "color": colours[place % len(colours)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": "-" if place < len(colours) else "--",
+        "markersize": 5,
+        "linewidth": 1.2,
+    }
