@@ -4,8 +4,8 @@
     python benchmarks/pseudo_gradient.py --repeats 20 --tokens 4096
 
 Prints the median ratio of a K = 1 training step with PG to the same step without, its spread (quartiles over repeats),
-and the median milliseconds of the step without. Times are CPU seconds of this process (one thread), so that other work on the
-machine disturbs them little.
+and the median milliseconds of the step without. Times are CPU seconds of this process (one thread), so that other work
+on the machine disturbs them little.
 """
 
 import argparse

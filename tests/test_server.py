@@ -211,3 +211,32 @@ def test_results_do_not_depend_on_how_units_are_spread(rule, seed, cut):
 
 def test_betas_from_yaml_are_a_list():
     assert MergeConfig.model_validate({"server_betas": [0.5, 0.9]}).server_betas == (0.5, 0.9)
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "activation"}, {"server_optimizer": "adam"}])
+def test_the_cheaper_way_of_linear_rules_gives_the_same(options):
+    """Shares times updates summed on the way to the owner, two rounds, against the stack of all updates."""
+    ranks, listed = [3, 3, 3], units()
+    exp = experiment(ranks, dmr=True, **options)
+    held = arrays(ranks[:1], 0, listed) * 3
+    weights = [0.2, 0.3, 0.5]
+    owner, other = (Server(exp, listed, weights, target=0.25) for _ in range(2))
+    owner.start(held)
+    other.start(held)
+    use = usage(3)
+    use.used_CLE[:] = torch.rand(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    use.used_CLE[:, :, 1] = 0
+    sizes = torch.tensor([unit.size(3) for unit in listed])
+    for round_number in range(2):
+        updates = arrays(ranks, 1 + round_number, listed)
+        total = sum(
+            torch.from_numpy(u) * other.shares(listed, use, c).repeat_interleave(sizes) for c, u in enumerate(updates)
+        )
+        replies = owner.merge(updates, use, ranks)
+        np.testing.assert_allclose(other.merge_sum(total.numpy(), use), replies[0], atol=1e-6)
+        assert (replies[0][21:42] == 0).all() == (options.get("rule") == "activation")
+
+
+@pytest.mark.parametrize(("options", "linear"), [({}, True), ({"rule": "activation"}, True), ({"rule": "median"}, False), ({"clip_norm": 1.0}, False), ({"rule": "flexlora"}, False)])  # fmt: skip
+def test_which_rules_are_linear(options, linear):
+    assert Server(experiment([3], **options), units(), [1.0], target=0.25).is_linear == linear

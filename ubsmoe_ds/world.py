@@ -47,9 +47,10 @@ class World:
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of float64 arrays over all ranks (a collective), the same bits on every rank."""
         total = np.zeros_like(values, dtype=np.float64)
-        wait_quietly(self.comm.Iallreduce(np.ascontiguousarray(values, dtype=np.float64), total))
+        self.barrier()  # quietly; what follows is work for all
+        self.comm.Allreduce(np.ascontiguousarray(values, dtype=np.float64), total)
         # ranks may sum in different orders; rank 0's result is everybody's
-        wait_quietly(self.comm.Ibcast(total, root=0))
+        self.comm.Bcast(total, root=0)
         return total
 
     def barrier(self) -> None:

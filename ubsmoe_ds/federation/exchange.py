@@ -149,6 +149,32 @@ class Exchange:
             raise ValueError(f"replies must have {need} elements, got shapes {[reply.shape for reply in replies]}")
         return self._travel(replies, self._down, exact=False)[0]
 
+    @property
+    def is_reducible(self) -> bool:
+        """Whether every client is one rank and holds the same: then MPI can form sums on the way."""
+        alike = all((layout.ranks, layout.lora_rank) == (1, self.layouts[0].lora_rank) for layout in self.layouts)
+        return alike and self.payload == "fp32"
+
+    def reduce(self, held: np.ndarray) -> np.ndarray:
+        """The sum over clients of the units that this rank owns (a collective over the job).
+
+        Args:
+            held: fp32, as in `collect`, already multiplied with the client's share.
+        """
+        counts = self._up.send_counts
+        total = np.empty(int(counts[self.comm.rank]), dtype=np.float32)
+        wait_quietly(self.comm.Ibarrier())
+        self.comm.Reduce_scatter([held, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM)
+        return total
+
+    def gather(self, owned: np.ndarray) -> np.ndarray:
+        """What every owner has for its units, in unit order, on every rank (a collective over the job)."""
+        counts = self._up.send_counts
+        whole = np.empty(int(counts.sum()), dtype=np.float32)
+        wait_quietly(self.comm.Ibarrier())
+        self.comm.Allgatherv([owned, MPI.FLOAT], [whole, counts, MPI.FLOAT])
+        return whole
+
     def _travel(self, sources: Sequence[np.ndarray], way: _Way, exact: bool) -> list[np.ndarray]:
         send = _fill(sources, way.pack, int(way.send_counts.sum()))
         if self.payload == "bf16" and not exact:
@@ -162,7 +188,9 @@ class Exchange:
 
     def _alltoallv(self, send: np.ndarray, way: _Way, kind: MPI.Datatype) -> np.ndarray:
         received = np.empty(int(way.receive_counts.sum()), dtype=send.dtype)
-        wait_quietly(self.comm.Ialltoallv([send, way.send_counts, kind], [received, way.receive_counts, kind]))
+        wait_quietly(self.comm.Ibarrier())
+        # all are here: moving is work, and a request that is only tested now and then moves a piece at a time
+        self.comm.Alltoallv([send, way.send_counts, kind], [received, way.receive_counts, kind])
         return received
 
     def _plan_up(self, client: int, mine: list[int], senders: list[list[int]], owner: np.ndarray) -> _Way:

@@ -22,7 +22,7 @@ from ubsmoe_ds.federation.exchange import Exchange
 from ubsmoe_ds.federation.metrics import RoundSeconds, evaluation_scalars, seconds_scalars, training_scalars
 from ubsmoe_ds.federation.modulation import coefficient_of_variation
 from ubsmoe_ds.federation.pruning import next_rank
-from ubsmoe_ds.federation.server import Server
+from ubsmoe_ds.federation.server import Server, Usage
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, share_moments
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.models.olmoe import model_shape
@@ -98,17 +98,33 @@ class Federation:
         old, new = self.server.ranks, statistics.ranks
         if new != old:
             self.exchange = self.plan(old, self._reply_ranks(new))
-        received = self.exchange.collect(update.numpy())
-        start = time.perf_counter()
-        replies = self.server.merge(received, statistics.usage, new)
-        merging = time.perf_counter() - start
-        back = torch.from_numpy(self.exchange.distribute(replies))
+        if self.exchange.is_reducible and self.server.is_linear and not statistics.astray_C.any():
+            back, merging = self._reduce(update, statistics.usage)
+        else:
+            received = self.exchange.collect(update.numpy())
+            start = time.perf_counter()
+            replies = self.server.merge(received, statistics.usage, new)
+            merging = time.perf_counter() - start
+            back = torch.from_numpy(self.exchange.distribute(replies))
         self.store.apply(back, self._reply_ranks(new)[self.world.client], number)
         if new != old:
             self.exchange = self.plan(new, self._reply_ranks(new))
             if self.client.rank != old[self.world.client]:
                 self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
         return merging
+
+    def _reduce(self, update: Tensor, usage: Usage) -> tuple[Tensor, float]:
+        """The cheaper way of linear rules: sums are formed on the way to the owners; (difference, seconds merging)."""
+        start = time.perf_counter()
+        sizes = torch.tensor([unit.size(self.store.rank) for unit in self.store.units])
+        share_U = self.server.shares(self.store.units, usage, self.world.client)
+        scaled = update * share_U.repeat_interleave(sizes)
+        before = time.perf_counter()
+        total = self.exchange.reduce(scaled.numpy())
+        moved = time.perf_counter()
+        delta = self.server.merge_sum(total, usage)
+        done = time.perf_counter()
+        return torch.from_numpy(self.exchange.gather(delta)), before - start + done - moved
 
     def _report_refused(self, number: int, statistics: RoundStatistics) -> list[int]:
         """Name what was refused, and get its clients going again; returns how many units of each client."""

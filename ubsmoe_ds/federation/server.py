@@ -18,7 +18,8 @@ from torch import Tensor
 from ubsmoe_ds.config import ELEMENTWISE_RULES, Experiment
 from ubsmoe_ds.federation import merge, modulation
 from ubsmoe_ds.federation.exchange import Unit
-from ubsmoe_ds.federation.merge import Factors
+from ubsmoe_ds.federation.merge import ElementwiseRule, FactorRule, Factors
+from ubsmoe_ds.federation.server_optimizer import ServerOptimizer
 from ubsmoe_ds.federation.units import DMR_SUFFIX
 from ubsmoe_ds.sections import MergeConfig
 
@@ -92,14 +93,41 @@ class Server:
             if segment.kind == "factors":
                 reply_C = self._merge_factors(segment, part_C, weight_CU, self._held[number], ranks)
             else:
-                delta_N = self._merge_elements(number, part_C, weight_CU, usage)
-                reply_C = [delta_N] * len(updates)
+                merged_N = self._rule(segment)(torch.stack(part_C), self._of_elements(segment, weight_CU))
+                reply_C = [self._finish(number, merged_N, weight_CU, usage)] * len(updates)
             for piece, reply in zip(pieces, reply_C, strict=True):
                 piece.append(reply)
         self.ranks = list(ranks)
         if all(segment.kind != "factors" for segment in self.segments):
             return [_joined(pieces[0])] * len(updates)
         return [_joined(piece) for piece in pieces]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the merge is a weighted sum with weights that every rank knows, if nothing has to be refused."""
+        return self.config.rule in ("fedavg", "activation") and self.config.clip_norm is None
+
+    def shares(self, units: Sequence[Unit], usage: Usage, client: int) -> Tensor:
+        """What a linear rule multiplies a client's update of each unit with, [U] fp32."""
+        return merge.shares(unit_weights(self.config, self.weight_C, units, usage))[client].float()
+
+    def merge_sum(self, merged: np.ndarray, usage: Usage) -> np.ndarray:
+        """One round of a linear rule whose weighted sum has been formed on the way here.
+
+        Args:
+            merged: fp32, the sum over clients of shares times updates, of the owned units; see `shares`.
+            usage: of this round.
+
+        Returns:
+            What every client adds to what it holds.
+        """
+        self.refused = []
+        parts = torch.from_numpy(merged).split([segment.numel(self.ranks[0]) for segment in self.segments])
+        deltas = []
+        for number, (segment, merged_N) in enumerate(zip(self.segments, parts, strict=True)):
+            weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
+            deltas.append(self._finish(number, merged_N, weight_CU, usage))
+        return _joined(deltas) if deltas else merged
 
     def _split(self, flat_C: Sequence[np.ndarray]) -> list[list[Tensor]]:
         """[segment][client] views of the clients' arrays."""
@@ -111,15 +139,7 @@ class Server:
 
     def _weights(self, segment: Segment, part_C: list[Tensor], usage: Usage) -> Tensor:
         """Weight of each client for each unit, [C, U]. Updates are refused (weight 0, zeroed) and clipped in place."""
-        weight_CU = self.weight_C.unsqueeze(1).repeat(1, len(segment.units))
-        if self.config.rule == "activation":
-            of_expert = [
-                (u, unit.layer, unit.expert) for u, unit in enumerate(segment.units) if unit.expert is not None
-            ]
-            if of_expert:
-                place, layer, expert = (list(part) for part in zip(*of_expert, strict=True))
-                used_CU = usage.used_CLE[:, layer, expert]
-                weight_CU[:, place] = merge.activation_weight(self.weight_C, used_CU, self.config.temperature)
+        weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
         for client, (part, rank) in enumerate(zip(part_C, self.ranks, strict=True)):
             sizes = [unit.size(rank) for unit in segment.units]
             if not torch.isfinite(part).all():
@@ -134,32 +154,39 @@ class Server:
                 part *= factor_U.repeat_interleave(torch.tensor(sizes))
         return weight_CU
 
-    def _merge_elements(self, number: int, part_C: list[Tensor], weight_CU: Tensor, usage: Usage) -> Tensor:
-        """The difference that every client gets, [N]."""
-        segment = self.segments[number]
-        alike = bool((weight_CU == weight_CU[:, :1]).all())
-        sizes = torch.tensor([unit.size(self.ranks[0]) for unit in segment.units])
-        weight_CN = weight_CU[:, :1] if alike else weight_CU.repeat_interleave(sizes, dim=1)
-        rules: dict[str, merge.ElementwiseRule] = {
+    def _rule(self, segment: Segment) -> ElementwiseRule:
+        """Activation differs from FedAvg by its weights alone; phi is no weight of the model and always averaged."""
+        rules: dict[str, ElementwiseRule] = {
             "median": merge.coordinate_median,
             "trimmed_mean": partial(merge.trimmed_mean, trim=self.config.trim),
         }
-        rule = rules.get(self.config.rule, merge.fedavg)  # activation differs by its weights alone
-        if segment.kind == "phi":
-            return self._step_phi(segment, merge.fedavg(torch.stack(part_C), weight_CN), self._held[number], usage)
-        delta_N = rule(torch.stack(part_C), weight_CN)
-        heard_N = (weight_CN > 0).any(dim=0)  # a unit of which nobody sent anything keeps its value
-        return self._optimizer[number].step(delta_N, heard_N) * heard_N
+        return merge.fedavg if segment.kind == "phi" else rules.get(self.config.rule, merge.fedavg)
 
-    def _step_phi(self, segment: Segment, mean_N: Tensor, held_C: list[Tensor], usage: Usage) -> Tensor:
+    def _of_elements(self, segment: Segment, weight_CU: Tensor) -> Tensor:
+        """[C, 1] where all units have the same weights, else [C, N]."""
+        if (weight_CU == weight_CU[:, :1]).all():
+            return weight_CU[:, :1]
+        sizes = torch.tensor([unit.size(self.ranks[0]) for unit in segment.units])
+        return weight_CU.repeat_interleave(sizes, dim=1)
+
+    def _finish(self, number: int, merged_N: Tensor, weight_CU: Tensor, usage: Usage) -> Tensor:
+        """DMR's step, or the server optimiser's; the difference that every client gets, [N]."""
+        segment = self.segments[number]
+        # a unit of which nobody sent anything keeps its value
+        heard_N = self._of_elements(segment, (weight_CU > 0).any(dim=0, keepdim=True)).squeeze(0)
+        if segment.kind == "phi":
+            return self._step_phi(segment, merged_N, heard_N, self._held[number], usage)
+        return self._optimizer[number].step(merged_N, heard_N) * heard_N
+
+    def _step_phi(
+        self, segment: Segment, mean_N: Tensor, heard_N: Tensor, held_C: list[Tensor], usage: Usage
+    ) -> Tensor:
         """DMR's server step on phibar = held + mean update."""
         dmr, new = self.exp.dmr, []
         for unit, phi_E in zip(segment.units, (held_C[0] + mean_N).split(self.exp.num_experts), strict=True):
             utilisation_E = usage.utilisation_LE[unit.layer].float()
             new.append(modulation.server_step(phi_E, utilisation_E, self.target, dmr.zeta, dmr.eps))
-        delta_N = self._rounded(torch.cat(new) - held_C[0])
-        if all((client, unit) in self.refused for client in range(len(held_C)) for unit in segment.units):
-            delta_N = torch.zeros_like(delta_N)
+        delta_N = self._rounded(torch.cat(new) - held_C[0]) * heard_N
         for held in held_C:
             held += delta_N
         return delta_N
@@ -170,7 +197,7 @@ class Server:
         """Each client's difference at its new rank; under FLoRA the stack."""
         shape = segment.units[0].lora
         assert shape is not None
-        rules: dict[str, merge.FactorRule] = {
+        rules: dict[str, FactorRule] = {
             "zero_pad": merge.zero_pad,
             "hetlora": merge.hetlora,
             "flexlora": merge.flexlora,
@@ -200,36 +227,14 @@ class Server:
         return delta.bfloat16().float() if self.config.payload == "bf16" else delta
 
 
-class ServerOptimizer:
-    """FedOpt (arXiv 2003.00295) on one segment: the merged update is the server's negative gradient.
-
-    momentum: m = b1 m + d;  step lr m        adam: m = b1 m + (1 - b1) d, v = b2 v + (1 - b2) d^2;
-                                                    step lr m / (sqrt(v) + eps), without bias correction
-    """
-
-    def __init__(self, config: MergeConfig) -> None:
-        self.config = config
-        self.first: Tensor | None = None
-        self.second: Tensor | None = None
-
-    def step(self, delta_N: Tensor, heard_N: Tensor) -> Tensor:
-        """The update to apply; moments of elements that nobody sent stay as they are.
-
-        Args:
-            delta_N: merged update.
-            heard_N: which elements some client sent; [N] or [1].
-        """
-        if self.config.server_optimizer == "none":
-            return delta_N
-        if self.first is None or self.second is None:
-            self.first, self.second = torch.zeros_like(delta_N), torch.zeros_like(delta_N)
-        beta1, beta2 = self.config.server_betas
-        if self.config.server_optimizer == "momentum":
-            self.first = torch.where(heard_N, beta1 * self.first + delta_N, self.first)
-            return self.config.server_lr * self.first
-        self.first = torch.where(heard_N, beta1 * self.first + (1 - beta1) * delta_N, self.first)
-        self.second = torch.where(heard_N, beta2 * self.second + (1 - beta2) * delta_N.square(), self.second)
-        return self.config.server_lr * self.first / (self.second.sqrt() + self.config.server_eps)
+def unit_weights(config: MergeConfig, weight_C: Tensor, units: Sequence[Unit], usage: Usage) -> Tensor:
+    """Weight of each client for each unit before anything is refused, [C, U] fp64."""
+    weight_CU = weight_C.unsqueeze(1).repeat(1, len(units))
+    of_expert = [(u, unit.layer, unit.expert) for u, unit in enumerate(units) if unit.expert is not None]
+    if config.rule == "activation" and of_expert:
+        place, layer, expert = (list(part) for part in zip(*of_expert, strict=True))
+        weight_CU[:, place] = merge.activation_weight(weight_C, usage.used_CLE[:, layer, expert], config.temperature)
+    return weight_CU
 
 
 def _segments(units: Sequence[Unit], elementwise: bool) -> list[Segment]:
