@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,27 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.relaunch import mpi_command
 
-POLL_SECONDS = 0.001
+POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
+MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
 MESSAGE_SECONDS = 0.3
 LOOPBACK = "127.0.0.1"
 
 
-def wait_quietly(request: MPI.Request) -> None:
+def wait_quietly(request: MPI.Request, poll_seconds: float = POLL_SECONDS) -> None:
     """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need."""
     while not request.Test():
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds)
+
+
+def move(comm: MPI.Intracomm, start: Callable[[], MPI.Request]) -> None:
+    """Wait for every rank, then carry out a collective that moves data (a collective).
+
+    Args:
+        comm: of the ranks that take part.
+        start: begins the collective, such as `lambda: comm.Iallreduce(...)`.
+    """
+    wait_quietly(comm.Ibarrier())
+    wait_quietly(start(), MOVE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,10 @@ class World:
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of float64 arrays over all ranks (a collective), the same bits on every rank."""
         total = np.zeros_like(values, dtype=np.float64)
-        self.barrier()  # quietly; what follows is work for all
-        self.comm.Allreduce(np.ascontiguousarray(values, dtype=np.float64), total)
+        given = np.ascontiguousarray(values, dtype=np.float64)
+        move(self.comm, lambda: self.comm.Iallreduce(given, total))
         # ranks may sum in different orders; rank 0's result is everybody's
-        self.comm.Bcast(total, root=0)
+        wait_quietly(self.comm.Ibcast(total, root=0), MOVE_SECONDS)
         return total
 
     def barrier(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from ubsmoe_ds.world import wait_quietly
+from ubsmoe_ds.world import move
 
 
 @dataclass(frozen=True)
@@ -163,16 +163,17 @@ class Exchange:
         """
         counts = self._up.send_counts
         total = np.empty(int(counts[self.comm.rank]), dtype=np.float32)
-        wait_quietly(self.comm.Ibarrier())
-        self.comm.Reduce_scatter([held, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM)
+        move(
+            self.comm,
+            lambda: self.comm.Ireduce_scatter([held, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM),
+        )
         return total
 
     def gather(self, owned: np.ndarray) -> np.ndarray:
         """What every owner has for its units, in unit order, on every rank (a collective over the job)."""
         counts = self._up.send_counts
         whole = np.empty(int(counts.sum()), dtype=np.float32)
-        wait_quietly(self.comm.Ibarrier())
-        self.comm.Allgatherv([owned, MPI.FLOAT], [whole, counts, MPI.FLOAT])
+        move(self.comm, lambda: self.comm.Iallgatherv([owned, MPI.FLOAT], [whole, counts, MPI.FLOAT]))
         return whole
 
     def _travel(self, sources: Sequence[np.ndarray], way: _Way, exact: bool) -> list[np.ndarray]:
@@ -188,9 +189,8 @@ class Exchange:
 
     def _alltoallv(self, send: np.ndarray, way: _Way, kind: MPI.Datatype) -> np.ndarray:
         received = np.empty(int(way.receive_counts.sum()), dtype=send.dtype)
-        wait_quietly(self.comm.Ibarrier())
-        # all are here: moving is work, and a request that is only tested now and then moves a piece at a time
-        self.comm.Alltoallv([send, way.send_counts, kind], [received, way.receive_counts, kind])
+        send_part, receive_part = [send, way.send_counts, kind], [received, way.receive_counts, kind]
+        move(self.comm, lambda: self.comm.Ialltoallv(send_part, receive_part))
         return received
 
     def _plan_up(self, client: int, mine: list[int], senders: list[list[int]], owner: np.ndarray) -> _Way:
