@@ -143,7 +143,7 @@ def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
     for layer in model.layers:
         for A, B in layer.experts.factors().values():
             for e in range(len(A)):
-                total = total + B[e][:, keep:].square().sum().sqrt() * A[e][keep:].square().sum().sqrt()
+                total = total + B[e][:, keep:].norm() * A[e][keep:].norm()
     return total
 
 

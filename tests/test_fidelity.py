@@ -63,7 +63,7 @@ def test_linearised_finds_the_dense_gradient_of_experts_trained_from_scratch(scr
 
 @pytest.mark.slow
 def test_the_bias_of_top_k_grows_as_k_falls(scratch):
-    """Corollary 1 of the paper; the true gradient of inactive experts helps but at K = 1, where dL/dy is too far off."""
+    """Corollary 1 of the paper; the inactive experts' true gradient helps but at K = 1, where dL/dy is far off."""
     _, result = scratch
     plain = result["bias/none"]
     assert plain[0] > plain[1] > plain[2] > 0

@@ -101,7 +101,8 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
     for key, value in values.items():
         held = [result[f"{name}/value/{key}"] for result in results]
         whole = np.concatenate(held[:ep]) if ".experts." in key else held[0]
-        assert np.abs(whole - first[key]).max() > 1e-4, f"{key} has not moved"
+        still = name == "selection" and key.endswith("phi")  # phi only chooses there: the server alone moves it
+        assert (np.abs(whole - first[key]).max() > 1e-4) != still, f"{key} has not moved, or should not have"
         if not bf16:
             np.testing.assert_allclose(whole, value, atol=2e-3, err_msg=key)
         distance += np.square(whole - value).sum()
