@@ -96,7 +96,7 @@ def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0])
+    found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0], "topk")
     assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
     assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02))  # of -0.01 -0.03 -0.05
 
@@ -109,14 +109,15 @@ def test_markdown(tmp_path):
         "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 13.5 | 12.0 |",
         "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 13.5 | 12.0 |",
         "| `ub_smoe` | -0.0300 ± 0.0200 | -0.0300 ± 0.0200 |",
+        "| `topk` | +0.0300 ± 0.0200 | +0.0300 ± 0.0200 |",
     ]
     assert all(line.count("|") == lines[4].count("|") for line in lines[4:8])
 
 
 def test_markdown_of_one_seed_or_without_the_baseline(tmp_path):
-    clients, _ = comparison.collect(made_up(tmp_path, methods=("ub_smoe", "flexlora"), seeds=1))
+    clients, _ = comparison.collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1))
     text = comparison.markdown(clients, "headline")
-    assert "| `ub_smoe` | 0.2900 | 71.0 | 0.1900 | 81.0 |" in text and "nan" not in text and "paired" not in text
+    assert "| `flora` | 0.6000 | 40.0 | 0.5000 | 50.0 |" in text and "nan" not in text and "paired" not in text
 
 
 def test_pictures_show_every_method(tmp_path):

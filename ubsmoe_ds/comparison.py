@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 
-BASELINE = "topk"  # what paired differences are taken against
+BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
 NOT_COMPARED = ("name", "output", "overwrite")  # where a run is written does not change what it is
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
 DODGE = 0.05  # between methods at one budget, in units of the distance between budgets
@@ -152,7 +152,7 @@ def by_budget(clients: pd.DataFrame) -> pd.DataFrame:
     return _of_seed(clients).groupby(["method", "budget"]).agg(["mean", "std"])
 
 
-def paired_differences(clients: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+def paired_differences(clients: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Loss of each method minus the baseline's of the same seed and budget: negative is better than the baseline.
 
     Returns:
@@ -176,11 +176,12 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
         headline: the first line: command, machine, seeds.
     """
     parts = [headline, "Mean ± sample standard deviation over the seeds, after the last round.", _results(clients)]
-    if BASELINE in set(clients["method"]) and clients["method"].nunique() > 1:
-        parts += [
-            f"Loss minus the loss of `{BASELINE}`, paired by seed (negative is better than `{BASELINE}`):",
-            _differences(clients),
-        ]
+    for baseline in BASELINES:
+        if baseline in set(clients["method"]) and clients["method"].nunique() > 1:
+            parts += [
+                f"Loss minus the loss of `{baseline}`, paired by seed (negative is better than `{baseline}`):",
+                _differences(clients, baseline),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -205,13 +206,13 @@ def _results(clients: pd.DataFrame) -> str:
     return _table(headings, rows)
 
 
-def _differences(clients: pd.DataFrame) -> str:
-    table = paired_differences(clients)
+def _differences(clients: pd.DataFrame, baseline: str) -> str:
+    table = paired_differences(clients, baseline)
     budgets = sorted(set(clients["budget"]))
     rows = [
         [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=4, sign="+") for budget in budgets)]
         for method in dict.fromkeys(clients["method"])
-        if method != BASELINE
+        if method != baseline
     ]
     return _table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
 
