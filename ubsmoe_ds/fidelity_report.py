@@ -53,6 +53,7 @@ def picture(table: pd.DataFrame, bias: pd.DataFrame) -> Figure:
     panels[2].set(title="bias of the mean gradient", xlabel="K active experts", ylabel="relative bias")
     for panel in panels:
         panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(table.k.unique()), [str(k) for k in sorted(table.k.unique())])
     panels[2].legend()
     return figure
 
