@@ -228,5 +228,7 @@ def _report(line: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treated as Ctrl-C, so that no job is left behind
+    # SIGTERM is treated as Ctrl-C, so that no job is left behind; shells start background commands with SIGINT ignored
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))
