@@ -104,7 +104,7 @@ def measure(name: str, tokens: int, repeats: int, folder: Path) -> None:
     seconds: dict[Any, list[float]] = {None: []} | {variant: [] for variant in VARIANTS}
     for _ in range(repeats + 1):
         for variant in seconds:
-            prepare(client, collectors.get(variant), moments=variant is not None and variant[0] == "linearised")
+            prepare(client, collectors.get(variant), moment_share=variant and variant[0] == "linearised" and variant[1])
             start = time.process_time()
             client.step(batch)
             seconds[variant].append(time.process_time() - start)
@@ -118,16 +118,17 @@ def measure(name: str, tokens: int, repeats: int, folder: Path) -> None:
         print(f"  {estimator:15s} token_share {share:<7g} {middle:.3f} ({low:.3f} - {high:.3f})")
 
 
-def prepare(client: Any, collector: Any, moments: bool) -> None:
-    """Make the client's next step one with this collector, or with none."""
+def prepare(client: Any, collector: Any, moment_share: float | None) -> None:
+    """Make the client's next step one with this collector or none, and with moments of this share of tokens or none."""
     client.collector = client.finisher.collector = collector
     client.finisher._additions = []
     client.engine.train()
     client.reset_counts()
     for layer in client.model.layers:
         layer.deepspeed_moe.observer = None
-        if not moments:
-            layer.experts.moment_sums = None
+        layer.experts.moment_sums_EX = None
+    if moment_share:
+        client.moments.start(every=round(1 / moment_share))
     if collector is not None:
         collector.attach()
 
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
+    torch.set_num_threads(1)
     from ubsmoe_ds import run, world
 
     world.join(experiment("builtin:tiny_olmoe", 16), "benchmark", [])

@@ -15,6 +15,7 @@ from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
 from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.pseudo_gradient import (
     PROJECTIONS,
     LinearisedSums,
@@ -72,7 +73,7 @@ def test_linearised_by_hand():
     one = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
     moments, down = Moments(2 * one, 17 * one, 19 * one), torch.full((1, 1, 1), 13.0)
-    A = (lora["gate"][0], lora["up"][0])
+    A = torch.cat([lora["gate"][0], lora["up"][0]], dim=1)
     sums = linearised_sums(3 * one, 5 * one, 0.5 * one, A, response(moments, lora, down))
     found = linearised(sums, moments, lora, down, scaling=2.0)
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
@@ -81,10 +82,34 @@ def test_linearised_by_hand():
 
 def test_moment_values_are_the_derivatives():
     g, u = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    hidden, by_gate, by_up = moment_values(g, u, F.silu(g) * u)
+    hidden, by_gate, by_up = moment_values(g, u)
     expected = [reference.slopes(a, b) for a, b in zip(g, u, strict=True)]
     for ours, theirs in zip((hidden, by_gate, by_up), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_moments_are_sums_over_every_nth_token(every):
+    """Two experts, two ranks, five slots: 5 and 2 tokens for the first, 0 and 4 for the second; against a loop."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"gate": torch.randn(2, 4, 3, generator=generator), "up": torch.randn(2, 4, 3, generator=generator)}
+    base["down"] = torch.randn(2, 3, 4, generator=generator)
+    experts = StackedExperts(
+        base, rank=2, full_rank=2, alpha=2.0, group_name="ep_size_1", generator=generator, num_experts=2, first=0
+    )
+    slots = torch.zeros(2, 2, 5, 3)
+    expected = torch.zeros(2, 13)
+    for (rank, expert), filled in {(0, 0): 5, (1, 0): 2, (0, 1): 0, (1, 1): 4}.items():
+        slots[rank, expert, :filled] = torch.randn(filled, 3, generator=generator)
+        for x in slots[rank, expert, :filled:every]:
+            found = reference.slopes(base["gate"][expert] @ x, base["up"][expert] @ x)
+            expected[expert] += torch.cat([*found, torch.ones(1)])
+    experts.start_moments(every)
+    experts(slots)
+    torch.testing.assert_close(experts.moment_sums_EX, expected)
+    assert expected[:, -1].tolist() == {1: [7, 4], 2: [4, 2], 3: [3, 2]}[every]
+    experts.eval()(slots)
+    torch.testing.assert_close(experts.moment_sums_EX, expected)
 
 
 def test_an_expert_without_moments_gets_nothing():
@@ -93,7 +118,8 @@ def test_an_expert_without_moments_gets_nothing():
     down = torch.randn(2, 3, 3)
     c = torch.rand(4, 2)
     x, delta = torch.randn(2, 4, 3)
-    sums = linearised_sums(x, delta, c, (lora["gate"][0], lora["up"][0]), response(zero, lora, down))
+    A = torch.cat([lora["gate"][0], lora["up"][0]], dim=1)
+    sums = linearised_sums(x, delta, c, A, response(zero, lora, down))
     assert all((g == 0).all() for pair in linearised(sums, zero, lora, down, 1.0).values() for g in pair)
 
 

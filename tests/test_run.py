@@ -135,7 +135,8 @@ def test_tensorboard_has_scalars_and_heat_maps(demo):
 def test_output_is_quiet(demo):
     """After DeepSpeed's launcher (which prints for itself) there are our lines and nothing else."""
     lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
-    ours = ("tiny: 4 clients on 6 ranks", "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
+    first = "tiny: ub_smoe, 4 clients on 6 ranks"
+    ours = (first, "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
     assert [line for line in lines if not line.startswith(ours)] == []
     assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
 

@@ -108,11 +108,11 @@ class Client:
                 config=engine_config(exp),
             )
         estimator = exp.pseudo_gradient.estimator
+        share = exp.pseudo_gradient.token_share
         self.collector = None
         if estimator != "none":
-            share = exp.pseudo_gradient.token_share
             self.collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), share)
-        self.moments = ExpertMoments(self.model.layers) if estimator == "linearised" else None
+        self.moments = ExpertMoments(self.model.layers, share) if estimator == "linearised" else None
         self.finisher = GradientFinisher(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )
@@ -174,9 +174,11 @@ class Client:
     @torch.no_grad()
     def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
         """Sum up moments over `count` steps' rows without training, so that the first round has some."""
+        assert self.moments is not None
         self.engine.train()
         self.model.set_active_experts(self.k)
         self.reset_counts()
+        self.moments.start(every=1)  # few tokens, and only once
         for _ in range(count):
             for tokens in next(batches).micro:
                 self.model(*tokens.to(self.device)[:3])

@@ -49,7 +49,7 @@ class PseudoGradientCollector:
     def __init__(self, layers: Sequence[UBSMoE], estimator: str, rho: float, token_share: float = 1.0) -> None:
         self.layers, self.estimator, self.rho, self.token_share = layers, estimator, rho, token_share
         self._factors: list[LoraFactors] = []
-        self._responses: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []  # A, response; linearised
+        self._responses: list[list[Tensor]] = []  # of gate and up: A and response; linearised
         self._base: list[dict[str, Tensor]] = []
         self._sums: list[dict[str, Tensor]] = [{} for _ in layers]
         self.attach()
@@ -158,16 +158,14 @@ class PseudoGradientCollector:
         sums[key] = sums[key] + value if key in sums else value
 
 
-def _gather_responses(layer: UBSMoE) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A of gate and up, and `response` of both, of all experts of the layer: what `linearised_sums` needs."""
+def _gather_responses(layer: UBSMoE) -> list[Tensor]:
+    """A_EQD of gate and up, and their `response`, of all experts of the layer: what `linearised_sums` needs."""
     experts = layer.experts
     assert experts.moments is not None
-    factors = {name: (A.detach(), B.detach()) for name, (A, B) in experts.factors().items()}
     with torch.no_grad():
-        slopes = response(experts.moments, factors, experts.base()["down"])
-    local = [factors["gate"][0].float(), factors["up"][0].float(), *slopes]
-    gate_A, up_A, gate_response, up_response = _gather_experts(layer, local)
-    return (gate_A, up_A), (gate_response, up_response)
+        factors = experts.factors()
+        A_EQD = torch.cat([factors["gate"][0], factors["up"][0]], dim=1).float()
+        return _gather_experts(layer, [A_EQD, response(experts.moments, factors, experts.base()["down"])])
 
 
 def _gather_experts(layer: UBSMoE, local: list[Tensor]) -> list[Tensor]:

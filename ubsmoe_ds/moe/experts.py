@@ -1,6 +1,7 @@
 """Frozen SwiGLU experts stacked per projection, with LoRA, computed as batched products over the local experts.
 
-Shapes: E local experts, N slots, D model width, F expert width, R LoRA rank.
+Shapes: E local experts, P ranks, C slots per rank, N = P C slots, D model width, F expert width, R LoRA rank,
+X = 3 F + 1
 """
 
 import math
@@ -60,7 +61,8 @@ class StackedExperts(nn.Module):
         self.keep_activations = False
         self.activations: Activations | None = None
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
-        self.moment_sums: Moments | None = None  # accumulates where set
+        self.moment_sums_EX: Tensor | None = None  # adds up where set: three moments [E, F] and a count
+        self.moment_every = 1  # of how many slots one is looked at for moments
         for name in PROJECTIONS:
             self.register_parameter(f"{name}_weight", nn.Parameter(base[name], requires_grad=False))
         for name, A_ERI in self.draw_adapters(generator).items():
@@ -83,11 +85,12 @@ class StackedExperts(nn.Module):
             drawn[name] = A_all[self.first : self.first + self.num_local_experts]
         return drawn
 
-    def start_moments(self) -> None:
-        """Begin to sum up moments over the tokens that training brings."""
-        width = self.base()["gate"].shape[1]
-        zeros = torch.zeros(3, self.num_local_experts, width, device=self.base()["gate"].device)
-        self.moment_sums = Moments(*zeros)
+    def start_moments(self, every: int) -> None:
+        """Begin to sum up moments over every `every`-th token that training brings to an expert from one rank."""
+        base_EFD = self.base()["gate"]
+        columns = 3 * base_EFD.shape[1] + 1
+        self.moment_every = every
+        self.moment_sums_EX = torch.zeros(self.num_local_experts, columns, device=base_EFD.device)
 
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of each projection: the live parameters."""
@@ -111,15 +114,19 @@ class StackedExperts(nn.Module):
         gate_ENF, up_ENF = self._project("gate", x_END), self._project("up", x_END)
         hidden_ENF = F.silu(gate_ENF) * up_ENF
         y_END = self._project("down", hidden_ENF)
-        if self.moment_sums is not None and self.training:
-            with torch.no_grad():  # empty slots are zero and add nothing
-                for total_EF, value_ENF in zip(
-                    self.moment_sums, moment_values(gate_ENF, up_ENF, hidden_ENF), strict=True
-                ):
-                    total_EF += value_ENF.sum(dim=1, dtype=torch.float32)
+        if self.moment_sums_EX is not None and self.training:
+            self._sum_moments(*(part.detach().unflatten(1, (ranks, capacity)) for part in (x_END, gate_ENF, up_ENF)))
         if self.keep_activations:
             self.activations = Activations(gate_ENF, up_ENF, hidden_ENF)
         return y_END.view(num_experts, ranks, capacity, width).transpose(0, 1)
+
+    def _sum_moments(self, *slots_EPCx: Tensor) -> None:
+        """Add x, gate and up of the slots [E, ranks, C, ...]: an expert's tokens from one rank fill its first slots."""
+        x_END, gate_ENF, up_ENF = (part[:, :, :: self.moment_every].flatten(1, 2) for part in slots_EPCx)
+        values = moment_values(gate_ENF, up_ENF)  # zero in empty slots
+        found = [value_ENF.sum(1, dtype=torch.float32) for value_ENF in values]
+        assert self.moment_sums_EX is not None
+        self.moment_sums_EX += torch.cat([*found, x_END.any(2).sum(1, keepdim=True)], dim=1)
 
     def _project(self, name: str, x_ENI: Tensor) -> Tensor:
         """W x + s B (A x) for all experts."""

@@ -17,21 +17,27 @@ class ExpertMoments:
 
     Args:
         layers: the model's UB-SMoE layers, in order.
+        token_share: about which share of the tokens is looked at.
     """
 
-    def __init__(self, layers: Sequence[UBSMoE]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[UBSMoE], token_share: float = 1.0) -> None:
+        self.layers, self.every = layers, max(1, int(1 / token_share))
         self.start()
         for layer in layers:
-            layer.experts.moments = layer.experts.moment_sums  # zero: no pseudo-gradient before there are moments
+            zero_EF = torch.zeros_like(layer.experts.base()["gate"][:, :, 0], dtype=torch.float32)
+            layer.experts.moments = Moments(zero_EF, zero_EF, zero_EF)  # no pseudo-gradient before there are moments
 
-    def start(self) -> None:
-        """Begin to sum up anew; the gates' counts must be reset with it."""
+    def start(self, every: int | None = None) -> None:
+        """Begin to sum up anew.
+
+        Args:
+            every: look at every n-th token of an expert; None: as `token_share` says.
+        """
         for layer in self.layers:
-            layer.experts.start_moments()
+            layer.experts.start_moments(every or self.every)
 
     def sums(self) -> Tensor:
-        """Sums of this rank's experts, and in the last column the routes of its own tokens to each expert.
+        """Sums over the tokens looked at by this rank's experts, and in the last column their number.
 
         Returns:
             [L, E, 3 F + 1] fp64 on the CPU; only the sum over the ranks of a client has a meaning.
@@ -39,11 +45,10 @@ class ExpertMoments:
         found = []
         for layer in self.layers:
             experts = layer.experts
-            assert experts.moment_sums is not None
-            own_EX = torch.cat([part.double().cpu() for part in experts.moment_sums], dim=1)
-            sums_EX = own_EX.new_zeros(layer.num_experts, own_EX.shape[1] + 1)
-            sums_EX[experts.first : experts.first + len(own_EX), :-1] = own_EX
-            sums_EX[:, -1] = layer.gate.kept_E.double().cpu()
+            assert experts.moment_sums_EX is not None
+            own_EX = experts.moment_sums_EX.double().cpu()
+            sums_EX = own_EX.new_zeros(layer.num_experts, own_EX.shape[1])
+            sums_EX[experts.first : experts.first + len(own_EX)] = own_EX
             found.append(sums_EX)
         return torch.stack(found)
 

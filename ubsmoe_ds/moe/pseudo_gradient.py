@@ -3,7 +3,7 @@
 Pure functions on gradients and router statistics; nothing here knows of ranks or DeepSpeed. Source: UB-SMoE, arXiv
 2605.16690 [paper, in words: the formula is not public to us]; the estimators below are our readings of it.
 
-Shapes: T tokens, D model width, F expert width, E experts, R LoRA rank.
+Shapes: T tokens, D model width, F expert width, E experts, R LoRA rank, Q = 2 R: gate's R, then up's.
 LoRA factors are dicts keyed "gate", "up", "down" of (A, B): A_ERD or A_ERF, B_EFR or B_EDR.
 An expert's output is W_down h, h = silu(g) * u, with g, u, and the down projection each W x + s B A x, s = alpha / R.
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
@@ -95,57 +95,49 @@ class Moments(NamedTuple):
     up_EF: Tensor
 
 
-def moment_values(gate_NF: Tensor, up_NF: Tensor, hidden_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h, silu'(g) u and silu(g) of every token: what `Moments` are the means of; zero where g = u = 0."""
     sigmoid_NF = torch.sigmoid(gate_NF)
     silu_NF = gate_NF * sigmoid_NF
-    return hidden_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
+    return silu_NF * up_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
 
 
-def response(moments: Moments, lora: LoraFactors, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
-    """W_down diag(mean slope) B of gate and up, [E, D, R]: how the linearised output answers to A x."""
-    return tuple(  # type: ignore[return-value]
-        down_EDF.float() @ (slope_EF.unsqueeze(2) * lora[name][1].float())
-        for name, slope_EF in (("gate", moments.gate_EF), ("up", moments.up_EF))
-    )
+def response(moments: Moments, lora: LoraFactors, down_EDF: Tensor) -> Tensor:
+    """(W_down diag(mean slope) B)^T of gate and up, [E, Q, D] in fp32: how the linearised output answers to A x."""
+    slopes = (("gate", moments.gate_EF), ("up", moments.up_EF))
+    sloped_EFQ = torch.cat([slope_EF.unsqueeze(2) * lora[name][1].float() for name, slope_EF in slopes], dim=2)
+    return (sloped_EFQ.mT.to(down_EDF.dtype) @ down_EDF.mT).float()
 
 
 class LinearisedSums(NamedTuple):
     """All that `linearised` needs of the tokens; sums, so that ranks and micro-batches add up.
 
     delta_ED: sum c delta
-    gate_EDR, up_EDR: sum c delta (A x)^T
-    gate_ERD, up_ERD: sum c (response^T delta) x^T
+    into_B_EQD: sum c (A x) delta^T
+    into_A_EQD: sum c (response delta) x^T
     """
 
     delta_ED: Tensor
-    gate_EDR: Tensor
-    up_EDR: Tensor
-    gate_ERD: Tensor
-    up_ERD: Tensor
+    into_B_EQD: Tensor
+    into_A_EQD: Tensor
 
 
 def linearised_sums(
-    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, A_ERD: tuple[Tensor, Tensor], response_EDR: tuple[Tensor, Tensor]
+    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, A_EQD: Tensor, response_EQD: Tensor
 ) -> LinearisedSums:
     """One batch's part of `linearised`, as four products of all tokens with all experts' factors at once.
 
     Args:
         x_TD, delta_TD: the layer's input and dL/dy.
         c_TE: see `inactive_weight`.
-        A_ERD: A of gate and up, of all E experts.
-        response_EDR: see `response`, of all E experts.
+        A_EQD: A of gate and up, of all E experts.
+        response_EQD: see `response`, of all E experts.
     """
     x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
-    num_experts, rank, width = A_ERD[0].shape
-    c_TJ = c_TE.repeat_interleave(rank, dim=1).repeat(1, 2)  # J: gate's E * R columns, then up's
-    A_JD = torch.cat([A.reshape(-1, width).float() for A in A_ERD])
-    response_JD = torch.cat([part.mT.reshape(-1, width) for part in response_EDR])
-    into_B_JD = (c_TJ * (x_TD @ A_JD.mT)).mT @ delta_TD
-    into_A_JD = (c_TJ * (delta_TD @ response_JD.mT)).mT @ x_TD
-    gate_B, up_B = into_B_JD.view(2, num_experts, rank, width).mT
-    gate_A, up_A = into_A_JD.view(2, num_experts, rank, width)
-    return LinearisedSums(c_TE.mT @ delta_TD, gate_B, up_B, gate_A, up_A)
+    c_TJ = c_TE.repeat_interleave(A_EQD.shape[1], dim=1)  # J = E * Q
+    into_B_JD = (c_TJ * (x_TD @ A_EQD.flatten(0, 1).mT)).mT @ delta_TD
+    into_A_JD = (c_TJ * (delta_TD @ response_EQD.flatten(0, 1).mT)).mT @ x_TD
+    return LinearisedSums(c_TE.mT @ delta_TD, into_B_JD.view_as(A_EQD), into_A_JD.view_as(A_EQD))
 
 
 def linearised(
@@ -172,18 +164,21 @@ def linearised(
     mu_EF, delta_ED = moments.hidden_EF, sums.delta_ED
     A_mu_ER = torch.einsum("erf,ef->er", A_ERF, mu_EF)
     B_delta_ER = torch.einsum("edr,ed->er", B_EDR, delta_ED)
+    into_B_EQF = (sums.into_B_EQD.to(down_EDF.dtype) @ down_EDF).float()
     grads = {
         "down": (
             scaling * B_delta_ER.unsqueeze(2) * mu_EF.unsqueeze(1),
             scaling * delta_ED.unsqueeze(2) * A_mu_ER.unsqueeze(1),
         )
     }
-    W_EFD = down_EDF.float().mT
-    for name, slope_EF, into_B_EDR, into_A_ERD in (
-        ("gate", moments.gate_EF, sums.gate_EDR, sums.gate_ERD),
-        ("up", moments.up_EF, sums.up_EDR, sums.up_ERD),
+    for name, slope_EF, into_A_ERD, into_B_ERF in zip(
+        ("gate", "up"),
+        (moments.gate_EF, moments.up_EF),
+        sums.into_A_EQD.chunk(2, dim=1),
+        into_B_EQF.chunk(2, dim=1),
+        strict=True,
     ):
-        grads[name] = (scaling * into_A_ERD, scaling * slope_EF.unsqueeze(2) * (W_EFD @ into_B_EDR))
+        grads[name] = (scaling * into_A_ERD, scaling * slope_EF.unsqueeze(2) * into_B_ERF.mT)
     return grads
 
 
