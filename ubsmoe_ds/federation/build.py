@@ -1,6 +1,6 @@
 """One rank's `Federation`, put together from an experiment. Imported only when the rendezvous variables are set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -64,17 +64,9 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     monitor = _open_monitor(exp) if world.rank == 0 else None
     cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
     if monitor is not None:
-        monitor.say(_headline(exp, client))
-        if exp.merge.rule == "activation" and client.collector is not None and not exp.merge.pseudo_weight:
-            monitor.say(
-                "warning: merge.rule activation gives no weight to a client that did not use an expert, so the "
-                "pseudo-gradients it gave that expert are lost; set merge.pseudo_weight above 0, or merge.rule fedavg"
-            )
-        if cut_prompts or evaluator.cut:
-            monitor.say(
-                f"note: {cut_prompts:.0f} of {len(train_rows)} training and {evaluator.cut} of {len(eval_rows)} "
-                f"evaluation prompts lose their beginning to data.max_length={exp.data.max_length}"
-            )
+        cuts = {"training": (int(cut_prompts), len(train_rows)), "evaluation": (evaluator.cut, len(eval_rows))}
+        for line in (_headline(exp, client), *_warnings(exp, cuts)):
+            monitor.say(line)
     batches = partial(
         steps,
         examples,
@@ -133,6 +125,19 @@ def _headline(exp: Experiment, client: Client) -> str:
         f"K {ks} of {exp.num_experts} experts, LoRA rank {ranks}, "
         f"adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
     )
+
+
+def _warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """What an experiment loses: pseudo-gradients by its merge rule, and the beginnings of prompts (how many of all)."""
+    pseudo_gradients = exp.pseudo_gradient.estimator != "none"
+    if exp.merge.rule == "activation" and pseudo_gradients and not exp.merge.pseudo_weight:
+        yield (
+            "warning: merge.rule activation gives no weight to a client that did not use an expert, so the "
+            "pseudo-gradients it gave that expert are lost; set merge.pseudo_weight above 0, or merge.rule fedavg"
+        )
+    if any(cut for cut, _ in cuts.values()):
+        found = " and ".join(f"{cut} of {total} {kind}" for kind, (cut, total) in cuts.items())
+        yield f"note: {found} prompts lose their beginning to data.max_length={exp.data.max_length}"
 
 
 def client_layouts(exp: Experiment) -> list[ClientLayout]:
