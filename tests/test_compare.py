@@ -98,7 +98,7 @@ def test_finished_job_of_another_config_is_refused(tmp_path, capsys):
     assert runner.ran == [] and (tmp_path / "results.csv").read_text() == before
     found = capsys.readouterr().err
     assert found == (
-        f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps 8, asked is 7; "
+        f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps 10, asked is 7; "
         "remove the folder or choose another --out\n"
     )
 
