@@ -77,7 +77,7 @@ RULES = {  # name: (clients, weight_CU) -> Delta W of the result, [U, m, n]
 
 every_rule = pytest.mark.parametrize("name", RULES)
 properties = settings(max_examples=40, deadline=None)
-close = partial(assert_close, atol=1e-4, rtol=1e-3)
+assert_near = partial(assert_close, atol=1e-4, rtol=1e-3)
 
 
 @st.composite
@@ -98,7 +98,7 @@ def test_order_and_scale_do_not_matter(name, drawn, random, scale):
     clients, weight_CU = drawn
     order = random.sample(range(len(clients)), len(clients))
     shuffled = RULES[name]([clients[c] for c in order], weight_CU[order] * scale)
-    close(shuffled, RULES[name](clients, weight_CU))
+    assert_near(shuffled, RULES[name](clients, weight_CU))
 
 
 @every_rule
@@ -109,7 +109,7 @@ def test_equal_clients_give_that_client(name, drawn, count):
     (client, *_), weight_CU = drawn
     merged = RULES[name]([client] * count, weight_CU[:1] * torch.arange(1, count + 1).unsqueeze(1))
     expected = RULES[name]([client], torch.ones_like(weight_CU[:1])) if name == "florist_cut" else delta(client)
-    close(merged, expected * (weight_CU[0] > 0)[:, None, None])
+    assert_near(merged, expected * (weight_CU[0] > 0)[:, None, None])
 
 
 @every_rule
@@ -119,7 +119,7 @@ def test_a_client_of_weight_zero_does_not_count(name, drawn):
     clients, weight_CU = drawn
     others = RULES[name](clients, weight_CU)
     idle = merge.resize(Factors(*(100 * part for part in clients[0])), 5)
-    close(RULES[name]([*clients, idle], torch.cat([weight_CU, torch.zeros_like(weight_CU[:1])])), others)
+    assert_near(RULES[name]([*clients, idle], torch.cat([weight_CU, torch.zeros_like(weight_CU[:1])])), others)
 
 
 @every_rule
@@ -132,7 +132,7 @@ def test_units_are_independent(name, drawn):
         RULES[name]([unit_of(f, unit) for f in clients], weight_CU[:, unit : unit + 1])
         for unit in range(weight_CU.shape[1])
     ]
-    close(RULES[name](clients, weight_CU), torch.cat(one_by_one))
+    assert_near(RULES[name](clients, weight_CU), torch.cat(one_by_one))
 
 
 @properties
@@ -142,4 +142,4 @@ def test_resize_gives_the_rank(drawn, rank):
     resized = merge.resize(factors, rank)
     assert resized.A_URn.shape[1] == resized.B_UmR.shape[2] == rank
     assert (torch.linalg.matrix_rank(delta(resized).double(), rtol=1e-4) <= rank).all()
-    close(delta(resized), factors.B_UmR[:, :, :rank] @ factors.A_URn[:, :rank])
+    assert_near(delta(resized), factors.B_UmR[:, :, :rank] @ factors.A_URn[:, :rank])

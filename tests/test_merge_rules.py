@@ -146,7 +146,7 @@ def test_florist(energy, kept):
 
 
 RANKS = (1, 2, 4, 8)
-near = partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
+assert_near = partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(params=[1, 5], ids="U={}".format)
@@ -176,9 +176,9 @@ def test_flora_and_delta_norm_equal_numpy(clients_and_svd):
     clients, weight_CU, svd = clients_and_svd
     merged = merge.flora(clients, weight_CU)
     assert merged.A_URn.shape[1] == merged.B_UmR.shape[2] == sum(RANKS)
-    near(delta(merged), truncated(svd, sum(RANKS)))
+    assert_near(delta(merged), truncated(svd, sum(RANKS)))
     for factors in (*clients, merged):
-        near(merge.delta_norm(factors), np.linalg.norm(delta(factors).numpy(), axis=(1, 2)))
+        assert_near(merge.delta_norm(factors), np.linalg.norm(delta(factors).numpy(), axis=(1, 2)))
 
 
 def test_flexlora_equals_numpy(clients_and_svd):
@@ -186,10 +186,10 @@ def test_flexlora_equals_numpy(clients_and_svd):
     clients, weight_CU, svd = clients_and_svd
     A_URn, B_UmR = merged = merge.flexlora(clients, weight_CU)
     for rank in (*RANKS, sum(RANKS)):
-        near(delta(merge.resize(merged, rank)), truncated(svd, rank))
+        assert_near(delta(merge.resize(merged, rank)), truncated(svd, rank))
     eye_RR = np.eye(A_URn.shape[1])
-    near(A_URn @ A_URn.mT, np.broadcast_to(eye_RR, (len(A_URn), *eye_RR.shape)))
-    near(B_UmR.mT @ B_UmR, np.square(svd.S[:, None, : len(eye_RR)]) * eye_RR)
+    assert_near(A_URn @ A_URn.mT, np.broadcast_to(eye_RR, (len(A_URn), *eye_RR.shape)))
+    assert_near(B_UmR.mT @ B_UmR, np.square(svd.S[:, None, : len(eye_RR)]) * eye_RR)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
@@ -200,4 +200,4 @@ def test_florist_equals_numpy(clients_and_svd, energy):
     rank_U = (np.cumsum(S_UR**2, axis=1) < energy * np.sum(S_UR**2, axis=1, keepdims=True)).sum(axis=1) + 1
     for unit, p in enumerate(rank_U):
         assert (merged.A_URn[unit].norm(dim=1) > 0).sum() == (merged.B_UmR[unit].norm(dim=0) > 0).sum() == p
-        near(delta(unit_of(merged, unit))[0], truncated((U[unit], S_UR[unit], Vh[unit]), p))
+        assert_near(delta(unit_of(merged, unit))[0], truncated((U[unit], S_UR[unit], Vh[unit]), p))

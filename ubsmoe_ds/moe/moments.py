@@ -21,7 +21,7 @@ class ExpertMoments:
     """
 
     def __init__(self, layers: Sequence[UBSMoE], token_share: float = 1.0) -> None:
-        self.layers, self.every = layers, max(1, int(1 / token_share))
+        self.layers, self.every = layers, round(1 / token_share)
         self.start()
         for layer in layers:
             zero_EF = torch.zeros_like(layer.experts.base()["gate"][:, :, 0], dtype=torch.float32)
