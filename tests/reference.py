@@ -66,6 +66,15 @@ def watch(layers: list[UBSMoE]) -> list[dict[str, Tensor]]:
     return records
 
 
+def base_weights(model: UBSMoEForCausalLM) -> dict[str, Tensor]:
+    """Copies of the experts' frozen weights, named like the LoRA factors beside them."""
+    return {
+        f"hf.model.layers.{index}.mlp.deepspeed_moe.experts.{name}_weight": weight.clone()
+        for index, layer in enumerate(model.layers)
+        for name, weight in layer.experts.base().items()
+    }
+
+
 def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> list:
     """(parameter, pseudo-gradient) of every LoRA factor, token by token."""
     estimator, rho = exp.pseudo_gradient.estimator, exp.rho(exp.clients[0])

@@ -111,7 +111,9 @@ class Client:
         share = exp.pseudo_gradient.token_share
         self.collector = None
         if estimator != "none":
-            self.collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), share)
+            self.collector = PseudoGradientCollector(
+                self.model.layers, estimator, exp.rho(config), share, exp.pseudo_gradient.interval
+            )
         self.moments = ExpertMoments(self.model.layers, share) if estimator == "linearised" else None
         self.finisher = GradientFinisher(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
@@ -124,6 +126,8 @@ class Client:
         self.engine.train()
         self.model.set_active_experts(self.k)
         self.reset_counts()
+        if self.collector is not None:
+            self.collector.begin_round()
         sums = torch.zeros(5, device=self.device)  # nll, answer tokens, used tokens, real norm, pseudo norm
         for _ in range(count):
             batch = next(batches)
@@ -226,10 +230,10 @@ class Client:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         seconds: dict[int, list[float]] = {k: [] for k in ks}
         for _ in range(repeats + 1):
+            if self.collector is not None:
+                self.collector.begin_step()
             for k in ks:
                 self.model.set_active_experts(k)
-                if self.collector is not None:
-                    self.collector.begin_step()
                 get_accelerator().synchronize()
                 start = time.perf_counter()
                 loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)

@@ -6,6 +6,7 @@ import torch
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.memory import keep_freed_memory
 from ubsmoe_ds.world import check_devices, join
 
 
@@ -20,7 +21,10 @@ def run(exp: Experiment, script: str, arguments: list[str], verbose: bool) -> No
     Raises:
         UserError: before anything is written.
     """
+    keep_freed_memory()
     world = join(exp, script, arguments)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(world.cores)  # more threads than cores would only get in each other's way
     devices = choose_accelerator(exp)
     check_devices(exp, world, devices)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

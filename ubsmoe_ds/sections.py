@@ -88,11 +88,12 @@ class DmrConfig(Section):
 
 
 class PseudoGradientConfig(Section):
-    """Universal Pseudo-Gradient: the estimator, rho, its scale, and the share of tokens it is computed from."""
+    """Universal Pseudo-Gradient: the estimator, rho, its scale, and how much of a step it is computed from."""
 
     estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = "none"
     rho: Literal["sparsity"] | Annotated[float, Field(gt=0)] = "sparsity"  # sparsity: 1 - K_c / M
     token_share: Fraction = 1.0  # below 1: an unbiased sample of the tokens, drawn in proportion to ||dL/dy||
+    interval: Annotated[int, Field(ge=1)] = 1  # steps for which a layer's pseudo-gradient is used
 
 
 class MergeConfig(Section):

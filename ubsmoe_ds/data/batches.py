@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from ubsmoe_ds.data.sources import Row
@@ -37,28 +36,21 @@ class Example:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
-    """Tokenise rows through `datasets`; a prompt that does not fit loses its beginning.
+    """Tokenise rows; a prompt that does not fit loses its beginning.
 
     Returns:
         (examples, number of rows that were cut).
     """
-
-    def tokens(batch: dict[str, list]) -> dict[str, list]:
-        return {
-            "prompt": tokenizer([text + "\n" for text in batch["instruction"]], add_special_tokens=False)["input_ids"],
-            "reply": tokenizer(batch["answer"], add_special_tokens=False)["input_ids"],
-        }
-
-    dataset = Dataset.from_list([{"instruction": row["instruction"], "answer": row["answer"]} for row in rows])
-    dataset = dataset.map(
-        tokens, batched=True, keep_in_memory=True, load_from_cache_file=False, remove_columns=dataset.column_names
-    )
+    if not rows:
+        return [], 0
+    prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
+    replies = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     found, cut = [], 0
-    for item in dataset:
-        answer = [*item["reply"], tokenizer.eos_token_id]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        answer = [*reply, tokenizer.eos_token_id]
         room = max(1, max_length - len(answer))
-        cut += len(item["prompt"]) > room
-        found.append(Example(item["prompt"][-room:], answer))
+        cut += len(prompt) > room
+        found.append(Example(prompt[-room:], answer))
     return found, cut
 
 

@@ -179,7 +179,7 @@ def convert(hf: OlmoeForCausalLM, spec: UBSMoESpec) -> UBSMoEForCausalLM:
     hf.requires_grad_(False)
     for index, decoder in enumerate(hf.model.layers):
         generator = lora_generator(spec.seed, index)
-        decoder.mlp = _convert_block(decoder.mlp, config, spec, generator)
+        decoder.mlp = convert_block(decoder.mlp, config, spec, generator)
         if spec.lora_attention:
             for name in ATTENTION_PROJECTIONS:
                 base = getattr(decoder.self_attn, name)
@@ -211,7 +211,7 @@ def lora_generator(seed: int, layer: int, round_number: int = 0) -> torch.Genera
     return torch.Generator().manual_seed((seed * 10_007 + layer) * 100_003 + round_number)
 
 
-def _convert_block(
+def convert_block(
     block: OlmoeSparseMoeBlock, config: OlmoeConfig, spec: UBSMoESpec, generator: torch.Generator
 ) -> UBSMoE:
     """One `OlmoeSparseMoeBlock` -> `UBSMoE` holding this rank's experts."""

@@ -44,12 +44,18 @@ class PseudoGradientCollector:
         estimator: "expert_mean", "token_weighted", "linearised" or "dense_oracle".
         rho: scale of the pseudo-gradient.
         token_share: share of the tokens it is computed from, see `sample_tokens`; `expert_mean` takes them all.
+        interval: of steps after which a layer's pseudo-gradient is computed anew; until then the last one is used
+            [ours]. Layers take turns. (Rarer but larger ones would spoil the optimiser's second moments.)
     """
 
-    def __init__(self, layers: Sequence[UBSMoE], estimator: str, rho: float, token_share: float = 1.0) -> None:
+    def __init__(
+        self, layers: Sequence[UBSMoE], estimator: str, rho: float, token_share: float = 1.0, interval: int = 1
+    ) -> None:
         self.layers, self.estimator, self.rho, self.token_share = layers, estimator, rho, token_share
-        self._factors: list[LoraFactors] = []
-        self._responses: list[list[Tensor]] = []  # of gate and up: A and response; linearised
+        self.interval, self._step = interval, -1
+        self._last: dict[int, list[Addition]] = {}  # by layer
+        self._factors: dict[int, LoraFactors] = {}  # by layer, as what follows
+        self._responses: dict[int, list[Tensor]] = {}  # of gate and up: A and response; linearised
         self._base: list[dict[str, Tensor]] = []
         self._sums: list[dict[str, Tensor]] = [{} for _ in layers]
         self.attach()
@@ -68,43 +74,60 @@ class PseudoGradientCollector:
         """Become the observer of the layers, in place of any other."""
         for i, layer in enumerate(self.layers):
             layer.deepspeed_moe.observer = partial(self._observe, i)
-            layer.deepspeed_moe.with_mixture = self.estimator == "token_weighted"
+            layer.deepspeed_moe.with_mixture = self._is_due(i) and self.estimator == "token_weighted"
+
+    def begin_round(self) -> None:
+        """Before a round's local steps: what was computed for the weights before the merge is not used again."""
+        self._step, self._last = -1, {}
 
     def begin_step(self) -> None:
         """Before the first micro-batch of an optimiser step: fetch the factors of the experts of other ranks."""
         self.discard()
+        self._step += 1
+        self.attach()
         if self.estimator == "expert_mean":
             return
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if not self._is_due(i):
+                continue
             own = layer.experts.factors()
             if self.estimator == "linearised":
-                self._responses.append(_gather_responses(layer))
+                self._responses[i] = _gather_responses(layer)
                 continue
             flat = _gather_experts(layer, [factor.detach() for name in PROJECTIONS for factor in own[name]])
-            self._factors.append({name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)})
+            self._factors[i] = {name: (flat[2 * n], flat[2 * n + 1]) for n, name in enumerate(PROJECTIONS)}
+
+    def _is_due(self, index: int) -> bool:
+        """Whether it is a layer's turn in this step; in the first of a round it is everybody's."""
+        return self._step == 0 or (self._step + index) % self.interval == 0
 
     def discard(self) -> None:
         """Forget what was collected, as after a timing run."""
-        self._factors, self._responses = [], []
+        self._factors, self._responses = {}, {}
         self._sums = [{} for _ in self.layers]
 
     def reduce(self) -> list[Addition]:
         """Sum over the client's ranks (a collective); what to add to the gradient of each local LoRA parameter."""
-        flat = torch.cat([part.reshape(-1) for sums in self._sums for part in sums.values()])
-        dist.all_reduce(flat)
-        world = dist.get_world_size()
-        additions: list[Addition] = []
-        offset = 0
-        for layer, sums in zip(self.layers, self._sums, strict=True):
-            total = {}
-            for key, part in sums.items():
-                total[key] = flat[offset : offset + part.numel()].view_as(part)
-                offset += part.numel()
-            pseudo = self._of_local_experts(layer, total)
-            for name, pair in layer.experts.factors().items():
-                additions += [(p, gradient / world) for p, gradient in zip(pair, pseudo[name], strict=True)]
+        parts = [part.reshape(-1) for sums in self._sums for part in sums.values()]
+        if parts:
+            flat = torch.cat(parts)
+            dist.all_reduce(flat)
+            offset = 0
+            for i, sums in enumerate(self._sums):
+                total = {}
+                for key, part in sums.items():
+                    total[key] = flat[offset : offset + part.numel()].view_as(part)
+                    offset += part.numel()
+                if total:
+                    self._last[i] = self._additions(self.layers[i], total)
         self.discard()
-        return additions
+        return [addition for i in sorted(self._last) for addition in self._last[i]]
+
+    def _additions(self, layer: UBSMoE, total: dict[str, Tensor]) -> list[Addition]:
+        """One layer's, from the client's sums."""
+        pseudo, world = self._of_local_experts(layer, total), dist.get_world_size()
+        pairs = layer.experts.factors()
+        return [(p, g / world) for name, pair in pairs.items() for p, g in zip(pair, pseudo[name], strict=True)]
 
     def _of_local_experts(self, layer: UBSMoE, total: dict[str, Tensor]) -> LoraFactors:
         """The pseudo-gradient of this rank's experts from the client's sums."""
@@ -126,6 +149,8 @@ class PseudoGradientCollector:
         c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
         layer = self.layers[index]
         layer.gate.pseudo_E += c_TE.sum(0)
+        if not self._is_due(index):
+            return
         if self.estimator == "expert_mean":
             self._add(index, "pseudo_mass", c_TE.sum(0))
             self._add(index, "active_mass", (routing.p_TE * routing.active_TE).sum())
@@ -151,7 +176,8 @@ class PseudoGradientCollector:
                 self._add(index, f"{name}_{part}", gradient)
 
     def _add_gradient(self, index: int, key: str, gradient_Exx: Tensor) -> None:
-        self._add(index, key, gradient_Exx.detach().float().sum(0))
+        if self._is_due(index):
+            self._add(index, key, gradient_Exx.detach().float().sum(0))
 
     def _add(self, index: int, key: str, value: Tensor) -> None:
         sums = self._sums[index]

@@ -1,28 +1,17 @@
-"""Frozen SwiGLU experts stacked per projection, with LoRA, computed as batched products over the local experts.
+"""Frozen SwiGLU experts of one rank, with LoRA: the parameters around `expert_mlp`, and the moments that they gather.
 
-Shapes: E local experts, P ranks, C slots per rank, N = P C slots, D model width, F expert width, R LoRA rank,
-X = 3 F + 1
+Shapes: E local experts, P ranks, C slots per rank, N rows, S sampled rows, T tokens, K experts per token,
+D model width, F expert width, R LoRA rank, X = 3 F + 1.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, extend
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments, moment_values
-
-
-class Activations(NamedTuple):
-    """Intermediate results of a forward pass whose values or gradients a pseudo-gradient needs.
-
-    gate_ENF, up_ENF: pre-activations g, u; hidden_ENF: silu(g) * u
-    """
-
-    gate_ENF: Tensor
-    up_ENF: Tensor
-    hidden_ENF: Tensor
 
 
 class StackedExperts(nn.Module):
@@ -55,22 +44,19 @@ class StackedExperts(nn.Module):
         first: int,
     ) -> None:
         super().__init__()
-        self.scaling = alpha / rank
+        self.rank, self.scaling = rank, alpha / rank
         self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
-        self.num_local_experts = len(base["gate"])
-        self.keep_activations = False
-        self.activations: Activations | None = None
+        self.num_local_experts, self.hidden, self.width = base["gate"].shape
+        self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # adds up where set: three moments [E, F] and a count
-        self.moment_every = 1  # of how many slots one is looked at for moments
-        for name in PROJECTIONS:
-            self.register_parameter(f"{name}_weight", nn.Parameter(base[name], requires_grad=False))
+        self.moment_every = 1  # of how many rows one is looked at for moments
+        self.gate_up = nn.Parameter(extend(torch.cat([base["gate"], base["up"]], dim=1), 2 * rank), requires_grad=False)
+        self.down = nn.Parameter(extend(base["down"], rank), requires_grad=False)
         for name, A_ERI in self.draw_adapters(generator).items():
-            weight = base[name]
+            outputs = base[name].shape[1]
             self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :rank].clone()))
-            self.register_parameter(
-                f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, weight.shape[1], rank))
-            )
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, rank)))
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]
@@ -86,51 +72,77 @@ class StackedExperts(nn.Module):
         return drawn
 
     def start_moments(self, every: int) -> None:
-        """Begin to sum up moments over every `every`-th token that training brings to an expert from one rank."""
-        base_EFD = self.base()["gate"]
-        columns = 3 * base_EFD.shape[1] + 1
+        """Begin to sum up moments over a sample, 1 / `every` of the rows that training brings."""
         self.moment_every = every
-        self.moment_sums_EX = torch.zeros(self.num_local_experts, columns, device=base_EFD.device)
+        self.moment_sums_EX = torch.zeros(self.num_local_experts, 3 * self.hidden + 1, device=self.down.device)
 
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """(A, B) of each projection: the live parameters."""
         return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}
 
     def base(self) -> dict[str, Tensor]:
-        """The frozen weight of each projection."""
-        return {name: getattr(self, f"{name}_weight") for name in PROJECTIONS}
+        """The frozen weight of each projection, a view: "gate", "up" [E, F, D], "down" [E, D, F]."""
+        gate_up = self.gate_up.data[:, : 2 * self.hidden, : self.width]
+        return {
+            "gate": gate_up[:, : self.hidden],
+            "up": gate_up[:, self.hidden :],
+            "down": self.down.data[:, : self.width, : self.hidden],
+        }
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Run every local expert on its slots.
+        """Run every local expert on its slots, as expert parallelism hands them over.
 
         Args:
-            slots: [ranks, E, C, D], as `MOELayer` hands them over after the all-to-all.
+            slots: [P, E, C, D], as `MOELayer` hands them over after the all-to-all; empty slots are zero.
 
         Returns:
             The experts' outputs in the same shape.
         """
         ranks, num_experts, capacity, width = slots.shape
-        x_END = slots.transpose(0, 1).reshape(num_experts, ranks * capacity, width)
-        gate_ENF, up_ENF = self._project("gate", x_END), self._project("up", x_END)
-        hidden_ENF = F.silu(gate_ENF) * up_ENF
-        y_END = self._project("down", hidden_ENF)
-        if self.moment_sums_EX is not None and self.training:
-            self._sum_moments(*(part.detach().unflatten(1, (ranks, capacity)) for part in (x_END, gate_ENF, up_ENF)))
-        if self.keep_activations:
-            self.activations = Activations(gate_ENF, up_ENF, hidden_ENF)
-        return y_END.view(num_experts, ranks, capacity, width).transpose(0, 1)
+        x_ND = slots.transpose(0, 1).reshape(-1, width)
+        rows = Rows(torch.arange(1, num_experts + 1, dtype=torch.int32, device=slots.device) * (ranks * capacity))
+        y_ND = self.run(x_ND, None, rows)
+        return y_ND.view(num_experts, ranks, capacity, width).transpose(0, 1)
 
-    def _sum_moments(self, *slots_EPCx: Tensor) -> None:
-        """Add x, gate and up of the slots [E, ranks, C, ...]: an expert's tokens from one rank fill its first slots."""
-        x_END, gate_ENF, up_ENF = (part[:, :, :: self.moment_every].flatten(1, 2) for part in slots_EPCx)
-        values = moment_values(gate_ENF, up_ENF)  # zero in empty slots
-        found = [value_ENF.sum(1, dtype=torch.float32) for value_ENF in values]
-        assert self.moment_sums_EX is not None
-        self.moment_sums_EX += torch.cat([*found, x_END.any(2).sum(1, keepdim=True)], dim=1)
+    def run(self, x: Tensor, weight_TK: Tensor | None, rows: Rows) -> Tensor:
+        """Tokens x_TD to sum_k weight * expert(x) [T, D]; without weights, rows x_ND to expert(x) [N, D]."""
+        factors = self.factors()
+        self._extend_with(factors)
+        summing = self.training and self.moment_sums_EX is not None
+        observer = Observer(self._sum_moments(rows) if summing else None, self.on_backward)
+        weights = Weights(self.gate_up, self.down, self.width, self.hidden, self.rank, self.scaling)
+        return ExpertMLP.apply(weights, rows, observer, x, weight_TK, *(f for pair in factors.values() for f in pair))
 
-    def _project(self, name: str, x_ENI: Tensor) -> Tensor:
-        """W x + s B (A x) for all experts."""
-        A_ERI, B_EOR = self.factors()[name]
-        ax_ENR = torch.bmm(x_ENI, A_ERI.mT)
-        base_ENO = torch.bmm(x_ENI, getattr(self, f"{name}_weight").mT)
-        return torch.baddbmm(base_ENO, ax_ENR, B_EOR.mT, alpha=self.scaling)
+    @torch.no_grad()
+    def _extend_with(self, factors: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Copy the factors to their places beside the frozen weights."""
+        for i, name in enumerate(("gate", "up")):
+            A_ERD, B_EFR = factors[name]
+            rows, columns = i * self.hidden, i * self.rank
+            A_place = self.gate_up[:, 2 * self.hidden + columns :, : self.width]
+            B_place = self.gate_up[:, rows : rows + self.hidden, self.width + columns :]
+            A_place[:, : self.rank].copy_(A_ERD)
+            torch.mul(B_EFR, self.scaling, out=B_place[:, :, : self.rank])
+        A_ERF, B_EDR = factors["down"]
+        self.down[:, self.width : self.width + self.rank, : self.hidden].copy_(A_ERF)
+        torch.mul(B_EDR, self.scaling, out=self.down[:, : self.width, self.hidden : self.hidden + self.rank])
+
+    def _sum_moments(self, rows: Rows) -> Callable[[Tensor, Tensor], None]:
+        """What adds up the moments of all rows, or of a sample of them of a size that does not depend on routing."""
+
+        def add(x_ND: Tensor, gate_up_NO: Tensor) -> None:
+            assert self.moment_sums_EX is not None
+            count = len(x_ND)
+            row_S = torch.arange(count, device=x_ND.device)
+            if self.moment_every > 1:
+                row_S = torch.randint(count, (-(-count // self.moment_every),), device=x_ND.device)
+            gate_SF, up_SF = gate_up_NO[row_S].split(self.hidden, dim=1)
+            expert_S = torch.searchsorted(rows.ends_E, row_S.int(), right=True)
+            filled_S1 = x_ND[row_S].any(dim=1, keepdim=True)  # empty slots are zero and only their count would matter
+            values_SX = torch.cat([*moment_values(gate_SF.float(), up_SF.float()), filled_S1], dim=1)
+            if rows.kept_TK is not None:
+                values_SX = values_SX * rows.kept_TK.any()  # without any route, `ends_E` speaks of one all the same
+            sums_EX = self.moment_sums_EX.new_zeros(self.num_local_experts + 1, values_SX.shape[1])
+            self.moment_sums_EX += sums_EX.index_add_(0, expert_S, values_SX)[:-1]  # the last: rows of nobody
+
+        return add

@@ -19,7 +19,7 @@ class Routing(NamedTuple):
 
     p_TE: softmax of the modulated logits; active_TE: chosen by the token, dropped or not (bool)
     index_KT: expert of each route, -1 where the route was dropped; location_KT: its slot; weight_KT: its gate weight
-    used_T: False for padding
+    used_T: False for padding; kept_E: routes of each expert that were not dropped
     """
 
     p_TE: Tensor
@@ -28,6 +28,7 @@ class Routing(NamedTuple):
     location_KT: Tensor
     weight_KT: Tensor
     used_T: Tensor
+    kept_E: Tensor
 
 
 def _power(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
@@ -143,8 +144,11 @@ class UBSMoEGate(TopKGate):
         if self.scale is not None:
             weight_TK = weight_TK * self.scale.float()
         weight_KT = weight_TK.t().contiguous().to(input.dtype)  # as Hugging Face's router does
-        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T)
-        self._count(routed_E, used_T, index_KT)
+        kept_E = torch.minimum(routed_E, capacity)
+        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
+        self.routed_E += routed_E
+        self.kept_E += kept_E
+        self.tokens += used_T.sum()
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def _choose(self, m_TE: Tensor, p_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,17 +206,15 @@ class UBSMoEGate(TopKGate):
     def _assign_slots(
         self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give every route a slot of its expert by one sort; routes beyond the capacity get expert -1."""
+        """Give every route a slot of its expert; routes beyond the capacity get expert -1, padding too."""
         num_experts = self.wg.weight.shape[0]
         expert_N = torch.where(used_T, index_KT, num_experts).reshape(-1)  # padding sorts behind the last expert
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         counts.scatter_add_(0, expert_N, torch.ones_like(expert_N))
         dropping = self.drop_tokens and self.training
-        if dropping:
-            by_weight = weight_KT.reshape(-1).argsort(descending=True, stable=True)
-            order = by_weight[expert_N[by_weight].argsort(stable=True)]
-        else:
-            order = expert_N.argsort(stable=True)
+        # one sort by expert, then, where it matters, by falling weight: the bits of a float >= 0 grow with it
+        key_N = (expert_N << 32) - weight_KT.reshape(-1).view(torch.int32) if dropping else expert_N
+        order = key_N.argsort(stable=True)
         first = counts.cumsum(0) - counts
         location_N = torch.empty_like(expert_N)
         location_N[order] = torch.arange(len(order), device=order.device) - first[expert_N[order]]
@@ -222,18 +224,23 @@ class UBSMoEGate(TopKGate):
         index_N = torch.where(kept_N, expert_N, -1)
         return index_N.view_as(index_KT), (location_N * kept_N).view_as(index_KT), capacity, routed_E
 
+    def most_routes(self, num_tokens: int) -> int:
+        """An upper bound of the routes kept of so many tokens, known without asking the device."""
+        routes = num_tokens * self.k
+        if not (self.drop_tokens and self.training):
+            return routes
+        return min(routes, self._slots(num_tokens) * len(self.wg.weight))
+
+    def _slots(self, num_tokens: int) -> int:
+        """Slots per expert when dropping."""
+        slots = math.ceil(num_tokens / len(self.wg.weight) * self.capacity_factor * self.k)
+        return max(slots, self.min_capacity)
+
     def _capacity(self, num_tokens: int, routed_E: Tensor, dropping: bool) -> Tensor:
         """Slots per expert; equal on all ranks of an expert group, which the all-to-all needs."""
         if dropping:
-            slots = math.ceil(num_tokens / len(routed_E) * self.capacity_factor * self.k)
-            return torch.tensor(max(slots, self.min_capacity))
+            return torch.tensor(self._slots(num_tokens))
         capacity = routed_E.max().clamp_min(1)
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         return capacity
-
-    def _count(self, routed_E: Tensor, used_T: Tensor, index_KT: Tensor) -> None:
-        self.routed_E += routed_E
-        self.tokens += used_T.sum()
-        index_N = index_KT.reshape(-1)
-        self.kept_E.scatter_add_(0, index_N.clamp_min(0), (index_N >= 0).long())

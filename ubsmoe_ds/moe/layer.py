@@ -1,9 +1,11 @@
 """The UB-SMoE layer on DeepSpeed's `MOELayer` and `MoE`: the only place that reaches into their construction.
 
-Shapes: T tokens, D model width, F expert width, E experts of the model, C slots, K experts per token.
+Shapes: T tokens, D model width, F expert width, O = 2 F, E experts of the model, N rows, K experts per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ubsmoe_ds.moe.experts import Activations, StackedExperts
+from ubsmoe_ds.moe.expert_mlp import route_rows
+from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import Routing, UBSMoEGate
 from ubsmoe_ds.moe.pseudo_gradient import TokenMixture
 
@@ -27,8 +30,21 @@ class TokenGradients(NamedTuple):
     mixture: TokenMixture | None
 
 
+@dataclass
+class _Seen:
+    """What a pass has shown so far: by forward routing and slot_TK (the row of each route), by backward delta_TD."""
+
+    x_TD: Tensor
+    routing: Routing = field(init=False)
+    slot_TK: Tensor = field(init=False)
+    delta_TD: Tensor = field(init=False)
+
+
 class UBSMoELayer(MOELayer):
     """`MOELayer` that can report, during backward, what its tokens and their active experts saw.
+
+    Where a rank holds all experts, its tokens go to them in rows, without `MOELayer`'s slots; under expert parallelism
+    `MOELayer` does the dispatch.
 
     Under expert parallelism the active experts of a token live on several ranks. Their hidden units and gradients come
     back to the token's rank by one all-to-all of width 3 F a slot, so that `observer` gets everything of the local
@@ -40,57 +56,66 @@ class UBSMoELayer(MOELayer):
 
     def forward(self, *input: Tensor) -> Tensor:
         """x [..., D], used_token [T] or None -> y [..., D]."""
+        x, used_token = input
         observing = self.observer is not None and self.training and torch.is_grad_enabled()
-        self.experts.keep_activations = observing and self.with_mixture
-        y = super().forward(*input)
-        if observing and self.with_mixture:
-            self._report_when_differentiated(input[0], y, self.gate.routing, self.experts.activations)
-            self.experts.activations = None
-        elif observing:
-            self._report_tokens(input[0], y, self.gate.routing)
+        seen = _Seen(x.detach().reshape(-1, x.shape[-1]))
+        self.experts.on_backward = partial(self._report, seen) if observing and self.with_mixture else None
+        y = super().forward(x, used_token) if self.ep_size > 1 else self._forward_on_one_rank(x, used_token, seen)
+        self.experts.on_backward = None  # the graph has it; here it would keep this batch alive
+        seen.routing = self.gate.routing
+        if observing:
+            y.register_hook(partial(self._see_delta, seen))
         return y
 
-    def _report_tokens(self, x: Tensor, y: Tensor, routing: Routing) -> None:
-        x_TD, observer = x.detach().reshape(-1, x.shape[-1]), self.observer
-        assert observer is not None
-        y.register_hook(lambda delta: observer(TokenGradients(x_TD, delta.reshape_as(x_TD), routing, None)))
+    def _forward_on_one_rank(self, x: Tensor, used_token: Tensor | None, seen: _Seen) -> Tensor:
+        """All experts are here: rows sorted by expert, without slots, padding or a wait for their number."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        self.l_aux, _, _, _, _, weight_KT, self.exp_counts = self.gate(x_TD, used_token)
+        _, _, index_KT, location_KT, _, _, kept_E = self.gate.routing
+        rows = route_rows(index_KT, location_KT, kept_E, self.gate.most_routes(len(x_TD)))
+        assert rows.slot_TK is not None
+        seen.slot_TK = rows.slot_TK
+        return self.experts.run(x_TD, weight_KT.t(), rows).view_as(x)
 
-    def _report_when_differentiated(self, x: Tensor, y: Tensor, routing: Routing, act: Activations) -> None:
-        x_TD = x.detach().reshape(-1, x.shape[-1])
-        hidden_ENF = act.hidden_ENF.detach()
+    def _see_delta(self, seen: _Seen, delta: Tensor) -> None:
+        """dL/dy is there; without a mixture to wait for, that is all an observer needs."""
+        seen.delta_TD = delta.reshape_as(seen.x_TD)
+        if not self.with_mixture:
+            self._tell(seen, None)
 
-        def report(gradients: Sequence[Tensor | None]) -> None:
-            handle.remove()  # the hook refers to the graph it hangs on; left there, no step's graph would ever be freed
-            delta, gate_ENF, up_ENF = gradients
-            if delta is None or gate_ENF is None or up_ENF is None:
-                raise RuntimeError("a MoE layer got no gradient; is its output used by the loss?")
-            mixture = self._mix(routing, hidden_ENF, gate_ENF, up_ENF)
-            assert self.observer is not None
-            self.observer(TokenGradients(x_TD, delta.reshape_as(x_TD), routing, mixture))
+    def _report(self, seen: _Seen, h_NF: Tensor, gate_up_NO: Tensor) -> None:
+        """The experts have gone through backward: h and dL/d gate_up of their rows."""
+        self._tell(seen, self._mix(seen, h_NF, gate_up_NO))
 
-        handle = torch.autograd.graph.register_multi_grad_hook((y, act.gate_ENF, act.up_ENF), report, mode="all")
+    def _tell(self, seen: _Seen, mixture: TokenMixture | None) -> None:
+        assert self.observer is not None
+        self.observer(TokenGradients(seen.x_TD, seen.delta_TD, seen.routing, mixture))
 
     @torch.no_grad()
-    def _mix(self, routing: Routing, hidden_ENF: Tensor, gate_ENF: Tensor, up_ENF: Tensor) -> TokenMixture:
-        """Bring the slots back to their tokens and mix the routes with gamma."""
-        stacked = torch.cat([hidden_ENF, gate_ENF, up_ENF], dim=-1)  # [E local, ranks * C, 3 F]
-        local = stacked.view(len(stacked), self.ep_size, -1, stacked.shape[-1]).transpose(0, 1).contiguous()
-        if self.ep_size > 1:
-            returned = torch.empty_like(local)
-            dist.all_to_all_single(returned, local, group=self.ep_group)
-            local = returned
-        table = local.reshape(-1, local.shape[-1]).float()  # row e * C + c is slot c of expert e
-        capacity = len(table) // (self.ep_size * self.num_local_experts)
+    def _mix(self, seen: _Seen, h_NF: Tensor, gate_up_NO: Tensor) -> TokenMixture:
+        """Bring the rows back to their tokens and mix the routes with gamma."""
+        routing, width = seen.routing, h_NF.shape[1]
+        table = torch.cat([h_NF, gate_up_NO], dim=1)
         kept_TK = (routing.index_KT >= 0).t()
-        slot_TK = torch.where(kept_TK, (routing.index_KT * capacity + routing.location_KT).t(), 0)
+        if self.ep_size > 1:
+            table, slot_TK = self._bring_back(table, routing)
+        else:
+            slot_TK = seen.slot_TK
         weight_TK = routing.weight_KT.float().t() * kept_TK
         total_T1 = weight_TK.sum(dim=-1, keepdim=True)
         per_total_T1 = torch.where(total_T1 > 0, 1 / total_T1, 0.0)
-        width = hidden_ENF.shape[-1]
-        values, gradients = table.split([width, 2 * width], dim=-1)
-        gamma_TK = weight_TK * per_total_T1
+        values, gradients = table.float().split([width, 2 * width], dim=1)
         gradient_TG = _weighted_rows(gradients, slot_TK, kept_TK * per_total_T1)
-        return TokenMixture(_weighted_rows(values, slot_TK, gamma_TK), *gradient_TG.chunk(2, dim=-1))
+        return TokenMixture(_weighted_rows(values, slot_TK, weight_TK * per_total_T1), *gradient_TG.chunk(2, dim=-1))
+
+    def _bring_back(self, table: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Rows of the experts here -> rows of the tokens here (an all-to-all), and the row of each route, 0 if none."""
+        local = table.view(self.num_local_experts, self.ep_size, -1, table.shape[1]).transpose(0, 1).contiguous()
+        returned = torch.empty_like(local)
+        dist.all_to_all_single(returned, local, group=self.ep_group)
+        capacity = local.shape[2]
+        slot_KT = torch.where(routing.index_KT >= 0, routing.index_KT * capacity + routing.location_KT, 0)
+        return returned.reshape(-1, table.shape[1]), slot_KT.t()
 
 
 class UBSMoE(MoE):

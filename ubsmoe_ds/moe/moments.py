@@ -31,7 +31,7 @@ class ExpertMoments:
         """Begin to sum up anew.
 
         Args:
-            every: look at every n-th token of an expert; None: as `token_share` says.
+            every: look at a sample of 1 / every of the rows; None: as `token_share` says.
         """
         for layer in self.layers:
             layer.experts.start_moments(every or self.every)
