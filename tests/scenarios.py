@@ -5,12 +5,14 @@ import sysconfig
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from tests import tiny
+from tests import reference, tiny
+from ubsmoe_ds import world as world_module
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.world import World, join
 
@@ -79,6 +81,15 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     return found
 
 
+def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
+    """The cores that are each rank's if it may run on its set."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    with mock.patch("os.sched_getaffinity", return_value=set(sets[comm.rank])):
+        return {"cores": np.array(world_module._fair_cores(comm))}
+
+
 def exchange(
     layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float], payload: str = "fp32"
 ) -> dict[str, Any]:
@@ -90,19 +101,41 @@ def exchange(
     from mpi4py import MPI
 
     from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
+    from ubsmoe_ds.federation.host_memory import HostMemory
 
     comm = MPI.COMM_WORLD
     firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
     placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
     listed = [Unit(name, numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
-    plan = Exchange(comm, placed, listed, num_experts, owners(listed, 4, comm.size), payload)
-    mine = [u for u, unit in enumerate(listed) if comm.rank in placed[client].holders(unit, num_experts)]
+    owner, memory = owners(listed, 4, comm.size), HostMemory.of_job(comm)
+    assert memory is not None
+    merged = []
+    for way in (None, memory, memory):  # by messages; through memory; and once more, over what was left there
+        plan = Exchange(comm, placed, listed, num_experts, owner, payload, way)
+        assert plan.memory is way
+        merged.append(_exchange_once(plan, client, weights))
+    assert all(np.array_equal(merged[0], other) for other in merged[1:])
+    with mock.patch("ubsmoe_ds.federation.host_memory._free_bytes", return_value=0):  # a container's small /dev/shm
+        assert Exchange(comm, placed, listed, num_experts, owner, payload, HostMemory(comm)).memory is None
+        uneven = HostMemory(comm)
+        with mock.patch("ubsmoe_ds.federation.host_memory._free_bytes", return_value=2**30):
+            assert uneven.reserve(1000 * (comm.size - comm.rank))
+        assert not uneven.reserve(1000 * comm.size)  # what all hold now would not do for that
+        assert uneven.reserve(1000)
+    owned = sum(listed[u].size(4) for u in plan.owned)
+    return {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
+
+
+def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
+    """Collect, sum and distribute."""
+    placed, listed = plan.layouts, plan.units
+    mine = [u for u, unit in enumerate(listed) if plan.comm.rank in placed[client].holders(unit, plan.num_experts)]
     sizes = placed[client].sizes(listed, reply=False)
     held = np.concatenate([tiny.federated_value(listed[u].name, client, (int(sizes[u]),)) for u in mine])
     received = plan.collect(held)
-    replies: list[list[np.ndarray]] = [[] for _ in layouts]
-    starts = [0] * len(layouts)
+    replies: list[list[np.ndarray]] = [[] for _ in placed]
+    starts = [0] * len(placed)
     for u in plan.owned:
         for c, layout in enumerate(placed):
             numel = int(layout.sizes(listed, reply=True)[u])
@@ -113,9 +146,7 @@ def exchange(
             replies[c].append(total)
         for c, layout in enumerate(placed):
             starts[c] += int(layout.sizes(listed, reply=False)[u])
-    back = plan.distribute([np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies])
-    owned = sum(listed[u].size(4) for u in plan.owned)
-    return {"merged": back, "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
+    return plan.distribute([np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies])
 
 
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:
@@ -159,8 +190,9 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
             if parameter.requires_grad:
                 found[f"{name}/value/{key}"] = client.finisher.masters.read(parameter).numpy()
                 assert torch.allclose(parameter.detach().float(), client.finisher.masters.read(parameter), atol=0.02)
-            elif flora and ".experts." in key:
-                found[f"{name}/value/{key}"] = parameter.detach().float().numpy()
+        if flora:
+            frozen = reference.base_weights(client.model)
+            found |= {f"{name}/value/{key}": weight.float().numpy() for key, weight in frozen.items()}
         for key, full in store.full_state().items():
             found[f"{name}/full/{key}"] = full.numpy()
         client.engine.destroy()

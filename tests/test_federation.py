@@ -58,7 +58,8 @@ def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
 def start(model_path: str) -> dict[str, np.ndarray]:
     """Every parameter before anything was learned, of a client of full rank."""
     model = reference.whole_model(tiny.experiment(model_path, [{"budget": 0.5}]))
-    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters()} | reference.base_weights(model)
+    return {name: value.numpy() for name, value in parameters.items()}
 
 
 def expected_elements(name: str, key: str, shape: tuple[int, ...], at_start: np.ndarray) -> np.ndarray:

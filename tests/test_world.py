@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import tiny
+from tests.ranks import run_ranks
 from ubsmoe_ds import relaunch, world
 from ubsmoe_ds.errors import UserError
 
@@ -85,3 +86,11 @@ def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
     exp = tiny.experiment("unused", [{"budget": 1.0}], deepspeed=tiny.deepspeed(bf16=True))
     with pytest.raises(UserError, match="deepspeed.bf16.enabled: true, but .* has no bfloat16; set it to false"):
         Client(exp, exp.clients[0], 0)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
+    """Rank 0 may run on cores 0 - 7, rank 1 on 0 - 3, rank 2 on core 9 alone, rank 3 on 0 - 3 and 10 - 11."""
+    sets = [[*range(8)], [*range(4)], [9], [*range(4), 10, 11]]
+    found = run_ranks(tmp_path, 4, "tests.scenarios:fair_cores", {"sets": sets})
+    assert [int(rank["cores"]) for rank in found] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2

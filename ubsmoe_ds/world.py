@@ -24,12 +24,18 @@ POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
 MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
 MESSAGE_SECONDS = 0.3
 LOOPBACK = "127.0.0.1"
+MOST_CORES = 8192  # of a host
 
 
-def wait_quietly(request: MPI.Request, poll_seconds: float = POLL_SECONDS) -> None:
-    """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need."""
+def wait_quietly(request: MPI.Request, longest_sleep: float = POLL_SECONDS) -> None:
+    """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need.
+
+    The longer it has waited the longer it sleeps, so that ranks that arrive together go on together.
+    """
+    start = time.perf_counter()
     while not request.Test():
-        time.sleep(poll_seconds)
+        waited = time.perf_counter() - start
+        time.sleep(min(max(waited / 8, MOVE_SECONDS), longest_sleep))
 
 
 def move(comm: MPI.Intracomm, start: Callable[[], MPI.Request]) -> None:
@@ -51,6 +57,7 @@ class World:
     client: int  # position in the config's list
     client_rank: int
     host_rank: int  # among all ranks on this host
+    cores: int  # this rank's share of those it may run on, at least 1
 
     @property
     def rank(self) -> int:
@@ -122,7 +129,7 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    return World(comm.Dup(), number, client_comm.rank, host_comm.rank)
+    return World(comm.Dup(), number, client_comm.rank, host_comm.rank, _fair_cores(host_comm))
 
 
 def check_devices(exp: Experiment, world: World, devices: int) -> None:
@@ -149,6 +156,15 @@ def check_devices(exp: Experiment, world: World, devices: int) -> None:
                 f"cannot share a device: give it at most {devices}, or set accelerator=cpu"
             )
     os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
+
+
+def _fair_cores(host_comm: MPI.Comm) -> int:
+    """How many cores are this rank's, if ranks that may run on a core share it evenly."""
+    mine = np.zeros(MOST_CORES, dtype=np.int32)
+    mine[list(os.sched_getaffinity(0))] = 1
+    ranks = np.empty_like(mine)
+    host_comm.Allreduce(mine, ranks)
+    return max(1, int((1 / ranks[mine > 0]).sum() + 1e-6))
 
 
 def _rendezvous(client_comm: MPI.Comm, one_host: bool) -> tuple[str, int]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -18,10 +19,12 @@ from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.evaluation import Evaluator
 from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
+from ubsmoe_ds.federation.host_memory import SHARED_FOLDER, HostMemory
 from ubsmoe_ds.federation.modulation import target_utilisation
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.memory import release_freed_memory
 from ubsmoe_ds.models.olmoe import model_shape
 from ubsmoe_ds.run_folder import check_run_folder
 from ubsmoe_ds.world import World
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ubsmoe_ds.monitor import Monitor
 
 Plan = Callable[[Sequence[int], Sequence[int]], Exchange]
+GROUPED_PRODUCTS = (9, 0)  # CUDA's compute capability from which torch has them
 CALIBRATION_STEPS = 2  # whose rows give the first moments; they are trained on all the same
 
 
@@ -50,6 +54,7 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     start_deepspeed(on_accelerator, verbose)
     config = exp.clients[world.client]
     client = Client(exp, config, world.client_rank, verbose)
+    release_freed_memory()
     store = UnitStore(
         client.model,
         client.finisher.masters,
@@ -79,7 +84,7 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     )
     if client.moments is not None:
         client.calibrate(batches(), CALIBRATION_STEPS)
-    plan, owned = plan_exchanges(exp, world, store)
+    plan, owned = plan_exchanges(exp, world, store, monitor.say if monitor is not None else None)
     return Federation(
         exp=exp,
         world=world,
@@ -93,16 +98,28 @@ def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool)
     )
 
 
-def plan_exchanges(exp: Experiment, world: World, store: UnitStore) -> tuple[Plan, list[Unit]]:
+def plan_exchanges(
+    exp: Experiment, world: World, store: UnitStore, warn: Callable[[str], None] | None = None
+) -> tuple[Plan, list[Unit]]:
     """How to plan an exchange for given LoRA ranks, and the units that this rank owns whatever they are."""
     owner = owners(store.units, exp.lora.rank, world.comm.size)
+    memory = HostMemory.of_job(world.comm)
+    warned = False
 
     def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
         layouts = [
             replace(layout, lora_rank=rank, reply_rank=reply)
             for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
         ]
-        return Exchange(world.comm, layouts, store.units, exp.num_experts, owner, exp.merge.payload)
+        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, exp.merge.payload, memory)
+        nonlocal warned
+        if warn is not None and not warned and memory is not None and exchange.memory is None:
+            warned = True
+            warn(
+                f"warning: {SHARED_FOLDER} has no room for what ranks exchange; they send messages, which is slower; "
+                "enlarge it (docker run --shm-size=...)"
+            )
+        return exchange
 
     return plan, [unit for unit, rank in zip(store.units, owner, strict=True) if rank == world.rank]
 
@@ -135,6 +152,13 @@ def _warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[
             "warning: merge.rule activation gives no weight to a client that did not use an expert, so the "
             "pseudo-gradients it gave that expert are lost; set merge.pseudo_weight above 0, or merge.rule fedavg"
         )
+    if torch.cuda.is_available() and exp.accelerator != "cpu":
+        capability = torch.cuda.get_device_capability()
+        if capability < GROUPED_PRODUCTS or not exp.deepspeed.use_bf16:
+            yield (
+                "warning: torch computes experts one by one here; they are one product in bf16 on devices of compute "
+                f"capability 9.0 or more (this one: {'.'.join(map(str, capability))}, bf16 {exp.deepspeed.use_bf16})"
+            )
     if any(cut for cut, _ in cuts.values()):
         found = " and ".join(f"{cut} of {total} {kind}" for kind, (cut, total) in cuts.items())
         yield f"note: {found} prompts lose their beginning to data.max_length={exp.data.max_length}"

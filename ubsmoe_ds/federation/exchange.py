@@ -3,7 +3,8 @@
 A unit is one module's trainable state. A fixed map spreads the units over all ranks by bytes; the rank that a unit is
 assigned to is its owner. In a round the holders of a unit (one per client) send their update to its owner (`collect`),
 the owner merges what all clients sent, and sends each client's result to every rank of it that holds the unit
-(`distribute`). Both ways are one Alltoallv of contiguous fp32 or bf16. Clients may differ in ranks, in expert
+(`distribute`). Both ways are one Alltoallv of contiguous fp32 or bf16; where all ranks are on one host they read it
+from each other's memory instead. Clients may differ in ranks, in expert
 parallelism (experts are re-sharded on the way) and in LoRA rank, which decides how many elements a unit has for them.
 Every rank derives all counts from the layouts, so nothing but the payload is sent.
 
@@ -11,14 +12,18 @@ Shapes: C clients, N elements of the units of one owner, as one client sends or 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
+from ubsmoe_ds.federation.host_memory import HostMemory
 from ubsmoe_ds.world import move
+
+SUM_PIECE = 2**16  # elements
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,34 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class _Way:
-    """One direction as one rank sees it: how to fill what it sends, and how to spread out what arrives."""
+    """One direction as one rank sees it: how to fill what it sends, and how to spread out what arrives.
+
+    peer_starts: where, in what each rank sends, the part for this rank begins
+    """
 
     pack: list[Run]
     send_counts: np.ndarray
     receive_counts: np.ndarray
     unpack: list[Run]
     result_sizes: list[int]  # of the buffers that `unpack` fills, one after the other
+    peer_starts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peer_starts", np.empty_like(self.send_counts))
+
+    @property
+    def numel(self) -> int:
+        """Elements that this rank sends."""
+        return int(self.send_counts.sum())
+
+    @cached_property
+    def read(self) -> list[Run]:
+        """`unpack` with what each rank sends as its sources."""
+        ends = np.cumsum(self.receive_counts)
+        return [
+            Run(peer, int(self.peer_starts[peer]) + piece.start - first, piece.destination, piece.length)
+            for peer, first, piece in _cut(self.unpack, ends)
+        ]
 
 
 class Exchange:
@@ -95,6 +121,7 @@ class Exchange:
         num_experts: experts of the model.
         owner: see `owners`; it stays the same when LoRA ranks change.
         payload: "fp32" or "bf16".
+        memory: what the ranks share if they are all on one host; None: they send messages.
     """
 
     def __init__(
@@ -105,9 +132,10 @@ class Exchange:
         num_experts: int,
         owner: np.ndarray,
         payload: str = "fp32",
+        memory: HostMemory | None = None,
     ) -> None:
         self.comm, self.units, self.layouts = comm, units, layouts
-        self.payload = payload
+        self.payload, self.num_experts = payload, num_experts
         self.owned = range(*np.searchsorted(owner, [comm.rank, comm.rank + 1]).tolist())
         client = max(c for c, layout in enumerate(layouts) if layout.first <= comm.rank)
         holders = [[layout.holders(unit, num_experts) for unit in units] for layout in layouts]
@@ -116,6 +144,7 @@ class Exchange:
         senders = [[ranks[i % len(ranks)] for i, ranks in enumerate(per_unit)] for per_unit in holders]
         self._up = self._plan_up(client, mine, senders, owner)
         self._down = self._plan_down(client, mine, holders, owner)
+        self.memory = None if memory is None else self._share(memory)
         self.held_numel = int(layouts[client].sizes(units, reply=False)[mine].sum())
         sent = self._up.send_counts + self._down.send_counts
         width = 2 if payload == "bf16" else 4
@@ -155,17 +184,26 @@ class Exchange:
         alike = all((layout.ranks, layout.lora_rank) == (1, self.layouts[0].lora_rank) for layout in self.layouts)
         return alike and self.payload == "fp32"
 
-    def reduce(self, held: np.ndarray) -> np.ndarray:
+    def reduce(self, held: np.ndarray, share: np.ndarray | float) -> np.ndarray:
         """The sum over clients of the units that this rank owns (a collective over the job).
 
         Args:
-            held: fp32, as in `collect`, already multiplied with the client's share.
+            held: fp32, as in `collect`.
+            share: what the client's elements are multiplied with first, one number or one an element.
         """
         counts = self._up.send_counts
         total = np.empty(int(counts[self.comm.rank]), dtype=np.float32)
+        if self.memory is not None:
+            np.multiply(held, np.float32(share), out=self.memory.write(len(held), torch.float32).numpy())
+            self.memory.publish()
+            start = int(counts[: self.comm.rank].sum())
+            parts = [self.memory.read(rank, torch.float32)[start : start + len(total)] for rank in range(len(counts))]
+            _sum_into(torch.from_numpy(total), parts)
+            return total
+        scaled = held * np.float32(share)
         move(
             self.comm,
-            lambda: self.comm.Ireduce_scatter([held, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM),
+            lambda: self.comm.Ireduce_scatter([scaled, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM),
         )
         return total
 
@@ -173,10 +211,24 @@ class Exchange:
         """What every owner has for its units, in unit order, on every rank (a collective over the job)."""
         counts = self._up.send_counts
         whole = np.empty(int(counts.sum()), dtype=np.float32)
+        if self.memory is not None:
+            self.memory.write(len(owned), torch.float32).copy_(torch.from_numpy(owned))
+            self.memory.publish()
+            for rank, part in enumerate(torch.from_numpy(whole).split(counts.tolist())):
+                part.copy_(self.memory.read(rank, torch.float32)[: len(part)])
+            return whole
         move(self.comm, lambda: self.comm.Iallgatherv([owned, MPI.FLOAT], [whole, counts, MPI.FLOAT]))
         return whole
 
     def _travel(self, sources: Sequence[np.ndarray], way: _Way, exact: bool) -> list[np.ndarray]:
+        if self.memory is not None:
+            kind = torch.bfloat16 if self.payload == "bf16" and not exact else torch.float32
+            _copy([torch.from_numpy(source) for source in sources], way.pack, self.memory.write(way.numel, kind))
+            self.memory.publish()
+            flat = np.empty(sum(way.result_sizes), dtype=np.float32)
+            peers = [self.memory.read(rank, kind) for rank in range(self.comm.size)]
+            _copy(peers, way.read, torch.from_numpy(flat))
+            return np.split(flat, np.cumsum(way.result_sizes)[:-1])
         send = _fill(sources, way.pack, int(way.send_counts.sum()))
         if self.payload == "bf16" and not exact:
             bits = torch.from_numpy(send).bfloat16().view(torch.uint16).numpy()
@@ -222,6 +274,15 @@ class Exchange:
         numel = int(receive_counts.sum())
         return _Way(pack, send_counts, receive_counts, [Run(0, 0, 0, numel)], [numel])
 
+    def _share(self, memory: HostMemory) -> HostMemory | None:
+        """Room for what is sent, and where it lies in other ranks' memory; None if there is no room (a collective)."""
+        if not memory.reserve(4 * max(self._up.numel, self._down.numel)):
+            return None
+        for way in (self._up, self._down):
+            starts = np.cumsum(way.send_counts) - way.send_counts
+            move(self.comm, partial(self.comm.Ialltoall, starts, way.peer_starts))
+        return memory
+
     def _arrange(self, pieces: list[tuple], arriving: bool) -> tuple[list[Run], np.ndarray]:
         """Runs between a travelling buffer, ordered by (rank, unit), and the places of its pieces; counts per rank."""
         counts = np.zeros(self.comm.size, dtype=np.int64)
@@ -266,6 +327,32 @@ def _coalesce(runs: Sequence[Run]) -> Iterator[Run]:
         current = run
     if current is not None:
         yield current
+
+
+def _cut(runs: Sequence[Run], ends: np.ndarray) -> Iterator[tuple[int, int, Run]]:
+    """Runs of a buffer cut where the parts that make it up end: (part, its start, piece)."""
+    for run in runs:
+        start = run.start
+        while start < run.start + run.length:
+            part = int(np.searchsorted(ends, start, side="right"))
+            length = min(int(ends[part]), run.start + run.length) - start
+            first = int(ends[part - 1]) if part else 0
+            yield part, first, Run(run.source, start, run.destination + start - run.start, length)
+            start += length
+
+
+def _copy(sources: Sequence[torch.Tensor], runs: list[Run], result: torch.Tensor) -> None:
+    """Fill `result` by the runs, converting as it is done."""
+    for source, start, destination, length in runs:
+        result[destination : destination + length].copy_(sources[source][start : start + length])
+
+
+def _sum_into(total: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Sum in pieces that stay in cache, so that memory is read once and written once."""
+    for piece, *rest in zip(total.split(SUM_PIECE), *(part.split(SUM_PIECE) for part in parts), strict=True):
+        piece.copy_(rest[0])
+        for other in rest[1:]:
+            piece += other
 
 
 def _fill(sources: Sequence[np.ndarray], runs: list[Run], numel: int) -> np.ndarray:
