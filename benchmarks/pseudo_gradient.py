@@ -3,35 +3,37 @@
     python benchmarks/pseudo_gradient.py                       # an OLMoE-like block, and the built-in model
     python benchmarks/pseudo_gradient.py --repeats 20 --tokens 4096
 
-Prints the median ratio of a K = 1 training step with PG to the same step without, its spread (quartiles over repeats),
-and the median milliseconds of the step without. Times are CPU seconds of this process (one thread), so that other work
-on the machine disturbs them little.
+`ratio` is the median over repeats of CYCLE training steps at K = 1 with PG over as many without, `low` and `high` its
+quartiles, `ms` the median of one step. (1 - 1 / ratio is PG's share of the step.) One thread.
 """
 
 import argparse
-import platform
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import add_output_option, in_turn, machine, say
 
 from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.memory import keep_freed_memory
 
 SIZES = {  # hidden, expert width, experts, layers, heads, vocabulary
     "olmoe_like": (512, 256, 64, 2, 8, 2048),
     "builtin": None,
 }
-VARIANTS = (
-    ("expert_mean", 1.0),
-    ("token_weighted", 1.0),
-    ("linearised", 1.0),
-    ("linearised", 0.25),
-    ("linearised", 0.125),
-    ("linearised", 0.0625),
+VARIANTS = (  # estimator, token_share, interval
+    ("none", 1.0, 1),
+    ("expert_mean", 1.0, 1),
+    ("token_weighted", 1.0, 1),
+    ("linearised", 1.0, 1),
+    ("linearised", 0.25, 1),
+    ("linearised", 0.0625, 1),
+    ("linearised", 0.0625, 4),
 )
+CYCLE = 4  # steps; every layer has had its turn
 
 
 def checkpoint(name: str, folder: Path) -> tuple[str, int]:
@@ -87,39 +89,44 @@ def step_batch(tokens: int, vocabulary: int) -> Any:
     return StepBatch([micro], len(micro.target_A), 8 * length)
 
 
-def measure(name: str, tokens: int, repeats: int, folder: Path) -> None:
-    """One size: print a line for each estimator."""
+def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
+    """One size: a line for each variant."""
     from ubsmoe_ds.client import Client
     from ubsmoe_ds.moe.collector import PseudoGradientCollector
 
     exp = experiment(*checkpoint(name, folder))
-    client = Client(exp, exp.clients[0], 0)
-    batch = step_batch(tokens, client.hf_config.vocab_size)
-    client.calibrate(iter([batch]), 1)
-    client.moments.update(client.moments.sums())
+    first, second = (Client(exp, exp.clients[0], 0) for _ in range(2))
+    batch = step_batch(options.tokens, first.hf_config.vocab_size)
+    first.calibrate(iter([batch]), 1)
+    first.moments.update(first.moments.sums())
     rho = exp.rho(exp.clients[0])
-    collectors = {
-        variant: PseudoGradientCollector(client.model.layers, variant[0], rho, variant[1]) for variant in VARIANTS
-    }
-    seconds: dict[Any, list[float]] = {None: []} | {variant: [] for variant in VARIANTS}
-    for _ in range(repeats + 1):
-        for variant in seconds:
-            prepare(client, collectors.get(variant), moment_share=variant and variant[0] == "linearised" and variant[1])
-            start = time.process_time()
-            client.step(batch)
-            seconds[variant].append(time.process_time() - start)
-    plain = np.array(seconds.pop(None)[1:])
-    print(
-        f"{name}: {tokens} tokens, K = 1 of {exp.num_experts}, LoRA rank 8; {1e3 * np.median(plain):.0f} ms without PG"
-    )
-    for (estimator, share), measured in seconds.items():
-        ratio = np.array(measured[1:]) / plain
-        low, middle, high = np.percentile(ratio, [25, 50, 75])
-        print(f"  {estimator:15s} token_share {share:<7g} {middle:.3f} ({low:.3f} - {high:.3f})")
+
+    def cycle(estimator: str, share: float, interval: int) -> Callable[[], object]:
+        client = second if estimator == "expert_mean" else first  # its hooks on parameters would stay
+        collector = None
+        if estimator != "none":
+            collector = PseudoGradientCollector(client.model.layers, estimator, rho, share, interval)
+
+        def steps() -> None:
+            prepare(client, collector, share if estimator == "linearised" else None)
+            for _ in range(CYCLE):
+                client.step(batch)
+
+        return steps
+
+    seconds = in_turn({str(variant): cycle(*variant) for variant in VARIANTS}, options.repeats)
+    plain = np.array(seconds[str(VARIANTS[0])])
+    for variant in VARIANTS:
+        low, middle, high = np.percentile(np.array(seconds[str(variant)]) / plain, [25, 50, 75])
+        record = {"bench": "pseudo_gradient", "impl": variant[0], "model": name, "dtype": "fp32"}
+        record |= {"tokens": options.tokens, "k": 1, "threads": 1, "token_share": variant[1], "interval": variant[2]}
+        record |= {"low": round(low, 3), "high": round(high, 3)}
+        record |= {"ms": 1e3 * float(np.median(seconds[str(variant)])) / CYCLE, "ratio": float(middle)}
+        say(record, options.json)
 
 
 def prepare(client: Any, collector: Any, moment_share: float | None) -> None:
-    """Make the client's next step one with this collector or none, and with moments of this share of tokens or none."""
+    """Make the client's next steps ones with this collector or none, with moments of this share of tokens or none."""
     client.collector = client.finisher.collector = collector
     client.finisher._additions = []
     client.engine.train()
@@ -129,8 +136,6 @@ def prepare(client: Any, collector: Any, moment_share: float | None) -> None:
         layer.experts.moment_sums_EX = None
     if moment_share:
         client.moments.start(every=round(1 / moment_share))
-    if collector is not None:
-        collector.attach()
 
 
 def main() -> None:
@@ -139,8 +144,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    add_output_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     from ubsmoe_ds import run, world
 
     world.join(experiment("builtin:tiny_olmoe", 16), "benchmark", [])
@@ -148,10 +155,11 @@ def main() -> None:
     from ubsmoe_ds.client import start_deepspeed
 
     start_deepspeed(devices > 0, verbose=False)
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    if not options.json:
+        print(f"{machine()}; one thread")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sizes:
-            measure(name, options.tokens, options.repeats, Path(folder))
+            measure(name, options, Path(folder))
 
 
 if __name__ == "__main__":

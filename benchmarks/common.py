@@ -1,0 +1,84 @@
+"""What benchmarks share: timing in turn within one process, and one line per figure for people or machines."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="one object a line, for machines")
+
+
+def device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> str:
+    """What this ran on."""
+    if torch.cuda.is_available():
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"{chip}, torch {torch.__version__}, deepspeed {deepspeed.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def resident(which: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM the most so far (getrusage would count its parent's)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024 / 1e6
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall seconds of one call; on an accelerator between two events, so that launching ahead is not counted."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, all called once per repeat, so that what disturbs the machine disturbs all alike.
+
+    The first call of each is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function))
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(values: list[float], floor: list[float]) -> float:
+    """Median over repeats of value / floor."""
+    return statistics.median(a / b for a, b in zip(values, floor, strict=True))
+
+
+def say(record: Mapping[str, Any], as_json: bool) -> None:
+    """One figure: `bench, impl` and what else applies, `ms` and `ratio`."""
+    if as_json:
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
+        return
+    shown = dict(record)
+    ms, times = shown.pop("ms", None), shown.pop("ratio", None)
+    text = "  ".join(f"{v!s:<22}" if k == "impl" else f"{k} {v}" for k, v in shown.items() if k != "bench")
+    ms_text = "" if ms is None else f"{ms:9.2f} ms"
+    print(text, ms_text, "" if times is None else f"{times:6.2f} x", flush=True)

@@ -1,0 +1,221 @@
+"""A client's whole training step by K, ours against Hugging Face + PEFT, and what each of our parts costs.
+
+    python benchmarks/train_step.py                          # OLMoE-1B-7B scaled to 4 layers of width 512
+    python benchmarks/train_step.py --layers 16 --hidden 2048 --tokens 8192 --dtype bf16 --k 2 8 \
+        --impls ubsmoe hf_peft                               # its full shape on a GPU: four models of 13 GB
+    python benchmarks/train_step.py --memory --k 2 8         # peak memory, each in a process of its own
+
+The scaled model keeps OLMoE-1B-7B's proportions of attention, experts and vocabulary: F = D / 2, 64 experts,
+V = 1.535 D per layer. A step is forward, backward and AdamW on 8 rows of random tokens, the last eighth of each the
+answer, through DeepSpeed without ZeRO. `ratio` is to our step at the largest K, in turn in one process.
+
+    ubsmoe              DMR, linearised PG as the preset has it, LoRA rank 8, router trained
+    ubsmoe-no_dmr       without modulation        ubsmoe-no_pg    without pseudo-gradients
+    ubsmoe-no_lora      the adapters frozen: only the router and phi are trained, without PG; their product stays
+    hf_peft             transformers (grouped_mm experts), PEFT's LoRA on the same weights, torch's AdamW; PEFT adds
+                        B A to the weights of all experts in every step
+"""
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import add_output_option, device, in_turn, machine, ratio, resident, say
+
+from ubsmoe_ds import run, world
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.memory import keep_freed_memory
+
+OURS = ("ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora")
+IMPLEMENTATIONS = (*OURS, "hf_peft")
+VOCABULARY_PER_WIDTH = 50304 / (16 * 2048)
+
+
+def save_checkpoint(options: argparse.Namespace, folder: Path) -> str:
+    """A model of the shape asked for with random weights."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=int(VOCABULARY_PER_WIDTH * options.layers * options.hidden),
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden // 2,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden // 128),
+        num_experts=options.experts,
+        num_experts_per_tok=max(options.k),
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    OlmoeForCausalLM(config).to(torch.bfloat16 if options.dtype == "bf16" else torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "ubsmoe") -> Experiment:
+    """One client with this K of K_max = the largest asked for."""
+    raw: dict[str, Any] = {
+        "name": "benchmark",
+        "model": {"path": path},
+        "num_experts": options.experts,
+        "k_max": max(options.k),
+        "clients": [{"name": "one", "budget": k / max(options.k)}],
+        "deepspeed": {
+            "train_batch_size": 8,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.0}},
+            "bf16": {"enabled": options.dtype == "bf16"},
+        },
+    }
+    if variant == "ubsmoe-no_dmr":
+        raw["dmr"] = {"enabled": False}
+    if variant in ("ubsmoe-no_pg", "ubsmoe-no_lora"):
+        raw["pseudo_gradient"] = {"estimator": "none"}
+    return Experiment.model_validate(raw)
+
+
+def step_batch(tokens: int, vocabulary: int) -> Any:
+    """Eight rows of random tokens, the last eighth of each the answer."""
+    from ubsmoe_ds.data.batches import Example, StepBatch, collate
+
+    generator = torch.Generator().manual_seed(1)
+    length = tokens // 8
+    rows = torch.randint(2, vocabulary, (8, length + 1), generator=generator).tolist()
+    micro = collate([Example(row[: length - length // 8], row[length - length // 8 :]) for row in rows], 0)
+    return StepBatch([micro], len(micro.target_A), 8 * length)
+
+
+def ours(path: str, k: int, options: argparse.Namespace, variant: str) -> Callable[[], object]:
+    """A step of our client."""
+    from ubsmoe_ds.client import Client
+
+    exp = experiment(path, k, options, variant)
+    client = Client(exp, exp.clients[0], 0)
+    if variant == "ubsmoe-no_lora":
+        for layer in client.model.layers:
+            layer.experts.requires_grad_(False)
+    batch = step_batch(options.tokens, client.hf_config.vocab_size)
+    if client.moments is not None:
+        client.calibrate(iter([batch]), 1)
+        client.moments.update(client.moments.sums())
+    client.reset_counts()
+    client.engine.train()
+    return lambda: client.step(batch)
+
+
+def hf_peft(path: str, k: int, options: argparse.Namespace) -> Callable[[], object]:
+    """A step of transformers with PEFT and the same K, on the same rows."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import OlmoeForCausalLM
+
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    hf = OlmoeForCausalLM.from_pretrained(
+        path, dtype=dtype, num_experts_per_tok=k, experts_implementation="grouped_mm", local_files_only=True
+    )
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(hf, LoraConfig(r=8, lora_alpha=16, target_modules=[], target_parameters=names))
+    model = model.to(device()).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    tokens = step_batch(options.tokens, hf.config.vocab_size).micro[0].to(device())
+    logits_of = model.get_base_model()
+
+    def step() -> torch.Tensor:
+        hidden = logits_of.model(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[tokens.position_A]
+        loss = torch.nn.functional.cross_entropy(logits_of.lm_head(hidden).float(), tokens.target_A)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def build(name: str, path: str, k: int, options: argparse.Namespace) -> Callable[[], object]:
+    """A step of one implementation."""
+    return hf_peft(path, k, options) if name == "hf_peft" else ours(path, k, options, name)
+
+
+def measure(path: str, options: argparse.Namespace) -> None:
+    """All K and implementations in turn; one line each."""
+    torch.set_num_threads(options.threads)
+    steps = {(name, k): build(name, path, k, options) for k in options.k for name in options.impls}
+    keys = {f"{name} {k}": (name, k) for name, k in steps}
+    seconds = in_turn({key: steps[pair] for key, pair in keys.items()}, options.repeats)
+    reference = seconds[f"{options.impls[0]} {max(options.k)}"]
+    for key, (name, k) in keys.items():
+        record = {"bench": "train_step", "impl": name, "dtype": options.dtype, "tokens": options.tokens, "k": k}
+        record |= {"threads": options.threads, "ms": 1e3 * statistics.median(seconds[key])}
+        say(record | {"ratio": ratio(seconds[key], reference)}, options.json)
+
+
+def peak_megabytes(name: str, path: str, options: argparse.Namespace) -> None:
+    """Print what two steps need at most, on the accelerator if there is one, else of the whole process."""
+    step = build(name, path, options.only_k, options)
+    gc.collect()
+    before = resident("VmRSS")
+    for _ in range(2):
+        step()
+    peak = resident("VmHWM")
+    if torch.cuda.is_available():
+        before, peak = 0.0, torch.cuda.max_memory_allocated() / 1e6
+    record = {"bench": "train_step", "impl": name, "dtype": options.dtype, "tokens": options.tokens}
+    say(record | {"k": options.only_k, "peak_mb": round(peak), "before_mb": round(before)}, options.json)
+
+
+def main() -> None:
+    """Time, or memory with --memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--impls", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)  # a process that --memory starts is given these two
+    parser.add_argument("--only-k", type=int, help=argparse.SUPPRESS)
+    add_output_option(parser)
+    options = parser.parse_args()
+    keep_freed_memory()
+    if options.memory and options.checkpoint is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_checkpoint(options, Path(folder))
+            for k in options.k:
+                for name in options.impls:
+                    again = [*sys.argv[1:], "--checkpoint", path, "--impls", name, "--only-k", str(k)]
+                    subprocess.run([sys.executable, __file__, *again], check=True)
+        return
+    start(options)
+    if options.checkpoint is not None:
+        peak_megabytes(options.impls[0], options.checkpoint, options)
+        return
+    if not options.json:
+        print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        measure(save_checkpoint(options, Path(folder)), options)
+
+
+def start(options: argparse.Namespace) -> None:
+    """This process as the only rank of a world."""
+    exp = experiment("builtin:tiny_olmoe", max(options.k), options)
+    world.join(exp, "benchmark", [])
+    devices = run.choose_accelerator(exp)
+    from ubsmoe_ds.client import start_deepspeed
+
+    start_deepspeed(devices > 0, verbose=False)
+
+
+if __name__ == "__main__":
+    main()
