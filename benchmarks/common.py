@@ -41,6 +41,48 @@ def resident(which: str) -> float:
     return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024 / 1e6
 
 
+def save_checkpoint(
+    folder: Path, *, hidden: int, width: int, experts: int, layers: int, heads: int, vocabulary: int, dtype: torch.dtype
+) -> str:
+    """An OLMoE of these sizes with random weights, in a folder; 8 experts a token."""
+    torch.manual_seed(0)
+    config = transformers.OlmoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.OlmoeForCausalLM(config).to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def step_batch(tokens: int, vocabulary: int) -> Any:
+    """A `StepBatch` of eight rows of random tokens, the last eighth of each the answer."""
+    from ubsmoe_ds.data.batches import Example, StepBatch, collate
+
+    generator = torch.Generator().manual_seed(1)
+    length = tokens // 8
+    rows = torch.randint(2, vocabulary, (8, length + 1), generator=generator).tolist()
+    micro = collate([Example(row[: length - length // 8], row[length - length // 8 :]) for row in rows], 0)
+    return StepBatch([micro], len(micro.target_A), 8 * length)
+
+
+def start_alone(exp: Any) -> None:
+    """This process as the only rank of the only client of an `Experiment`."""
+    from ubsmoe_ds import run, world
+
+    world.join(exp, "benchmark", [])
+    devices = run.choose_accelerator(exp)
+    from ubsmoe_ds.client import start_deepspeed
+
+    start_deepspeed(devices > 0, verbose=False)
+
+
 def seconds_of(function: Callable[[], object]) -> float:
     """Wall seconds of one call; on an accelerator between two events, so that launching ahead is not counted."""
     if not torch.cuda.is_available():

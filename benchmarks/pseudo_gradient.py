@@ -3,8 +3,8 @@
     python benchmarks/pseudo_gradient.py                       # an OLMoE-like block, and the built-in model
     python benchmarks/pseudo_gradient.py --repeats 20 --tokens 4096
 
-`ratio` is the median over repeats of CYCLE training steps at K = 1 with PG over as many without, `low` and `high` its
-quartiles, `ms` the median of one step. (1 - 1 / ratio is PG's share of the step.) One thread.
+`ratio` is the median over repeats of a training step at K = 1 with PG over one without, `low` and `high` its quartiles,
+`ms` the median of the step. (1 - 1 / ratio is PG's share of the step.) One thread.
 """
 
 import argparse
@@ -15,49 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import add_output_option, in_turn, machine, say
+from common import add_output_option, in_turn, machine, save_checkpoint, say, start_alone, step_batch
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.memory import keep_freed_memory
 
-SIZES = {  # hidden, expert width, experts, layers, heads, vocabulary
-    "olmoe_like": (512, 256, 64, 2, 8, 2048),
+SIZES = {  # OLMoE-1B-7B's proportions; None: the built-in model
+    "olmoe_like": {"hidden": 512, "width": 256, "experts": 64, "layers": 2, "heads": 8, "vocabulary": 2048},
     "builtin": None,
 }
-VARIANTS = (  # estimator, token_share, interval
-    ("none", 1.0, 1),
-    ("expert_mean", 1.0, 1),
-    ("token_weighted", 1.0, 1),
-    ("linearised", 1.0, 1),
-    ("linearised", 0.25, 1),
-    ("linearised", 0.0625, 1),
-    ("linearised", 0.0625, 4),
+VARIANTS = (  # estimator, tokens_per_expert
+    ("none", None),
+    ("expert_mean", None),
+    ("token_weighted", 8),
+    ("linearised", 8),
+    ("linearised", 16),
+    ("linearised", 32),
 )
-CYCLE = 4  # steps; every layer has had its turn
-
-
-def checkpoint(name: str, folder: Path) -> tuple[str, int]:
-    """(folder of a model of the named size with random weights, its number of experts)."""
-    sizes = SIZES[name]
-    if sizes is None:
-        return "builtin:tiny_olmoe", 16
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    hidden, width, experts, layers, heads, vocabulary = sizes
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_experts=experts,
-        num_experts_per_tok=8,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    OlmoeForCausalLM(config).save_pretrained(folder / name)
-    return str(folder / name), experts
+MOMENT_SHARE = 1 / 16  # as the preset has it
 
 
 def experiment(path: str, experts: int) -> Experiment:
@@ -77,56 +52,44 @@ def experiment(path: str, experts: int) -> Experiment:
     )
 
 
-def step_batch(tokens: int, vocabulary: int) -> Any:
-    """Eight rows of random tokens, the last eighth of each the answer."""
-    from ubsmoe_ds.data.batches import Example, StepBatch, collate
-
-    generator = torch.Generator().manual_seed(1)
-    length = tokens // 8
-    rows = torch.randint(2, vocabulary, (8, length + 1), generator=generator).tolist()
-    examples = [Example(row[: length - length // 8], row[length - length // 8 :]) for row in rows]
-    micro = collate(examples, 0)
-    return StepBatch([micro], len(micro.target_A), 8 * length)
-
-
 def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     """One size: a line for each variant."""
     from ubsmoe_ds.client import Client
     from ubsmoe_ds.moe.collector import PseudoGradientCollector
 
-    exp = experiment(*checkpoint(name, folder))
+    sizes = SIZES[name]
+    path = "builtin:tiny_olmoe" if sizes is None else save_checkpoint(folder / name, dtype=torch.float32, **sizes)
+    exp = experiment(path, 16 if sizes is None else sizes["experts"])
     first, second = (Client(exp, exp.clients[0], 0) for _ in range(2))
     batch = step_batch(options.tokens, first.hf_config.vocab_size)
     first.calibrate(iter([batch]), 1)
     first.moments.update(first.moments.sums())
     rho = exp.rho(exp.clients[0])
 
-    def cycle(estimator: str, share: float, interval: int) -> Callable[[], object]:
+    def step(estimator: str, count: int | None) -> Callable[[], object]:
         client = second if estimator == "expert_mean" else first  # its hooks on parameters would stay
         collector = None
         if estimator != "none":
-            collector = PseudoGradientCollector(client.model.layers, estimator, rho, share, interval)
+            collector = PseudoGradientCollector(client.model.layers, estimator, rho, count)
 
-        def steps() -> None:
-            prepare(client, collector, share if estimator == "linearised" else None)
-            for _ in range(CYCLE):
-                client.step(batch)
+        def run() -> None:
+            prepare(client, collector, with_moments=estimator == "linearised")
+            client.step(batch)
 
-        return steps
+        return run
 
-    seconds = in_turn({str(variant): cycle(*variant) for variant in VARIANTS}, options.repeats)
+    seconds = in_turn({str(variant): step(*variant) for variant in VARIANTS}, options.repeats)
     plain = np.array(seconds[str(VARIANTS[0])])
     for variant in VARIANTS:
         low, middle, high = np.percentile(np.array(seconds[str(variant)]) / plain, [25, 50, 75])
         record = {"bench": "pseudo_gradient", "impl": variant[0], "model": name, "dtype": "fp32"}
-        record |= {"tokens": options.tokens, "k": 1, "threads": 1, "token_share": variant[1], "interval": variant[2]}
+        record |= {"tokens": options.tokens, "k": 1, "threads": 1, "tokens_per_expert": variant[1]}
         record |= {"low": round(low, 3), "high": round(high, 3)}
-        record |= {"ms": 1e3 * float(np.median(seconds[str(variant)])) / CYCLE, "ratio": float(middle)}
-        say(record, options.json)
+        say(record | {"ms": 1e3 * float(np.median(seconds[str(variant)])), "ratio": float(middle)}, options.json)
 
 
-def prepare(client: Any, collector: Any, moment_share: float | None) -> None:
-    """Make the client's next steps ones with this collector or none, with moments of this share of tokens or none."""
+def prepare(client: Any, collector: Any, with_moments: bool) -> None:
+    """Make the client's next steps ones with this collector or none, and with or without summing up moments."""
     client.collector = client.finisher.collector = collector
     client.finisher._additions = []
     client.engine.train()
@@ -134,8 +97,10 @@ def prepare(client: Any, collector: Any, moment_share: float | None) -> None:
     for layer in client.model.layers:
         layer.deepspeed_moe.observer = None
         layer.experts.moment_sums_EX = None
-    if moment_share:
-        client.moments.start(every=round(1 / moment_share))
+    if collector is not None:
+        collector.attach()
+    if with_moments:
+        client.moments.start(every=round(1 / MOMENT_SHARE))
 
 
 def main() -> None:
@@ -148,13 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    from ubsmoe_ds import run, world
-
-    world.join(experiment("builtin:tiny_olmoe", 16), "benchmark", [])
-    devices = run.choose_accelerator(experiment("builtin:tiny_olmoe", 16))
-    from ubsmoe_ds.client import start_deepspeed
-
-    start_deepspeed(devices > 0, verbose=False)
+    start_alone(experiment("builtin:tiny_olmoe", 16))
     if not options.json:
         print(f"{machine()}; one thread")
     with tempfile.TemporaryDirectory() as folder:

@@ -27,9 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_output_option, device, in_turn, machine, ratio, resident, say
+from common import (
+    add_output_option,
+    device,
+    in_turn,
+    machine,
+    ratio,
+    resident,
+    save_checkpoint,
+    say,
+    start_alone,
+    step_batch,
+)
 
-from ubsmoe_ds import run, world
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.memory import keep_freed_memory
 
@@ -38,24 +48,18 @@ IMPLEMENTATIONS = (*OURS, "hf_peft")
 VOCABULARY_PER_WIDTH = 50304 / (16 * 2048)
 
 
-def save_checkpoint(options: argparse.Namespace, folder: Path) -> str:
+def scaled_checkpoint(options: argparse.Namespace, folder: Path) -> str:
     """A model of the shape asked for with random weights."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=int(VOCABULARY_PER_WIDTH * options.layers * options.hidden),
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden // 2,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 128),
-        num_experts=options.experts,
-        num_experts_per_tok=max(options.k),
-        pad_token_id=0,
-        eos_token_id=1,
+    return save_checkpoint(
+        folder,
+        hidden=options.hidden,
+        width=options.hidden // 2,
+        experts=options.experts,
+        layers=options.layers,
+        heads=max(1, options.hidden // 128),
+        vocabulary=int(VOCABULARY_PER_WIDTH * options.layers * options.hidden),
+        dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
     )
-    OlmoeForCausalLM(config).to(torch.bfloat16 if options.dtype == "bf16" else torch.float32).save_pretrained(folder)
-    return str(folder)
 
 
 def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "ubsmoe") -> Experiment:
@@ -78,17 +82,6 @@ def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "u
     if variant in ("ubsmoe-no_pg", "ubsmoe-no_lora"):
         raw["pseudo_gradient"] = {"estimator": "none"}
     return Experiment.model_validate(raw)
-
-
-def step_batch(tokens: int, vocabulary: int) -> Any:
-    """Eight rows of random tokens, the last eighth of each the answer."""
-    from ubsmoe_ds.data.batches import Example, StepBatch, collate
-
-    generator = torch.Generator().manual_seed(1)
-    length = tokens // 8
-    rows = torch.randint(2, vocabulary, (8, length + 1), generator=generator).tolist()
-    micro = collate([Example(row[: length - length // 8], row[length - length // 8 :]) for row in rows], 0)
-    return StepBatch([micro], len(micro.target_A), 8 * length)
 
 
 def ours(path: str, k: int, options: argparse.Namespace, variant: str) -> Callable[[], object]:
@@ -191,30 +184,20 @@ def main() -> None:
     keep_freed_memory()
     if options.memory and options.checkpoint is None:
         with tempfile.TemporaryDirectory() as folder:
-            path = save_checkpoint(options, Path(folder))
+            path = scaled_checkpoint(options, Path(folder))
             for k in options.k:
                 for name in options.impls:
                     again = [*sys.argv[1:], "--checkpoint", path, "--impls", name, "--only-k", str(k)]
                     subprocess.run([sys.executable, __file__, *again], check=True)
         return
-    start(options)
+    start_alone(experiment("builtin:tiny_olmoe", max(options.k), options))
     if options.checkpoint is not None:
         peak_megabytes(options.impls[0], options.checkpoint, options)
         return
     if not options.json:
         print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        measure(save_checkpoint(options, Path(folder)), options)
-
-
-def start(options: argparse.Namespace) -> None:
-    """This process as the only rank of a world."""
-    exp = experiment("builtin:tiny_olmoe", max(options.k), options)
-    world.join(exp, "benchmark", [])
-    devices = run.choose_accelerator(exp)
-    from ubsmoe_ds.client import start_deepspeed
-
-    start_deepspeed(devices > 0, verbose=False)
+        measure(scaled_checkpoint(options, Path(folder)), options)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
         "num_experts": 8,
         "k_max": 4,
         "lora": {"rank": 3, "alpha": 6.0},
-        "pseudo_gradient": {"estimator": "none", "token_share": 1.0},
+        "pseudo_gradient": {"estimator": "none", "tokens_per_expert": None, "moment_share": 1.0},
         "router": {"gate_rescale": "none"},
         "deepspeed": deepspeed(),
         "clients": [{"name": f"c{i}"} | client for i, client in enumerate(clients)],
@@ -90,7 +90,7 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
     """
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
-    raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none"), "token_share": 1.0}
+    raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none"), "tokens_per_expert": None, "moment_share": 1.0}
     raw["router"] = {"aux_loss": changes.get("aux", 0.0), "gate_rescale": changes.get("rescale", "none")}
     raw["lora"]["attention"] = changes.get("attention", False)
     raw["dmr"]["candidates"] = changes.get("candidates")

@@ -108,13 +108,11 @@ class Client:
                 config=engine_config(exp),
             )
         estimator = exp.pseudo_gradient.estimator
-        share = exp.pseudo_gradient.token_share
+        tokens, moment_share = exp.pseudo_gradient.tokens_per_expert, exp.pseudo_gradient.moment_share
         self.collector = None
         if estimator != "none":
-            self.collector = PseudoGradientCollector(
-                self.model.layers, estimator, exp.rho(config), share, exp.pseudo_gradient.interval
-            )
-        self.moments = ExpertMoments(self.model.layers, share) if estimator == "linearised" else None
+            self.collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
+        self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
         self.finisher = GradientFinisher(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )
@@ -126,8 +124,6 @@ class Client:
         self.engine.train()
         self.model.set_active_experts(self.k)
         self.reset_counts()
-        if self.collector is not None:
-            self.collector.begin_round()
         sums = torch.zeros(5, device=self.device)  # nll, answer tokens, used tokens, real norm, pseudo norm
         for _ in range(count):
             batch = next(batches)
@@ -144,7 +140,7 @@ class Client:
     def step(self, batch: StepBatch) -> Tensor:
         """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""
         if self.collector is not None:
-            self.collector.begin_step()
+            self.collector.reset()
         total = torch.zeros((), device=self.device)
         for number, tokens in enumerate(batch.micro):
             loss, nll = self._loss(self.engine, tokens.to(self.device), batch)
@@ -231,7 +227,7 @@ class Client:
         seconds: dict[int, list[float]] = {k: [] for k in ks}
         for _ in range(repeats + 1):
             if self.collector is not None:
-                self.collector.begin_step()
+                self.collector.reset()
             for k in ks:
                 self.model.set_active_experts(k)
                 get_accelerator().synchronize()
@@ -241,7 +237,7 @@ class Client:
                 get_accelerator().synchronize()
                 seconds[k].append(time.perf_counter() - start)
         if self.collector is not None:
-            self.collector.discard()
+            self.collector.reset()
         first, second = (statistics.median(seconds[k][1:]) for k in ks)
         return first, second
 

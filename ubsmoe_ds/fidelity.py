@@ -106,7 +106,7 @@ def _gradients(
         layer.deepspeed_moe.observer = None
     if collector is not None:
         collector.attach()
-        collector.begin_step()
+        collector.reset()
     client.model.zero_grad()
     answers = batch.answer_tokens
     for tokens in batch.micro:

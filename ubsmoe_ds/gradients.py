@@ -103,8 +103,8 @@ class GradientFinisher:
         """After the last backward pass of a step: sum the pseudo-gradients over the client (a collective)."""
         if self.collector is not None:
             self._additions = self.collector.reduce()
-            squares = [gradient.square().sum() for _, gradient in self._additions]
-            self.pseudo_norm = self._over_expert_ranks(torch.stack(squares).sum()).sqrt()
+            norm = nn.utils.get_total_norm([gradient for _, gradient in self._additions])
+            self.pseudo_norm = self._over_expert_ranks(norm.square()).sqrt()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Called by the base optimiser: once per step, or once per parameter group under ZeRO."""
@@ -118,8 +118,8 @@ class GradientFinisher:
             if fragment is not None and id(fragment.master) in masters:
                 master, start, offset, numel = fragment
                 assert master.grad is not None
-                piece = gradient.reshape(-1)[offset : offset + numel] * factor
-                master.grad.view(-1)[start : start + numel].add_(piece.to(master.grad))
+                piece = gradient.reshape(-1)[offset : offset + numel].to(master.grad)
+                master.grad.view(-1)[start : start + numel].addcmul_(piece, factor.to(piece.device))
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, gradient at its master); without ZeRO a master is whole."""

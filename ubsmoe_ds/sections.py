@@ -92,8 +92,8 @@ class PseudoGradientConfig(Section):
 
     estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = "none"
     rho: Literal["sparsity"] | Annotated[float, Field(gt=0)] = "sparsity"  # sparsity: 1 - K_c / M
-    token_share: Fraction = 1.0  # below 1: an unbiased sample of the tokens, drawn in proportion to ||dL/dy||
-    interval: Annotated[int, Field(ge=1)] = 1  # steps for which a layer's pseudo-gradient is used
+    tokens_per_expert: Annotated[int, Field(ge=1)] | None = None  # drawn from each micro-batch; null: all of them
+    moment_share: Fraction = 1.0  # share of the experts' rows that the moments of `linearised` are taken from
 
 
 class MergeConfig(Section):

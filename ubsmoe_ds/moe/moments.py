@@ -17,11 +17,11 @@ class ExpertMoments:
 
     Args:
         layers: the model's UB-SMoE layers, in order.
-        token_share: about which share of the tokens is looked at.
+        share: about which share of the experts' rows is looked at.
     """
 
-    def __init__(self, layers: Sequence[UBSMoE], token_share: float = 1.0) -> None:
-        self.layers, self.every = layers, round(1 / token_share)
+    def __init__(self, layers: Sequence[UBSMoE], share: float = 1.0) -> None:
+        self.layers, self.every = layers, round(1 / share)
         self.start()
         for layer in layers:
             zero_EF = torch.zeros_like(layer.experts.base()["gate"][:, :, 0], dtype=torch.float32)
@@ -31,7 +31,7 @@ class ExpertMoments:
         """Begin to sum up anew.
 
         Args:
-            every: look at a sample of 1 / every of the rows; None: as `token_share` says.
+            every: look at a sample of 1 / every of the rows; None: as `share` says.
         """
         for layer in self.layers:
             layer.experts.start_moments(every or self.every)

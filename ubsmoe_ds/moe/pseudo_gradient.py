@@ -3,13 +3,12 @@
 Pure functions on gradients and router statistics; nothing here knows of ranks or DeepSpeed. Source: UB-SMoE, arXiv
 2605.16690 [paper, in words: the formula is not public to us]; the estimators below are our readings of it.
 
-Shapes: T tokens, D model width, F expert width, E experts, R LoRA rank, Q = 2 R: gate's R, then up's.
+Shapes: T tokens, N tokens that an expert learns from, D model width, F expert width, E experts, R LoRA rank.
 LoRA factors are dicts keyed "gate", "up", "down" of (A, B): A_ERD or A_ERF, B_EFR or B_EDR.
 An expert's output is W_down h, h = silu(g) * u, with g, u, and the down projection each W x + s B A x, s = alpha / R.
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,9 +37,56 @@ def inactive_weight(p_TE: Tensor, active_TE: Tensor, rho: float) -> Tensor:
     return rho * p_TE * ~active_TE
 
 
-def token_weighted(
-    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture, lora: LoraFactors, scaling: float
-) -> LoraFactors:
+class ExpertTokens(NamedTuple):
+    """N tokens of each expert, which differ between experts; what is a gradient has been multiplied by the weight c.
+
+    x_END; delta_END: c delta; hidden_ENF: hbar, gate_ENF and up_ENF: c times those of `TokenMixture`, or None
+    """
+
+    x_END: Tensor
+    delta_END: Tensor
+    hidden_ENF: Tensor | None = None
+    gate_ENF: Tensor | None = None
+    up_ENF: Tensor | None = None
+
+
+def draw_tokens(
+    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture | None, count: int | None
+) -> ExpertTokens:
+    """For each expert `count` tokens, with replacement, in proportion to c ||dL/dy|| [ours].
+
+    Gradients are weighted c / (count pi), pi the chance of the token, so that sums over the tokens drawn are unbiased
+    estimates of sums over all. Few tokens decide what an inactive expert learns: those with a large gradient to which
+    the router nearly gave it.
+
+    Args:
+        x_TD, delta_TD: the layer's input and dL/dy.
+        c_TE: see `inactive_weight`.
+        mixture: if the estimator needs it.
+        count: tokens of an expert; None: all there are, once each.
+
+    Returns:
+        The tokens of all experts, in the dtype of x.
+    """
+    tokens, experts = c_TE.shape
+    if count is None:
+        token_EN = torch.arange(tokens, device=c_TE.device).expand(experts, tokens)
+        weight_EN = c_TE.mT
+    else:
+        mass_ET = torch.nan_to_num(c_TE.mT * delta_TD.float().norm(dim=1), nan=0.0, posinf=0.0)
+        mass_ET = mass_ET + torch.finfo(mass_ET.dtype).tiny  # an expert may have been active for every token
+        token_EN = torch.multinomial(mass_ET, count, replacement=True)
+        chance_EN = mass_ET.gather(1, token_EN) / mass_ET.sum(1, keepdim=True)
+        weight_EN = c_TE.mT.gather(1, token_EN) / (count * chance_EN)
+    weight_EN1 = weight_EN.unsqueeze(2).to(x_TD.dtype)
+    drawn = ExpertTokens(x_TD[token_EN], delta_TD.to(x_TD.dtype)[token_EN] * weight_EN1)
+    if mixture is None:
+        return drawn
+    hidden_ENF, gate_ENF, up_ENF = (part.to(x_TD.dtype)[token_EN] for part in mixture)
+    return drawn._replace(hidden_ENF=hidden_ENF, gate_ENF=gate_ENF * weight_EN1, up_ENF=up_ENF * weight_EN1)
+
+
+def token_weighted(tokens: ExpertTokens, lora: LoraFactors, scaling: float) -> LoraFactors:
     """Per-token pseudo-gradient through LoRA's outer products [ours].
 
     Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
@@ -52,36 +98,26 @@ def token_weighted(
     the cosine with the dense gradient on upcycled experts falls from 0.95 - 0.98 to 0.31 - 0.70.
 
     Args:
-        x_TD, delta_TD: the layer's input and dL/dy.
-        c_TE: see `inactive_weight`.
-        mixture: see `TokenMixture`.
-        lora: factors of all E experts.
+        tokens: of the same experts as `lora`, with the mixture.
+        lora: the experts' factors.
         scaling: s = alpha / R.
 
     Returns:
         (dA, dB) for each projection, shaped like `lora`, in fp32.
     """
-    x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
-    mix = TokenMixture(*(part.float() for part in mixture))
-    c_TE1 = c_TE.unsqueeze(-1)
-    A_ERF, B_EDR = (factor.float() for factor in lora["down"])
-    into_A_TER = c_TE1 * torch.einsum("td,edr->ter", delta_TD, B_EDR)
-    from_A_TER = c_TE1 * torch.einsum("tf,erf->ter", mix.hidden_TF, A_ERF)
-    grads = {
-        "down": (
-            scaling * torch.einsum("ter,tf->erf", into_A_TER, mix.hidden_TF),
-            scaling * torch.einsum("td,ter->edr", delta_TD, from_A_TER),
-        )
+    assert tokens.hidden_ENF is not None and tokens.gate_ENF is not None and tokens.up_ENF is not None
+    pairs = {  # input and gradient of each projection's output
+        "gate": (tokens.x_END, tokens.gate_ENF),
+        "up": (tokens.x_END, tokens.up_ENF),
+        "down": (tokens.hidden_ENF, tokens.delta_END),
     }
-    for name, v_TF in (("gate", mix.gate_TF), ("up", mix.up_TF)):
-        A_ERD, B_EFR = (factor.float() for factor in lora[name])
-        into_A_TER = c_TE1 * torch.einsum("tf,efr->ter", v_TF, B_EFR)
-        from_A_TER = c_TE1 * torch.einsum("td,erd->ter", x_TD, A_ERD)
-        grads[name] = (
-            scaling * torch.einsum("ter,td->erd", into_A_TER, x_TD),
-            scaling * torch.einsum("tf,ter->efr", v_TF, from_A_TER),
-        )
-    return grads
+    return {name: _outer(*pair, *lora[name], scaling) for name, pair in pairs.items()}
+
+
+def _outer(x_ENI: Tensor, dy_ENO: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(dA, dB) of y = s B A x."""
+    x_ENI, dy_ENO = x_ENI.float(), scaling * dy_ENO.float()
+    return (dy_ENO @ B_EOR.float()).mT @ x_ENI, dy_ENO.mT @ (x_ENI @ A_ERI.float().mT)
 
 
 class Moments(NamedTuple):
@@ -102,56 +138,18 @@ def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tenso
     return silu_NF * up_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
 
 
-def response(moments: Moments, lora: LoraFactors, down_EDF: Tensor) -> Tensor:
-    """(W_down diag(mean slope) B)^T of gate and up, [E, Q, D] in fp32: how the linearised output answers to A x."""
-    slopes = (("gate", moments.gate_EF), ("up", moments.up_EF))
-    sloped_EFQ = torch.cat([slope_EF.unsqueeze(2) * lora[name][1].float() for name, slope_EF in slopes], dim=2)
-    return (sloped_EFQ.mT.to(down_EDF.dtype) @ down_EDF.mT).float()
-
-
-class LinearisedSums(NamedTuple):
-    """All that `linearised` needs of the tokens; sums, so that ranks and micro-batches add up.
-
-    delta_ED: sum c delta
-    into_B_EQD: sum c (A x) delta^T
-    into_A_EQD: sum c (response delta) x^T
-    """
-
-    delta_ED: Tensor
-    into_B_EQD: Tensor
-    into_A_EQD: Tensor
-
-
-def linearised_sums(
-    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, A_EQD: Tensor, response_EQD: Tensor
-) -> LinearisedSums:
-    """One batch's part of `linearised`, as four products of all tokens with all experts' factors at once.
-
-    Args:
-        x_TD, delta_TD: the layer's input and dL/dy.
-        c_TE: see `inactive_weight`.
-        A_EQD: A of gate and up, of all E experts.
-        response_EQD: see `response`, of all E experts.
-    """
-    x_TD, delta_TD, c_TE = x_TD.float(), delta_TD.float(), c_TE.float()
-    c_TJ = c_TE.repeat_interleave(A_EQD.shape[1], dim=1)  # J = E * Q
-    into_B_JD = (c_TJ * (x_TD @ A_EQD.flatten(0, 1).mT)).mT @ delta_TD
-    into_A_JD = (c_TJ * (delta_TD @ response_EQD.flatten(0, 1).mT)).mT @ x_TD
-    return LinearisedSums(c_TE.mT @ delta_TD, into_B_JD.view_as(A_EQD), into_A_JD.view_as(A_EQD))
-
-
 def linearised(
-    sums: LinearisedSums, moments: Moments, lora: LoraFactors, down_EDF: Tensor, scaling: float
+    tokens: ExpertTokens, moments: Moments, lora: LoraFactors, down_EDF: Tensor, scaling: float
 ) -> LoraFactors:
     """Pseudo-gradient of experts replaced by their first-order model [ours].
 
-        dB_down = s (sum c delta) (A_down mu)^T                  dA_down = s B_down^T (sum c delta) mu^T
-        dB_gate = s diag(E[silu' u]) W_down^T sum c delta (A_gate x)^T
-        dA_gate = s sum c (W_down diag(E[silu' u]) B_gate)^T delta x^T         (up alike, with E[silu])
+        dB_down = s (sum c delta) (A_down mu)^T                      dA_down = s B_down^T (sum c delta) mu^T
+        dB_gate = s sum z (A_gate x)^T                               dA_gate = s B_gate^T sum z x^T
+        z = diag(E[silu' u]) W_down^T c delta                        (up alike, with E[silu])
     W_down is the frozen one. An expert that was never active has moments 0 and gets no pseudo-gradient.
 
     Args:
-        sums: of the same experts as the rest; see `linearised_sums`.
+        tokens: of the same experts as the rest.
         moments: the experts' moments.
         lora: their factors.
         down_EDF: their frozen down projections.
@@ -160,40 +158,13 @@ def linearised(
     Returns:
         (dA, dB) for each projection, shaped like `lora`, in fp32.
     """
-    A_ERF, B_EDR = (factor.float() for factor in lora["down"])
-    mu_EF, delta_ED = moments.hidden_EF, sums.delta_ED
-    A_mu_ER = torch.einsum("erf,ef->er", A_ERF, mu_EF)
-    B_delta_ER = torch.einsum("edr,ed->er", B_EDR, delta_ED)
-    into_B_EQF = (sums.into_B_EQD.to(down_EDF.dtype) @ down_EDF).float()
-    grads = {
-        "down": (
-            scaling * B_delta_ER.unsqueeze(2) * mu_EF.unsqueeze(1),
-            scaling * delta_ED.unsqueeze(2) * A_mu_ER.unsqueeze(1),
-        )
+    through_ENF = (tokens.delta_END @ down_EDF).float()
+    delta_E1D = tokens.delta_END.sum(1, keepdim=True, dtype=torch.float32)
+    return {
+        "gate": _outer(tokens.x_END, moments.gate_EF.unsqueeze(1) * through_ENF, *lora["gate"], scaling),
+        "up": _outer(tokens.x_END, moments.up_EF.unsqueeze(1) * through_ENF, *lora["up"], scaling),
+        "down": _outer(moments.hidden_EF.unsqueeze(1), delta_E1D, *lora["down"], scaling),
     }
-    for name, slope_EF, into_A_ERD, into_B_ERF in zip(
-        ("gate", "up"),
-        (moments.gate_EF, moments.up_EF),
-        sums.into_A_EQD.chunk(2, dim=1),
-        into_B_EQF.chunk(2, dim=1),
-        strict=True,
-    ):
-        grads[name] = (scaling * into_A_ERD, scaling * slope_EF.unsqueeze(2) * into_B_ERF.mT)
-    return grads
-
-
-def sample_tokens(delta_TD: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Draw ceil(share T) tokens, with replacement, in proportion to ||dL/dy||; sums over them weighted are unbiased.
-
-    Tokens with a large gradient decide the pseudo-gradient, and most have next to none.
-
-    Returns:
-        (token numbers [N], weights 1 / (N pi) [N]).
-    """
-    norm_T = delta_TD.float().norm(dim=1) + torch.finfo(torch.float32).tiny
-    count = math.ceil(share * len(norm_T))
-    drawn_N = torch.multinomial(norm_T, count, replacement=True)
-    return drawn_N, norm_T.sum() / (count * norm_T[drawn_N])
 
 
 def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactors) -> LoraFactors:
@@ -216,22 +187,21 @@ def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactor
     }
 
 
-def dense_oracle(
-    x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, base: dict[str, Tensor], lora: LoraFactors, scaling: float
-) -> LoraFactors:
-    """The true gradient of the inactive experts, by running all of them: the yardstick of tests and studies.
+def dense_oracle(tokens: ExpertTokens, base: dict[str, Tensor], lora: LoraFactors, scaling: float) -> LoraFactors:
+    """The true gradient of the inactive experts, by running them: the yardstick of tests and studies.
 
     Args:
+        tokens: of the same experts as the rest.
         base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]; the rest as in `token_weighted`.
 
     Returns:
-        (dA, dB) for each projection, shaped like `lora`, in fp32: the gradient of sum_x delta . sum_i c_i expert_i(x).
+        (dA, dB) for each projection, shaped like `lora`, in fp32: the gradient of sum_x c delta . expert_i(x).
     """
     leaves = {name: tuple(f.detach().float().requires_grad_() for f in lora[name]) for name in PROJECTIONS}
     with torch.enable_grad():
         weight = {name: base[name].float() + scaling * B @ A for name, (A, B) in leaves.items()}
-        x_ETD = x_TD.detach().float().expand(c_TE.shape[1], -1, -1)
-        hidden_ETF = F.silu(x_ETD @ weight["gate"].mT) * (x_ETD @ weight["up"].mT)
-        y_TD = torch.einsum("te,etd->td", c_TE.float(), hidden_ETF @ weight["down"].mT)
-        flat = torch.autograd.grad((y_TD * delta_TD.float()).sum(), [f for name in PROJECTIONS for f in leaves[name]])
+        x_END = tokens.x_END.detach().float()
+        hidden_ENF = F.silu(x_END @ weight["gate"].mT) * (x_END @ weight["up"].mT)
+        total = (hidden_ENF @ weight["down"].mT * tokens.delta_END.float()).sum()
+        flat = torch.autograd.grad(total, [f for name in PROJECTIONS for f in leaves[name]])
     return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)}
