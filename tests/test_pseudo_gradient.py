@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +18,15 @@ from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.pseudo_gradient import (
     PROJECTIONS,
-    LinearisedSums,
+    ExpertTokens,
     Moments,
     TokenMixture,
     dense_oracle,
+    draw_tokens,
     expert_mean,
     inactive_weight,
     linearised,
-    linearised_sums,
     moment_values,
-    response,
-    sample_tokens,
     token_weighted,
 )
 
@@ -59,7 +56,8 @@ def test_token_weighted_by_hand():
     one = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
     mixture = TokenMixture(2 * one, 17 * one, 19 * one)
-    found = token_weighted(3 * one, 5 * one, 0.5 * one, mixture, lora, scaling=2.0)
+    tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, mixture, None)
+    found = token_weighted(tokens, lora, scaling=2.0)
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
     assert values == {"down": (110.0, 70.0), "gate": (561.0, 357.0), "up": (627.0, 399.0)}
 
@@ -74,9 +72,8 @@ def test_linearised_by_hand():
     one = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
     moments, down = Moments(2 * one, 17 * one, 19 * one), torch.full((1, 1, 1), 13.0)
-    A = torch.cat([lora["gate"][0], lora["up"][0]], dim=1)
-    sums = linearised_sums(3 * one, 5 * one, 0.5 * one, A, response(moments, lora, down))
-    found = linearised(sums, moments, lora, down, scaling=2.0)
+    tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, None, None)
+    found = linearised(tokens, moments, lora, down, scaling=2.0)
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
     assert values == {"down": (110.0, 70.0), "gate": (36465.0, 23205.0), "up": (40755.0, 25935.0)}
 
@@ -125,26 +122,56 @@ def test_an_expert_without_moments_gets_nothing():
     lora = {n: (torch.randn(2, 1, 3), torch.randn(2, 3, 1)) for n in PROJECTIONS}
     zero = Moments(*torch.zeros(3, 2, 3))
     down = torch.randn(2, 3, 3)
-    c = torch.rand(4, 2)
-    x, delta = torch.randn(2, 4, 3)
-    A = torch.cat([lora["gate"][0], lora["up"][0]], dim=1)
-    sums = linearised_sums(x, delta, c, A, response(zero, lora, down))
-    assert all((g == 0).all() for pair in linearised(sums, zero, lora, down, 1.0).values() for g in pair)
+    tokens = ExpertTokens(*torch.randn(2, 2, 4, 3))
+    assert all((g == 0).all() for pair in linearised(tokens, zero, lora, down, 1.0).values() for g in pair)
 
 
-def test_sums_of_sampled_tokens_are_unbiased():
-    """The mean over many draws of a quarter of the tokens comes to the sum over all; one token with no gradient."""
+def test_draws_by_hand():
+    """||delta|| = 0, 3, 4; c = 1, 0.5, 1 for the first expert, 0, 1, 0 for the second, 0 for the third.
+
+    Masses are 0, 1.5, 4 and 0, 3, 0: a drawn gradient is as long as their sum over the draws, 5.5 / 2 and 3 / 2.
+    """
     torch.manual_seed(0)
-    delta = torch.randn(16, 3) * torch.logspace(-2, 1, 16).unsqueeze(1)
-    delta[3] = 0
-    drawn, weight = sample_tokens(delta, 0.25)
-    assert len(drawn) == len(weight) == 4
-    total = torch.zeros(3)
-    for _ in range(4000):
-        drawn, weight = sample_tokens(delta, 0.25)
-        total += (delta[drawn] * weight.unsqueeze(1)).sum(0) / 4000
-    torch.testing.assert_close(total, delta.sum(0), atol=0.4, rtol=0)
-    assert delta.norm(dim=1).sum() > 20  # so that 0.4 is a small part
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    delta = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    c = torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    twice = 0
+    for _ in range(200):
+        tokens = draw_tokens(x, delta, c, None, 2)
+        assert tokens.x_END.shape == tokens.delta_END.shape == (3, 2, 2)
+        torch.testing.assert_close(tokens.delta_END.norm(dim=2), torch.tensor([[2.75] * 2, [1.5] * 2, [0.0] * 2]))
+        assert tokens.x_END[1, :, 0].tolist() == [2.0, 2.0]
+        for x_D, delta_D in zip(tokens.x_END[0], tokens.delta_END[0], strict=True):
+            assert torch.equal(delta_D != 0, delta[int(x_D[0]) - 1] != 0)  # the gradient is the token's own
+        twice += int((tokens.x_END[0, :, 0] == 2).sum())
+    assert 80 < twice < 140  # 400 * 1.5 / 5.5 = 109
+
+
+def test_sums_over_drawn_tokens_are_unbiased():
+    """The mean over many draws of 4 of 16 tokens comes to the sum over all, of every part."""
+    torch.manual_seed(0)
+    delta = torch.randn(16, 3) * torch.logspace(-1, 1, 16).unsqueeze(1)
+    x, c, mixture = torch.randn(16, 3), torch.rand(16, 2), TokenMixture(*torch.randn(3, 16, 3))
+
+    def products(tokens):
+        pairs = [(tokens.x_END, tokens.delta_END), (tokens.hidden_ENF, tokens.delta_END)]
+        pairs += [(tokens.x_END, tokens.gate_ENF), (tokens.x_END, tokens.up_ENF)]
+        return torch.stack([a.mT @ b for a, b in pairs])
+
+    exact = products(draw_tokens(x, delta, c, mixture, None))
+    loops = [torch.einsum("td,tf,te->edf", x, other, c) for other in (delta, mixture.gate_TF)]
+    torch.testing.assert_close(exact[[0, 2]], torch.stack(loops))
+    draws = torch.stack([products(draw_tokens(x, delta, c, mixture, 4)) for _ in range(4000)])
+    error = (draws.mean(0) - exact).abs() / (draws.std(0) / 4000**0.5)  # in standard errors
+    assert float(error.max()) < 4.5
+    assert float(draws.std(0).min()) > 0
+
+
+def test_a_gradient_that_is_not_finite_does_not_end_the_draw():
+    """The real gradient has it too, and the step is skipped for it."""
+    delta = torch.tensor([[1.0], [float("nan")]])
+    assert draw_tokens(torch.ones(2, 1), delta, torch.ones(2, 1), None, 3).delta_END.isfinite().all()
+    assert draw_tokens(torch.ones(2, 1), delta, torch.ones(2, 1), None, None).delta_END.isnan().any()
 
 
 def test_linearised_equals_the_loop_over_tokens():
@@ -156,16 +183,16 @@ def test_linearised_equals_the_loop_over_tokens():
             B.data.normal_(0, 0.05)
     seen = reference.watch(model.layers)
     collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7)
-    collector.begin_step()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
-    for layer, record, sums in zip(model.layers, seen, collector._sums, strict=True):
-        truth = reference.linearised(layer, record, rho=0.7)
-        assert set(sums) == set(LinearisedSums._fields)
-        for name, pair in collector._of_local_experts(layer, sums).items():
-            for ours, parameter in zip(pair, layer.experts.factors()[name], strict=True):
-                assert truth[id(parameter)].abs().max() > 1e-4
-                torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-5, rtol=1e-4)
+    found = collector.reduce()
+    assert len(found) == 2 * 6
+    truth = {}
+    for layer, record in zip(model.layers, seen, strict=True):
+        truth |= reference.linearised(layer, record, rho=0.7)
+    for parameter, ours in found:
+        assert truth[id(parameter)].abs().max() > 1e-4
+        torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-5, rtol=1e-4)
 
 
 def test_dense_oracle_completes_the_dense_gradient():
@@ -182,9 +209,9 @@ def test_dense_oracle_completes_the_dense_gradient():
     x, delta = torch.randn(tokens, width), torch.randn(tokens, width)
     p = torch.randn(tokens, experts).softmax(-1)
     active = F.one_hot(p.argmax(-1), experts).bool()
-    everything = dense_oracle(x, delta, p, base, lora, 0.5)
-    active_part = dense_oracle(x, delta, p * active, base, lora, 0.5)
-    rest = dense_oracle(x, delta, inactive_weight(p, active, 1.0), base, lora, 0.5)
+    weights = [p, p * active, inactive_weight(p, active, 1.0)]
+    found = [dense_oracle(draw_tokens(x, delta, c, None, None), base, lora, 0.5) for c in weights]
+    everything, active_part, rest = found
     for name in PROJECTIONS:
         for whole, one, other in zip(everything[name], active_part[name], rest[name], strict=True):
             torch.testing.assert_close(one + other, whole, atol=1e-4, rtol=1e-4)
@@ -211,16 +238,11 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
     tokens = collate(examples, 0)
     seen = reference.watch(model.layers)
     collectors = [PseudoGradientCollector([layer], estimator, rho=1.0) for layer in model.layers]
-    for collector in collectors:
-        collector.begin_step()
     F.cross_entropy(model(tokens.input_ids, tokens.used, tokens.position_A), tokens.target_A).backward()
     pairs = []
     for layer, record, collector in zip(model.layers, seen, collectors, strict=True):
         truth = reference.dense_oracle(layer, record, rho=1.0)
-        sums = collector._of_local_experts(layer, collector._sums[0])
-        both = [
-            (g, truth[id(p)]) for n, pair in layer.experts.factors().items() for p, g in zip(pair, sums[n], strict=True)
-        ]
+        both = [(gradient, truth[id(parameter)]) for parameter, gradient in collector.reduce()]
         pairs.append(tuple(torch.cat([part.flatten() for part in side]) for side in zip(*both, strict=True)))
     return pairs
 
@@ -251,59 +273,25 @@ def test_token_weighted_is_exact_for_equal_experts():
             B.data.copy_(torch.randn_like(B[:1]).mul(0.05).expand_as(B))
     seen = reference.watch(model.layers)
     collector = PseudoGradientCollector(model.layers, "token_weighted", rho=1.0)
-    collector.begin_step()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
-    for layer, record, sums in zip(model.layers, seen, collector._sums, strict=True):
-        truth = reference.dense_oracle(layer, record, rho=1.0)
-        for name, pair in layer.experts.factors().items():
-            for factor, parameter in zip("AB", pair, strict=True):
-                assert truth[id(parameter)].abs().max() > 1e-4
-                torch.testing.assert_close(sums[f"{name}_{factor}"], truth[id(parameter)], atol=1e-6, rtol=1e-3)
-
-
-def test_layers_take_turns(monkeypatch):
-    """With interval 3 both of two layers are computed in the first step, the second in step 2, the first in step 3."""
-    one_rank = SimpleNamespace(all_reduce=lambda x: x, get_world_size=lambda: 1)
-    monkeypatch.setattr("ubsmoe_ds.moe.collector.dist", one_rank)
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
-    for layer in model.layers:
-        layer.experts.moments = Moments(*torch.ones(3, 8, 12))
-        for _, B in layer.experts.factors().values():
-            torch.nn.init.normal_(B, std=0.1)
-    collectors = {}
-    for interval in (1, 3):
-        collectors[interval] = PseudoGradientCollector(model.layers, "linearised", 1.0, interval=interval)
-        collectors[interval].begin_round()
-    generator = torch.Generator().manual_seed(0)
-    found = {1: [], 3: []}
-    for _ in range(4):
-        ids = torch.randint(2, tiny.VOCAB, (2, 8), generator=generator)
-        for interval, collector in collectors.items():
-            collector.begin_step()
-            logits = model(ids, torch.ones_like(ids, dtype=torch.bool))
-            F.cross_entropy(logits.reshape(16, -1), ids.reshape(-1)).backward()
-            found[interval].append([gradient for _, gradient in collector.reduce()])
-    half = len(found[1][0]) // 2  # additions of a layer
-    for step, (of_first, of_second) in enumerate([(0, 0), (0, 0), (0, 2), (3, 2)]):
-        first, second = found[1][of_first][:half], found[1][of_second][half:]
-        for ours, fresh in zip(found[3][step], [*first, *second], strict=True):
-            torch.testing.assert_close(ours, fresh)
-    assert not torch.allclose(found[1][0][1], found[1][3][1])  # steps differ
-    assert len(collectors[3].reduce()) == 2 * half  # no step in between: the last ones
-    collectors[3].begin_round()
-    assert collectors[3].reduce() == []
+    found = collector.reduce()
+    truth = {}
+    for layer, record in zip(model.layers, seen, strict=True):
+        truth |= reference.dense_oracle(layer, record, rho=1.0)
+    for parameter, ours in found:
+        assert truth[id(parameter)].abs().max() > 1e-4
+        torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-6, rtol=1e-3)
 
 
 def test_evaluation_and_frozen_passes_collect_nothing():
     model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(k=2, candidates=8)).train()
     collector = PseudoGradientCollector(model.layers, "token_weighted", 1.0)
-    collector.begin_step()
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     with torch.no_grad():
         model(ids, torch.ones_like(ids, dtype=torch.bool))
     model.eval()(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
-    assert collector._sums == [{}, {}]
+    assert collector.reduce() == []
 
 
 @pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted", "linearised"])
@@ -316,9 +304,9 @@ def test_a_steps_graph_is_freed(estimator):
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     seen = []
     for _ in range(4):
-        collector.begin_step()
+        collector.reset()
         model(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
-        collector.discard()
+        collector.reset()
         seen.append(weakref.ref(model.layers[0].gate.routing.p_TE))
     gc.collect()
     assert [reference() is not None for reference in seen] == [False, False, False, True]  # the gate keeps its last
