@@ -100,12 +100,12 @@ def seconds_of(function: Callable[[], object]) -> float:
 def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each function, all called once per repeat, so that what disturbs the machine disturbs all alike.
 
-    The first call of each is not counted.
+    Every other repeat goes through them backwards. The first call of each is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function))
+    for repeat in range(repeats + 1):
+        for name in list(functions)[:: -1 if repeat % 2 else 1]:
+            seconds[name].append(seconds_of(functions[name]))
     return {name: values[1:] for name, values in seconds.items()}
 
 

@@ -27,10 +27,10 @@ SIZES = {  # OLMoE-1B-7B's proportions; None: the built-in model
 VARIANTS = (  # estimator, tokens_per_expert
     ("none", None),
     ("expert_mean", None),
-    ("token_weighted", 8),
+    ("token_weighted", 4),
+    ("linearised", 4),
     ("linearised", 8),
     ("linearised", 16),
-    ("linearised", 32),
 )
 MOMENT_SHARE = 1 / 16  # as the preset has it
 

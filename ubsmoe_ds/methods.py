@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         _PLAIN,
         {
             "dmr": {"enabled": True},
-            "pseudo_gradient": {"estimator": "linearised", "tokens_per_expert": 8, "moment_share": 0.0625},
+            "pseudo_gradient": {"estimator": "linearised", "tokens_per_expert": 4, "moment_share": 0.0625},
             "router": {"gate_rescale": "power"},
         },
     ),
