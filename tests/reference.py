@@ -10,7 +10,7 @@ from tests import tiny
 from ubsmoe_ds.client import client_spec
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import steps
-from ubsmoe_ds.models.olmoe import UBSMoEForCausalLM, convert, load_checkpoint
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, load
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
@@ -18,7 +18,7 @@ from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
     """The model of the first client with all experts in this process."""
     config = exp.clients[0].model_copy(update={"expert_parallel": 1, "ranks": 1})
-    return convert(load_checkpoint(exp.model_dir), client_spec(exp, config, 0)).train()
+    return load(exp.model_dir, client_spec(exp, config, 0)).train()
 
 
 def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, extend, route_rows
+from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, room, route_rows
 
 EXPERTS, SCALING = 5, 0.7
 NAMES = ("y", "x", "weight", "gate A", "gate B", "up A", "up B", "down A", "down B")
@@ -55,8 +55,10 @@ def extended(base: dict[str, Tensor], factors: list[Tensor]) -> Weights:
     """[[W, s B], [A, 0]] written out."""
     gate_A, gate_B, up_A, up_B, down_A, down_B = factors
     (_, hidden, width), rank = base["gate"].shape, gate_A.shape[1]
-    gate_up = extend(torch.cat([base["gate"], base["up"]], dim=1), 2 * rank)
-    down = extend(base["down"], rank)
+    gate_up = room(EXPERTS, 2 * hidden, width, 2 * rank, gate_A.dtype)
+    gate_up[:, : 2 * hidden, :width] = torch.cat([base["gate"], base["up"]], dim=1)
+    down = room(EXPERTS, width, hidden, rank, gate_A.dtype)
+    down[:, :width, :hidden] = base["down"]
     gate_up[:, :hidden, width : width + rank] = SCALING * gate_B
     gate_up[:, hidden : 2 * hidden, width + rank : width + 2 * rank] = SCALING * up_B
     gate_up[:, 2 * hidden : 2 * hidden + 2 * rank, :width] = torch.cat([gate_A, up_A], dim=1)

@@ -1,14 +1,17 @@
 """The converted model against Hugging Face's own, and the gate's contract with DeepSpeed."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests import tiny
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.models.olmoe import LoraLinear, UBSMoESpec, convert, load_checkpoint
+from ubsmoe_ds.models.causal_lm import LoraLinear, UBSMoESpec, convert, load
+from ubsmoe_ds.models.checkpoint import Checkpoint
 
 SHAPES = {
     "olmoe_like": {},
@@ -144,14 +147,152 @@ def test_conversion_refuses_uneven_experts_and_other_activations():
         convert(tiny.hf_model(hidden_act="gelu"), UBSMoESpec(k=2, candidates=8))
 
 
-def test_damaged_checkpoints_are_named(tmp_path):
-    with pytest.raises(UserError, match="no model folder"):
-        load_checkpoint(tmp_path)
-    folder = tmp_path / "model"
-    tiny.save_model(folder)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_checkpoint(folder)
+COMMON = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 3,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+FAMILIES = {
+    "olmoe": OlmoeConfig(**COMMON, intermediate_size=12, num_experts=8, norm_topk_prob=False),
+    "olmoe, tied": OlmoeConfig(**COMMON, intermediate_size=12, num_experts=8, tie_word_embeddings=True),
+    "mixtral": MixtralConfig(**COMMON, intermediate_size=12, num_local_experts=8),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=12, num_experts=8, intermediate_size=20, shared_expert_intermediate_size=24
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=12,
+        num_experts=8,
+        intermediate_size=20,
+        norm_topk_prob=True,
+        head_dim=8,
+        mlp_only_layers=[1],
+    ),
+}
+
+
+def saved_family(name, folder, shard_size="20KB"):
+    """A random model of the family and its checkpoint in several shards."""
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
+    for parameter in hf.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.3)
+    hf.save_pretrained(folder, max_shard_size=shard_size)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return hf
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_hugging_face_at_every_k(family, tmp_path):
+    hf = saved_family(family, tmp_path)
+    model = load(tmp_path, UBSMoESpec(k=3, candidates=8)).eval()
+    ids, used = ids_and_mask()
+    for k in (3, 1, 2):
+        model.set_active_experts(k)
+        for layer in hf.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.top_k = k
+        with torch.no_grad():
+            ours, theirs = model(ids, used), hf(ids).logits
+        assert theirs.std() > 0.1
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rank_reads_its_experts_only(family, tmp_path, monkeypatch):
+    saved_family(family, tmp_path)
+    whole = load(tmp_path, UBSMoESpec(k=2, candidates=8))
+    read = []
+    read_into = Checkpoint.read_into
+
+    def noted(self, target, name):
+        read.append(name)
+        read_into(self, target, name)
+
+    monkeypatch.setattr(Checkpoint, "read_into", noted)
+    for rank in range(4):
+        read.clear()
+        part = load(tmp_path, UBSMoESpec(k=2, candidates=8, expert_parallel=4, expert_rank=rank))
+        assert {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name} == {
+            2 * rank,
+            2 * rank + 1,
+        }
+        for ours, all_ours in zip(part.layers, whole.layers, strict=True):
+            for name, parameter in ours.experts.named_parameters():
+                assert torch.equal(parameter, all_ours.experts.get_parameter(name)[2 * rank : 2 * rank + 2])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_bf16_weights_are_kept_as_they_are_stored(family, tmp_path):
+    hf = saved_family(family, tmp_path / "fp32")
+    hf.bfloat16().save_pretrained(tmp_path / "bf16")
+    model = load(tmp_path / "bf16", UBSMoESpec(k=2, candidates=8), torch.bfloat16)
+    frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    assert frozen == {torch.bfloat16}
+    stored = next(layer.mlp for layer in hf.model.layers if hasattr(layer.mlp, "experts")).experts.down_proj
+    assert torch.equal(model.layers[0].experts.base()["down"], stored)
+
+
+def truncate(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def rename(folder):
+    sorted(folder.glob("*.safetensors"))[1].rename(folder / "elsewhere.safetensors")
+
+
+def drop_tensor(folder):
+    index = folder / "model.safetensors.index.json"
+    held = json.loads(index.read_text())
+    del held["weight_map"]["model.layers.1.mlp.experts.5.up_proj.weight"]
+    index.write_text(json.dumps(held))
+
+
+def other_width(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 12', '"intermediate_size": 14'))
+
+
+def pickled(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def other_family(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "olmoe"', '"model_type": "gpt2"'))
+
+
+DAMAGES = {
+    truncate: r"model-00002-of-\d+\.safetensors' cannot be read \(for tensor 'model\.[a-z0-9_.]+'\): .*; copy it again",
+    rename: r"model-00002-of-\d+\.safetensors' is missing; it should hold 'model\.",
+    drop_tensor: r"lacks 1 tensors, first 'model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight'",
+    other_width: r"'model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight' has the shape \[12, 16\], .* for \[14, 16\]",
+    pickled: r"has neither .*; pytorch_model\.bin may run code when read",
+    other_family: r"is a 'gpt2'; supported: olmoe, mixtral, qwen2_moe, qwen3_moe",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoints_are_named(damage, tmp_path):
+    saved_family("olmoe", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=DAMAGES[damage]) as raised:
+        load(tmp_path, UBSMoESpec(k=2, candidates=8))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_folder_is_no_model(tmp_path):
+    with pytest.raises(UserError, match=r"no model folder \(config.json is missing\)"):
+        load(tmp_path, UBSMoESpec(k=2, candidates=8))
 
 
 def test_gradient_equals_hugging_face():

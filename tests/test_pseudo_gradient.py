@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests import reference, tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
-from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
+from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.pseudo_gradient import (
@@ -96,8 +96,18 @@ def test_moments_are_sums_over_rows(every):
     base = {"gate": torch.randn(2, 4, 3, generator=generator), "up": torch.randn(2, 4, 3, generator=generator)}
     base["down"] = torch.randn(2, 3, 4, generator=generator)
     experts = StackedExperts(
-        base, rank=2, full_rank=2, alpha=2.0, group_name="ep_size_1", generator=generator, num_experts=2, first=0
+        (2, 4, 3),
+        torch.float32,
+        rank=2,
+        full_rank=2,
+        alpha=2.0,
+        group_name="ep_size_1",
+        generator=generator,
+        num_experts=2,
+        first=0,
     )
+    for name, place in experts.base().items():
+        place.copy_(base[name])
     slots = torch.zeros(2, 2, 5, 3)
     expected = torch.zeros(2, 13)
     for (rank, expert), filled in {(0, 0): 5, (1, 0): 2, (0, 1): 0, (1, 1): 4}.items():
@@ -223,7 +233,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
     Every expert of the built-in model becomes a copy of the first plus `noise` times its spread, as when upcycled
     experts have gone apart; the adapters are those of a client in mid-training (A and B differ between experts).
     """
-    hf = load_checkpoint(BUILTIN_MODELS["builtin:tiny_olmoe"])
+    hf = OlmoeForCausalLM.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for block in hf.model.layers:
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):

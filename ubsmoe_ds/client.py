@@ -23,7 +23,7 @@ from ubsmoe_ds.config import ClientConfig, Experiment
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.gradients import GradientFinisher
-from ubsmoe_ds.models.olmoe import UBSMoESpec, convert, load_checkpoint
+from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.moments import ExpertMoments
 
@@ -97,10 +97,9 @@ class Client:
         if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
         torch.manual_seed(exp.seed)
-        hf = load_checkpoint(exp.model_dir)
-        self.hf_config = hf.config
         self.spec = client_spec(exp, config, client_rank)
-        self.model = convert(hf, self.spec)
+        self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
+        self.hf_config = self.model.hf.config
         with _deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
                 model=self.model,

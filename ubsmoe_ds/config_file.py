@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.sections import ModelConfig
 
 
@@ -41,12 +42,15 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except ValidationError as error:
         raise UserError(_one_line(error, prefix="model.")) from error
     facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
-    if facts.get("model_type") != "olmoe":
-        raise UserError(f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: 'olmoe'")
-    for name in ("num_experts", "num_experts_per_tok"):
+    family = FAMILIES.get(str(facts.get("model_type")))
+    if family is None:
+        raise UserError(
+            f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: {', '.join(FAMILIES)}"
+        )
+    for name in (family.num_experts, "num_experts_per_tok"):
         if not isinstance(facts.get(name), int):
             raise UserError(f"model.path: in {model.path!r}, config.json's {name} is {facts.get(name)!r}, not a number")
-    raw["num_experts"] = facts["num_experts"]
+    raw["num_experts"] = facts[family.num_experts]
     raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
     try:
         return Experiment.model_validate(raw)

@@ -13,9 +13,13 @@ class ModelShape:
     num_experts: int
     heads: int
     kv_heads: int
+    head_dim: int
     vocab: int
     lora_rank: int
     lora_attention: bool = False
+    dense_layers: int = 0  # of the layers, those with a plain MLP of `dense_width` in place of experts
+    dense_width: int = 0
+    shared_width: int = 0  # of what every token passes beside its experts
 
 
 def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
@@ -31,20 +35,24 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
         the backward pass of a frozen matrix costs one product, of a LoRA factor two.
     """
     d, f, r = shape.hidden, shape.expert_width, shape.lora_rank
-    kv = d * shape.kv_heads // shape.heads
-    attention = 2 * (2 * d * d + 2 * d * kv) + 4 * context * d
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * (2 * d * q + 2 * d * kv) + 4 * context * q
     if shape.lora_attention:
-        attention += 2 * r * (2 * (d + d) + 2 * (d + kv))
+        attention += 2 * r * (2 * (d + q) + 2 * (d + kv))
     expert = 2 * 3 * d * f + 2 * 3 * r * (d + f)
+    shared = 2 * 3 * d * shape.shared_width + (2 * d if shape.shared_width else 0)
     router = 2 * d * shape.num_experts
-    return shape.layers * (attention + router + k * expert) + 2 * d * shape.vocab
+    sparse_layers = shape.layers - shape.dense_layers
+    dense = shape.dense_layers * 2 * 3 * d * shape.dense_width
+    return shape.layers * attention + sparse_layers * (router + shared + k * expert) + dense + 2 * d * shape.vocab
 
 
 def trainable_parameters(shape: ModelShape, router: bool) -> int:
     """LoRA, phi and, if trained, the router: what a client sends to the others."""
     d, f, r = shape.hidden, shape.expert_width, shape.lora_rank
     per_layer = shape.num_experts * 3 * r * (d + f) + shape.num_experts + (shape.num_experts * d if router else 0)
+    total = (shape.layers - shape.dense_layers) * per_layer
     if shape.lora_attention:
-        kv = d * shape.kv_heads // shape.heads
-        per_layer += r * (2 * (d + d) + 2 * (d + kv))
-    return shape.layers * per_layer
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        total += shape.layers * r * (2 * (d + q) + 2 * (d + kv))
+    return total

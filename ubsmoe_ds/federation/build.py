@@ -25,7 +25,7 @@ from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.memory import release_freed_memory
-from ubsmoe_ds.models.olmoe import model_shape
+from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.run_folder import check_run_folder
 from ubsmoe_ds.world import World
 

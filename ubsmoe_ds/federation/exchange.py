@@ -30,7 +30,8 @@ SUM_PIECE = 2**16  # elements
 class Unit:
     """A module's state: `numel` elements, or LoRA factors A [R, n] and B [m, R] of `lora` = (m, n).
 
-    `expert` is the expert it belongs to, or None for state that every rank of a client holds; `layer` its layer.
+    `expert` is the expert it belongs to, or None for state that every rank of a client holds; `layer` its
+    layer among those with experts.
     """
 
     name: str

@@ -25,7 +25,7 @@ from ubsmoe_ds.federation.pruning import next_rank
 from ubsmoe_ds.federation.server import Server, Usage
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, share_moments
 from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.models.olmoe import model_shape
+from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.world import World
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.gradients import MasterWeights
-from ubsmoe_ds.models.olmoe import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM, lora_generator
+from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM, lora_generator
 from ubsmoe_ds.moe.layer import UBSMoE
 
 DMR_SUFFIX = ".dmr"
@@ -84,9 +84,10 @@ class UnitStore:
         self.model, self.masters, self.rank, self.stacking, self.seed = model, masters, rank, stacking, seed
         self.units: list[Unit] = []
         self._blocks: list[_Block] = []
+        self._moe_layers = 0
         self._remainders: dict[int, Tensor] = {}  # what a bf16 weight cannot hold of what was merged into it
         for index, decoder in enumerate(model.decoders):
-            self._add_layer(index, decoder.mlp, decoder.self_attn, dmr)
+            self._add_decoder(f"layers.{index}", decoder, dmr)
         self.shared = self._joined(self._read)
         if stacking:
             for block, part in self._places(self.shared, rank):
@@ -168,30 +169,37 @@ class UnitStore:
             total += float(norm.sum()) / copies
         return total
 
-    def _add_layer(self, index: int, layer: UBSMoE, attention: nn.Module, dmr: bool) -> None:
-        name = f"layers.{index}"
+    def _add_decoder(self, name: str, decoder: nn.Module, dmr: bool) -> None:
+        layer = decoder.mlp if isinstance(decoder.mlp, UBSMoE) else None
+        number = self._moe_layers
+        if layer is not None:
+            self._moe_layers += 1
+            self._add_experts(name, layer, number)
+        for projection in ATTENTION_PROJECTIONS:
+            linear = getattr(decoder.self_attn, projection)
+            if isinstance(linear, LoraLinear):
+                prefix = f"{name}.attention.{projection}"
+                m, n = linear.base.weight.shape
+                self.units.append(Unit(prefix, lora=(m, n)))
+                parameters = {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B}
+                self._blocks.append(_Block(parameters, 1, linear.base.weight))
+        if layer is not None and dmr:
+            self._add_dense(name + DMR_SUFFIX, f"{name}.phi", layer.gate.phi, number)
+
+    def _add_experts(self, name: str, layer: UBSMoE, number: int) -> None:
+        """LoRA of the experts and the router of the `number`-th UB-SMoE layer."""
         group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
         for projection, (A, B) in layer.experts.factors().items():
             shape = (B.shape[1], A.shape[2])
             self.units += [
-                Unit(f"{name}.experts.{e}.{projection}", expert=e, lora=shape, layer=index)
+                Unit(f"{name}.experts.{e}.{projection}", expert=e, lora=shape, layer=number)
                 for e in range(layer.num_experts)
             ]
             prefix = f"{name}.experts.{projection}"
             base = layer.experts.base()[projection]
             self._blocks.append(_Block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, len(A), base, group))
         if layer.gate.wg.weight.requires_grad:
-            self._add_dense(f"{name}.router", f"{name}.router.weight", layer.gate.wg.weight, index)
-        for projection in ATTENTION_PROJECTIONS:
-            linear = getattr(attention, projection)
-            if isinstance(linear, LoraLinear):
-                prefix = f"{name}.attention.{projection}"
-                m, n = linear.base.weight.shape
-                self.units.append(Unit(prefix, lora=(m, n), layer=index))
-                parameters = {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B}
-                self._blocks.append(_Block(parameters, 1, linear.base.weight))
-        if dmr:
-            self._add_dense(name + DMR_SUFFIX, f"{name}.phi", layer.gate.phi, index)
+            self._add_dense(f"{name}.router", f"{name}.router.weight", layer.gate.wg.weight, number)
 
     def _add_dense(self, unit: str, name: str, parameter: nn.Parameter, layer: int) -> None:
         self.units.append(Unit(unit, parameter.numel(), layer=layer))
@@ -221,7 +229,8 @@ class UnitStore:
         drawn = {}
         for index, decoder in enumerate(self.model.decoders):
             generator = lora_generator(self.seed, index, round_number)
-            for projection, A_ERn in decoder.mlp.experts.draw_adapters(generator).items():
+            experts = decoder.mlp.experts if isinstance(decoder.mlp, UBSMoE) else None
+            for projection, A_ERn in experts.draw_adapters(generator).items() if experts is not None else ():
                 drawn[f"layers.{index}.experts.{projection}.lora_A"] = A_ERn[:, : self.rank]
             for projection in ATTENTION_PROJECTIONS:
                 linear = getattr(decoder.self_attn, projection)

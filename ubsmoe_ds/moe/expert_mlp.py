@@ -58,12 +58,9 @@ def route_rows(index_KT: Tensor, location_KT: Tensor, kept_E: Tensor, num_rows: 
     return Rows(ends_E.int(), token_N[:-1], slot_TK, kept_KT.t().contiguous())
 
 
-def extend(weight_EOI: Tensor, columns: int) -> Tensor:
-    """[[W, 0], [0, 0]] with room for `columns` columns of s B and rows of A, every stride aligned."""
-    experts, outputs, inputs = weight_EOI.shape
-    extended = weight_EOI.new_zeros(experts, _aligned(outputs + columns), _aligned(inputs + columns))
-    extended[:, :outputs, :inputs] = weight_EOI
-    return extended
+def room(experts: int, outputs: int, inputs: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[[W, s B], [A, 0]], all zero, for W [outputs, inputs] and `columns` columns of s B, every stride aligned."""
+    return torch.zeros(experts, _aligned(outputs + columns), _aligned(inputs + columns), dtype=dtype)
 
 
 class Weights(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, extend
+from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, room
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments, moment_values
 
 
@@ -18,10 +18,12 @@ class StackedExperts(nn.Module):
     """The experts that one rank holds: W frozen [E, out, in], LoRA A [E, R, in] and B [E, out, R] trainable.
 
     A starts uniform as in PEFT (kaiming, a = sqrt 5) and B at zero, so that the model starts as the base model.
-    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`).
+    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`). The frozen weights are zero at
+    first: whoever has them copies them to where `base` points.
 
     Args:
-        base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F].
+        shape: E, F and D.
+        dtype: of the frozen weights; adapters start in fp32.
         rank: R.
         full_rank: rank of the largest client; A is drawn at this rank and cut, so that clients start alike.
         alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
@@ -33,7 +35,8 @@ class StackedExperts(nn.Module):
 
     def __init__(
         self,
-        base: dict[str, Tensor],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
         *,
         rank: int,
         full_rank: int,
@@ -46,15 +49,16 @@ class StackedExperts(nn.Module):
         super().__init__()
         self.rank, self.scaling = rank, alpha / rank
         self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
-        self.num_local_experts, self.hidden, self.width = base["gate"].shape
+        self.num_local_experts, self.hidden, self.width = shape
         self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # adds up where set: three moments [E, F] and a count
         self.moment_every = 1  # of how many rows one is looked at for moments
-        self.gate_up = nn.Parameter(extend(torch.cat([base["gate"], base["up"]], dim=1), 2 * rank), requires_grad=False)
-        self.down = nn.Parameter(extend(base["down"], rank), requires_grad=False)
+        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * rank, dtype)
+        down = room(self.num_local_experts, self.width, self.hidden, rank, dtype)
+        self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
         for name, A_ERI in self.draw_adapters(generator).items():
-            outputs = base[name].shape[1]
+            outputs = self.base()[name].shape[1]
             self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :rank].clone()))
             self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, rank)))
         for parameter in self.parameters():

@@ -127,17 +127,22 @@ class UBSMoE(MoE):
     Args:
         gate, experts: the UB-SMoE parts, which replace what `MoE` would build.
         ep_size: ranks that share the experts.
+        shared: what every token passes beside its experts, [..., D] -> [..., D], added to their output.
     """
 
-    def __init__(self, gate: UBSMoEGate, experts: StackedExperts, ep_size: int) -> None:
+    def __init__(
+        self, gate: UBSMoEGate, experts: StackedExperts, ep_size: int, shared: nn.Module | None = None
+    ) -> None:
         num_experts, hidden = gate.wg.weight.shape
         super().__init__(hidden, nn.Identity(), num_experts, ep_size=ep_size)
         self.deepspeed_moe = UBSMoELayer(gate, experts, self.expert_group_name, ep_size, self.num_local_experts)
+        self.shared = shared
         self.used_token: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[B, S, D] -> [B, S, D]; l_aux and counts stay readable at `deepspeed_moe` and `gate`."""
-        return self.deepspeed_moe(hidden_states, self.used_token)
+        y = self.deepspeed_moe(hidden_states, self.used_token)
+        return y if self.shared is None else y + self.shared(hidden_states)
 
     @property
     def gate(self) -> UBSMoEGate:
