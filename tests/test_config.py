@@ -1,6 +1,9 @@
 """The experiment file: what is derived from it, and one clear line for everything that is wrong with it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +131,7 @@ def test_files_that_are_no_experiments(tmp_path):
 
 def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="model_type 'llama'; supported: 'olmoe'"):
+    with pytest.raises(UserError, match="model_type 'llama'; supported: olmoe, mixtral"):
         load(f"model.path={tmp_path}")
 
 
@@ -149,3 +152,28 @@ def test_settings_cannot_change_after_loading():
     client = ClientConfig(name="a", budget=0.5)
     with pytest.raises(ValueError, match="frozen"):
         client.budget = 1.0
+
+
+def test_models_of_the_hub_come_from_its_cache(tmp_path):
+    """As a machine without network sees it: what is cached is found, and what is not is refused in one line."""
+    cached = tmp_path / "hub" / "models--org--small"
+    commit = "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "config.json").write_text("{}")
+    script = (
+        "import sys; from ubsmoe_ds.config import model_folder; from ubsmoe_ds.errors import UserError\n"
+        "try: print(model_folder(sys.argv[1]))\nexcept UserError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    expected = {
+        "hub:org/small": str(cached / "snapshots" / commit),
+        "hub:org/small@main": str(cached / "snapshots" / commit),
+        "hub:org/other": "model.path: 'hub:org/other' cannot be had (",
+        "hub:not a name": "model.path: 'hub:not a name' cannot be had (",
+    }
+    for path, beginning in expected.items():
+        command = [sys.executable, "-c", script, path]
+        printed = subprocess.check_output(command, env=environment, text=True, cwd=Path(__file__).parent.parent)
+        assert printed.startswith(beginning) and printed.count("\n") == 1

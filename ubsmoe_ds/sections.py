@@ -42,7 +42,7 @@ class ClientConfig(Section):
 class ModelConfig(Section):
     """Which checkpoint, and how many experts the richest client activates."""
 
-    path: str = "builtin:tiny_olmoe"  # an HF folder of an OlmoeForCausalLM, with its tokenizer
+    path: str = "builtin:tiny_olmoe"  # an HF folder with its tokenizer, or hub:NAME[@REVISION]
     k_max: PositiveInt | None = None  # None: the checkpoint's num_experts_per_tok
     min_capacity: Annotated[int, Field(ge=1)] = 4  # DeepSpeed's floor of an expert's token slots
 
