@@ -34,6 +34,7 @@ LAYERS = [
     "moe.moments",
     "models.checkpoint",
     "models.causal_lm",
+    "models.peft_format",
     "gradients",
     "federation.host_memory",
     "federation.exchange",
