@@ -1,0 +1,124 @@
+"""Memory and time to load one rank's part of a checkpoint: ours, and transformers' whole model.
+
+    python benchmarks/loading.py                       # an OLMoE checkpoint of 1.3 GB, made for the occasion
+    python benchmarks/loading.py --gigabytes 4 --expert-parallel 1 8 --dtype bf16
+
+The checkpoint has OLMoE-1B-7B's structure (names, index, shards, per-expert tensors) at a smaller width. Each case runs
+in a process of its own. `kept_mb` are the bytes of the parameters that the rank holds afterwards, `peak_mb` the most
+memory of the process over what it had before, mapped file pages included; `ratio` is peak over kept.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import add_output_option, machine, say
+from safetensors.torch import save_file
+from transformers import OlmoeConfig
+
+from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYERS, EXPERTS, VOCABULARY = 16, 64, 50304  # of OLMoE-1B-7B
+SHARDS = 4
+
+
+def config(gigabytes: float, dtype: str) -> OlmoeConfig:
+    """As wide as the size asks for; F = D / 2, as in OLMoE-1B-7B."""
+    elements = gigabytes * 1e9 / DTYPES[dtype].itemsize
+    width = 128
+    while LAYERS * (4 * width**2 + EXPERTS * 3 * width * width // 2) + 2 * VOCABULARY * width < elements:
+        width += 128
+    return OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width // 2,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=width // 128,
+        num_experts=EXPERTS,
+        dtype=dtype.replace("fp", "float").replace("bf", "bfloat"),
+    )
+
+
+def save_checkpoint(folder: Path, made: OlmoeConfig, dtype: torch.dtype) -> float:
+    """Random weights under the hub's names, written shard by shard; gigabytes written."""
+    width, hidden = made.hidden_size, made.intermediate_size
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, width), "lm_head.weight": (VOCABULARY, width)}
+    shapes["model.norm.weight"] = (width,)
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        shapes |= {f"{prefix}self_attn.{name}_norm.weight": (width,) for name in "qk"}
+        shapes |= {f"{prefix}{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+        shapes[f"{prefix}mlp.gate.weight"] = (EXPERTS, width)
+        for expert in range(EXPERTS):
+            inside = f"{prefix}mlp.experts.{expert}."
+            shapes |= {f"{inside}{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+            shapes[f"{inside}down_proj.weight"] = (width, hidden)
+    names, files = sorted(shapes), {}
+    per_shard = -(-len(names) // SHARDS)
+    for shard in range(SHARDS):
+        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        own = names[shard * per_shard : (shard + 1) * per_shard]
+        save_file({name: torch.randn(shapes[name]).mul_(0.02).to(dtype) for name in own}, folder / file)
+        files |= dict.fromkeys(own, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    made.save_pretrained(folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
+
+
+def resident(which: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at most so far (getrusage would count the parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def measure(folder: Path, implementation: str, expert_parallel: int, options: argparse.Namespace) -> None:
+    """Load once and print."""
+    dtype = DTYPES[options.dtype]
+    before, start = resident("VmRSS"), time.perf_counter()
+    if implementation == "ubsmoe":
+        spec = UBSMoESpec(k=8, candidates=16, expert_parallel=expert_parallel)
+        model: torch.nn.Module = load(folder, spec, dtype)
+    else:
+        from transformers import OlmoeForCausalLM
+
+        model = OlmoeForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+    kept = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    record = {"bench": "loading", "impl": implementation, "dtype": options.dtype, "ranks": expert_parallel}
+    say(
+        record | {"kept_mb": round(kept), "peak_mb": round(peak), "ms": 1e3 * seconds, "ratio": peak / kept},
+        options.json,
+    )
+
+
+def main() -> None:
+    """A checkpoint, then a process for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.2)
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--expert-parallel", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)  # folder, implementation, ranks
+    add_output_option(parser)
+    options = parser.parse_args()
+    if options.case:
+        folder, implementation, ranks = options.case
+        measure(Path(folder), implementation, int(ranks), options)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        size = save_checkpoint(Path(name), config(options.gigabytes, options.dtype), DTYPES[options.dtype])
+        if not options.json:
+            print(f"{machine()}; a checkpoint of {size:.2f} GB in {SHARDS} shards", flush=True)
+        for implementation, ranks in [*(("ubsmoe", n) for n in options.expert_parallel), ("transformers", 1)]:
+            again = [*sys.argv[1:], "--case", name, implementation, str(ranks)]
+            subprocess.run([sys.executable, __file__, *again], check=True)
+
+
+if __name__ == "__main__":
+    main()
