@@ -35,6 +35,7 @@ LAYERS = [
     "models.checkpoint",
     "models.causal_lm",
     "models.peft_format",
+    "models.merged",
     "gradients",
     "federation.host_memory",
     "federation.exchange",

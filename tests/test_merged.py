@@ -1,0 +1,57 @@
+"""Adapters merged into plain weights, against transformers with the folder as it is written."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.test_model import FAMILIES, ids_and_mask, saved_family
+from tests.test_peft_format import ALPHA, RANK, trained
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.models.merged import write_merged
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_give_our_logits(family, tmp_path):
+    saved_family(family, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    model, state = trained(tmp_path / "base")
+    write_merged(tmp_path / "base", state, ALPHA / RANK, tmp_path / "out")
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+        assert (model(ids, used) - theirs).abs().max() < 1e-4
+    written, stored = ({p.name for p in (tmp_path / name).iterdir()} for name in ("out", "base"))
+    assert written == stored
+
+
+def test_whole_weights_replace_those_of_the_base(tmp_path):
+    """As FLoRA leaves them, beside adapters that do nothing; all else is the base's, to the bit."""
+    hf = saved_family("olmoe", tmp_path / "base")
+    torch.manual_seed(0)
+    value = torch.randn(8, 12, 16)
+    state = {
+        "layers.1.experts.up.weight": value,
+        "layers.1.experts.up.lora_A": torch.randn(8, 2, 16),
+        "layers.1.experts.up.lora_B": torch.zeros(8, 12, 2),
+    }
+    write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")
+    merged = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name, before in hf.named_parameters():
+        after = merged[name]
+        if name == "model.layers.1.mlp.experts.gate_up_proj":
+            assert torch.equal(after[:, 12:], value) and torch.equal(after[:, :12], before[:, :12])
+        else:
+            assert torch.equal(after, before)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    state["layers.7.router.weight"] = state["layers.0.router.weight"]
+    with pytest.raises(UserError, match=r"no weight for 1 tensors of the adapter, first 'layers.7.router.weight'"):
+        write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(UserError, match="is not empty; name a new folder"):
+        write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")
