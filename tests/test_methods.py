@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from tests.ranks import REPO, run_ranks
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.federation.rounds import views
 from ubsmoe_ds.methods import ABLATIONS, PRESETS, with_preset
+from ubsmoe_ds.models import peft_format
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
 RANK_METHODS = ["hetlora", "hetlora_plain", "flexlora", "flora", "florist"]
@@ -114,7 +116,16 @@ def test_every_method_learns_on_six_ranks(name, runs):
     ranks = [client["lora_rank"] for client in summary["clients"]]
     assert ranks == by_rank or (name == "hetlora" and all(r <= full for r, full in zip(ranks, by_rank, strict=True)))
     assert [int(results[rank][f"{name}/rank"]) for rank in (0, 1, 2, 4)] == ranks
-    assert (folder / name / "adapter.safetensors").is_file()
+    adapter = folder / name / "adapter"
+    of_clients = [adapter / "clients" / client["client"] for client in summary["clients"]]
+    for k, saved in zip([8, *(client["k"] for client in summary["clients"])], [adapter, *of_clients], strict=True):
+        if name == "flora":
+            assert [path.name for path in saved.iterdir() if path.is_file()] == ["weights.safetensors"]
+            continue
+        state, rank, _ = peft_format.read(saved, num_experts=16)
+        assert state["layers.1.experts.down.lora_A"].shape == (16, rank, 128)
+        with safe_open(saved / peft_format.SIDECAR, framework="pt") as beside:
+            assert beside.metadata()["k"] == str(k)
 
 
 @pytest.mark.slow

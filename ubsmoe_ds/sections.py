@@ -140,6 +140,7 @@ class TrainConfig(Section):
     rounds: PositiveInt = 5
     local_steps: PositiveInt = 10
     optimizer_state: Literal["reset", "keep"] = "reset"  # between rounds
+    save_every: Annotated[int, Field(ge=0)] = 0  # rounds between saved adapters; 0: only those of the end
 
 
 class EvalConfig(Section):

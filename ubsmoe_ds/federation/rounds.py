@@ -6,6 +6,8 @@ Shapes: C clients, L layers, E experts, G groups of clients that hold the same m
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import flops_per_token
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.evaluation import FIELDS, Evaluator
-from ubsmoe_ds.federation.adapter import save_adapter
+from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.federation.exchange import Exchange
 from ubsmoe_ds.federation.metrics import RoundSeconds, evaluation_scalars, seconds_scalars, training_scalars
 from ubsmoe_ds.federation.modulation import coefficient_of_variation
@@ -26,6 +28,7 @@ from ubsmoe_ds.federation.server import Server, Usage
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, share_moments
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.models.causal_lm import model_shape
+from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.world import World
 
 if TYPE_CHECKING:
@@ -72,6 +75,8 @@ class Federation:
             if number % self.exp.evaluation.every == 0 or number == self.exp.train.rounds:
                 evaluated = after = self._evaluate()
             clock.append(time.perf_counter())
+            if self.exp.train.save_every and number % self.exp.train.save_every == 0:
+                self._save(self.exp.run_dir / f"{FOLDER}-round-{number}")
             local, wait, exchange, evaluation = np.diff(clock)
             seconds = RoundSeconds(local, wait, exchange - merging, merging, evaluation)
             metrics, times = self._round_scalars(stats, seconds, statistics, refused_C)
@@ -209,19 +214,33 @@ class Federation:
                 own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
                 ratio = own / full if self.world.client_rank == 0 else 0.0
         ratios_C = self._client_table([ratio])[:, 0]
-        # the client of the largest rank holds all that is shared; it gathers its experts and writes them
-        largest = int(np.argmax(self.server.ranks))
-        if self.world.client == largest:
-            state = self.store.full_state()
-            if self.world.client_rank == 0:
-                save_adapter(self.exp, state, self.store.rank, self.exp.lora.alpha / self.exp.lora_ranks[largest])
-        self.world.barrier()
+        self._save(self.exp.run_dir / FOLDER)
         if self.monitor is not None:
             rows = self._summary(before, after, ratios_C, context=batch.micro[0].input_ids.shape[1])
             cv = {
                 f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in (("before", before), ("after", after))
             }
             self.monitor.finish(rows, cv)
+
+    def _save(self, folder: Path) -> None:
+        """Each client's adapter, and the whole's from the client of the largest rank, which holds all that is shared."""
+        config = self.exp.clients[self.world.client]
+        state, own = self.store.full_state(), self._own_scales()
+        if self.world.client_rank == 0:
+            rank, scaling = self.store.rank, self.exp.lora.alpha / self.exp.lora_rank(config)
+            save = partial(save_adapter, self.exp, rank=rank, scaling=scaling)
+            save(folder / CLIENTS / config.name, state | own, k=self.client.k)
+            if self.world.client == int(np.argmax(self.server.ranks)):
+                save(folder, state, k=self.exp.k_max)
+        self.world.barrier()
+
+    def _own_scales(self) -> dict[str, Tensor]:
+        """What the gates learned for this client alone (a collective over it under ZeRO)."""
+        found = {}
+        for index, decoder in enumerate(self.client.model.decoders):
+            if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
+                found[f"layers.{index}.scale"] = self.client.finisher.masters.read(decoder.mlp.gate.scale).cpu()
+        return found
 
     def _summary(
         self, before: dict[str, float], after: dict[str, float], ratios_C: np.ndarray, context: int
