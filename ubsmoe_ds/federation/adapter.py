@@ -1,13 +1,18 @@
 """The adapters that a run leaves behind: the whole's, and each client's."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config import Experiment, model_folder
+from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.models import peft_format
+from ubsmoe_ds.models.families import FAMILIES
 
 FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
 WEIGHTS = "weights.safetensors"  # in place of an adapter where weights themselves have changed
@@ -46,3 +51,57 @@ def save_adapter(
     path = exp.model.path
     base = path.removeprefix("hub:").partition("@")[0] if path.startswith("hub:") else str(exp.model_dir)
     peft_format.save(folder, state, rank=rank, alpha=scaling * rank, base_model=base, facts=facts)
+
+
+class Adapter(NamedTuple):
+    """What `read_adapter` found: `state` in our names, scaling of B A, the base's folder, and the sidecar's facts."""
+
+    state: dict[str, Tensor]
+    rank: int
+    scaling: float
+    base: Path
+    facts: dict[str, str]
+
+
+def read_adapter(folder: Path, base: str | None = None) -> Adapter:
+    """A folder that `save_adapter` wrote, or PEFT with the same targets.
+
+    Args:
+        folder: of the adapter.
+        base: as `model.path`; None: the model it was trained on.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    whole = folder / WEIGHTS
+    facts = _facts(whole if whole.is_file() else folder / peft_format.SIDECAR)
+    named = base or facts.get("base_model") or _base_of_peft(folder)
+    path = model_folder(named)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        num_experts = int(config[FAMILIES[config["model_type"]].num_experts])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"adapter: its base {str(path)!r} is no model folder of a supported family; name it") from error
+    if whole.is_file():
+        return Adapter(load_file(whole), 0, 0.0, path, facts)
+    state, rank, alpha = peft_format.read(folder, num_experts)
+    return Adapter(state, rank, alpha / rank, path, facts)
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none where there is no such file, as beside an adapter of PEFT's own."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def _base_of_peft(folder: Path) -> str:
+    path = folder / peft_format.CONFIG
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"adapter: {str(folder)!r} holds none ({peft_format.CONFIG} is missing or damaged)") from error

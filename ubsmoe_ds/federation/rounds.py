@@ -223,7 +223,7 @@ class Federation:
             self.monitor.finish(rows, cv)
 
     def _save(self, folder: Path) -> None:
-        """Each client's adapter, and the whole's from the client of the largest rank, which holds all that is shared."""
+        """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared."""
         config = self.exp.clients[self.world.client]
         state, own = self.store.full_state(), self._own_scales()
         if self.world.client_rank == 0:
