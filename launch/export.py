@@ -3,8 +3,8 @@
     python launch/export.py --adapter runs/tiny/adapter --merge merged
     python launch/export.py --adapter runs/tiny/adapter/clients/phone --merge phone --base FOLDER
 
-The merged model is read by transformers and whatever reads its checkpoints. It computes what the adapter does with PEFT:
-the model at phi = 0 without gate rescaling, at the K of its config; what is lost by that is said.
+The merged model is read by transformers and whatever reads its checkpoints. It computes what the adapter does with
+PEFT: the model at phi = 0 without gate rescaling, at the K of its config; what is lost by that is said.
 Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
