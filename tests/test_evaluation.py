@@ -13,7 +13,8 @@ from tests import tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.evaluation import FIELDS, Evaluator
+from ubsmoe_ds.data.batches import Candidate
+from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer
 from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert, load, model_shape
 from ubsmoe_ds.monitor import CELL, heat_map
 
@@ -32,7 +33,7 @@ def parts():
         with torch.no_grad():
             return model(tokens.input_ids, tokens.used, tokens.position_A)
 
-    return tokenizer, rows, SimpleNamespace(device=torch.device("cpu"), logits=logits)
+    return tokenizer, rows, SimpleNamespace(device=torch.device("cpu"), logits=logits, model=model)
 
 
 def plain(rows, tokenizer, k):
@@ -49,7 +50,7 @@ def plain(rows, tokenizer, k):
                 .item()
             )
 
-    nll = tokens = correct = 0
+    nll = tokens = correct = normalised = 0
     for row in rows:
         prompt = tokenizer(row["instruction"] + "\n")["input_ids"]
         texts = [row["answer"].replace(row["labels"][row["label"]], label) for label in row["labels"]]
@@ -57,8 +58,11 @@ def plain(rows, tokenizer, k):
         right = [*encoded[row["label"]], tokenizer.eos_token_id]
         nll -= logp(prompt, right)
         tokens += len(right)
-        correct += int(np.argmax([logp(prompt, option) for option in encoded])) == row["label"]
-    return nll, tokens, correct, len(rows)
+        scores = [logp(prompt, option) for option in encoded]
+        correct += int(np.argmax(scores)) == row["label"]
+        lengths = [len(option) for option in encoded]
+        normalised += int(np.argmax([s / n for s, n in zip(scores, lengths, strict=True)])) == row["label"]
+    return nll, tokens, correct, normalised, len(rows)
 
 
 @pytest.mark.parametrize("k", [8, 2])
@@ -67,6 +71,55 @@ def test_evaluation_equals_one_option_at_a_time(k, parts):
     found = Evaluator(rows, tokenizer, 256, batch_size=4).sums(client, k, 0, 1)
     assert found.shape == (len({row["task"] for row in rows}), len(FIELDS))
     np.testing.assert_allclose(found.sum(0), plain(rows, tokenizer, k), rtol=1e-4)
+
+
+def test_the_length_of_an_option_can_decide():
+    """log p -3 over 2 tokens against -2 over 1: raw the second wins, over the number of tokens the first."""
+    rows = [{"task": "t", "answer": "long", "labels": ["long", "short"], "label": 0}]
+    first = Candidate(0, [9], [1], [2], [0], [4], cut=False)
+    second = Candidate(0, [9], [], [3], [1], [], cut=False)
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.rows, evaluator.batch_size, evaluator.pad, evaluator.tasks = rows, 4, 0, ["t"]
+    evaluator.candidates, evaluator._order = [[first, second]], [0]
+    logp = {1: -1.0, 2: -2.0, 4: -0.5, 3: -2.0}
+
+    def logits(batch, k):
+        found = torch.full((len(batch.target_A), 10), -30.0)
+        for row, target in zip(found, batch.target_A.tolist(), strict=True):
+            row[target] = logp[target]
+            row[0] = np.log(1 - np.exp(logp[target]))
+        return found
+
+    client = SimpleNamespace(device=torch.device("cpu"), logits=logits)
+    np.testing.assert_allclose(evaluator.sums(client, 1, 0, 1), [[3.5, 3, 0, 1, 1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [8, 2])
+def test_generated_answers_equal_transformers_one_row_at_a_time(k, parts):
+    tokenizer, rows, client = parts
+    hf = OlmoeForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, num_experts_per_tok=k).eval()
+    expected = []
+    for row in rows[:6]:
+        ids = torch.tensor([tokenizer(row["instruction"] + "\n")["input_ids"]])
+        for _ in range(8):
+            with torch.no_grad():
+                ids = torch.cat([ids, hf(ids).logits[:, -1:].argmax(-1)], dim=1)
+        new = ids[0, -8:].tolist()
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        expected.append(tokenizer.decode(new, skip_special_tokens=True))
+    found = generate_answers(client.model, k, rows[:6], tokenizer, max_length=256, batch_size=4, max_new_tokens=8)
+    assert found == expected and any(found)
+
+
+def test_answers_are_parsed_by_hand():
+    labels = ["answer1", "answer2", "answer10"]
+    assert parse_answer("The correct answer is answer2.", labels) == 1
+    assert parse_answer("answer1? no: the correct answer is answer10", labels) == 2
+    assert parse_answer("I think Answer1", labels) == 0
+    assert parse_answer("the correct answer is answer100", labels) is None
+    assert parse_answer("", labels) is None
+    assert parse_answer("the correct answer is false", ["true", "false"]) == 1
+    assert parse_answer("the correct answer is C++", ["C", "C++"]) == 1
 
 
 def test_workers_share_the_rows(parts):

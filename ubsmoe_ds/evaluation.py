@@ -1,28 +1,54 @@
-"""Answer loss and option log-likelihood accuracy of the model at a given K.
+"""Answer loss, option log-likelihood and exact match of generated answers of a model at a given K.
 
 Clients with the same K hold the same model after a merge, so they share the rows: every rank takes some, and the sums
 are added up by the caller. Shapes: N rows, A answer positions, V vocabulary.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ubsmoe_ds.client import Client
-from ubsmoe_ds.data.batches import Candidate, candidates, collate
+from ubsmoe_ds.data.batches import Candidate, Tokens, candidates, collate
 from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
-FIELDS = ("nll", "tokens", "correct", "rows")  # summed; loss = nll / tokens, accuracy = correct / rows
+# summed; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
+FIELDS = ("nll", "tokens", "correct", "correct_norm", "rows")
+ANSWER_HEAD = "the correct answer is"
+
+
+class Scoring(Protocol):
+    """What the evaluation needs of a model; a `Client` is one."""
+
+    device: torch.device
+
+    def logits(self, tokens: Tokens, k: int) -> torch.Tensor:
+        """[A, V] at the answer positions with k active experts, nothing dropped."""
+
+
+class LocalModel:
+    """A model that holds all its experts and is no client's, as `Scoring`."""
+
+    def __init__(self, model: UBSMoEForCausalLM, device: torch.device) -> None:
+        self.model, self.device = model.eval(), device
+
+    @torch.no_grad()
+    def logits(self, tokens: Tokens, k: int) -> torch.Tensor:
+        """[A, V]."""
+        self.model.set_active_experts(k)
+        return self.model(tokens.input_ids, tokens.used, tokens.position_A)
 
 
 class Evaluator:
     """The evaluation rows, tokenised once.
 
     The answer loss is the mean over all answer tokens (the closing end-of-text token included). A row counts as right
-    if its right option has the largest summed log-probability of its answer tokens, raw, not length-normalised.
+    if its right option has the largest summed log-probability of its answer tokens: raw, and length-normalised (over
+    their number).
 
     Args:
         rows: evaluation rows.
@@ -39,7 +65,7 @@ class Evaluator:
         # long rows together: less padding
         self._order = sorted(range(len(rows)), key=lambda n: len(self.candidates[n][0].prompt))
 
-    def sums(self, client: Client, k: int, worker: int, workers: int) -> np.ndarray:
+    def sums(self, client: Scoring, k: int, worker: int, workers: int) -> np.ndarray:
         """This rank's part of the rows at K = k (a collective over the client).
 
         Args:
@@ -48,7 +74,7 @@ class Evaluator:
             worker, workers: this rank's place among all ranks that share the rows.
 
         Returns:
-            [tasks, 4] float64 in the order of `self.tasks` and `FIELDS`.
+            [tasks, 5] float64 in the order of `self.tasks` and `FIELDS`.
         """
         parts = [[c for n in self._order[w::workers] for c in self.candidates[n]] for w in range(workers)]
         mine, most = parts[worker], max(len(part) for part in parts)
@@ -63,23 +89,95 @@ class Evaluator:
             for candidate, logp in zip(batch, logp_AV.split(lengths), strict=True):
                 total[self._task(candidate.row)] += self._score(candidate, logp, scores[candidate.row])
         for number, options in scores.items():
-            right = max(sorted(options), key=lambda option: options[option]) == self.rows[number]["label"]
-            total[self._task(number)] += (0, 0, right, 1)
+            length = {option: len(c.shared) + 1 for c in self.candidates[number] for option in c.options}
+            raw = max(sorted(options), key=lambda option: options[option])
+            normalised = max(sorted(options), key=lambda option: options[option] / length[option])
+            label = self.rows[number]["label"]
+            total[self._task(number)] += (0, 0, raw == label, normalised == label, 1)
         return total
 
     def _score(self, candidate: Candidate, logp_AV: torch.Tensor, scores: dict[int, float]) -> tuple[float, ...]:
-        """Fill in the scores of the candidate's options; (nll, tokens, 0, 0) if it holds the right answer."""
+        """Fill in the scores of the candidate's options; (nll, tokens, 0, 0, 0) if it holds the right answer."""
         answer = torch.tensor(candidate.example().answer)
         token_logp = logp_AV.gather(1, answer.view(-1, 1)).squeeze(1)
         shared = token_logp[: len(candidate.shared)].sum()
         last = shared + logp_AV[len(candidate.shared), candidate.last]
         scores.update(zip(candidate.options, last.tolist(), strict=True))
-        return (-float(token_logp.sum()), len(answer), 0, 0) if candidate.end else (0, 0, 0, 0)
+        return (-float(token_logp.sum()), len(answer), 0, 0, 0) if candidate.end else (0, 0, 0, 0, 0)
 
-    def _log_probabilities(self, client: Client, k: int, batch: Sequence[Candidate]) -> tuple[torch.Tensor, list[int]]:
+    def _log_probabilities(self, client: Scoring, k: int, batch: Sequence[Candidate]) -> tuple[torch.Tensor, list[int]]:
         examples = [candidate.example() for candidate in batch]
         logits_AV = client.logits(collate(examples, self.pad).to(client.device), k)
         return F.log_softmax(logits_AV, dim=-1).cpu(), [len(example.answer) for example in examples]
 
     def _task(self, row: int) -> int:
         return self.tasks.index(self.rows[row]["task"])
+
+
+@torch.no_grad()
+def generate_answers(
+    model: UBSMoEForCausalLM,
+    k: int,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy continuations of the rows' prompts, decoded in batches of rows of about equal length.
+
+    Args:
+        model: holding all its experts.
+        k: active experts; nothing is dropped.
+        rows: what is asked.
+        tokenizer: the model's.
+        max_length: tokens of a prompt with its answer; a longer prompt loses its beginning.
+        batch_size: rows at a time.
+        max_new_tokens: of an answer at most.
+
+    Returns:
+        The text of each row up to the end-of-text token.
+    """
+    model.eval()
+    model.set_active_experts(k)
+    for layer in model.layers:
+        layer.used_token = None  # generation has its own attention mask, and nothing is dropped in evaluation
+    prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
+    prompts = [prompt[-max(1, max_length - max_new_tokens) :] for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda n: len(prompts[n]))
+    device = next(model.parameters()).device
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(prompts[n]) for n in chosen)
+        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for b, n in enumerate(chosen):
+            ids[b, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
+            mask[b, longest - len(prompts[n]) :] = 1
+        found = model.hf.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for n, text in zip(chosen, tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True), strict=True):
+            texts[n] = text
+    return texts
+
+
+def parse_answer(text: str, labels: Sequence[str]) -> int | None:
+    """The label that a generated answer names: the first after "the correct answer is", or the first at all.
+
+    Returns:
+        Its index, or None where no label stands in the text as a word.
+    """
+    lowered = text.lower()
+    _, head, tail = lowered.partition(ANSWER_HEAD)
+    names = sorted(labels, key=len, reverse=True)  # so that "answer10" is not read as "answer1"
+    pattern = "|".join(rf"(?<!\w){re.escape(name.lower())}(?!\w)" for name in names)
+    match = re.search(pattern, tail if head else lowered)
+    return None if match is None else [label.lower() for label in labels].index(match[0])

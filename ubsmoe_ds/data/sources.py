@@ -34,12 +34,14 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
     is_synthetic = config.source == "synthetic"
-    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else _read(config.source, split="train")
+    rows = (
+        synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else read_rows(config.source, split="train")
+    )
     if config.eval_source is None:
         held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
         train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
     else:
-        held_out = _read(config.eval_source, split="test")
+        held_out = read_rows(config.eval_source, split="test")
         asked = {row["question"] for row in held_out}
         train = [row for row in rows if row["question"] not in asked]
     train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
@@ -51,6 +53,25 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
             f"data: {config.source!r} leaves no evaluation rows; raise data.eval_fraction or set data.eval_source"
         )
     return train, held_out
+
+
+def evaluation_rows(source: str, count: int | None, seed: int) -> list[Row]:
+    """Rows to evaluate on: those that `synthetic` holds out, or all of a file or of a data set's test split.
+
+    Args:
+        source: as `data.source`.
+        count: at most; None: all.
+        seed: of the choice.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    try:
+        config = DataConfig(source=source)
+    except ValueError as error:
+        raise UserError(f"--data: {source!r} is not synthetic, jsonl:PATH or hub:NAME[@SPLIT]") from error
+    rows = load_rows(config, seed)[1] if source == "synthetic" else read_rows(source, split="test")
+    return sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -72,7 +93,7 @@ def read_jsonl(path: Path) -> list[Row]:
     return found
 
 
-def _read(source: str, split: str) -> list[Row]:
+def read_rows(source: str, split: str) -> list[Row]:
     """Rows of `jsonl:PATH`, `hub:NAME` (its `split`) or `hub:NAME@SPLIT`."""
     kind, _, name = source.partition(":")
     if kind == "jsonl":

@@ -1,10 +1,11 @@
-"""The adapters that a run leaves behind: the whole's, and each client's."""
+"""The adapters that a run leaves behind, the whole's and each client's, and models made of them."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.models import peft_format
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load, read_config
 from ubsmoe_ds.models.families import FAMILIES
 
 FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
@@ -105,3 +107,40 @@ def _base_of_peft(folder: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"adapter: {str(folder)!r} holds none ({peft_format.CONFIG} is missing or damaged)") from error
+
+
+def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
+    """The base model with the adapter on it, all experts on this rank, for evaluation.
+
+    Args:
+        adapter: see `read_adapter`. Without our facts, as of PEFT's own adapters, it is plain Top-K at the config's K.
+        dtype: of the frozen weights.
+
+    Raises:
+        UserError: if the adapter has a tensor that the model has no place for.
+    """
+    facts, state = adapter.facts, adapter.state
+    config = read_config(adapter.base)
+    k_max = int(facts.get("k_max", config.num_experts_per_tok))
+    rank = max(adapter.rank, 1)
+    spec = UBSMoESpec(
+        k=int(facts.get("k", k_max)),
+        candidates=int(facts.get("candidates", getattr(config, FAMILIES[config.model_type].num_experts))),
+        lora_rank=rank,
+        lora_alpha=adapter.scaling * rank,
+        lora_attention=any(".attention." in name for name in state),
+        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
+        modulate=facts.get("modulate", "weights"),
+        gate_rescale=facts.get("gate_rescale", "none"),
+        gamma=float(facts.get("gamma", 0.5)),
+        k_max=k_max,
+    )
+    model = load(adapter.base, spec, dtype)
+    places = model.named_state()
+    for name, value in state.items():
+        if adapter.rank == 0 and name.endswith((".lora_A", ".lora_B")):
+            continue  # FLoRA has merged them
+        if name not in places or places[name].shape != value.shape:
+            raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
+        places[name].data.copy_(value)
+    return model.eval()

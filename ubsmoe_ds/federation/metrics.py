@@ -33,14 +33,16 @@ def evaluation_scalars(
         clients: names.
         views: of each client; clients of one view have the same K and the same model, see `rounds.views`.
         tasks: names of the axis of tasks.
-        sums: [distinct views in order of appearance, tasks, 4] in the order of `evaluation.FIELDS`.
+        sums: [distinct views in order of appearance, tasks, 5] in the order of `evaluation.FIELDS`.
         weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
     """
     found: dict[str, float] = {}
     for view, of_view in zip(dict.fromkeys(views), sums, strict=True):
-        for name, (nll, tokens, correct, rows) in zip(["all", *tasks], [of_view.sum(0), *of_view], strict=True):
+        for name, part in zip(["all", *tasks], [of_view.sum(0), *of_view], strict=True):
+            nll, tokens, correct, correct_norm, rows = part
             found[f"eval_{view}/loss_{name}"] = nll / tokens
             found[f"eval_{view}/accuracy_{name}"] = correct / rows
+            found[f"eval_{view}/accuracy_norm_{name}"] = correct_norm / rows
     for field in ("loss", "accuracy"):
         of_client = [found[f"eval_{view}/{field}_all"] for view in views]
         found |= {f"eval_{field}/{client}": value for client, value in zip(clients, of_client, strict=True)}

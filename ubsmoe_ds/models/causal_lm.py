@@ -140,6 +140,28 @@ class UBSMoEForCausalLM(nn.Module):
                 total = total + spread * norms.sum()
         return total
 
+    def named_state(self) -> dict[str, Tensor]:
+        """Where what training changes stands, by the names of `federation/units.py`; of the experts this rank's.
+
+        Frozen weights of adapted projections are among it, because FLoRA merges into them.
+        """
+        found: dict[str, Tensor] = {}
+        for index, decoder in enumerate(self.decoders):
+            pairs = {}
+            if isinstance(decoder.mlp, UBSMoE):
+                gate, experts = decoder.mlp.gate, decoder.mlp.experts
+                pairs = {f"experts.{name}": (*pair, experts.base()[name]) for name, pair in experts.factors().items()}
+                own = {"router.weight": gate.wg.weight, "phi": gate.phi, "scale": gate.scale}
+                found |= {f"layers.{index}.{name}": value for name, value in own.items() if value is not None}
+            for name in ATTENTION_PROJECTIONS:
+                linear = getattr(decoder.self_attn, name)
+                if isinstance(linear, LoraLinear):
+                    pairs[f"attention.{name}"] = (linear.lora_A, linear.lora_B, linear.base.weight)
+            for name, values in pairs.items():
+                endings = ("lora_A", "lora_B", "weight")
+                found |= {f"layers.{index}.{name}.{e}": value for e, value in zip(endings, values, strict=True)}
+        return found
+
     def set_active_experts(self, k: int) -> None:
         """Choose K in every layer."""
         for layer in self.layers:

@@ -1,0 +1,133 @@
+"""Evaluate a trained adapter, or a base model, at one or several K: per task and over all rows.
+
+    python launch/evaluate.py --adapter runs/tiny/adapter --data synthetic --k 2 8
+    python launch/evaluate.py --adapter runs/x/adapter/clients/phone --data jsonl:dev.jsonl --exact-match
+    python launch/evaluate.py --model FOLDER --data jsonl:dev.jsonl --k 8
+
+loss           mean over the answer tokens, the closing end-of-text token included
+accuracy       the right option has the largest log-probability; accuracy_norm: over its number of tokens
+exact_match    with --exact-match: the greedily generated answer names the right label, see `parse_answer`
+
+One process; an accelerator is used if there is one. Exit codes: 0 done, 2 a mistake in the arguments or files.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+
+
+def main() -> int:
+    """Evaluate; returns the exit code."""
+    options = parse(sys.argv[1:])
+    try:
+        table = evaluate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if not options.json:
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+    for record in table.to_dict("records") if options.json else []:
+        print(json.dumps(record))
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--adapter", type=Path, help="folder of an adapter")
+    what.add_argument("--model", help="a model without adapter, as in model.path")
+    parser.add_argument("--base", help="as model.path; default: the model that the adapter was trained on")
+    parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
+    parser.add_argument("--k", type=int, nargs="+", help="active experts; default: the adapter's")
+    parser.add_argument("--rows", type=int, help="of the data; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--exact-match", action="store_true", help="generate the answers too")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a generated answer")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen weights")
+    parser.add_argument("--json", action="store_true", help="one object a line, for machines")
+    return parser.parse_args(arguments)
+
+
+def evaluate(options: argparse.Namespace) -> Any:
+    """A data frame with a row for each K and task, "all" first."""
+    from ubsmoe_ds.data.sources import evaluation_rows
+
+    rows = evaluation_rows(options.data, options.rows, options.seed)
+    import pandas as pd
+    import torch
+    from transformers import AutoTokenizer
+
+    from ubsmoe_ds.evaluation import Evaluator, LocalModel
+
+    model, folder, k_default = load(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local = LocalModel(model.to(device), device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    evaluator = Evaluator(rows, tokenizer, options.max_length, options.batch_size)
+    records = []
+    for k in options.k or [k_default]:
+        most = model.layers[0].gate.candidates
+        if not 1 <= k <= most:
+            raise UserError(f"--k: {k} must be 1 to {most}, the experts that the router may choose from")
+        exact = exact_matches(local.model, k, rows, tokenizer, options) if options.exact_match else None
+        records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
+    return pd.DataFrame(records)
+
+
+def exact_matches(model: Any, k: int, rows: list[Any], tokenizer: Any, options: argparse.Namespace) -> dict[str, int]:
+    """How many rows of each task the model answers right in its own words."""
+    from ubsmoe_ds.evaluation import generate_answers, parse_answer
+
+    lengths = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
+    texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)
+    found = dict.fromkeys([row["task"] for row in rows], 0)
+    for text, row in zip(texts, rows, strict=True):
+        found[row["task"]] += parse_answer(text, row["labels"]) == row["label"]
+    return found
+
+
+def table_of(k: int, tasks: list[str], sums: Any, exact: dict[str, int] | None) -> list[dict[str, Any]]:
+    """Records of all rows together and of each task, from sums in the order of `evaluation.FIELDS`."""
+    records = []
+    for task, part in zip(["all", *tasks], [sums.sum(0), *sums], strict=True):
+        nll, tokens, correct, normalised, count = map(float, part)
+        record: dict[str, Any] = {"k": k, "task": task, "rows": int(count), "loss": nll / tokens}
+        record |= {"accuracy": correct / count, "accuracy_norm": normalised / count}
+        if exact is not None:
+            record["exact_match"] = (sum(exact.values()) if task == "all" else exact[task]) / count
+        records.append(record)
+    return records
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
+    """(model, its tokenizer's folder, its K)."""
+    import torch
+
+    from ubsmoe_ds.config import model_folder
+    from ubsmoe_ds.federation.adapter import load_trained, read_adapter
+    from ubsmoe_ds.models.causal_lm import UBSMoESpec, read_config
+    from ubsmoe_ds.models.causal_lm import load as load_base
+    from ubsmoe_ds.models.families import FAMILIES
+
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    if options.adapter is not None:
+        adapter = read_adapter(options.adapter, options.base)
+        model = load_trained(adapter, dtype)
+        return model, adapter.base, model.layers[0].gate.k
+    folder = model_folder(options.model)
+    config = read_config(folder)
+    k, experts = config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type].num_experts)
+    return load_base(folder, UBSMoESpec(k=k, candidates=experts, phi_range=None), dtype), folder, k
+
+
+if __name__ == "__main__":
+    sys.exit(main())
