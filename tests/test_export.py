@@ -1,5 +1,6 @@
-"""What a run leaves behind: adapters of rounds and clients, and plain weights by the command."""
+"""What a run leaves behind: adapters of rounds and clients; plain weights and figures by the commands."""
 
+import json
 import subprocess
 import sys
 
@@ -9,9 +10,13 @@ from safetensors import safe_open
 from transformers import OlmoeForCausalLM
 
 from tests.ranks import REPO, clean_environment, run_ranks
-from ubsmoe_ds.federation.adapter import CLIENTS, read_adapter
+from ubsmoe_ds.config_file import load_experiment
+from ubsmoe_ds.data.sources import load_rows
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.federation.adapter import CLIENTS, load_trained, read_adapter
 from ubsmoe_ds.models.peft_format import SIDECAR
 
+DATA = ["data.rows=200", "data.eval_rows=20"]
 CLIENT_KS = {"phone": 2, "laptop": 4, "desktop": 6, "server": 8}
 
 
@@ -20,7 +25,7 @@ def run(tmp_path_factory):
     """The demo's four clients on six ranks; adapters after each of two rounds and at the end."""
     folder = tmp_path_factory.mktemp("export")
     overrides = ["train.rounds=2", "train.local_steps=2", "train.save_every=1", "evaluation.every=2"]
-    overrides += ["data.rows=200", "data.eval_rows=20"]
+    overrides += DATA
     config = str(REPO / "ds_configs" / "tiny.yaml")
     arguments = {"config": config, "overrides": overrides, "names": ["ub_smoe"], "folder": str(folder)}
     run_ranks(folder, 6, "tests.scenarios:methods", arguments)
@@ -53,7 +58,50 @@ def test_export_writes_plain_weights_and_says_what_is_lost(run, tmp_path):
     adapter = read_adapter(run / "adapter")
     base = OlmoeForCausalLM.from_pretrained(adapter.base)
     A, B = (adapter.state[f"layers.1.experts.down.lora_{factor}"] for factor in "AB")
-    expected = base.model.layers[1].mlp.experts.down_proj + adapter.scaling * B @ A
+    stored = base.model.layers[1].mlp.experts.down_proj
+    expected = (stored + adapter.scaling * B @ A).to(stored.dtype)  # the precision of the checkpoint
+    assert stored.dtype == torch.bfloat16 and not torch.equal(expected, stored)
     torch.testing.assert_close(merged.model.layers[1].mlp.experts.down_proj, expected)
     again = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert again.returncode == 2 and again.stderr.count("\n") == 2 and "is not empty" in again.stderr
+
+
+@pytest.mark.slow
+def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path):
+    """The table of the run's last evaluation, from its adapters, in another process and without expert parallelism."""
+    rows = load_rows(load_experiment(REPO / "ds_configs" / "tiny.yaml", DATA).data, 0)[1]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for client in (summary["clients"][0], summary["clients"][-1]):
+        adapter = run / "adapter" / CLIENTS / client["client"]
+        arguments = ["--adapter", str(adapter), "--data", f"jsonl:{data}", "--exact-match", "--json"]
+        records = command("evaluate", *arguments)
+        assert [record["task"] for record in records] == ["all", *sorted({row["task"] for row in rows})]
+        assert records[0]["k"] == CLIENT_KS[client["client"]] and records[0]["rows"] == len(rows)
+        assert records[0]["loss"] == pytest.approx(client["loss_after"], abs=1e-4)
+        assert records[0]["accuracy"] == pytest.approx(client["accuracy_after"])
+        assert all(0 <= record["exact_match"] <= 1 for record in records)
+        assert sum(record["rows"] for record in records[1:]) == len(rows)
+    asked = command("evaluate", "--adapter", str(run / "adapter"), "--data", f"jsonl:{data}", "--k", "2", "--json")
+    phone = command("evaluate", "--adapter", str(run / "adapter/clients/phone"), "--data", f"jsonl:{data}", "--json")
+    assert asked == phone
+
+
+def command(name: str, *arguments: str) -> list[dict]:
+    """The JSON lines that a command prints."""
+    line = [sys.executable, f"launch/{name}.py", *arguments]
+    done = subprocess.run(line, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(text) for text in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_model_is_refused(run, tmp_path):
+    adapter = read_adapter(run / "adapter")
+    state = {**adapter.state, "layers.0.phi": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"'layers.0.phi' \[3\] has no place"):
+        load_trained(adapter._replace(state=state))
+    line = [sys.executable, "launch/evaluate.py", "--adapter", str(tmp_path), "--data", "synthetic"]
+    done = subprocess.run(line, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "adapter_config.json" in done.stderr
