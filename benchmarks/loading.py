@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import add_output_option, machine, say
+from common import add_output_option, machine, resident, say
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
@@ -70,12 +70,6 @@ def save_checkpoint(folder: Path, made: OlmoeConfig, dtype: torch.dtype) -> floa
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     made.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-
-
-def resident(which: str) -> float:
-    """Megabytes of this process: VmRSS now, VmHWM at most so far (getrusage would count the parent's)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure(folder: Path, implementation: str, expert_parallel: int, options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
         ["--sizes", "builtin", "--tokens", "256", "--repeats", "1", "--json"],
         {"none", "expert_mean", "token_weighted", "linearised"},
     ),
+    "loading": (1, ["--gigabytes", "0.1", "--expert-parallel", "1", "4", "--json"], {"ubsmoe", "transformers"}),
     "exchange": (
         3,
         ["--megabytes", "1", "--repeats", "1", "--json"],

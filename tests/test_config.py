@@ -129,6 +129,17 @@ def test_files_that_are_no_experiments(tmp_path):
         load_experiment(tmp_path / "missing.yaml")
 
 
+def test_the_ready_made_configs_are_valid(tmp_path):
+    """OLMoE-1B-7B's with a folder in the place of the hub's."""
+    facts = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    exp = load_experiment("ds_configs/olmoe_1b_7b.yaml", [f"model.path={tmp_path}"])
+    assert exp.world_size == 8 and [exp.active_experts(client) for client in exp.clients] == [2, 4, 6, 8]
+    assert exp.deepspeed.use_bf16 and exp.candidates == 16 and exp.train.save_every == 5
+    other = load_experiment("ds_configs/teleqna.yaml")
+    assert other.data.partition == "by_task" and other.world_size == 4
+
+
 def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="model_type 'llama'; supported: olmoe, mixtral"):

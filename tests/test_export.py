@@ -15,6 +15,7 @@ from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.federation.adapter import CLIENTS, load_trained, read_adapter
 from ubsmoe_ds.models.peft_format import SIDECAR
+from ubsmoe_ds.run_folder import create_run_folder
 
 DATA = ["data.rows=200", "data.eval_rows=20"]
 CLIENT_KS = {"phone": 2, "laptop": 4, "desktop": 6, "server": 8}
@@ -105,3 +106,17 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
     line = [sys.executable, "launch/evaluate.py", "--adapter", str(tmp_path), "--data", "synthetic"]
     done = subprocess.run(line, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "adapter_config.json" in done.stderr
+
+
+def test_overwriting_removes_the_adapters_of_the_run_before(tmp_path):
+    exp = load_experiment(REPO / "ds_configs" / "tiny.yaml", [f"output={tmp_path}", "overwrite=true"])
+    for folder in ("adapter", "adapter/clients/phone", "adapter-round-9"):
+        (exp.run_dir / folder).mkdir(parents=True)
+        for name in ("adapter_model.safetensors", SIDECAR, "adapter_config.json"):
+            (exp.run_dir / folder / name).write_text("old")
+    (exp.run_dir / "adapter" / "notes.txt").write_text("mine")
+    create_run_folder(exp)
+    assert [str(path.relative_to(exp.run_dir)) for path in sorted(exp.run_dir.rglob("*"))] == [
+        "adapter",
+        "adapter/notes.txt",
+    ]

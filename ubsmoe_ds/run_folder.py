@@ -3,7 +3,8 @@
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 
-FILES = ("metrics.jsonl", "summary.json", "config.json", "adapter.safetensors", "tensorboard/events.*")
+FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
+ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
 
 
 def check_run_folder(exp: Experiment) -> None:
@@ -28,8 +29,11 @@ def create_run_folder(exp: Experiment) -> None:
     check_run_folder(exp)
     try:
         exp.run_dir.mkdir(parents=True, exist_ok=True)
-        for old in (path for pattern in FILES for path in exp.run_dir.glob(pattern)):
+        for old in (path for pattern in (*FILES, *ADAPTERS) for path in exp.run_dir.glob(pattern)):
             old.unlink()
+        for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # the inner ones first
+            if not any(folder.iterdir()):
+                folder.rmdir()
         probe = exp.run_dir / ".writable"
         probe.touch()
         probe.unlink()
