@@ -179,7 +179,7 @@ FAMILIES = {
 def saved_family(name, folder, shard_size="20KB"):
     """A random model of the family and its checkpoint in several shards."""
     torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
+    hf = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()  # saving writes the dtype into it
     for parameter in hf.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3)
