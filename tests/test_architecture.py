@@ -51,6 +51,7 @@ LAYERS = [
     "evaluation",
     "monitor",
     "federation.adapter",
+    "lm_eval_model",
     "federation.metrics",
     "federation.rounds",
     "federation.build",

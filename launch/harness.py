@@ -1,0 +1,33 @@
+"""lm-evaluation-harness with trained adapters: its own command line, and `--model ubsmoe` beside its models.
+
+    pip install '.[lm_eval]'
+    python launch/harness.py run --model ubsmoe --model_args adapter=runs/tiny/adapter,k=2 --tasks arc_easy
+
+`--model_args`: adapter, base, k, dtype, and what the harness's `hf` takes (batch_size, max_length). The harness fetches
+its tasks from the hub.
+"""
+
+import sys
+
+from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+
+
+def main() -> int:
+    """Hand over to the harness; returns the exit code."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import ubsmoe_ds.lm_eval_model  # noqa: F401 - registers the model
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing; pip install '.[lm_eval]'", file=sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""A trained adapter as a model of EleutherAI's lm-evaluation-harness, for its tasks; needs the extra `lm_eval`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
+
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.federation.adapter import load_trained, read_adapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@register_model("ubsmoe")
+class UBSMoELM(HFLM):
+    """transformers' model of the harness with our blocks in it, so with phi, gate rescaling and any K.
+
+    Args:
+        adapter: folder of an adapter.
+        base: as model.path; None: the model that it was trained on.
+        k: active experts; None: the adapter's.
+        dtype: of the frozen weights, "float32" or "bfloat16".
+        rest: as `HFLM`: batch_size, max_length, device and so on.
+
+    Raises:
+        UserError: for an adapter that cannot be read, or a K that the router cannot choose.
+    """
+
+    def __init__(
+        self, adapter: str, base: str | None = None, k: int | None = None, dtype: str = "float32", **rest: Any
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
+        found = read_adapter(Path(adapter), base)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_trained(found, DTYPES[dtype]).to(device)
+        most = model.layers[0].gate.candidates
+        if k is not None and not 1 <= k <= most:
+            raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")
+        model.set_active_experts(k or model.layers[0].gate.k)
+        tokenizer = AutoTokenizer.from_pretrained(found.base, local_files_only=True)
+        super().__init__(pretrained=model.hf, tokenizer=tokenizer, **rest)
