@@ -7,6 +7,7 @@
 loss           mean over the answer tokens, the closing end-of-text token included
 accuracy       the right option has the largest log-probability; accuracy_norm: over its number of tokens
 exact_match    with --exact-match: the greedily generated answer names the right label, see `parse_answer`
+--format cloze asks the question alone and takes the choices' texts for answers
 
 One process; an accelerator is used if there is one. Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
@@ -43,6 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--model", help="a model without adapter, as in model.path")
     parser.add_argument("--base", help="as model.path; default: the model that the adapter was trained on")
     parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
+    parser.add_argument("--format", default="instruction", choices=["instruction", "cloze"], help="as data.format")
     parser.add_argument("--k", type=int, nargs="+", help="active experts; default: the adapter's")
     parser.add_argument("--rows", type=int, help="of the data; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
@@ -59,7 +61,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     """A data frame with a row for each K and task, "all" first."""
     from ubsmoe_ds.data.sources import evaluation_rows
 
-    rows = evaluation_rows(options.data, options.rows, options.seed)
+    rows = evaluation_rows(options.data, options.rows, options.seed, options.format)
     import pandas as pd
     import torch
     from transformers import AutoTokenizer

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from tests import tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import candidates, collate, encode, steps
+from ubsmoe_ds.data.batches import PackedRow, collate, collate_packed, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import load_rows, read_jsonl
+from ubsmoe_ds.data.sources import evaluation_rows, load_rows, read_jsonl
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig, DataConfig
 
@@ -252,16 +252,48 @@ def test_every_row_is_seen_once_in_a_pass():
     assert sorted(passes[0]) == sorted(passes[1]) == [100 + i for i in range(12)] and passes[0] != passes[1]
 
 
-def test_candidates_share_what_they_can(tokenizer):
-    """Options that differ in the last token only are one sequence; the right option is first and has the end token."""
+def test_cloze_rows_by_hand(tmp_path):
+    row = GOOD | {"question": "why?", "choices": ["sky", "sea", "sky"], "labels": ["a", "b", "c"]}
+    row |= {"answer": "the correct answer is c", "label": 2}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (asked,) = evaluation_rows(f"jsonl:{path}", None, 0, "cloze")
+    assert (asked["instruction"], asked["answer"]) == ("Question: why?\nAnswer:", "sky")
+    assert asked["labels"] == ["sky", "sea"] and asked["label"] == 0, "a choice given twice is one option"
+    assert evaluation_rows(f"jsonl:{path}", None, 0) == [row]
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(row | {"question": "how?"}) + "\n", encoding="utf-8")
+    config = DataConfig(source=f"jsonl:{path}", eval_source=f"jsonl:{other}", format="cloze")
+    assert [rows[0]["instruction"].split()[1] for rows in load_rows(config, 0)] == ["why?", "how?"]
+
+
+def test_options_share_the_prompt_and_what_they_begin_with(tokenizer):
     row = GOOD | {"labels": ["answer1", "answer2"], "answer": "the correct answer is answer2"}
-    (groups,) = candidates([row], tokenizer, 256)
-    assert len(groups) == 1 and groups[0].options == [1, 0] and groups[0].end == [tokenizer.eos_token_id]
-    for option, last in zip(groups[0].options, groups[0].last, strict=True):
-        assert tokenizer.decode([*groups[0].shared, last]) == f"the correct answer is {row['labels'][option]}"
-    row = GOOD | {"labels": ["Monday", "blue green"], "answer": "the correct answer is Monday", "label": 0}
-    (groups,) = candidates([row], tokenizer, 256)
-    assert [g.options for g in groups] == [[0], [1]] and groups[1].end == []
+    ((start, common, options, label, cut),) = pack([row], tokenizer, 256)
+    assert tokenizer.decode(start) == row["instruction"] + "\nthe correct answer is answer"
+    assert tokenizer.decode(start[len(start) - common :]) == "the correct answer is answer"
+    assert [tokenizer.decode(option) for option in options] == ["1", "2" + tokenizer.eos_token]
+    assert label == 1 and not cut
+    row = GOOD | {"labels": ["Monday", "blue green"], "answer": "it is Monday", "label": 0}
+    (packed,) = pack([row], tokenizer, 7)
+    assert packed.cut and packed.common == 2 and [len(option) for option in packed.options] == [2, 2]
+    assert len(packed.start) == (7 - 4) + 2, "the prompt keeps what the longest option leaves of 7 tokens"
+
+
+def test_packed_rows_are_laid_out_by_hand():
+    """Prompt 5 6, common 7; options 8 9 and 3 4 1 (1 ends the text): the last token of an option is not an input."""
+    several = PackedRow([5, 6, 7], 1, [[8, 9], [3, 4, 1]], label=1, cut=False)
+    one = PackedRow([5], 0, [[2, 1], [3]], label=0, cut=False)
+    tokens = collate_packed([several, one], pad=0)
+    assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 3, 4], [5, 2, 0, 0, 0, 0]]
+    assert tokens.used.tolist() == [[True] * 6, [True, True, False, False, False, False]]
+    assert tokens.branch_BS.tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 0, 0, 0, 0]]
+    assert tokens.target_A.tolist() == [7, 8, 9, 3, 4, 1, 2, 1, 3]
+    assert tokens.position_A.tolist() == [1, 2, 3, 2, 4, 5, 6, 7, 6]
+    assert several.parts() == [1, 2, 3] and len(several) == 6
+    assert collate_packed([one], pad=0).branch_BS is None, "one continuation is a plain text"
+    empty = PackedRow([5, 6], 1, [[], [3, 1]], label=1, cut=False)  # the first option ends where the second goes on
+    assert collate_packed([empty], pad=0).position_A.tolist() == [0, 1, 2]
 
 
 @pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")

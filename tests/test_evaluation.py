@@ -13,8 +13,8 @@ from tests import tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import Candidate
-from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer
+from ubsmoe_ds.data.batches import PackedRow
+from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert, load, model_shape
 from ubsmoe_ds.monitor import CELL, heat_map
 
@@ -25,13 +25,16 @@ FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
 def parts():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rows = synthetic.rows(14, seed=9)
-    rows.append(rows[0] | {"labels": ["blue", "a dog"], "answer": "the correct answer is a dog", "label": 1})
+    # options of several tokens that part at their first, that begin alike, and of which one begins another
+    rows.append(rows[0] | {"labels": ["blue", "a dog", "two cats"], "answer": "so it is a dog then", "label": 1})
+    rows.append(rows[1] | {"labels": ["answer12", "answer1", "answer123"], "answer": "answer1", "label": 1})
+    rows.append(rows[2] | {"labels": ["six of them", "six"], "answer": "six of them", "label": 0})
     model = load(FOLDER, UBSMoESpec(k=8, candidates=16)).eval()
 
     def logits(tokens, k):
         model.set_active_experts(k)
         with torch.no_grad():
-            return model(tokens.input_ids, tokens.used, tokens.position_A)
+            return model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
     return tokenizer, rows, SimpleNamespace(device=torch.device("cpu"), logits=logits, model=model)
 
@@ -73,25 +76,32 @@ def test_evaluation_equals_one_option_at_a_time(k, parts):
     np.testing.assert_allclose(found.sum(0), plain(rows, tokenizer, k), rtol=1e-4)
 
 
+def test_one_pass_a_batch_holds_all_options(parts):
+    tokenizer, rows, client = parts
+    shapes = []
+    seeing = SimpleNamespace(
+        device=client.device, logits=lambda t, k: shapes.append(t.input_ids.shape) or client.logits(t, k)
+    )
+    Evaluator(rows, tokenizer, 256, batch_size=4).sums(seeing, 2, 0, 1)
+    assert sum(shape[0] for shape in shapes) == len(rows)
+
+
+def test_a_sliding_window_shorter_than_the_row_is_refused():
+    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
+    model.hf.config.sliding_window = 3
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows of 4 tokens .* sliding window of 3"):
+        model(ids, ids.bool(), None, ids)
+
+
 def test_the_length_of_an_option_can_decide():
-    """log p -3 over 2 tokens against -2 over 1: raw the second wins, over the number of tokens the first."""
-    rows = [{"task": "t", "answer": "long", "labels": ["long", "short"], "label": 0}]
-    first = Candidate(0, [9], [1], [2], [0], [4], cut=False)
-    second = Candidate(0, [9], [], [3], [1], [], cut=False)
-    evaluator = Evaluator.__new__(Evaluator)
-    evaluator.rows, evaluator.batch_size, evaluator.pad, evaluator.tasks = rows, 4, 0, ["t"]
-    evaluator.candidates, evaluator._order = [[first, second]], [0]
-    logp = {1: -1.0, 2: -2.0, 4: -0.5, 3: -2.0}
-
-    def logits(batch, k):
-        found = torch.full((len(batch.target_A), 10), -30.0)
-        for row, target in zip(found, batch.target_A.tolist(), strict=True):
-            row[target] = logp[target]
-            row[0] = np.log(1 - np.exp(logp[target]))
-        return found
-
-    client = SimpleNamespace(device=torch.device("cpu"), logits=logits)
-    np.testing.assert_allclose(evaluator.sums(client, 1, 0, 1), [[3.5, 3, 0, 1, 1]], rtol=1e-5)
+    """By hand: -1 - 2 over 2 tokens against -2 over 1: raw the second wins, over the number of tokens the first."""
+    row = PackedRow([9], 0, [[1, 2, 4], [3]], label=0, cut=False)
+    logp = [torch.tensor([]), torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-2.0])]
+    assert score(row, logp) == (3.5, 3, 0, 1, 1)
+    common = PackedRow([9, 8], 1, [[2, 4], [3]], label=0, cut=False)
+    logp = [torch.tensor([-1.0]), torch.tensor([-2.0, -0.5]), torch.tensor([-3.0])]
+    assert score(common, logp) == (3.5, 3, 1, 1, 1)
 
 
 @pytest.mark.parametrize("k", [8, 2])
@@ -134,7 +144,7 @@ def test_all_workers_run_equally_often(parts):
     tokenizer, rows, client = parts
     calls = []
     counting = SimpleNamespace(device=client.device, logits=lambda t, k: calls.append(worker) or client.logits(t, k))
-    evaluator = Evaluator(rows[:5] + rows[-1:], tokenizer, 256, batch_size=2)
+    evaluator = Evaluator(rows[:5] + rows[-3:-2], tokenizer, 256, batch_size=2)
     for worker in range(4):
         evaluator.sums(counting, 2, worker, 4)
     assert len({calls.count(w) for w in range(4)}) == 1 and calls

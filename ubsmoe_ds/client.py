@@ -217,7 +217,7 @@ class Client:
         """Evaluation logits [A, V] with k active experts and nothing dropped."""
         self.engine.eval()
         self.model.set_active_experts(k)
-        return self.model(tokens.input_ids, tokens.used, tokens.position_A)
+        return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
     def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
         """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""

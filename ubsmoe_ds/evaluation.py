@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ubsmoe_ds.data.batches import Candidate, Tokens, candidates, collate
+from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, pack
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
@@ -40,7 +40,7 @@ class LocalModel:
     def logits(self, tokens: Tokens, k: int) -> torch.Tensor:
         """[A, V]."""
         self.model.set_active_experts(k)
-        return self.model(tokens.input_ids, tokens.used, tokens.position_A)
+        return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
 
 class Evaluator:
@@ -59,11 +59,11 @@ class Evaluator:
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int) -> None:
         self.rows, self.batch_size, self.pad = rows, batch_size, tokenizer.pad_token_id
-        self.candidates = candidates(rows, tokenizer, max_length)
-        self.cut = sum(options[0].cut for options in self.candidates)  # rows whose prompt lost its beginning
+        self.packed = pack(rows, tokenizer, max_length)
+        self.cut = sum(row.cut for row in self.packed)  # rows whose prompt lost its beginning
         self.tasks = sorted({row["task"] for row in rows})
         # long rows together: less padding
-        self._order = sorted(range(len(rows)), key=lambda n: len(self.candidates[n][0].prompt))
+        self._order = sorted(range(len(rows)), key=lambda n: len(self.packed[n]))
 
     def sums(self, client: Scoring, k: int, worker: int, workers: int) -> np.ndarray:
         """This rank's part of the rows at K = k (a collective over the client).
@@ -76,42 +76,48 @@ class Evaluator:
         Returns:
             [tasks, 5] float64 in the order of `self.tasks` and `FIELDS`.
         """
-        parts = [[c for n in self._order[w::workers] for c in self.candidates[n]] for w in range(workers)]
-        mine, most = parts[worker], max(len(part) for part in parts)
-        scores: dict[int, dict[int, float]] = {n: {} for n in self._order[worker::workers]}
+        mine = self._order[worker::workers]
+        most = -(-len(self._order) // workers)
         total = np.zeros((len(self.tasks), len(FIELDS)))
         for start in range(0, most, self.batch_size):
             # ranks of a client must run equally often: where rows have run out, the first row keeps step
-            batch = mine[start : start + self.batch_size] or [self.candidates[0][0]]
-            logp_AV, lengths = self._log_probabilities(client, k, batch)
-            if start >= len(mine):
-                continue
-            for candidate, logp in zip(batch, logp_AV.split(lengths), strict=True):
-                total[self._task(candidate.row)] += self._score(candidate, logp, scores[candidate.row])
-        for number, options in scores.items():
-            length = {option: len(c.shared) + 1 for c in self.candidates[number] for option in c.options}
-            raw = max(sorted(options), key=lambda option: options[option])
-            normalised = max(sorted(options), key=lambda option: options[option] / length[option])
-            label = self.rows[number]["label"]
-            total[self._task(number)] += (0, 0, raw == label, normalised == label, 1)
+            numbers = mine[start : start + self.batch_size]
+            batch = [self.packed[n] for n in numbers or [0]]
+            logp = self._log_probabilities(client, k, batch)
+            for n, row_logp in zip(numbers, logp, strict=False):
+                total[self._task(n)] += score(self.packed[n], row_logp)
         return total
 
-    def _score(self, candidate: Candidate, logp_AV: torch.Tensor, scores: dict[int, float]) -> tuple[float, ...]:
-        """Fill in the scores of the candidate's options; (nll, tokens, 0, 0, 0) if it holds the right answer."""
-        answer = torch.tensor(candidate.example().answer)
-        token_logp = logp_AV.gather(1, answer.view(-1, 1)).squeeze(1)
-        shared = token_logp[: len(candidate.shared)].sum()
-        last = shared + logp_AV[len(candidate.shared), candidate.last]
-        scores.update(zip(candidate.options, last.tolist(), strict=True))
-        return (-float(token_logp.sum()), len(answer), 0, 0, 0) if candidate.end else (0, 0, 0, 0, 0)
-
-    def _log_probabilities(self, client: Scoring, k: int, batch: Sequence[Candidate]) -> tuple[torch.Tensor, list[int]]:
-        examples = [candidate.example() for candidate in batch]
-        logits_AV = client.logits(collate(examples, self.pad).to(client.device), k)
-        return F.log_softmax(logits_AV, dim=-1).cpu(), [len(example.answer) for example in examples]
+    def _log_probabilities(self, client: Scoring, k: int, batch: Sequence[PackedRow]) -> list[list[torch.Tensor]]:
+        """Of each row's predicted tokens: the common ones', then each option's."""
+        tokens = collate_packed(batch, self.pad)
+        logp_AV = F.log_softmax(client.logits(tokens.to(client.device), k), dim=-1)
+        logp_A = logp_AV.gather(1, tokens.target_A.to(client.device).view(-1, 1)).squeeze(1).cpu()
+        parts = iter(logp_A.split([length for row in batch for length in row.parts()]))
+        return [[next(parts) for _ in row.parts()] for row in batch]
 
     def _task(self, row: int) -> int:
         return self.tasks.index(self.rows[row]["task"])
+
+
+def score(row: PackedRow, logp: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """What a row adds to the sums.
+
+    Args:
+        row: the row.
+        logp: log-probabilities of its common tokens, then of each option's; the end-of-text token is the right
+            option's last and no part of the choice.
+
+    Returns:
+        In the order of `FIELDS`.
+    """
+    common, *options = logp
+    choice = [option[:-1] if n == row.label else option for n, option in enumerate(options)]
+    raw = [float(common.sum() + option.sum()) for option in choice]
+    normalised = [total / (len(common) + len(option)) for total, option in zip(raw, choice, strict=True)]
+    nll = -float(common.sum() + options[row.label].sum())
+    best, best_normalised = int(np.argmax(raw)), int(np.argmax(normalised))
+    return nll, len(common) + len(options[row.label]), best == row.label, best_normalised == row.label, 1
 
 
 @torch.no_grad()

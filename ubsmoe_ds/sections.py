@@ -126,6 +126,8 @@ class DataConfig(Section):
     eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = (
         None  # None: held-out questions of source
     )
+    # instruction: as the rows have it; cloze: the question alone, answered by the text of a choice
+    format: Literal["instruction", "cloze"] = "instruction"
     partition: Literal["iid", "dirichlet", "by_task"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5  # of the Dirichlet; small is unequal
     rows: PositiveInt | None = None  # at most so many rows in all; for synthetic None means 4,000

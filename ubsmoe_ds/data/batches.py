@@ -4,6 +4,7 @@ Shapes: B rows, S positions, A answer positions. Rows are padded on the right to
 that all ranks of a client, and all micro-batches of a step, have equal token counts.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,16 +16,21 @@ from ubsmoe_ds.data.sources import Row
 
 
 class Tokens(NamedTuple):
-    """A padded batch: input_ids [B, S] int64, used [B, S] bool, answer positions b * S + s [A], their targets [A]."""
+    """A padded batch: input_ids [B, S] int64, used [B, S] bool, answer positions b * S + s [A], their targets [A].
+
+    branch_BS: where rows hold several continuations of one beginning, 0 for the beginning and n for the nth of them,
+    which sees the beginning and itself; None where rows are plain texts.
+    """
 
     input_ids: Tensor
     used: Tensor
     position_A: Tensor
     target_A: Tensor
+    branch_BS: Tensor | None = None
 
     def to(self, device: torch.device) -> "Tokens":
         """The same batch on another device."""
-        return Tokens(*(part.to(device, non_blocking=True) for part in self))
+        return Tokens._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
 @dataclass(frozen=True)
@@ -128,47 +134,65 @@ def steps(
         step += 1
 
 
-class Candidate(NamedTuple):
-    """One scored sequence of a row: shared tokens, then several possible last tokens, one for each of `options`.
+class PackedRow(NamedTuple):
+    """A row's prompt and all its options in one sequence, so that the prompt is computed once.
 
-    Options that differ in their last token only share one sequence; the score of an option is the log-probability of
-    its own answer tokens, exactly as if each were run alone. The sequence that holds the right option has it first and
-    goes on to the end-of-text token (`end`), so that the same pass gives the answer loss.
+    start: the prompt and what all options begin with, `common` tokens; options: what each goes on with, the right one
+    (`label`) through the end-of-text token, so that the same pass gives the answer loss.
     """
 
-    row: int
-    prompt: list[int]
-    shared: list[int]
-    last: list[int]
-    options: list[int]
-    end: list[int]
+    start: list[int]
+    common: int
+    options: list[list[int]]
+    label: int
     cut: bool  # the prompt lost its beginning
 
-    def example(self) -> Example:
-        """The tokens to run: through the first of `last`, and the end if there is one."""
-        return Example(self.prompt, [*self.shared, self.last[0], *self.end])
+    def __len__(self) -> int:
+        """Tokens to run: an option's last one is only predicted."""
+        return len(self.start) + sum(len(option[:-1]) for option in self.options)
+
+    def parts(self) -> list[int]:
+        """How many predicted tokens belong to what is common, and to each option."""
+        return [self.common, *map(len, self.options)]
 
 
-def candidates(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[list[Candidate]]:
-    """For each row its options (its answer with every label in turn), grouped by all their tokens but the last."""
+def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow]:
+    """Rows with their answer as each of their labels would have it; a prompt that does not fit loses its beginning."""
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
-    return [
-        _row_candidates(number, row, prompt, tokenizer, max_length)
-        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-    ]
+    return [_pack(row, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def _row_candidates(number: int, row: Row, prompt: list[int], tokenizer: Any, max_length: int) -> list[Candidate]:
-    head, _, tail = row["answer"].rpartition(row["labels"][row["label"]])
-    encoded = tokenizer([head + label + tail for label in row["labels"]], add_special_tokens=False)["input_ids"]
-    right_first = sorted(range(len(encoded)), key=lambda option: option != row["label"])
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for option in right_first:
-        groups.setdefault(tuple(encoded[option][:-1]), []).append(option)
-    found = []
-    for shared, options in groups.items():
-        end = [tokenizer.eos_token_id] if options[0] == row["label"] else []
-        room = max(1, max_length - len(shared) - 1 - len(end))
-        last = [encoded[option][-1] for option in options]
-        found.append(Candidate(number, prompt[-room:], list(shared), last, options, end, cut=len(prompt) > room))
-    return found
+def _pack(row: Row, prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
+    label = row["label"]
+    head, _, tail = row["answer"].rpartition(row["labels"][label])
+    encoded = tokenizer([head + name + tail for name in row["labels"]], add_special_tokens=False)["input_ids"]
+    encoded[label].append(tokenizer.eos_token_id)
+    common = len(os.path.commonprefix(encoded))
+    room = max(1, max_length - max(map(len, encoded)))
+    start = prompt[-room:] + encoded[label][:common]
+    return PackedRow(start, common, [option[common:] for option in encoded], label, cut=len(prompt) > room)
+
+
+def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:
+    """Pad to the longest; targets are row by row the common tokens, then each option's (`PackedRow.parts`)."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    branch = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions: list[int] = []
+    targets: list[int] = []
+    for b, row in enumerate(rows):
+        end = len(row.start)
+        ids[b, :end] = torch.tensor(row.start)
+        last = b * length + end - 1  # the last token that all options see
+        positions += range(last - row.common, last)
+        targets += row.start[end - row.common :]
+        for number, option in enumerate(row.options, start=1):
+            inputs = option[:-1]
+            ids[b, end : end + len(inputs)] = torch.tensor(inputs, dtype=torch.int64)
+            branch[b, end : end + len(inputs)] = number
+            positions += [last, *range(b * length + end, b * length + end + len(inputs))][: len(option)]
+            targets += option
+            end += len(inputs)
+    used = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    several = any(sum(len(option) > 1 for option in row.options) > 1 for row in rows)
+    return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets), branch if several else None)

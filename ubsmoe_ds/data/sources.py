@@ -34,6 +34,7 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
     is_synthetic = config.source == "synthetic"
+    form = as_cloze if config.format == "cloze" else dict
     rows = (
         synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else read_rows(config.source, split="train")
     )
@@ -45,7 +46,7 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
         asked = {row["question"] for row in held_out}
         train = [row for row in rows if row["question"] not in asked]
     train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
-    train, held_out = train[: config.rows], held_out[: config.eval_rows]
+    train, held_out = ([form(row) for row in part] for part in (train[: config.rows], held_out[: config.eval_rows]))
     if not train:
         raise UserError(f"data.source: {config.source!r} leaves no training rows; give more rows")
     if not held_out:
@@ -55,13 +56,25 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def evaluation_rows(source: str, count: int | None, seed: int) -> list[Row]:
+def as_cloze(row: Row) -> Row:
+    """The question alone, answered by the text of a choice: what a model that knows no instructions is asked.
+
+    A choice that stands in a row twice is one option.
+    """
+    choices = list(dict.fromkeys(row["choices"]))
+    answer = row["choices"][row["label"]]
+    changed = {"instruction": f"Question: {row['question']}\nAnswer:", "answer": answer}
+    return row | changed | {"choices": choices, "labels": choices, "label": choices.index(answer)}
+
+
+def evaluation_rows(source: str, count: int | None, seed: int, form: str = "instruction") -> list[Row]:
     """Rows to evaluate on: those that `synthetic` holds out, or all of a file or of a data set's test split.
 
     Args:
         source: as `data.source`.
         count: at most; None: all.
         seed: of the choice.
+        form: as `data.format`.
 
     Raises:
         UserError: as `load_rows`.
@@ -71,7 +84,8 @@ def evaluation_rows(source: str, count: int | None, seed: int) -> list[Row]:
     except ValueError as error:
         raise UserError(f"--data: {source!r} is not synthetic, jsonl:PATH or hub:NAME[@SPLIT]") from error
     rows = load_rows(config, seed)[1] if source == "synthetic" else read_rows(source, split="test")
-    return sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
+    chosen = sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
+    return [as_cloze(row) for row in chosen] if form == "cloze" else chosen
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -91,25 +91,49 @@ class UBSMoEForCausalLM(nn.Module):
         """All HF decoder layers."""
         return list(self.hf.model.layers)
 
-    def forward(self, input_ids: Tensor, used: Tensor, answer_position_A: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        used: Tensor,
+        answer_position_A: Tensor | None = None,
+        branch_BS: Tensor | None = None,
+    ) -> Tensor:
         """Next-token logits.
 
-        Rows are padded on the right only: causal attention then never sees padding, so no attention mask is needed.
+        Rows are padded on the right only: causal attention then never sees padding, so plain texts need no mask.
 
         Args:
             input_ids: [B, S] int64.
             used: [B, S] bool, False for padding; padding is not routed to experts.
             answer_position_A: flat positions (b * S + s) whose next token is asked for; None: all.
+            branch_BS: several continuations of one beginning in a row, see `Tokens`; None: plain texts.
 
         Returns:
             [A, V] or [B, S, V] in fp32.
+
+        Raises:
+            ValueError: if continuations are longer than the model's sliding window, which their mask knows nothing of.
         """
         for layer in self.layers:
             layer.used_token = used
-        hidden = self.hf.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        attention = {} if branch_BS is None else self._branches(branch_BS)
+        hidden = self.hf.model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state
         if answer_position_A is not None:
             hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, answer_position_A)
         return self.hf.lm_head(hidden).float()
+
+    def _branches(self, branch_BS: Tensor) -> dict[str, Tensor]:
+        """A token sees what comes before it in the beginning and in its own continuation, and is placed after that."""
+        length = branch_BS.shape[1]
+        window = getattr(self.hf.config, "sliding_window", None)
+        if window is not None and window < length:
+            raise ValueError(f"rows of {length} tokens with continuations do not fit the sliding window of {window}")
+        query_BS1, key_B1S = branch_BS.unsqueeze(2), branch_BS.unsqueeze(1)
+        seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)).tril()
+        mask_BSS = torch.zeros_like(seen_BSS, dtype=self.hf.dtype).masked_fill(
+            ~seen_BSS, torch.finfo(self.hf.dtype).min
+        )
+        return {"attention_mask": mask_BSS.unsqueeze(1), "position_ids": seen_BSS.sum(2) - 1}
 
     def auxiliary_loss(self, penalty: float, load_balancing: float) -> Tensor:
         """penalty * (range penalty of phi) + load_balancing * (l_aux), summed over layers, of the last forward pass."""
