@@ -73,9 +73,11 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
         masters = client.finisher.masters
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
-                found[f"{name}/value/{key}"] = masters.read(parameter).numpy()
-                low = parameter.detach().float()
-                assert torch.allclose(low, masters.read(parameter), atol=1e-6 + 0.01 * exp.deepspeed.use_bf16)
+                master = masters.read(parameter)
+                found[f"{name}/value/{key}"] = master.numpy()
+                assert master.dtype == torch.float32
+                assert torch.equal(parameter.detach(), master.to(parameter.dtype)), "the weight is its master, rounded"
+                assert parameter.dtype == (torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return found

@@ -116,6 +116,9 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
             twin = rank % ep if ".experts." in key else 0
             np.testing.assert_array_equal(held[rank], held[twin], err_msg=f"{key} on rank {rank}")
             assert ".experts." not in key or len(held[rank]) == experts
+    found = np.concatenate([v.ravel() for k, v in result.items() if k.startswith(f"{name}/value/")])
+    fine = (found.astype(np.float32).view(np.uint32) & 0xFFFF != 0).mean()  # what bf16 has no bits for
+    assert fine > 0.5, "masters keep what bf16 weights cannot hold"
     # bf16 is too coarse to compare weights one by one; but they must be clearly nearer to those with PG than without
     assert not bf16 or distance < 0.5 * without_pg, (distance, without_pg)
 
