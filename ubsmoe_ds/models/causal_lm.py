@@ -126,7 +126,7 @@ class UBSMoEForCausalLM(nn.Module):
         """A token sees what comes before it in the beginning and in its own continuation, and is placed after that."""
         length = branch_BS.shape[1]
         window = getattr(self.hf.config, "sliding_window", None)
-        if window is not None and window < length:
+        if window and window < length:  # 0 and None: there is none
             raise ValueError(f"rows of {length} tokens with continuations do not fit the sliding window of {window}")
         query_BS1, key_B1S = branch_BS.unsqueeze(2), branch_BS.unsqueeze(1)
         seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)).tril()
