@@ -205,6 +205,20 @@ def test_every_family_equals_hugging_face_at_every_k(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_continuations_of_one_beginning_do_not_see_each_other(family, tmp_path):
+    """Beginning 5 6 7, continuations 8 9 and 3 4 in one row, against two rows of their own."""
+    saved_family(family, tmp_path)
+    model = load(tmp_path, UBSMoESpec(k=2, candidates=8)).eval()
+    packed, apart = torch.tensor([[5, 6, 7, 8, 9, 3, 4]]), torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 4]])
+    branch_BS = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    with torch.no_grad():
+        (found,) = model(packed, torch.ones_like(packed, dtype=torch.bool), None, branch_BS)
+        first, second = model(apart, torch.ones_like(apart, dtype=torch.bool))
+    torch.testing.assert_close(found[:5], first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[5:], second[3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_rank_reads_its_experts_only(family, tmp_path, monkeypatch):
     saved_family(family, tmp_path)
     whole = load(tmp_path, UBSMoESpec(k=2, candidates=8))
