@@ -221,6 +221,8 @@ class Client:
 
     def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
         """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""
+        if ks[0] == ks[1]:
+            return 1.0, 1.0  # nothing to compare
         self.engine.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         seconds: dict[int, list[float]] = {k: [] for k in ks}

@@ -205,15 +205,9 @@ class Federation:
             self.monitor.round(number, metrics, seconds, utilisation_LE)
 
     def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """Step times (one client at a time, so that they do not disturb each other), the adapter, and the table."""
+        """Step times, the adapter, and the table."""
         batch = next(self.batches)
-        ratio = 0.0
-        for number in range(len(self.exp.clients)):
-            self.world.barrier()
-            if number == self.world.client:
-                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
-                ratio = own / full if self.world.client_rank == 0 else 0.0
-        ratios_C = self._client_table([ratio])[:, 0]
+        ratios_C = self._step_time_ratios(batch)
         self._save(self.exp.run_dir / FOLDER)
         if self.monitor is not None:
             rows = self._summary(before, after, ratios_C, context=batch.micro[0].input_ids.shape[1])
@@ -221,6 +215,22 @@ class Federation:
                 f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in (("before", before), ("after", after))
             }
             self.monitor.finish(rows, cv)
+
+    def _step_time_ratios(self, batch: StepBatch) -> np.ndarray:
+        """Of each client, its step over its step at K_max; of clients that are alike the first is measured.
+
+        One client at a time, so that they do not disturb each other.
+        """
+        clients = zip(self._ks, self.exp.clients, strict=True)
+        kinds = [(k, c.ranks, c.expert_parallel, c.capacity_factor) for k, c in clients]
+        first_C = [kinds.index(kind) for kind in kinds]
+        ratio = 0.0
+        for number in sorted(set(first_C)):
+            self.world.barrier()
+            if number == self.world.client:
+                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
+                ratio = own / full if self.world.client_rank == 0 else 0.0
+        return self._client_table([ratio])[first_C, 0]
 
     def _save(self, folder: Path) -> None:
         """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared."""
