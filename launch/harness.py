@@ -1,6 +1,6 @@
 """lm-evaluation-harness with trained adapters: its own command line, and `--model ubsmoe` beside its models.
 
-    pip install '.[lm_eval]'
+    pip install '.[lm-eval]'
     python launch/harness.py run --model ubsmoe --model_args adapter=runs/tiny/adapter,k=2 --tasks arc_easy
 
 `--model_args`: adapter, base, k, dtype, and what the harness's `hf` takes (batch_size, max_length). The harness fetches
@@ -19,7 +19,7 @@ def main() -> int:
 
         import ubsmoe_ds.lm_eval_model  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing; pip install '.[lm_eval]'", file=sys.stderr)
+        print(f"error: {error.name} is missing; pip install '.[lm-eval]'", file=sys.stderr)
         return EXIT_USER_ERROR
     try:
         cli_evaluate()

@@ -68,4 +68,4 @@ def test_what_is_missing_is_named(tmp_path):
     environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
     command = [sys.executable, "launch/harness.py", "--help"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stderr == "error: lm_eval is missing; pip install '.[lm_eval]'\n"
+    assert done.returncode == 2 and done.stderr == "error: lm_eval is missing; pip install '.[lm-eval]'\n"
