@@ -1,4 +1,4 @@
-"""A trained adapter as a model of EleutherAI's lm-evaluation-harness, for its tasks; needs the extra `lm_eval`."""
+"""A trained adapter as a model of EleutherAI's lm-evaluation-harness, for its tasks; needs the extra `lm-eval`."""
 
 from pathlib import Path
 from typing import Any
