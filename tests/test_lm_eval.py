@@ -31,7 +31,7 @@ def adapter(tmp_path):
 
 
 def test_log_likelihoods_are_ours(adapter):
-    pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer
 
