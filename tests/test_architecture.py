@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ubsmoe_ds"
 # from the top: each file may import only from lines above its own
 LAYERS = [
     "errors",
+    "files",
+    "plain_yaml",
     "methods",
     "sections",
     "config",
@@ -98,6 +100,8 @@ def test_config_is_free_of_torch():
     """A mistake in the config must be told before seconds of imports."""
     for name in (
         "errors",
+        "files",
+        "plain_yaml",
         "methods",
         "sections",
         "config",

@@ -24,6 +24,7 @@ from ubsmoe_ds.sections import (
     LoraConfig,
     MergeConfig,
     ModelConfig,
+    Name,
     PositiveInt,
     PseudoGradientConfig,
     RouterConfig,
@@ -39,7 +40,7 @@ ELEMENTWISE_RULES = ("fedavg", "activation", "median", "trimmed_mean")  # need o
 class Experiment(Section):
     """Everything a run needs. `config_file.load_experiment` makes one; build one directly only in tests."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Name
     method: str = "ub_smoe"  # a preset of methods.py, laid under everything else
     budget_scales: Literal["experts", "lora_rank"] = "experts"  # what a client's budget cuts down
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -1,6 +1,6 @@
 """Reading an experiment: YAML by the safe loader, overrides, the DeepSpeed JSON, and one-line errors."""
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,12 @@ from pydantic import ValidationError
 
 from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import parse_json, read_text
 from ubsmoe_ds.models.families import FAMILIES
+from ubsmoe_ds.plain_yaml import MOST_BYTES, parse_yaml
 from ubsmoe_ds.sections import ModelConfig
+
+DEEPEST = 20  # levels of an experiment
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -34,13 +38,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     for text in overrides:
         if text not in whole_file:
             _override(raw, text)
+    _check_plain(raw)
     for derived in ("num_experts", "k_max"):
         if derived in raw:
             raise UserError(f"{derived}: is read from the model's folder and cannot be set; use model.k_max")
     try:
         model = ModelConfig.model_validate(raw.get("model", {}))
     except ValidationError as error:
-        raise UserError(_one_line(error, prefix="model.")) from error
+        raise UserError(_one_line(error, within="model")) from error
     facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
     family = FAMILIES.get(str(facts.get("model_type")))
     if family is None:
@@ -48,7 +53,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: {', '.join(FAMILIES)}"
         )
     for name in (family.num_experts, "num_experts_per_tok"):
-        if not isinstance(facts.get(name), int):
+        if type(facts.get(name)) is not int or facts[name] < 1:  # not bool
             raise UserError(f"model.path: in {model.path!r}, config.json's {name} is {facts.get(name)!r}, not a number")
     raw["num_experts"] = facts[family.num_experts]
     raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
@@ -61,11 +66,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
     """A YAML or JSON file whose top level is a mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+        value = parse_yaml(read_text(path, MOST_BYTES)) if kind == "YAML" else parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}: is not valid {kind} ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold key: value pairs, found {type(value).__name__}")
@@ -78,37 +82,76 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"override {text!r}: must read key.sub=value, such as train.rounds=3")
     try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(value_text)
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {text!r}: the value is not valid YAML") from error
     *parents, last = key.split(".")
     node: Any = raw
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            node = node[_position(part)] if isinstance(node, list) else node.setdefault(part, {})
         if isinstance(node, list):
-            node[int(last)] = value
+            node[_position(last)] = value
         else:
             node[last] = value
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"override {text!r}: {key!r} does not lead to a setting of this experiment") from error
 
 
-def _one_line(error: ValidationError, prefix: str = "") -> str:
+def _position(part: str) -> int:
+    """Of a list item; counting from the end is not known here."""
+    if not part.isdecimal():
+        raise ValueError(part)
+    return int(part)
+
+
+def _check_plain(value: Any, key: str = "", depth: int = 0) -> None:
+    """That an experiment is made of what JSON has: it is written down so, and parts of it go to DeepSpeed as they are."""
+    problem = None
+    if depth > DEEPEST:
+        problem = f"is nested more than {DEEPEST} levels deep"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise UserError(f"{key}{'.' if key else ''}{_short(name)}: a key must be a text; write it in quotes")
+            _check_plain(name, key or name, depth + 1)
+            _check_plain(inner, f"{key}.{name}" if key else name, depth + 1)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_plain(inner, f"{key}.{number}", depth + 1)
+    elif isinstance(value, str):
+        problem = None if _is_text(value) else f"{_short(value)} holds a character that is no text"
+    elif isinstance(value, float):
+        problem = None if math.isfinite(value) else f"{value} is not valid: it must be a finite number"
+    elif isinstance(value, int):
+        problem = None if abs(value) < 2**63 else "is not valid: the number is too large"
+    elif value is not None:
+        problem = f"{_short(value)} is a {type(value).__name__}; write a text in quotes, a number, true, false or null"
+    if problem:
+        raise UserError(f"{key}: {problem}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether other programs can be given it: no NUL and no half of a surrogate pair."""
+    return "\0" not in value and not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+
+
+def _one_line(error: ValidationError, within: str = "") -> str:
     """The first problem as `key: value ... what would be right`, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     # "str" and the like are the branch of a union, not part of the key
-    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int"))
+    parts = [str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int")]
+    key = ".".join(([within] if within else []) + parts)
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        line = f"{prefix}{key}: {message}" if key else message
+        line = f"{key}: {message}" if key else message
     elif first["type"] == "extra_forbidden":
-        line = f"{prefix}{key}: unknown key (value {_short(first['input'])}); see the README's table of keys"
+        line = f"{key}: unknown key (value {_short(first['input'])}); see the README's table of keys"
     elif first["type"] == "missing":
-        line = f"{prefix}{key}: is missing and must be given"
+        line = f"{key}: is missing and must be given"
     else:
-        line = f"{prefix}{key}: {_short(first['input'])} is not valid: {first['msg']}"
+        line = f"{key}: {_short(first['input'])} is not valid: {first['msg']}"
     return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 

@@ -10,6 +10,7 @@ ZERO_STAGES = (0, 1, 2)
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # of a folder
 
 
 class Section(BaseModel):
@@ -21,7 +22,7 @@ class Section(BaseModel):
 class ClientConfig(Section):
     """One federated client: its own DeepSpeed world of `ranks` processes."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Name
     budget: Fraction  # beta: K_c = max(1, floor(K_max * beta)), or the LoRA rank likewise; see `budget_scales`
     ranks: PositiveInt = 1
     expert_parallel: PositiveInt = 1
@@ -180,17 +181,30 @@ class DeepSpeedConfig(Section):
     def _optimizer_type(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("type"), str):
             raise ValueError(f"type {value.get('type')!r} must name an optimiser, such as AdamW")
+        params = value.get("params", {})
+        if not isinstance(params, dict):
+            raise ValueError(f"params {params!r} must be key: value pairs, such as lr: 0.001")
+        rate = params.get("lr", 0.001)
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
+            raise ValueError(f"params.lr {rate!r} must be a number, at least 0")
+        return value
+
+    @field_validator("bf16", "fp16")
+    @classmethod
+    def _enabled(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("enabled", False), bool):
+            raise ValueError(f"enabled {value['enabled']!r} must be true or false")
         return value
 
     @field_validator("zero_optimization")
     @classmethod
     def _zero_stage(cls, value: dict[str, Any]) -> dict[str, Any]:
         stage = value.get("stage", 0)
-        if stage not in ZERO_STAGES:
+        if isinstance(stage, bool) or stage not in ZERO_STAGES:
             raise ValueError(
                 f"stage {stage!r} is not one of 0, 1, 2: DeepSpeed-MoE's experts cannot be partitioned further"
             )
-        if value.get("offload_optimizer", {}).get("device", "none") != "none" or value.get("cpu_offload"):
+        if value.get("offload_optimizer") not in (None, {}, {"device": "none"}) or value.get("cpu_offload"):
             raise ValueError("offload_optimizer is not supported (adapters are small); remove it")
         if value.get("compute_grad_norm") is False:
             raise ValueError(

@@ -7,16 +7,17 @@ Nothing here imports torch, so that a bad row is found before any process is sta
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import open_regular, parse_json
 from ubsmoe_ds.sections import DataConfig
 
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000
+LONGEST_LINE = 8 * 2**20  # bytes of a row
 Row = dict[str, Any]
 
 
@@ -96,8 +97,8 @@ def read_jsonl(path: Path) -> list[Row]:
     """
     found = []
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
                 if line.strip():
                     found.append(_checked(line, f"{path}, line {number}"))
     except OSError as error:
@@ -125,9 +126,11 @@ def read_rows(source: str, split: str) -> list[Row]:
 
 
 def _checked(line: bytes, where: str) -> Row:
+    if len(line) > LONGEST_LINE:
+        raise UserError(f"data: {where}: is longer than {LONGEST_LINE} bytes; write one row a line")
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        row = parse_json(line)
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"data: {where}: is not a JSON object ({error})") from error
     return _checked_row(row, where)
 
@@ -155,6 +158,11 @@ def _checked_row(row: Any, where: str) -> Row:
         raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")
     if row["labels"][label] not in row["answer"]:
         raise UserError(f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r}")
+    for field in (*TEXT_FIELDS, "choices", "labels"):
+        try:
+            "".join(row[field]).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"data: {where}: field {field!r} is {row[field]!r}, no valid Unicode") from error
     return row
 
 
