@@ -136,9 +136,9 @@ def _place(error: BaseException) -> str:
 
 def surfaces() -> dict[str, Surface]:
     """All of them, by name."""
-    from tests import fuzz_config, fuzz_rows
+    from tests import fuzz_config, fuzz_models, fuzz_rows
 
-    modules = (fuzz_config, fuzz_rows)
+    modules = (fuzz_config, fuzz_rows, fuzz_models)
     return {surface.name: surface for module in modules for surface in module.SURFACES}
 
 

@@ -53,5 +53,5 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(UserError, match="is not empty; name a new folder"):
+    with pytest.raises(UserError, match="is in use; name a new folder"):
         write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")

@@ -291,7 +291,7 @@ DAMAGES = {
     drop_tensor: r"lacks 1 tensors, first 'model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight'",
     other_width: r"'model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight' has the shape \[12, 16\], .* for \[14, 16\]",
     pickled: r"has neither .*; pytorch_model\.bin may run code when read",
-    other_family: r"is a 'gpt2'; supported: olmoe, mixtral, qwen2_moe, qwen3_moe",
+    other_family: r"config.json: has model_type 'gpt2'; supported: olmoe, mixtral, qwen2_moe, qwen3_moe",
 }
 
 
@@ -305,7 +305,7 @@ def test_damaged_checkpoints_are_named(damage, tmp_path):
 
 
 def test_an_empty_folder_is_no_model(tmp_path):
-    with pytest.raises(UserError, match=r"no model folder \(config.json is missing\)"):
+    with pytest.raises(UserError, match=r"config.json: cannot be read .*; name a model folder"):
         load(tmp_path, UBSMoESpec(k=2, candidates=8))
 
 

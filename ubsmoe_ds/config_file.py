@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.files import parse_json, read_text
-from ubsmoe_ds.models.families import FAMILIES
+from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.plain_yaml import MOST_BYTES, parse_yaml
 from ubsmoe_ds.sections import ModelConfig
 
@@ -46,15 +46,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         model = ModelConfig.model_validate(raw.get("model", {}))
     except ValidationError as error:
         raise UserError(_one_line(error, within="model")) from error
-    facts = _read_mapping(model_folder(model.path) / "config.json", "JSON")
-    family = FAMILIES.get(str(facts.get("model_type")))
-    if family is None:
-        raise UserError(
-            f"model.path: {model.path!r} has model_type {facts.get('model_type')!r}; supported: {', '.join(FAMILIES)}"
-        )
-    for name in (family.num_experts, "num_experts_per_tok"):
-        if type(facts.get(name)) is not int or facts[name] < 1:  # not bool
-            raise UserError(f"model.path: in {model.path!r}, config.json's {name} is {facts.get(name)!r}, not a number")
+    family, facts = read_facts(model_folder(model.path))
     raw["num_experts"] = facts[family.num_experts]
     raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
     try:
@@ -106,7 +98,7 @@ def _position(part: str) -> int:
 
 
 def _check_plain(value: Any, key: str = "", depth: int = 0) -> None:
-    """That an experiment is made of what JSON has: it is written down so, and parts of it go to DeepSpeed as they are."""
+    """That an experiment is made of what JSON has: it is written down so, and parts of it go to DeepSpeed as is."""
     problem = None
     if depth > DEEPEST:
         problem = f"is nested more than {DEEPEST} levels deep"

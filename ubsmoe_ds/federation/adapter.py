@@ -1,22 +1,27 @@
 """The adapters that a run leaves behind, the whole's and each client's, and models made of them."""
 
-import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import replace_files, require_regular
 from ubsmoe_ds.models import peft_format
-from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load, read_config
-from ubsmoe_ds.models.families import FAMILIES
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load
+from ubsmoe_ds.models.checkpoint import read_tensors
+from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.moe.gate import RESCALE
 
 FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
+FORMAT = "ubsmoe_ds.adapter.2"
 WEIGHTS = "weights.safetensors"  # in place of an adapter where weights themselves have changed
 
 
@@ -34,7 +39,7 @@ def save_adapter(
         k: active experts it is meant for.
     """
     facts = {
-        "format": "ubsmoe_ds.adapter.2",
+        "format": FORMAT,
         "base_model": exp.model.path,
         "method": exp.method,
         "k": str(k),
@@ -45,10 +50,7 @@ def save_adapter(
         "gamma": str(exp.router.gamma),
     }
     if exp.merge.rule == "flora":
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{WEIGHTS}.tmp"
-        save_file(dict(state), unfinished, metadata=facts)
-        unfinished.replace(folder / WEIGHTS)
+        replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
         return
     path = exp.model.path
     base = path.removeprefix("hub:").partition("@")[0] if path.startswith("hub:") else str(exp.model_dir)
@@ -76,37 +78,36 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         UserError: naming the file and what is wrong with it.
     """
     whole = folder / WEIGHTS
-    facts = _facts(whole if whole.is_file() else folder / peft_format.SIDECAR)
-    named = base or facts.get("base_model") or _base_of_peft(folder)
-    path = model_folder(named)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        num_experts = int(config[FAMILIES[config["model_type"]].num_experts])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"adapter: its base {str(path)!r} is no model folder of a supported family; name it") from error
-    if whole.is_file():
-        return Adapter(load_file(whole), 0, 0.0, path, facts)
-    state, rank, alpha = peft_format.read(folder, num_experts)
+    merged = os.path.lexists(whole)
+    facts = _facts(whole if merged else folder / peft_format.SIDECAR)
+    path = model_folder(base or facts.get("base_model") or _base_of_peft(folder))
+    family, config = read_facts(path)
+    if merged:
+        return Adapter(read_tensors(whole), 0, 0.0, path, facts)
+    state, rank, alpha = peft_format.read(folder, config[family.num_experts])
     return Adapter(state, rank, alpha / rank, path, facts)
 
 
 def _facts(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; none where there is no such file, as beside an adapter of PEFT's own."""
-    if not path.is_file():
+    """What `save_adapter` wrote beside the tensors; none where there is no such file, as in PEFT's own adapters."""
+    if not os.path.lexists(path):
         return {}
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            facts = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"adapter: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"adapter: {str(path)!r} cannot be read ({getattr(error, 'strerror', error)})") from error
+    if "k" not in facts or facts.get("format", FORMAT) != FORMAT:
+        raise UserError(f"adapter: {str(path)!r} has the format {facts.get('format')!r}, not {FORMAT!r}; save it again")
+    return facts
 
 
 def _base_of_peft(folder: Path) -> str:
-    path = folder / peft_format.CONFIG
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"adapter: {str(folder)!r} holds none ({peft_format.CONFIG} is missing or damaged)") from error
+    base = peft_format.read_config(folder / peft_format.CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"adapter: {str(folder / peft_format.CONFIG)!r} names no base model ({base!r}); use --base")
+    return base
 
 
 def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
@@ -119,22 +120,8 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
     Raises:
         UserError: if the adapter has a tensor that the model has no place for.
     """
-    facts, state = adapter.facts, adapter.state
-    config = read_config(adapter.base)
-    k_max = int(facts.get("k_max", config.num_experts_per_tok))
-    rank = max(adapter.rank, 1)
-    spec = UBSMoESpec(
-        k=int(facts.get("k", k_max)),
-        candidates=int(facts.get("candidates", getattr(config, FAMILIES[config.model_type].num_experts))),
-        lora_rank=rank,
-        lora_alpha=adapter.scaling * rank,
-        lora_attention=any(".attention." in name for name in state),
-        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
-        modulate=facts.get("modulate", "weights"),
-        gate_rescale=facts.get("gate_rescale", "none"),
-        gamma=float(facts.get("gamma", 0.5)),
-        k_max=k_max,
-    )
+    state = adapter.state
+    spec = _spec(adapter)
     model = load(adapter.base, spec, dtype)
     places = model.named_state()
     for name, value in state.items():
@@ -143,4 +130,63 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
         if name not in places or places[name].shape != value.shape:
             raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
         places[name].data.copy_(value)
+    if adapter.facts:
+        _check_complete(adapter, places)
     return model.eval()
+
+
+def _spec(adapter: Adapter) -> UBSMoESpec:
+    """How the adapter was trained. Without our facts it is plain Top-K at the config's K.
+
+    Raises:
+        UserError: naming the fact that cannot be.
+    """
+    facts, state = adapter.facts, adapter.state
+    family, config = read_facts(adapter.base)
+    experts, rank = config[family.num_experts], max(adapter.rank, 1)
+    k_max = _whole(facts, "k_max", config["num_experts_per_tok"], 1, experts)
+    gamma = facts.get("gamma", "0.5")
+    if not _is_number(gamma):
+        raise _wrong_fact("gamma", gamma, "a number, at least 0")
+    for name, values in {"modulate": ("weights", "selection"), "gate_rescale": ("none", "learned", *RESCALE)}.items():
+        if facts.get(name, values[0]) not in values:
+            raise _wrong_fact(name, facts[name], f"one of {', '.join(values)}")
+    k = _whole(facts, "k", k_max, 1, experts)
+    return UBSMoESpec(
+        k=k,
+        candidates=_whole(facts, "candidates", experts, max(k, k_max), experts),
+        lora_rank=rank,
+        lora_alpha=adapter.scaling * rank,
+        lora_attention=any(".attention." in name for name in state),
+        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
+        modulate=facts.get("modulate", "weights"),
+        gate_rescale=facts.get("gate_rescale", "none"),
+        gamma=float(gamma),
+        k_max=k_max,
+    )
+
+
+def _whole(facts: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = facts.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise _wrong_fact(name, text, f"{least} to {most}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def _wrong_fact(name: str, value: str, right: str) -> UserError:
+    return UserError(f"adapter: its {peft_format.SIDECAR} says {name} {value!r}, must be {right}; save it again")
+
+
+def _check_complete(adapter: Adapter, places: Mapping[str, Tensor]) -> None:
+    """That what one layer has, all layers of that kind have: a part that is lost would pass for one never trained."""
+    kinds = {name.split(".", 2)[2] for name in adapter.state} - {"scale"}  # a client's own, so not in the whole's
+    for name in places:
+        if name.split(".", 2)[2] in kinds and name not in adapter.state:
+            raise UserError(f"adapter: tensor {name!r} is missing, which other layers have; save it again")

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from ubsmoe_ds.cost import ModelShape
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.models.checkpoint import Checkpoint
-from ubsmoe_ds.models.families import FAMILIES, Family
+from ubsmoe_ds.models.families import FAMILIES, Family, read_facts
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import UBSMoEGate
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -210,17 +210,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         UserError: if there is none, or it is of a family that is not supported.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: {str(folder)!r} is no model folder (config.json is missing)")
+    read_facts(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path: {str(folder / 'config.json')!r} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model.path: {str(folder)!r} is a {config.model_type!r}; supported: {', '.join(FAMILIES)}")
-    return config
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its checks of a hundred keys run into
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"model.path: {str(folder / 'config.json')!r} describes no model ({reason}); copy it again")
 
 
 def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
@@ -240,19 +239,12 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     config = read_config(folder)
     family = FAMILIES[config.model_type]
     checkpoint = Checkpoint(folder)
-    small = copy.deepcopy(config)  # the experts that transformers would make are replaced
-    setattr(small, family.num_experts, 1)
-    small.num_experts_per_tok = 1
-    with no_init_weights():
-        hf = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    hf.tie_weights()
-    num_experts = getattr(config, family.num_experts)
-    setattr(hf.config, family.num_experts, num_experts)
+    _check_sizes(checkpoint, config, family)
+    hf = _with_one_expert(config, family, dtype)
+    setattr(hf.config, family.num_experts, getattr(config, family.num_experts))
     hf.config.num_experts_per_tok = config.num_experts_per_tok
-    blocks = {f"model.layers.{i}.mlp.": decoder.mlp for i, decoder in enumerate(hf.model.layers) if _is_moe(decoder)}
-    plain = {name: p for name, p in hf.named_parameters() if not _is_replaced(name, blocks)}
+    plain, blocks = _parts(hf)
     routers = {prefix: f"{prefix.removesuffix('mlp.')}{family.block}.gate.weight" for prefix in blocks}
-    checkpoint.require([*plain, *routers.values()])
     for name, parameter in plain.items():
         checkpoint.read_into(parameter.data, name)
     for prefix, block in blocks.items():
@@ -261,6 +253,48 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
         )
         checkpoint.read_into(block.gate.weight.data, routers[prefix])
     return _replace_blocks(hf, family, spec, lambda prefix: _from_files(checkpoint, family, prefix))
+
+
+def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model without the experts, which are replaced, and without values."""
+    small = copy.deepcopy(config)
+    setattr(small, family.num_experts, 1)
+    small.num_experts_per_tok = 1
+    with no_init_weights():
+        hf = AutoModelForCausalLM.from_config(small, dtype=dtype, trust_remote_code=False)
+    hf.tie_weights()
+    return hf
+
+
+def _parts(hf: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+    """(parameters that stay as they are, blocks that are replaced), by name and by prefix."""
+    blocks = {f"model.layers.{i}.mlp.": decoder.mlp for i, decoder in enumerate(hf.model.layers) if _is_moe(decoder)}
+    return {name: p for name, p in hf.named_parameters() if not _is_replaced(name, blocks)}, blocks
+
+
+def _check_sizes(checkpoint: Checkpoint, config: PreTrainedConfig, family: Family) -> None:
+    """That the files hold what config.json describes, all of it and in its shapes, before memory is taken for it."""
+    folder, layers = checkpoint.folder, config.num_hidden_layers
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"model.path: in {str(folder / 'config.json')!r}, num_hidden_layers is {layers!r}, a number")
+    checkpoint.require([f"model.layers.{layers - 1}.input_layernorm.weight"])
+    try:
+        with torch.device("meta"):
+            plain, blocks = _parts(_with_one_expert(config, family, torch.float32))
+    except Exception as error:  # as in `read_config`
+        raise _unusable(folder, error) from error
+    shapes = {name: value.shape for name, value in plain.items()}
+    width, experts = getattr(config, family.width), getattr(config, family.num_experts)
+    sizes = {family.gate: (width, config.hidden_size), family.down: (config.hidden_size, width)}
+    sizes[family.up] = sizes[family.gate]
+    others: set[str] = set()
+    for prefix in blocks:
+        block = f"{prefix.removesuffix('mlp.')}{family.block}"
+        shapes[f"{block}.gate.weight"] = torch.Size((experts, config.hidden_size))
+        shapes |= {f"{block}.experts.0.{name}.weight": torch.Size(size) for name, size in sizes.items()}
+        others |= {f"{block}.experts.{e}.{name}.weight" for e in range(experts) for name in sizes}
+    checkpoint.require_shapes(shapes)
+    checkpoint.refuse_others("model.layers.", shapes.keys() | others)
 
 
 def convert(hf: PreTrainedModel, spec: UBSMoESpec) -> UBSMoEForCausalLM:

@@ -6,7 +6,14 @@ All are decoders whose blocks are softmax router -> top K -> SwiGLU experts; tra
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import read_json
+
+MOST_EXPERTS = 2**16
+COUNTS = ("num_experts", "num_local_experts")  # one and the same: transformers reads either, and may write the other
 
 
 @dataclass(frozen=True)
@@ -38,3 +45,36 @@ FAMILIES = {
     "qwen2_moe": Family(shared=("shared_expert", "shared_expert_gate")),
     "qwen3_moe": Family(),
 }
+
+
+def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """A model folder's family, and its config.json; that it has experts and how many are active is checked.
+
+    Raises:
+        UserError: naming the file, the key and its value.
+    """
+    path = folder / "config.json"
+    try:
+        facts = read_json(path)
+    except OSError as error:
+        raise UserError(f"model.path: {path}: cannot be read ({error.strerror}); name a model folder") from error
+    except ValueError as error:
+        raise UserError(f"model.path: {path}: is not valid JSON ({error})") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"model.path: {path}: must hold key: value pairs, found {type(facts).__name__}")
+    kind = facts.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(f"model.path: {path}: has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
+    counts = [facts[name] for name in COUNTS if name in facts]
+    if len(counts) == 2 and counts[0] != counts[1]:
+        raise UserError(f"model.path: {path}: {' and '.join(COUNTS)} are {counts[0]!r} and {counts[1]!r}; remove one")
+    facts |= dict.fromkeys(COUNTS, counts[0] if counts else None)
+    most = MOST_EXPERTS
+    for name in (family.num_experts, "num_experts_per_tok"):
+        if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is no number here
+            raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, not a number from 1 to {most}")
+        most = facts[name]
+    if facts.get("quantization_config"):
+        raise UserError(f"model.path: {path}: has a quantization_config; use the weights before quantisation")
+    return family, facts

@@ -4,10 +4,9 @@ It computes what the adapter does with PEFT: phi and the gate's rescaling have n
 a time. Shapes: E experts, R LoRA rank, O x I a projection's weight.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.models.families import FAMILIES, Family
+from ubsmoe_ds.files import new_folder, require_new, require_regular
+from ubsmoe_ds.models.families import Family, read_facts
 
 
 def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path) -> None:
@@ -31,25 +31,20 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     Raises:
         UserError: if `out` is in use, the base cannot be read, or the state is not one of this base.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"merge: {str(out)!r} is not empty; name a new folder")
-    family = FAMILIES[json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]]
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    require_new(out, "--merge")
+    family, _ = read_facts(base)
     used: set[str] = set()
-    for path in sorted(base.iterdir()):
-        if path.suffix == ".safetensors":
-            save_file(_merged_shard(path, family, state, scaling, used), unfinished / path.name, {"format": "pt"})
-        elif path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
-            shutil.copy(path, unfinished / path.name)
-    left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
-    if left:
-        shutil.rmtree(unfinished)
-        raise UserError(f"merge: {str(base)!r} has no weight for {len(left)} tensors of the adapter, first {left[0]!r}")
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    with new_folder(out, "--merge") as unfinished:
+        for path in sorted(base.iterdir()):
+            if path.suffix == ".safetensors":
+                save_file(_merged_shard(path, family, state, scaling, used), unfinished / path.name, {"format": "pt"})
+            elif path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copy(path, unfinished / path.name)
+        left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
+        if left:
+            raise UserError(
+                f"merge: {str(base)!r} has no weight for {len(left)} tensors of the adapter, first {left[0]!r}"
+            )
 
 
 def _merged_shard(
@@ -57,6 +52,7 @@ def _merged_shard(
 ) -> dict[str, Tensor]:
     merged = {}
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - no mapping
                 merged[name] = _merged_tensor(name, shard.get_tensor(name), family, state, scaling, used)
@@ -71,15 +67,31 @@ def _merged_tensor(
     own, expert = _own_name(name, family)
     if f"{own}.weight" in state:  # a router, or what FLoRA merged
         used |= {f"{own}.weight", f"{own}.lora_A", f"{own}.lora_B"}
-        value = state[f"{own}.weight"]
-        return (value if expert is None else value[expert]).to(weight.dtype).contiguous()
+        value = _of_expert(state[f"{own}.weight"], expert, own)
+        _check_fit(name, weight, value.shape)
+        return value.to(weight.dtype).contiguous()
     if f"{own}.lora_A" not in state:
         return weight
     used |= {f"{own}.lora_A", f"{own}.lora_B"}
-    A, B = (state[f"{own}.lora_{factor}"].float() for factor in "AB")
-    if expert is not None:
-        A, B = A[expert], B[expert]
+    A, B = (_of_expert(state[f"{own}.lora_{factor}"].float(), expert, own) for factor in "AB")
+    _check_fit(name, weight, (B.shape[0], A.shape[1]))
     return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
+
+
+def _of_expert(value: Tensor, expert: int | None, own: str) -> Tensor:
+    if expert is not None and expert >= len(value):
+        raise UserError(
+            f"merge: the adapter's {own!r} has {len(value)} experts, the base has more; name its own --base"
+        )
+    return value if expert is None else value[expert]
+
+
+def _check_fit(name: str, weight: Tensor, shape: Sequence[int]) -> None:
+    if [*weight.shape] != [*shape]:
+        raise UserError(
+            f"merge: tensor {name!r} of the base has the shape {[*weight.shape]}, the adapter {[*shape]}; "
+            "name the base that it was trained on"
+        )
 
 
 def _own_name(name: str, family: Family) -> tuple[str, int | None]:

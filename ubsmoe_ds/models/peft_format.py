@@ -11,23 +11,34 @@ Names: `layers.0.experts.gate.lora_A` and so on, see `federation/units.py`; B is
 """
 
 import json
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import read_json, replace_files
+from ubsmoe_ds.models.checkpoint import read_tensors
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "ubsmoe.safetensors"
 PREFIX = "base_model.model.model."
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 OF_SIDECAR = (".phi", ".scale")
+STACKED = {  # PEFT's names -> (which projections it holds side by side, A or B)
+    "mlp.experts.base_layer.lora_A.weight": (("gate", "up"), "A"),
+    "mlp.experts.base_layer.lora_B.weight": (("gate", "up"), "B"),
+    "mlp.experts.lora_A.weight": (("down",), "A"),
+    "mlp.experts.lora_B.weight": (("down",), "B"),
+}
+# what PEFT would compute otherwise than we do
+NOT_OURS = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "layer_replication", "corda_config")
 
 
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,30 +69,40 @@ def from_peft(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tens
     Raises:
         UserError: for tensors that no adapter of ours has.
     """
-    found = {}
-    pattern = re.compile(re.escape(PREFIX) + r"layers\.(\d+)\.(.+)")
+    found: dict[str, Tensor] = {}
+    pattern = re.compile(re.escape(PREFIX) + r"layers\.(0|[1-9][0-9]*)\.(.+)")
     for name, value in tensors.items():
         match = pattern.fullmatch(name)
         layer, rest = (f"layers.{match[1]}.", match[2]) if match else ("", "")
         attention = re.fullmatch(r"self_attn\.(\w+)\.(lora_[AB])\.weight", rest)
-        if rest in ("mlp.experts.base_layer.lora_A.weight", "mlp.experts.lora_A.weight"):
-            A_EQI = value.view(num_experts, -1, value.shape[1])
-            names = ("gate", "up") if "base_layer" in rest else ("down",)
-            for projection, A_ERI in zip(names, A_EQI.chunk(len(names), dim=1), strict=True):
-                found[f"{layer}experts.{projection}.lora_A"] = A_ERI.contiguous()
-        elif rest in ("mlp.experts.base_layer.lora_B.weight", "mlp.experts.lora_B.weight"):
-            B_EOQ = value.view(value.shape[0], -1, num_experts).permute(2, 0, 1)
-            if "base_layer" in rest:
-                found |= {f"{layer}experts.{p}.lora_B": B for p, B in _split_gate_up(B_EOQ, name).items()}
-            else:
-                found[f"{layer}experts.down.lora_B"] = B_EOQ.contiguous()
-        elif rest == "mlp.gate.weight":
-            found[f"{layer}router.weight"] = value
-        elif attention and attention[1] in ATTENTION:
+        if rest not in (*STACKED, "mlp.gate.weight") and not (attention and attention[1] in ATTENTION):
+            raise UserError(f"adapter: tensor {name!r} is none that UB-SMoE trains")
+        if value.ndim != 2:
+            raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, not two dimensions")
+        if rest in STACKED:
+            found |= {f"{layer}experts.{own}": part for own, part in _unstacked(name, value, num_experts).items()}
+        elif attention:
             found[f"{layer}attention.{attention[1]}.{attention[2]}"] = value
         else:
-            raise UserError(f"adapter: tensor {name!r} is none that UB-SMoE trains")
+            found[f"{layer}router.weight"] = value
     return found
+
+
+def _unstacked(name: str, value: Tensor, num_experts: int) -> dict[str, Tensor]:
+    """A stacked tensor of PEFT as ours of each projection: [E R, I] -> [E, R, I], and [O, R E] -> [E, O, R]."""
+    projections, factor = next(found for ending, found in STACKED.items() if name.endswith(f".{ending}"))
+    parts = len(projections)
+    stacked = value.shape[0 if factor == "A" else 1]
+    if not stacked or stacked % (num_experts * parts) or (factor == "B" and len(value) % parts):
+        raise UserError(
+            f"adapter: tensor {name!r} has the shape {[*value.shape]}, which is none of {num_experts} experts"
+        )
+    if factor == "A":
+        A_EQI = value.view(num_experts, -1, value.shape[1])
+        return {f"{p}.lora_A": A.contiguous() for p, A in zip(projections, A_EQI.chunk(parts, dim=1), strict=True)}
+    B_EOQ = value.view(value.shape[0], -1, num_experts).permute(2, 0, 1)
+    split = _split_gate_up(B_EOQ, name) if parts == 2 else {"down": B_EOQ.contiguous()}
+    return {f"{projection}.lora_B": B for projection, B in split.items()}
 
 
 def adapter_config(tensors: Mapping[str, Tensor], rank: int, alpha: float, base_model: str) -> dict[str, Any]:
@@ -118,13 +139,17 @@ def save(
         base_model: folder or id of the base, for readers.
         facts: K, N_p and the like, into the sidecar's metadata.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = to_peft(state)
     config = adapter_config(tensors, rank, alpha, base_model)
     beside = {name: value.contiguous() for name, value in state.items() if name.endswith(OF_SIDECAR)}
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / SIDECAR, lambda path: save_file(beside, path, metadata=dict(facts)))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    replace_files(
+        folder,
+        {
+            WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            SIDECAR: lambda path: save_file(beside, path, metadata=dict(facts)),
+            CONFIG: lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
+        },
+    )
 
 
 def read(folder: Path, num_experts: int) -> tuple[dict[str, Tensor], int, float]:
@@ -135,14 +160,80 @@ def read(folder: Path, num_experts: int) -> tuple[dict[str, Tensor], int, float]
     Raises:
         UserError: naming the file and what is wrong with it.
     """
+    rank, alpha = _rank_and_alpha(folder / CONFIG)
+    found = from_peft(read_tensors(folder / WEIGHTS), num_experts)
+    beside = read_tensors(folder / SIDECAR) if os.path.lexists(folder / SIDECAR) else {}
+    for name in beside:
+        if not re.fullmatch(r"layers\.(0|[1-9][0-9]*)\.(phi|scale)", name):
+            raise UserError(f"adapter: in {str(folder / SIDECAR)!r}, tensor {name!r} is none of phi or scale")
+    _check_pairs(found, rank)
+    return found | beside, rank, alpha
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter.
+
+    Raises:
+        UserError: naming the file.
+    """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        beside = load_file(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"adapter: {str(folder)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return from_peft(tensors, num_experts) | beside, rank, alpha
+        config = read_json(path)
+    except OSError as error:
+        raise UserError(
+            f"adapter: {str(path)!r} cannot be read ({error.strerror}); name an adapter's folder"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"adapter: {str(path)!r} is no valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"adapter: {str(path)!r} must hold key: value pairs, found {type(config).__name__}")
+    return config
+
+
+def _rank_and_alpha(path: Path) -> tuple[int, float]:
+    """Of PEFT's config, if it means by them what we do: s = alpha / r for every module."""
+    config = read_config(path)
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    where = f"adapter: in {str(path)!r},"
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{where} r is {rank!r}, must be a whole number from 1")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise UserError(f"{where} lora_alpha is {alpha!r}, must be a number above 0")
+    for key, plain in {"peft_type": "LORA", "bias": "none"}.items():
+        if config.get(key, "none") != plain:
+            raise UserError(f"{where} {key} is {config.get(key)!r}, must be {plain!r}")
+    for key in NOT_OURS:
+        if config.get(key):
+            raise UserError(f"{where} {key} is {config[key]!r}; UB-SMoE's adapters have none")
+    for key, own_rank, own_alpha in _patterns(config, where):
+        if own_alpha * rank != alpha * own_rank:
+            raise UserError(f"{where} {key} has its own scaling, {own_alpha} / {own_rank} beside {alpha} / {rank}")
+    return rank, float(alpha)
+
+
+def _patterns(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, float, float]]:
+    """(module, rank, alpha) where the config has some of their own."""
+    patterns = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict) or not all(type(value) in (int, float) for value in pattern.values()):
+            raise UserError(f"{where} {name} is {pattern!r}, must be numbers by module")
+        patterns.append(pattern)
+    ranks, alphas = patterns
+    for key in ranks | alphas:
+        yield key, ranks.get(key, config["r"]), alphas.get(key, config["lora_alpha"])
+
+
+def _check_pairs(state: Mapping[str, Tensor], rank: int) -> None:
+    """That every A has its B, both of the adapter's rank."""
+    for name, value in state.items():
+        if not name.endswith((".lora_A", ".lora_B")):
+            continue
+        other = name[:-1] + ("B" if name.endswith("A") else "A")
+        if other not in state:
+            raise UserError(f"adapter: tensor {name!r} is there without {other!r}")
+        if value.shape[-2 if name.endswith("A") else -1] != rank:
+            raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, its config says rank {rank}")
 
 
 def _stacked(prefix: str, A_ERI: Tensor, B_EOR: Tensor) -> dict[str, Tensor]:
@@ -166,10 +257,3 @@ def _split_gate_up(B_EOQ: Tensor, name: str) -> dict[str, Tensor]:
     if zero_EFR.any() or other_EFR.any():
         raise UserError(f"adapter: {name!r} mixes gate and up, which UB-SMoE's adapters keep apart")
     return {"gate": gate_EFR.contiguous(), "up": up_EFR.contiguous()}
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside the name and then take it, so that no reader sees half a file."""
-    unfinished = path.with_name(path.name + ".tmp")
-    write(unfinished)
-    unfinished.replace(path)
