@@ -18,12 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ubsmoe_ds import comparison
+from ubsmoe_ds.command_line import Parser
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.files import replace_files
 from ubsmoe_ds.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.relaunch import PARENT_SPEAKS, RENDEZVOUS_VARIABLES
 from ubsmoe_ds.run_folder import check_run_folder
@@ -45,7 +48,7 @@ class Job(NamedTuple):
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key in all jobs")
     parser.add_argument("--config", default=ROOT / "ds_configs" / "compare_tiny.yaml", help="experiment (YAML)")
     parser.add_argument("--methods", nargs="*", default=["all"], help=f"all, or some of: {' '.join(PRESETS)}")
@@ -65,8 +68,8 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         jobs = make_jobs(options)
         code = run_jobs(jobs, runner or run_job)
         if code == 0:
@@ -127,7 +130,7 @@ def _settings(methods: Sequence[str], ablate: bool) -> dict[str, dict[str, Any]]
 
 def _seeds(texts: Sequence[str]) -> list[int]:
     for text in texts:
-        if not (text.isascii() and text.isdecimal()):
+        if not (text.isascii() and text.isdecimal() and len(text) < 11):
             raise UserError(f"seeds: {text!r} is no seed; use whole numbers from 0 with spaces between, such as 0 1 2")
     seeds = [int(text) for text in texts]
     if not seeds or len(set(seeds)) < len(seeds):
@@ -209,16 +212,20 @@ def write_results(runs: Sequence[comparison.Run], out: Path, headline: str) -> N
         headline: first line of results.md.
     """
     clients, rounds = comparison.collect(runs)
-    clients.to_csv(out / "results.csv", index=False)
-    rounds.to_csv(out / "rounds.csv", index=False)
-    (out / "results.md").write_text(comparison.markdown(clients, headline), encoding="utf-8")
+    files: dict[str, Callable[[Path], object]] = {
+        "results.csv": lambda path: clients.to_csv(path, index=False),
+        "rounds.csv": lambda path: rounds.to_csv(path, index=False),
+        "results.md": lambda path: path.write_text(comparison.markdown(clients, headline), encoding="utf-8"),
+    }
     labels = list(dict.fromkeys(run.method for run in runs))
     methods = [label for label in labels if label in PRESETS]
     pictures = {"comparison.png": methods}
     if len(methods) < len(labels):
         pictures["ablation.png"] = [label for label in labels if label in ("ub_smoe", "topk", *ABLATIONS)]
     for name, drawn in pictures.items():
-        comparison.picture(clients, rounds, drawn).savefig(out / name, dpi=150)
+        figure = comparison.picture(clients, rounds, drawn)
+        files[name] = partial(figure.savefig, dpi=150)
+    replace_files(out, files)
     print(f"written to {out}: results.md results.csv rounds.csv {' '.join(pictures)}", flush=True)
 
 

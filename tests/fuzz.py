@@ -136,9 +136,13 @@ def _place(error: BaseException) -> str:
 
 def surfaces() -> dict[str, Surface]:
     """All of them, by name."""
-    from tests import fuzz_config, fuzz_models, fuzz_rows
+    from transformers.utils import logging as transformers_logging
 
-    modules = (fuzz_config, fuzz_rows, fuzz_models)
+    from tests import fuzz_commands, fuzz_config, fuzz_models, fuzz_rows, fuzz_writers
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    modules = (fuzz_config, fuzz_rows, fuzz_models, fuzz_commands, fuzz_writers)
     return {surface.name: surface for module in modules for surface in module.SURFACES}
 
 

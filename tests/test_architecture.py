@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ubsmoe_ds"
 # from the top: each file may import only from lines above its own
 LAYERS = [
     "errors",
+    "command_line",
     "files",
     "plain_yaml",
     "methods",
@@ -35,6 +36,7 @@ LAYERS = [
     "moe.collector",
     "moe.moments",
     "models.checkpoint",
+    "models.tokenizer",
     "models.causal_lm",
     "models.peft_format",
     "models.merged",
@@ -100,6 +102,7 @@ def test_config_is_free_of_torch():
     """A mistake in the config must be told before seconds of imports."""
     for name in (
         "errors",
+        "command_line",
         "files",
         "plain_yaml",
         "methods",

@@ -14,6 +14,7 @@ from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import PackedRow
+from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert, load, model_shape
 from ubsmoe_ds.monitor import CELL, heat_map
@@ -90,7 +91,7 @@ def test_a_sliding_window_shorter_than_the_row_is_refused():
     model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
     model.hf.config.sliding_window = 3
     ids = torch.ones(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="rows of 4 tokens .* sliding window of 3"):
+    with pytest.raises(UserError, match="rows of 4 tokens .* sliding window of 3"):
         model(ids, ids.bool(), None, ids)
 
 

@@ -108,13 +108,25 @@ def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]
     Raises:
         UserError: naming the folder.
     """
-    with writes(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writes(folder), _made(folder):
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
             for name, write in contents.items():
                 write(Path(unfinished) / name)
             for name in contents:
                 (Path(unfinished) / name).replace(folder / name)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there within the block; if it is new and the block fails, it goes again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def require_new(folder: Path, option: str) -> None:

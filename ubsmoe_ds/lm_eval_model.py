@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer
 
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.federation.adapter import load_trained, read_adapter
+from ubsmoe_ds.models.tokenizer import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,5 +41,5 @@ class UBSMoELM(HFLM):
         if k is not None and not 1 <= k <= most:
             raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")
         model.set_active_experts(k or model.layers[0].gate.k)
-        tokenizer = AutoTokenizer.from_pretrained(found.base, local_files_only=True)
+        tokenizer = read_tokenizer(found.base, model.hf.config.vocab_size)
         super().__init__(pretrained=model.hf, tokenizer=tokenizer, **rest)

@@ -80,13 +80,22 @@ def evaluation_rows(source: str, count: int | None, seed: int, form: str = "inst
     Raises:
         UserError: as `load_rows`.
     """
-    try:
-        config = DataConfig(source=source)
-    except ValueError as error:
-        raise UserError(f"--data: {source!r} is not synthetic, jsonl:PATH or hub:NAME[@SPLIT]") from error
+    config = only_source(source)
     rows = load_rows(config, seed)[1] if source == "synthetic" else read_rows(source, split="test")
     chosen = sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
     return [as_cloze(row) for row in chosen] if form == "cloze" else chosen
+
+
+def only_source(source: str) -> DataConfig:
+    """Of the option --data of a command.
+
+    Raises:
+        UserError: for what is no source.
+    """
+    try:
+        return DataConfig(source=source)
+    except ValueError as error:
+        raise UserError(f"--data: {source!r} is not synthetic, jsonl:PATH or hub:NAME[@SPLIT]") from error
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -112,7 +112,7 @@ class UBSMoEForCausalLM(nn.Module):
             [A, V] or [B, S, V] in fp32.
 
         Raises:
-            ValueError: if continuations are longer than the model's sliding window, which their mask knows nothing of.
+            UserError: if continuations are longer than the model's sliding window, which their mask knows nothing of.
         """
         for layer in self.layers:
             layer.used_token = used
@@ -127,7 +127,10 @@ class UBSMoEForCausalLM(nn.Module):
         length = branch_BS.shape[1]
         window = getattr(self.hf.config, "sliding_window", None)
         if window and window < length:  # 0 and None: there is none
-            raise ValueError(f"rows of {length} tokens with continuations do not fit the sliding window of {window}")
+            raise UserError(
+                f"model.path: rows of {length} tokens with continuations do not fit its sliding window of {window}; "
+                "lower max_length"
+            )
         query_BS1, key_B1S = branch_BS.unsqueeze(2), branch_BS.unsqueeze(1)
         seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)).tril()
         mask_BSS = torch.zeros_like(seen_BSS, dtype=self.hf.dtype).masked_fill(

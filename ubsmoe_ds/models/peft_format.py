@@ -77,8 +77,8 @@ def from_peft(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tens
         attention = re.fullmatch(r"self_attn\.(\w+)\.(lora_[AB])\.weight", rest)
         if rest not in (*STACKED, "mlp.gate.weight") and not (attention and attention[1] in ATTENTION):
             raise UserError(f"adapter: tensor {name!r} is none that UB-SMoE trains")
-        if value.ndim != 2:
-            raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, not two dimensions")
+        if value.ndim != 2 or not value.numel():
+            raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, no matrix")
         if rest in STACKED:
             found |= {f"{layer}experts.{own}": part for own, part in _unstacked(name, value, num_experts).items()}
         elif attention:
@@ -93,7 +93,7 @@ def _unstacked(name: str, value: Tensor, num_experts: int) -> dict[str, Tensor]:
     projections, factor = next(found for ending, found in STACKED.items() if name.endswith(f".{ending}"))
     parts = len(projections)
     stacked = value.shape[0 if factor == "A" else 1]
-    if not stacked or stacked % (num_experts * parts) or (factor == "B" and len(value) % parts):
+    if stacked % (num_experts * parts) or (factor == "B" and len(value) % parts):
         raise UserError(
             f"adapter: tensor {name!r} has the shape {[*value.shape]}, which is none of {num_experts} experts"
         )

@@ -1,0 +1,35 @@
+"""The tokenizer of a model folder, as far as the program needs one."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ubsmoe_ds.errors import UserError
+
+
+def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
+    """The folder's tokenizer, with a padding token; no code of the folder is run.
+
+    Args:
+        folder: of the model.
+        vocabulary: tokens that the model knows; None: not checked.
+
+    Raises:
+        UserError: if there is none that can be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the readers of many formats raise whatever they run into
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.path: {str(folder)!r} has no usable tokenizer ({reason}); copy it again") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer in {str(folder)!r} has no end-of-text token")
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.path: the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the model {vocabulary}; "
+            "it is of another model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so its id does not matter
+    return tokenizer
