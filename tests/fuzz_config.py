@@ -28,6 +28,7 @@ EXPERIMENT = yaml.safe_load(TINY)
 WHOLE = EXPERIMENT | {"deepspeed": json.loads(TINY_JSON)}
 KEYS = sorted({key for path in places(WHOLE) for key in path if isinstance(key, str)})
 NAMED = [*KEYS, "exp.yaml", "unknown key", "a key must be", "override", "is no text", "in quotes"]
+NAMED += [": is nested", "the number is too large", "must be a finite number"]  # after a key, which may be any
 
 
 def is_sound(path: Path, overrides: tuple[str, ...] = ()) -> None:
