@@ -28,7 +28,12 @@ EXPERIMENT = yaml.safe_load(TINY)
 WHOLE = EXPERIMENT | {"deepspeed": json.loads(TINY_JSON)}
 KEYS = sorted({key for path in places(WHOLE) for key in path if isinstance(key, str)})
 NAMED = [*KEYS, "exp.yaml", "unknown key", "a key must be", "override", "is no text", "in quotes"]
-NAMED += [": is nested", "the number is too large", "must be a finite number"]  # after a key, which may be any
+NAMED += [
+    "etc/passwd",
+    ": is nested",
+    "the number is too large",
+    "must be a finite number",
+]  # after a key, which may be any
 
 
 def is_sound(path: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -65,7 +70,10 @@ def check_bytes(data: bytes, folder: Path) -> bool:
     """A file that may be no experiment, or no YAML."""
     (folder / "exp.yaml").write_bytes(data.replace(b"MARKER", str(folder / "marker").encode()))
     (folder / "tiny.json").write_text(TINY_JSON, encoding="utf-8")
-    return reads_only(lambda: is_sound(folder / "exp.yaml"), folder, NAMED)
+    answer = reads_only(lambda: is_sound(folder / "exp.yaml"), folder, NAMED)
+    if answer and data in HOSTILE and data not in HARMLESS:
+        _no("what must be refused was accepted")
+    return answer
 
 
 def check_overrides(overrides: tuple[str, ...], folder: Path) -> bool:
@@ -130,6 +138,12 @@ HOSTILE = [
     *NESTED,
     *(b"name: " + nested for nested in NESTED),
     b"a: 1\n" * 200_000,
+]
+HARMLESS = [
+    b"\xef\xbb\xbf" + TINY.encode(),
+    TINY.replace("seed: 0", "seed: 1:30").encode(),  # 90, in YAML 1.1
+    TINY.encode() + b"output: " + b"x/" * 3000 + b"\n",  # the file system decides
+    TINY.encode() + b"output: " + b"x" * 300 + b"\n",
 ]
 JSONS = [
     b"",

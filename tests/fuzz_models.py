@@ -127,7 +127,10 @@ def change_tensor(case: tuple[str, int, str, Any], folder: Path) -> bool:
         tensors[name] = tensor
     facts = {"k": "2"} if file == peft_format.SIDECAR else None
     save_file({key: value.contiguous() for key, value in tensors.items()}, copy / file, metadata=facts)
-    return check_adapter(copy, ["tensor", name, file])
+    answer = check_adapter(copy, ["tensor", name, file])
+    if answer and how in ("rename", "drop") and value != name:
+        raise Violation(f"a lost tensor was not missed: {name}")
+    return answer
 
 
 def change_model_config(config: Any, folder: Path) -> bool:
