@@ -77,7 +77,7 @@ def damage_adapter(case: tuple[str, Any], folder: Path) -> bool:
     name, how = case
     copy = _copied("adapter", folder)
     (copy / name).write_bytes(damaged((copy / name).read_bytes(), *how))
-    return check_adapter(copy, [name, "tensor", "adapter:"])
+    return check_adapter(copy, [name, "tensor", "adapter:", "model.path:"])
 
 
 def damage_model(case: tuple[str, int, Any], folder: Path) -> bool:
