@@ -29,7 +29,7 @@ from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Us
 from ubsmoe_ds.files import replace_files
 from ubsmoe_ds.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.relaunch import PARENT_SPEAKS, RENDEZVOUS_VARIABLES
-from ubsmoe_ds.run_folder import check_run_folder
+from ubsmoe_ds.run_folder import check_run_folder, forget_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_KEYS = ("method", "seed", "name", "output", "overwrite")  # what differs between jobs is not the user's to override
@@ -102,6 +102,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             overrides = [*options.overrides, *as_overrides(own)]
             exp = load_experiment(options.config, overrides)
             command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(options.config), *overrides]
+            command += ["--resume", "auto"]
             jobs.append(Job(comparison.Run(label, seed, exp), command, folder / f"{name}.log"))
     return jobs
 
@@ -158,6 +159,7 @@ def run_jobs(jobs: Sequence[Job], runner: Runner) -> int:
             if code != 0 or not comparison.is_finished(job.run.exp):
                 what = f"exit code {code}" if code else "exit code 0 but without a summary.json"
                 return _report(f"job {job.run.exp.name} ended with {what}; see {job.log}", code or EXIT_FAILURE)
+            forget_checkpoints(job.run.exp)  # many large runs, none of which goes on
             seconds = time.perf_counter() - start
             spent, ran, took = spent + seconds, ran + 1, f"{seconds:.1f} s"
         left = timedelta(seconds=round(spent / max(ran, 1) * (len(missing) - ran)))
@@ -169,6 +171,8 @@ def _prepare(jobs: Sequence[Job]) -> None:
     for job in jobs:
         check_run_folder(job.run.exp)
         try:
+            if comparison.differences(job.run.exp):
+                forget_checkpoints(job.run.exp)  # an unfinished run of another config cannot go on
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.open("a").close()
         except OSError as error:

@@ -76,7 +76,7 @@ def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd
     from ubsmoe_ds import fidelity  # only now is the environment as DeepSpeed wants it
 
     if steps:
-        client.train(rows(), steps)
+        client.train(rows(), client.begin_round(), steps, lambda: False)
     total = 0
     for k in {exp.active_experts(config) for config in exp.clients}:
         client.k = k
@@ -113,12 +113,12 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     from ubsmoe_ds.data.batches import encode
     from ubsmoe_ds.data.batches import steps as batch_steps
     from ubsmoe_ds.data.sources import load_rows
-    from ubsmoe_ds.federation.build import load_tokenizer
+    from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     rows, _ = load_rows(exp.data, exp.seed)
-    tokenizer = load_tokenizer(exp)
+    tokenizer = read_tokenizer(exp.model_dir)
     examples, _ = encode(rows, tokenizer, exp.data.max_length)
     start_deepspeed(devices > 0, verbose=False)
     client = Client(exp, exp.clients[0], place.client_rank)

@@ -4,32 +4,48 @@
     deepspeed launch/train.py --config my.yaml train.rounds=20    # any key can be overridden
     mpiexec -n 6 python -m mpi4py launch/train.py                 # in an MPI world of your own
 
-Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 130 interrupted.
+    deepspeed launch/train.py --resume auto                       # go on from the newest checkpoint, if there is one
+
+SIGTERM or SIGUSR1 to this process or to any rank makes the job save where it stands and end with exit code 75; a second
+one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130
+interrupted, 143 stopped before it was saved.
 """
 
 import argparse
 import os
 import sys
+import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from ubsmoe_ds import relaunch
+from ubsmoe_ds.command_line import Parser, whole
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ubsmoe_ds.run_folder import check_run_folder
+from ubsmoe_ds.run_folder import check_run_folder, checkpoints, goes_on
 
+DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
     parser.add_argument("-v", "--verbose", action="store_true", help="let DeepSpeed print, and show tracebacks")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|FOLDER",
+        help="go on from a checkpoint: its folder, or auto: the newest whole one; with none yet, start anew",
+    )
+    parser.add_argument(
+        "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, N times"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
@@ -39,70 +55,88 @@ def main() -> int:
     if not relaunch.inside_mpi(os.environ) and not first:
         return 0  # another local process of the deepspeed launcher: the first one starts the MPI world
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         exp = load_experiment(options.config, options.overrides)
         if not relaunch.inside_mpi(os.environ):
-            check_files(exp)
-            return relaunch.relaunch(sys.argv[0], arguments, exp.world_size)
+            check_files(exp, goes_on(exp, options.resume))
+            survive = exp.fault_tolerance == "shrink"
+            return relaunch.relaunch(
+                sys.argv[0],
+                arguments,
+                exp.world_size,
+                survive=survive,
+                restarts=options.restarts,
+                saved=partial(checkpoints, exp),
+            )
     except UserError as error:
         return report(error) if first else EXIT_USER_ERROR
-    return run_rank(exp, arguments, options.verbose)
+    return run_rank(exp, arguments, options)
 
 
-def check_files(exp: Experiment) -> None:
+def check_files(exp: Experiment, resuming: bool) -> None:
     """What can be found wrong before a process is started: the run's folder, rows, and how they are dealt."""
-    check_run_folder(exp)
+    check_run_folder(exp, resuming)
     if not exp.data.source.startswith("hub:"):
         train, _ = load_rows(exp.data, exp.seed)
         partition([row["task"] for row in train], exp.clients, exp.data, exp.seed)
 
 
-def run_rank(exp: Experiment, arguments: list[str], verbose: bool) -> int:
-    """One rank of the job; whatever goes wrong here ends the others too."""
-    from ubsmoe_ds import run, world  # MPI starts when it is imported, so not in the process that starts mpiexec
+def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
+    """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
+    from ubsmoe_ds import run, survival, world  # MPI starts when it is imported, so not in the process of mpiexec
 
-    rank = world.job_rank()
+    rank, survives = world.job_rank(), exp.fault_tolerance == "shrink"
     try:
-        run.run(exp, sys.argv[0], arguments, verbose)
-        return 0
+        ending = run.run(exp, sys.argv[0], arguments, verbose=options.verbose, resume=options.resume)
     except UserError as error:
         if rank == 0:
             report(error)
-        if not world.all_ranks_failed():
-            if rank > 0:
-                report(error)
-            world.abort(EXIT_USER_ERROR)
-        return EXIT_USER_ERROR
+        together = world.all_ranks_failed()
+        if rank > 0 and not together:
+            report(error)
+        return leave(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
         if rank == 0 and relaunch.PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
-        world.abort(EXIT_INTERRUPTED)
+        return leave(EXIT_INTERRUPTED, survives, together=False)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
-        detail = traceback.format_exc() if verbose else "(-v shows the traceback)\n"
-        print(
-            f"error: {_describe(exp, rank)}: {type(error).__name__}: {error}\n{detail}",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-        world.abort(EXIT_FAILURE)
-    return EXIT_FAILURE
+        time.sleep(DEATH_SECONDS)  # if it is only that another rank was killed, mpiexec ends this one before it speaks
+        detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
+        line = f"error: {run.describe(exp, rank)}: {type(error).__name__}: {error}\n{detail}"
+        print(line, end="", file=sys.stderr, flush=True)
+        if survives:
+            survival.die()  # the clients that are left go on
+        return leave(EXIT_FAILURE, survives, together=False)
+    if ending.world.rank == 0 and ending.message:
+        print(ending.message, file=sys.stderr, flush=True)
+    relaunch.sign_off(os.environ, ending.code)
+    if survives:
+        survival.end(ending.world.comm, ending.code)
+    if ending.code:
+        world.finish()
+    return ending.code
+
+
+def leave(code: int, survives: bool, together: bool) -> int:
+    """After an error that ends the job: quietly if every rank is here, else by force."""
+    from ubsmoe_ds import survival, world
+
+    relaunch.sign_off(os.environ, code)
+    if survives:
+        if together:
+            survival.end(world.everybody(), code)
+        survival.die()
+    if not together:
+        world.abort(code)
+    world.finish()
+    return code
 
 
 def report(error: UserError) -> int:
     """One line, and the exit code of a user's mistake."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
-
-
-def _describe(exp: Experiment, rank: int) -> str:
-    first = 0
-    for client in exp.clients:
-        if rank < first + client.ranks:
-            return f"client {client.name!r}, rank {rank - first} of {client.ranks} (job rank {rank})"
-        first += client.ranks
-    return f"job rank {rank}"
 
 
 if __name__ == "__main__":

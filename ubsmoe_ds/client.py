@@ -9,7 +9,8 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -41,6 +42,22 @@ class LocalStats(NamedTuple):
     real_norm: float
     pseudo_norm: float
     steps: float
+    bad_steps: float
+
+
+@dataclass
+class LocalProgress:
+    """How far a client's local steps of a round have come on one rank; counts of routes are the gates' own.
+
+    steps: taken or skipped; bad_steps: skipped, for NaN or Inf; sums: fp64 on the CPU: answer loss, answer tokens,
+    used tokens, norm of the real gradient, norm of the pseudo-gradient, over the steps that were taken.
+    deadline: on the monotonic clock.
+    """
+
+    steps: int = 0
+    bad_steps: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    deadline: float | None = None
 
 
 def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
@@ -116,25 +133,52 @@ class Client:
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )
 
-    def train(self, batches: Iterator[StepBatch], count: int) -> LocalStats:
-        """Take `count` optimiser steps; the sums stay on the device until the end."""
+    def begin_round(self) -> LocalProgress:
+        """Before the first local step of a round."""
         if self.exp.train.optimizer_state == "reset":
             self.reset_optimizer()
+        self.reset_counts()
+        return LocalProgress()
+
+    def train(
+        self, batches: Iterator[StepBatch], progress: LocalProgress, count: int, stop: Callable[[], bool]
+    ) -> None:
+        """Take local steps, from where `progress` stands; the sums stay on the device until the end.
+
+        Args:
+            batches: the steps to come.
+            progress: brought up to date.
+            count: of steps that make a round.
+            stop: whether to stop before the next step, the same on all ranks of the client; see also
+                `train.max_bad_steps`.
+        """
         self.engine.train()
         self.model.set_active_experts(self.k)
-        self.reset_counts()
-        sums = torch.zeros(5, device=self.device)  # nll, answer tokens, used tokens, real norm, pseudo norm
-        for _ in range(count):
+        sums = progress.sums.to(self.device)
+        while progress.steps < count and not self.is_out(progress) and not stop():
             batch = next(batches)
             nll = self.step(batch)
+            progress.steps += 1
+            if self.finisher.skipped:
+                progress.bad_steps += 1
+                continue
             answers = sum(len(tokens.target_A) for tokens in batch.micro)
             norms = [norm.to(self.device) for norm in (self.finisher.real_norm, self.finisher.pseudo_norm)]
-            counts = torch.tensor([answers, batch.used_tokens], dtype=torch.float32)
+            counts = torch.tensor([answers, batch.used_tokens], dtype=torch.float64)
             sums += torch.cat([nll.reshape(1), counts.to(self.device), torch.stack(norms)])
-        nll_sum, answer_sum, used_sum, real_sum, pseudo_sum = sums.tolist()
+        progress.sums = sums.cpu()
+
+    def is_out(self, progress: LocalProgress) -> bool:
+        """Whether the client had so many bad steps that it sits the round out."""
+        return progress.bad_steps > self.exp.train.max_bad_steps
+
+    def local_stats(self, progress: LocalProgress) -> LocalStats:
+        """What this rank's local steps of the round come to."""
+        nll, answers, used, real_norm, pseudo_norm = progress.sums.tolist()
         dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
         routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
-        return LocalStats(nll_sum, answer_sum, used_sum, dropped, routed, real_sum, pseudo_sum, count)
+        steps, bad = progress.steps, progress.bad_steps
+        return LocalStats(nll, answers, used, dropped, routed, real_norm, pseudo_norm, steps - bad, bad)
 
     def step(self, batch: StepBatch) -> Tensor:
         """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""

@@ -21,7 +21,8 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 
 BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
-NOT_COMPARED = ("name", "output", "overwrite")  # where a run is written does not change what it is
+# where a run is written, and how it is saved meanwhile, does not change what it is
+NOT_COMPARED = ("name", "output", "overwrite", "checkpoint", "fault_tolerance", "min_clients")
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
 DODGE = 0.05  # between methods at one budget, in units of the distance between budgets
 
@@ -46,14 +47,22 @@ def is_finished(exp: Experiment) -> bool:
     summary = _read_mapping(exp.run_dir / "summary.json")
     if not isinstance(summary.get("clients"), list):
         return False
-    asked, recorded = _flat(exp.model_dump(mode="json")), _flat(_read_mapping(exp.run_dir / "config.json"))
-    for key in [*asked, *recorded]:
-        if key.split(".")[0] not in NOT_COMPARED and asked.get(key) != recorded.get(key):
-            raise UserError(
-                f"out: {exp.run_dir} holds a finished run with {key} {recorded.get(key)!r}, asked is "
-                f"{asked.get(key)!r}; remove the folder or choose another --out"
-            )
+    for key, recorded, asked in differences(exp):
+        raise UserError(
+            f"out: {exp.run_dir} holds a finished run with {key} {recorded!r}, asked is {asked!r}; remove the folder "
+            "or choose another --out"
+        )
     return True
+
+
+def differences(exp: Experiment) -> list[tuple[str, Any, Any]]:
+    """(key, recorded, asked) where the run in the experiment's folder was another one."""
+    asked, recorded = _flat(exp.model_dump(mode="json")), _flat(_read_mapping(exp.run_dir / "config.json"))
+    return [
+        (key, recorded.get(key), asked.get(key))
+        for key in dict.fromkeys([*asked, *recorded])
+        if key.split(".")[0] not in NOT_COMPARED and asked.get(key) != recorded.get(key)
+    ]
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

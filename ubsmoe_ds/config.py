@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.methods import PRESETS, with_preset
 from ubsmoe_ds.sections import (
+    CheckpointConfig,
     ClientConfig,
     DataConfig,
     DeepSpeedConfig,
@@ -57,6 +58,9 @@ class Experiment(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    fault_tolerance: Literal["abort", "shrink"] = "abort"  # when a rank dies; shrink: the other clients go on
+    min_clients: PositiveInt = 1  # of shrink: fewer survivors end the job
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
     # read from the model folder, not from the YAML
@@ -139,6 +143,8 @@ def _problems(exp: Experiment) -> list[str]:
             f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
             f"{exp.num_experts} experts of the model"
         )
+    if exp.min_clients > len(exp.clients):
+        found.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
     found += _merge_problems(exp)
     micro_batches = exp.deepspeed.gradient_accumulation_steps
     for i, client in enumerate(exp.clients):

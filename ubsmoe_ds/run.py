@@ -1,28 +1,54 @@
 """Putting a run together on one rank: world, data, model, exchange, and then the rounds."""
 
 import os
+from typing import NamedTuple
 
 import torch
 
+from ubsmoe_ds import survival
 from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
 from ubsmoe_ds.memory import keep_freed_memory
-from ubsmoe_ds.world import check_devices, join
+from ubsmoe_ds.relaunch import sign_in
+from ubsmoe_ds.stopping import StopRequests
+from ubsmoe_ds.world import RanksLost, World, check_devices, join
 
 
-def run(exp: Experiment, script: str, arguments: list[str], verbose: bool) -> None:
+class Ending(NamedTuple):
+    """How a job ended, the same on all ranks that are left: exit code, what to say, and the world they share."""
+
+    code: int
+    message: str
+    world: World
+
+
+def run(exp: Experiment, script: str, arguments: list[str], *, verbose: bool, resume: str | None) -> Ending:
     """Carry out the experiment; every rank of the job calls it.
 
     Args:
         exp: the experiment.
         script, arguments: how this process was started, for messages that recommend a command.
         verbose: let DeepSpeed print.
+        resume: the checkpoint to go on from: "auto", the newest if there is one; or its folder. None: start anew.
 
     Raises:
-        UserError: before anything is written.
+        UserError: before anything is written, and where a checkpoint cannot be.
     """
     keep_freed_memory()
+    if exp.fault_tolerance == "shrink":
+        survival.check_survivable(os.environ)
     world = join(exp, script, arguments)
+    stop = StopRequests(world.comm, exp.checkpoint.grace_s)
+    sign_in(os.environ, describe(exp, world.rank))
+    try:
+        return _run(exp, world, stop, verbose, resume)
+    except UserError:
+        stop.close()
+        raise
+
+
+def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resume: str | None) -> Ending:
+    """With a place in the job."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(world.cores)  # more threads than cores would only get in each other's way
     devices = choose_accelerator(exp)
@@ -30,12 +56,42 @@ def run(exp: Experiment, script: str, arguments: list[str], verbose: bool) -> No
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # DeepSpeed reads rank, world and accelerator from the environment when it is imported: only now are they all set
+    from ubsmoe_ds.federation import survivors
     from ubsmoe_ds.federation.build import build
 
-    federation = build(exp, world, on_accelerator=devices > 0, verbose=verbose)
-    federation.run()
-    world.barrier()
+    federation = build(exp, world, stop, on_accelerator=devices > 0, verbose=verbose, resume=resume)
+    code, message = 0, ""
+    try:
+        survivors.run(federation)
+    except Preempted as stopped:
+        code, message = EXIT_PREEMPTED, f"{stopped}; --resume auto goes on from there"
+    except TooFewClients as error:
+        code, message = EXIT_FAILURE, f"error: {error}"
+    except Exception:
+        if world.survives and survival.is_client_broken(world):
+            survival.leave()  # the error is only that another rank of this client is gone
+        raise
+    _leave_together(federation.world)
+    return Ending(code, message, federation.world)
+
+
+def _leave_together(world: World) -> None:
+    """A torch world that is left open can keep a process from ending."""
+    try:
+        world.barrier()
+    except RanksLost:
+        return  # somebody died after the work was done
     torch.distributed.destroy_process_group()
+
+
+def describe(exp: Experiment, rank: int) -> str:
+    """A rank of the job as messages name it."""
+    first = 0
+    for client in exp.clients:
+        if rank < first + client.ranks:
+            return f"client {client.name!r}, rank {rank - first} of {client.ranks} (job rank {rank})"
+        first += client.ranks
+    return f"job rank {rank}"
 
 
 def choose_accelerator(exp: Experiment) -> int:

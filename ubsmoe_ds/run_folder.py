@@ -1,35 +1,85 @@
 """The folder a run writes to: refused if it holds another run, before anything is started or written."""
 
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 
 FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
 ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
+CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/.tmp-*")
 
 
-def check_run_folder(exp: Experiment) -> None:
+def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
     """Writes nothing.
 
+    Args:
+        exp: the experiment.
+        resuming: whether the run may go on with what the folder holds; then it must be its own.
+
     Raises:
-        UserError: if the folder holds files and `overwrite` is false, or is no folder.
+        UserError: if the folder holds files and may not be used, or is no folder.
     """
     folder = exp.run_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder} is a file; choose another folder with output=... or name=...")
-    if folder.exists() and any(folder.iterdir()) and not exp.overwrite:
-        raise UserError(f"output: {folder} already holds a run; set name=..., output=... or overwrite=true")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output: {folder} is a file; choose another folder with output=... or name=...")
+        # a job that was killed while it made the folder leaves hidden files at most
+        if not folder.exists() or exp.overwrite or all(path.name.startswith(".") for path in folder.iterdir()):
+            return
+    except OSError as error:
+        raise UserError(
+            f"output: {folder} cannot be used ({error.strerror}); choose another with output=..."
+        ) from error
+    if resuming and _matching(folder, CHECKPOINTS[:1]):
+        return  # whether they are of this experiment is seen when they are read
+    if not resuming or (folder / "summary.json").exists():
+        raise UserError(
+            f"output: {folder} already holds a run; go on with it by --resume auto if it has checkpoints, or set "
+            "name=..., output=... or overwrite=true"
+        )
+    if _method_and_model(folder / "config.json") != (exp.method, exp.model.path, exp.name):
+        raise UserError(f"output: {folder} holds another run; set name=..., output=... or overwrite=true")
+
+
+def goes_on(exp: Experiment, resume: str | None) -> bool:
+    """Whether a job that resumes goes on in its own folder, and not with a checkpoint from elsewhere in a new one.
+
+    Args:
+        exp: the experiment.
+        resume: "auto", a checkpoint's folder, or None.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    if resume is None or resume == "auto":
+        return resume is not None
+    if not (Path(resume) / "manifest.json").is_file():
+        raise UserError(f"--resume: {resume} is no whole checkpoint; use auto, or another folder")
+    return exp.run_dir.resolve() in Path(resume).resolve().parents
+
+
+def _method_and_model(path: Path) -> tuple[str, str, str] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config["method"], config["model"]["path"], config["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def create_run_folder(exp: Experiment) -> None:
-    """Make the folder; with `overwrite` the files of the earlier run go, and only those.
+    """Make the folder; the files of an earlier run, which `check_run_folder` has allowed to go, go, and only those.
 
     Raises:
-        UserError: as `check_run_folder`, or if it cannot be written.
+        UserError: if it cannot be written.
     """
-    check_run_folder(exp)
     try:
         exp.run_dir.mkdir(parents=True, exist_ok=True)
-        for old in (path for pattern in (*FILES, *ADAPTERS) for path in exp.run_dir.glob(pattern)):
+        forget_checkpoints(exp)  # first: without records of its own a checkpoint must not be gone on from
+        for old in _matching(exp.run_dir, (*FILES, *ADAPTERS)):
             old.unlink()
         for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # the inner ones first
             if not any(folder.iterdir()):
@@ -41,3 +91,20 @@ def create_run_folder(exp: Experiment) -> None:
         raise UserError(
             f"output: {exp.run_dir} cannot be written ({error.strerror}); choose another with output=..."
         ) from error
+
+
+def checkpoints(exp: Experiment) -> set[tuple]:
+    """What tells the checkpoints in the run's folder from others, earlier ones of the same name too."""
+    return {(path.name, path.stat().st_ino) for path in _matching(exp.run_dir, CHECKPOINTS[:1])}
+
+
+def forget_checkpoints(exp: Experiment) -> None:
+    """Remove the checkpoints of a run; half-removed they are none."""
+    for old in _matching(exp.run_dir, CHECKPOINTS[:1]):
+        old.rename(old.with_name(f".tmp-{old.name}"))
+    for old in _matching(exp.run_dir, CHECKPOINTS):
+        shutil.rmtree(old)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]

@@ -144,6 +144,19 @@ class TrainConfig(Section):
     local_steps: PositiveInt = 10
     optimizer_state: Literal["reset", "keep"] = "reset"  # between rounds
     save_every: Annotated[int, Field(ge=0)] = 0  # rounds between saved adapters; 0: only those of the end
+    # seconds of local steps after which a client stops at the next step boundary and merges what it has
+    round_deadline_s: Annotated[float, Field(gt=0)] | None = None
+    max_bad_steps: Annotated[int, Field(ge=0)] = (
+        3  # steps of a round with NaN or Inf, beyond which a client sits it out
+    )
+
+
+class CheckpointConfig(Section):
+    """What a job can go on from after it was stopped or died; see checkpoint.py."""
+
+    every: Annotated[int, Field(ge=0)] = 1  # rounds between checkpoints; 0: only when the job is asked to stop
+    keep: PositiveInt = 2  # the newest so many are left
+    grace_s: Annotated[float, Field(gt=0)] | None = None  # from SIGTERM or SIGUSR1 to the end, saved or not
 
 
 class EvalConfig(Section):

@@ -24,18 +24,33 @@ POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
 MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
 MESSAGE_SECONDS = 0.3
 LOOPBACK = "127.0.0.1"
+STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
+DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+
+
+class RanksLost(Exception):  # noqa: N818  # no defect: what survivors do then is in survival.py
+    """Other ranks of the job have died; only an MPI that was started to survive that says so."""
 
 
 def wait_quietly(request: MPI.Request, longest_sleep: float = POLL_SECONDS) -> None:
     """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need.
 
     The longer it has waited the longer it sleeps, so that ranks that arrive together go on together.
+
+    Raises:
+        RanksLost: if a rank that takes part has died. Whoever handles it keeps the exception: buffers that MPI may
+            still write to live as long as its traceback.
     """
     start = time.perf_counter()
-    while not request.Test():
-        waited = time.perf_counter() - start
-        time.sleep(min(max(waited / 8, MOVE_SECONDS), longest_sleep))
+    try:
+        while not request.Test():
+            waited = time.perf_counter() - start
+            time.sleep(min(max(waited / 8, MOVE_SECONDS), longest_sleep))
+    except MPI.Exception as error:
+        if error.Get_error_class() in DEATHS:
+            raise RanksLost(str(error)) from error
+        raise
 
 
 def move(comm: MPI.Intracomm, start: Callable[[], MPI.Request]) -> None:
@@ -54,10 +69,13 @@ class World:
     """Where this rank stands: in the job, in its client, and on its host."""
 
     comm: MPI.Intracomm
-    client: int  # position in the config's list
+    client_comm: MPI.Comm
+    client_of: tuple[int, ...]  # each rank of the job: its client's position in the config's list
+    client: int  # this rank's
     client_rank: int
     host_rank: int  # among all ranks on this host
     cores: int  # this rank's share of those it may run on, at least 1
+    survives: bool = False  # whether the job goes on when ranks die
 
     @property
     def rank(self) -> int:
@@ -73,9 +91,35 @@ class World:
         wait_quietly(self.comm.Ibcast(total, root=0), MOVE_SECONDS)
         return total
 
+    def agree(self) -> None:
+        """Between what may be done again and what may not: all ranks have got here, or none goes on (a collective).
+
+        Raises:
+            RanksLost: on every survivor, if a rank has died before all were here.
+        """
+        if self.survives:
+            word = np.array([STAGE_DONE], dtype=np.int32)  # AND of all; 0 if somebody is already recovering
+            wait_quietly(self.comm.Iagree(word))
+            if word[0] != STAGE_DONE:
+                raise RanksLost("another rank has seen a death")
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank of the job (a collective)."""
+        return _any(self.comm, flag)
+
+    def any_of_client(self, flag: bool) -> bool:
+        """Whether it is true on some rank of this client (a collective over it)."""
+        return flag if self.client_comm.size == 1 else _any(self.client_comm, flag)
+
     def barrier(self) -> None:
         """Wait for every rank, leaving the cores to those that still work."""
         wait_quietly(self.comm.Ibarrier())
+
+
+def _any(comm: MPI.Comm, flag: bool) -> bool:
+    given, found = np.array([flag], dtype=np.int32), np.zeros(1, dtype=np.int32)
+    wait_quietly(comm.Iallreduce(given, found, op=MPI.MAX))
+    return bool(found[0])
 
 
 def job_rank() -> int:
@@ -83,18 +127,33 @@ def job_rank() -> int:
     return MPI.COMM_WORLD.rank
 
 
+def everybody() -> MPI.Intracomm:
+    """All ranks that were started."""
+    return MPI.COMM_WORLD
+
+
 def all_ranks_failed(seconds: float = 10.0) -> bool:
     """Whether every rank of the job calls this within the time: then all can leave quietly with the same code.
 
     The job's own messages travel on a duplicate of COMM_WORLD, so that this barrier cannot meet one of theirs.
     """
-    everybody = MPI.COMM_WORLD.Ibarrier()
     deadline = time.monotonic() + seconds
-    while not everybody.Test():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SECONDS)
+    try:
+        reached = MPI.COMM_WORLD.Ibarrier()
+        while not reached.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+    except MPI.Exception as error:
+        if error.Get_error_class() not in DEATHS:
+            raise
+        return False
     return True
+
+
+def finish() -> None:
+    """End MPI on every rank of the job together: then their exit codes stand, and nobody has to be ended by force."""
+    MPI.Finalize()
 
 
 def abort(code: int) -> None:
@@ -129,7 +188,16 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    return World(comm.Dup(), number, client_comm.rank, host_comm.rank, _fair_cores(host_comm))
+    return World(
+        comm=comm.Dup(),
+        client_comm=client_comm,
+        client_of=tuple(owners),
+        client=number,
+        client_rank=client_comm.rank,
+        host_rank=host_comm.rank,
+        cores=_fair_cores(host_comm),
+        survives=exp.fault_tolerance == "shrink",
+    )
 
 
 def check_devices(exp: Experiment, world: World, devices: int) -> None:

@@ -2,100 +2,136 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ubsmoe_ds import checkpoint
 from ubsmoe_ds.client import Client, start_deepspeed
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import trainable_parameters
-from ubsmoe_ds.data.batches import encode, steps
+from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.data.sources import digest, load_rows
 from ubsmoe_ds.evaluation import Evaluator
 from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
 from ubsmoe_ds.federation.host_memory import SHARED_FOLDER, HostMemory
-from ubsmoe_ds.federation.modulation import target_utilisation
-from ubsmoe_ds.federation.rounds import Federation
+from ubsmoe_ds.federation.keeper import Found, Keeper
+from ubsmoe_ds.federation.rounds import Federation, Plan
 from ubsmoe_ds.federation.server import Server
+from ubsmoe_ds.federation.state import replicate
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.memory import release_freed_memory
 from ubsmoe_ds.models.causal_lm import model_shape
-from ubsmoe_ds.run_folder import check_run_folder
+from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.run_folder import check_run_folder, goes_on
+from ubsmoe_ds.stopping import StopRequests
 from ubsmoe_ds.world import World
 
 if TYPE_CHECKING:
     from ubsmoe_ds.monitor import Monitor
 
-Plan = Callable[[Sequence[int], Sequence[int]], Exchange]
 GROUPED_PRODUCTS = (9, 0)  # CUDA's compute capability from which torch has them
 CALIBRATION_STEPS = 2  # whose rows give the first moments; they are trained on all the same
 
 
-def build(exp: Experiment, world: World, *, on_accelerator: bool, verbose: bool) -> Federation:
+def build(
+    exp: Experiment,
+    world: World,
+    stop: StopRequests,
+    *,
+    on_accelerator: bool,
+    verbose: bool,
+    resume: str | None = None,
+) -> Federation:
     """Read data and model, start this client's DeepSpeed world, plan the exchange.
 
+    Args:
+        exp: the experiment.
+        world, stop: this rank's.
+        on_accelerator: whether the job runs on accelerators.
+        verbose: let DeepSpeed print.
+        resume: the checkpoint to go on from, see `Keeper.find`; None: start anew.
+
     Raises:
-        UserError: for bad rows, a client without rows, a broken model folder or a run folder in use.
+        UserError: for bad rows, a client without rows, a broken model folder, a run folder in use, or a checkpoint
+            that cannot be used.
     """
-    if world.rank == 0:
-        check_run_folder(exp)
     if not verbose:
         transformers_logging.disable_progress_bar()
     train_rows, eval_rows = load_rows(exp.data, exp.seed)
     shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
-    tokenizer = load_tokenizer(exp)
+    keeper = Keeper(exp, world, digest([*train_rows, *eval_rows]))
+    found = None if resume is None else keeper.find(resume)
+    own = goes_on(exp, resume)
+    if world.rank == 0 and not (own and found is not None):
+        check_run_folder(exp, own)
+    tokenizer = read_tokenizer(exp.model_dir)
     examples, cut = encode([train_rows[i] for i in shares[world.client]], tokenizer, exp.data.max_length)
     start_deepspeed(on_accelerator, verbose)
-    config = exp.clients[world.client]
-    client = Client(exp, config, world.client_rank, verbose)
+    client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
     release_freed_memory()
-    store = UnitStore(
-        client.model,
-        client.finisher.masters,
-        rank=client.rank,
-        dmr=exp.dmr.enabled,
-        stacking=exp.merge.rule == "flora",
-        seed=exp.seed,
-    )
+    stacking = exp.merge.rule == "flora"
+    masters, dmr = client.finisher.masters, exp.dmr.enabled
+    store = UnitStore(client.model, masters, rank=client.rank, dmr=dmr, stacking=stacking, seed=exp.seed)
     weights = [len(share) / len(train_rows) for share in shares]
-    active = [exp.active_experts(c) for c in exp.clients]
     evaluator = Evaluator(eval_rows, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
-    monitor = _open_monitor(exp) if world.rank == 0 else None
     cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
-    if monitor is not None:
-        cuts = {"training": (int(cut_prompts), len(train_rows)), "evaluation": (evaluator.cut, len(eval_rows))}
-        for line in (_headline(exp, client), *_warnings(exp, cuts)):
-            monitor.say(line)
-    batches = partial(
-        steps,
-        examples,
-        batch_size=exp.deepspeed.train_batch_size,
-        micro_batches=exp.deepspeed.gradient_accumulation_steps,
-        rank=world.client_rank,
-        ranks=config.ranks,
-        pad=tokenizer.pad_token_id,
-        seed=(exp.seed, world.client),
-    )
-    if client.moments is not None:
-        client.calibrate(batches(), CALIBRATION_STEPS)
-    plan, owned = plan_exchanges(exp, world, store, monitor.say if monitor is not None else None)
-    return Federation(
+    batches = _batches(exp, world, examples, tokenizer.pad_token_id)
+    if client.moments is not None and found is None:
+        client.calibrate(batches(0), CALIBRATION_STEPS)
+    plan, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
+    server = Server(exp, owned, weights)
+    federation = Federation(
         exp=exp,
         world=world,
         client=client,
         store=store,
         plan=plan,
-        server=Server(exp, owned, weights, target_utilisation(weights, active, exp.num_experts)),
+        server=server,
         evaluator=evaluator,
-        batches=batches(),
-        monitor=monitor,
+        batches_from=batches,
+        monitor=None,
+        keeper=keeper,
+        stop=stop,
     )
+    if found is not None:
+        federation.position, federation.progress = keeper.restore(found, client, store, server)
+        federation.resumed = True
+        federation.replica = replicate(world, server, store.units) if world.survives else {}
+    world.barrier()  # nothing is written before every rank has what it needs
+    if world.rank == 0:
+        cuts = {"training": (int(cut_prompts), len(train_rows)), "evaluation": (evaluator.cut, len(eval_rows))}
+        federation.monitor = _open_monitor(exp, found)
+        for line in (_headline(exp, client), *_warnings(exp, cuts)):
+            federation.monitor.say(line)
+    return federation
+
+
+def _batches(
+    exp: Experiment, world: World, examples: Sequence[Example], pad: int
+) -> Callable[[int], Iterator[StepBatch]]:
+    """Number of a step -> that step of this rank's client and all that follow."""
+
+    def batches_from(first: int) -> Iterator[StepBatch]:
+        return steps(
+            examples,
+            batch_size=exp.deepspeed.train_batch_size,
+            micro_batches=exp.deepspeed.gradient_accumulation_steps,
+            rank=world.client_rank,
+            ranks=exp.clients[world.client].ranks,
+            pad=pad,
+            seed=(exp.seed, world.client),
+            first=first,
+        )
+
+    return batches_from
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def plan_exchanges(
@@ -103,7 +139,8 @@ def plan_exchanges(
 ) -> tuple[Plan, list[Unit]]:
     """How to plan an exchange for given LoRA ranks, and the units that this rank owns whatever they are."""
     owner = owners(store.units, exp.lora.rank, world.comm.size)
-    memory = HostMemory.of_job(world.comm)
+    # what ranks share of a host's memory does not survive one of them
+    memory = None if world.survives else HostMemory.of_job(world.comm)
     warned = False
 
     def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
@@ -124,11 +161,16 @@ def plan_exchanges(
     return plan, [unit for unit, rank in zip(store.units, owner, strict=True) if rank == world.rank]
 
 
-def _open_monitor(exp: Experiment) -> "Monitor":
+def _open_monitor(exp: Experiment, found: Found | None) -> "Monitor":
     """Only the rank that writes pays for importing TensorBoard."""
     from ubsmoe_ds.monitor import Monitor
 
-    return Monitor(exp)
+    if found is None:
+        return Monitor(exp)
+    monitor = Monitor(exp, go_on_from=found.manifest.position.round)
+    checkpoint.set_aside_newer(exp.run_dir, found.folder)
+    monitor.say(f"goes on from {found.folder}")
+    return monitor
 
 
 def _headline(exp: Experiment, client: Client) -> str:
@@ -171,17 +213,3 @@ def client_layouts(exp: Experiment) -> list[ClientLayout]:
         layouts.append(ClientLayout(first, client.ranks, client.expert_parallel))
         first += client.ranks
     return layouts
-
-
-def load_tokenizer(exp: Experiment) -> AutoTokenizer:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(exp.model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: {str(exp.model_dir)!r} has no usable tokenizer ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: the tokenizer in {str(exp.model_dir)!r} has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so its id does not matter
-    return tokenizer

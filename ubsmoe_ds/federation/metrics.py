@@ -15,13 +15,12 @@ from ubsmoe_ds.federation.modulation import coefficient_of_variation
 
 
 class RoundSeconds(NamedTuple):
-    """Wall seconds of one client's first rank: local steps, waiting for others, moving updates, merging, evaluation."""
+    """Wall seconds of one client's first rank: local steps, waiting for others, moving updates, merging."""
 
     local: float
     wait: float
     exchange: float
     merge: float
-    evaluation: float
 
 
 def evaluation_scalars(
@@ -31,7 +30,7 @@ def evaluation_scalars(
 
     Args:
         clients: names.
-        views: of each client; clients of one view have the same K and the same model, see `rounds.views`.
+        views: of each client; clients of one view have the same K and the same model, see `views.views`.
         tasks: names of the axis of tasks.
         sums: [distinct views in order of appearance, tasks, 5] in the order of `evaluation.FIELDS`.
         weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
@@ -73,14 +72,18 @@ def training_scalars(
     for name, one, sent, rank, refused in zip(clients, stats, bytes_C, ranks, refused_C, strict=True):
         found[f"lora_rank/{name}"] = rank
         found[f"refused_units/{name}"] = refused
-        found[f"train_loss/{name}"] = one.nll / one.answer_tokens
+        found[f"bad_steps/{name}"] = one.bad_steps
+        found[f"steps/{name}"] = one.steps
+        if one.answer_tokens:
+            found[f"train_loss/{name}"] = one.nll / one.answer_tokens
         found[f"dropped_share/{name}"] = one.dropped_routes / max(one.routed_routes, 1)
-        found[f"gradient_norm/{name}"] = one.real_norm / one.steps
+        found[f"gradient_norm/{name}"] = one.real_norm / max(one.steps, 1)
         found[f"pseudo_over_real_norm/{name}"] = one.pseudo_norm / max(one.real_norm, 1e-12)
         found[f"tokens/{name}"] = one.used_tokens
         found[f"megabytes_sent/{name}"] = float(sent) / 1e6
     total = LocalStats(*np.sum(stats, axis=0))
-    found["train/loss"] = total.nll / total.answer_tokens
+    if total.answer_tokens:
+        found["train/loss"] = total.nll / total.answer_tokens
     found["train/dropped_share"] = total.dropped_routes / max(total.routed_routes, 1)
     found["train/pseudo_over_real_norm"] = total.pseudo_norm / max(total.real_norm, 1e-12)
     found["exchange/megabytes"] = float(bytes_C.sum()) / 1e6
@@ -91,7 +94,10 @@ def training_scalars(
 def seconds_scalars(
     clients: Sequence[str], stats: Sequence[LocalStats], seconds: Sequence[RoundSeconds]
 ) -> dict[str, float]:
-    """Wall times per client and of the slowest, and tokens per second; these differ from run to run."""
+    """Wall times per client and of the slowest, and tokens per second; these differ from run to run.
+
+    What evaluation takes comes later: `add_evaluation_seconds`.
+    """
     found = {}
     for field in RoundSeconds._fields:
         of_client = [getattr(one, field) for one in seconds]
@@ -100,4 +106,12 @@ def seconds_scalars(
     for name, one, time in zip(clients, stats, seconds, strict=True):
         found[f"tokens_per_second/{name}"] = one.used_tokens / time.local
     found["train/tokens_per_second"] = sum(one.used_tokens for one in stats) / found["seconds/local"]
+    found["seconds/round"] = max(sum(one) for one in seconds)
     return found
+
+
+def add_evaluation_seconds(found: dict[str, float], clients: Sequence[str], spent_C: np.ndarray) -> None:
+    """Complete what `seconds_scalars` found."""
+    found["seconds/evaluation"] = float(spent_C.max())
+    found |= {f"seconds_evaluation/{name}": float(spent) for name, spent in zip(clients, spent_C, strict=True)}
+    found["seconds/round"] += found["seconds/evaluation"]

@@ -1,40 +1,50 @@
-"""The loop, written once: local steps, exchange, merge, DMR's server step, back, evaluation.
+"""The loop, written once: local steps, exchange, merge, DMR's server step, back, evaluation, checkpoint.
 
-Shapes: C clients, L layers, E experts, G groups of clients that hold the same model.
+A job may be asked to stop at any moment; it does so between two local steps or two batches of an evaluation, and saves
+where it stands. Where it survives the death of ranks, every stage can be done again up to its `World.agree`; what
+changes this rank for good comes after that, and talks to nobody.
+Shapes: C clients, L layers, E experts.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.client import Client, LocalStats
+from ubsmoe_ds.client import Client, LocalProgress, LocalStats
 from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.cost import flops_per_token
 from ubsmoe_ds.data.batches import StepBatch
-from ubsmoe_ds.evaluation import FIELDS, Evaluator
-from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
+from ubsmoe_ds.errors import Preempted
+from ubsmoe_ds.evaluation import Evaluator
 from ubsmoe_ds.federation.exchange import Exchange
-from ubsmoe_ds.federation.metrics import RoundSeconds, evaluation_scalars, seconds_scalars, training_scalars
-from ubsmoe_ds.federation.modulation import coefficient_of_variation
+from ubsmoe_ds.federation.keeper import Keeper
+from ubsmoe_ds.federation.metrics import (
+    RoundSeconds,
+    add_evaluation_seconds,
+    seconds_scalars,
+    training_scalars,
+)
+from ubsmoe_ds.federation.outcome import Outcome
+from ubsmoe_ds.federation.position import Position
 from ubsmoe_ds.federation.pruning import next_rank
 from ubsmoe_ds.federation.server import Server, Usage
-from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, share_moments
+from ubsmoe_ds.federation.state import load_replica, replicate
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
 from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.models.causal_lm import model_shape
-from ubsmoe_ds.moe.layer import UBSMoE
+from ubsmoe_ds.federation.views import own_part, scalars_of_views
+from ubsmoe_ds.stopping import StopRequests
 from ubsmoe_ds.world import World
 
 if TYPE_CHECKING:
     from ubsmoe_ds.monitor import Monitor
 
-TIMING_REPEATS = 3
+
+Plan = Callable[[Sequence[int], Sequence[int]], Exchange]
 
 
 @dataclass
@@ -42,81 +52,190 @@ class Federation:
     """Everything one rank needs for the rounds; `run` is the loop. `monitor` is None on all ranks but the first.
 
     plan: (LoRA ranks sent, LoRA ranks received) of the clients -> the exchange.
+    batches_from: number of a step -> that step and all that follow.
+    resumed: whether all this has been taken out of a checkpoint.
     """
 
     exp: Experiment
     world: World
     client: Client
     store: UnitStore
-    plan: Callable[[Sequence[int], Sequence[int]], Exchange]
+    plan: Plan
     server: Server
     evaluator: Evaluator
-    batches: Iterator[StepBatch]
+    batches_from: Callable[[int], Iterator[StepBatch]]
     monitor: "Monitor | None"
+    keeper: Keeper
+    stop: StopRequests
+    position: Position = field(default_factory=Position)
+    progress: LocalProgress = field(default_factory=LocalProgress)
+    resumed: bool = False
+    started: bool = False  # whether owners know what clients hold
+    unsaved: bool = False  # whether a checkpoint is due
+    latest: "tuple[int, dict[str, float], dict[str, float], Tensor | None] | None" = None  # what was recorded last
+    replica: dict[str, Tensor] = field(default_factory=dict)  # see `state.replicate`
 
     def run(self) -> None:
-        """All rounds; every rank of the job calls it."""
-        self._start()
-        before = after = self._evaluate()
-        self._record(0, before, {}, None)
-        for number in range(1, self.exp.train.rounds + 1):
-            clock = [time.perf_counter()]
-            stats = self.client.train(self.batches, self.exp.train.local_steps)
-            clock.append(time.perf_counter())
-            update = self.store.updates()
-            if self.exp.lora.prune_penalty:
-                self.client.rank = next_rank(self.store, update, self.client.tail_start)
-            statistics = self._statistics(update)
-            clock.append(time.perf_counter())
-            merging = self._exchange(number, update, statistics)
-            refused_C = self._report_refused(number, statistics)
-            clock.append(time.perf_counter())
-            evaluated: dict[str, float] = {}
-            if number % self.exp.evaluation.every == 0 or number == self.exp.train.rounds:
-                evaluated = after = self._evaluate()
-            clock.append(time.perf_counter())
-            if self.exp.train.save_every and number % self.exp.train.save_every == 0:
-                self._save(self.exp.run_dir / f"{FOLDER}-round-{number}")
-            local, wait, exchange, evaluation = np.diff(clock)
-            seconds = RoundSeconds(local, wait, exchange - merging, merging, evaluation)
-            metrics, times = self._round_scalars(stats, seconds, statistics, refused_C)
-            times["seconds/round"] = clock[-1] - clock[0]
-            self._record(number, metrics | evaluated, times, statistics.usage.utilisation_LE)
-        self._finish(before, after)
+        """All rounds that are left; every rank of the job calls it.
+
+        Raises:
+            Preempted: if the job was asked to stop; where it stands has been saved.
+            RanksLost: if a rank has died; after `survive` it may be called again.
+        """
+        if not self.started:
+            self._start()
+        while self.position.round <= self.exp.train.rounds:
+            if self.unsaved:
+                self._save()
+            if not self.position.merged:
+                start = time.perf_counter()
+                self._local_steps()
+                self._merge(start)
+            self._evaluate_and_record()
+        if self.unsaved:
+            self._save()
+        outcome = Outcome(self.exp, self.world, self.client, self.store, self.server.ranks)
+        outcome.write(next(self.batches_from(0)), self.position, self.monitor)
+        self.stop.close()
 
     def _start(self) -> None:
         """Owners learn what clients hold; the moments of a first look at the data are shared."""
         self.exchange = self.plan(self.server.ranks, self._reply_ranks(self.server.ranks))
-        self.server.start(self.exchange.collect(self.store.shared.numpy(), exact=True))
-        share_moments(self.world, self.client, self.server.weights[self.world.client])
+        held = self.exchange.collect(self.store.shared.numpy(), exact=True)
+        moments_LEX = None
+        if not self.resumed:
+            moments_LEX = sum_moments(self.world, self.client, self.server.weights[self.world.client])
+        self.world.agree()
+        self.server.start(held)
+        self._take_moments(moments_LEX)
+        self.started = self.resumed = True
+
+    def survive(self, world: World, exp: Experiment, server: Server, plan: Plan, monitor: "Monitor | None") -> None:
+        """Go on among the clients that are left; see survivors.py.
+
+        Args:
+            world, exp, server, plan, monitor: as they are without the clients that are lost.
+        """
+        self.world, self.exp, self.server, self.plan, self.monitor = world, exp, server, plan, monitor
+        self.keeper = self.keeper.among(exp, world)
+        self.stop.listen_on(world.comm)
+        load_replica(server, self.store.units, self.replica)
+        self.started = False
+
+    def _take_moments(self, moments_LEX: Tensor | None) -> None:
+        if moments_LEX is not None:
+            assert self.client.moments is not None
+            self.client.moments.update(moments_LEX)
+
+    def _local_steps(self) -> None:
+        """Up to the round's number of steps, a deadline or a request to stop, whichever is first."""
+        train = self.exp.train
+        if self.progress.steps == 0:
+            self.progress = self.client.begin_round()
+        if self.progress.deadline is None:
+            self.progress.deadline = time.monotonic() + (train.round_deadline_s or np.inf)
+        deadline = self.progress.deadline
+        begun = self.progress.steps
+
+        def stop() -> bool:
+            late = self.progress.steps > 0 and time.monotonic() > deadline
+            return self.world.any_of_client(late or self.stop.poll())
+
+        self.client.train(self.batches_from(self.position.steps_taken), self.progress, train.local_steps, stop)
+        self.position.steps_taken += self.progress.steps - begun
+        self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        """Save and leave, if any rank was asked to stop (a collective)."""
+        if self.world.any(self.stop.poll()):
+            where = self._save()
+            self.stop.close()
+            raise Preempted(f"stopped in round {self.position.round} of {self.exp.train.rounds}, saved to {where}")
+
+    def _save(self) -> Path:
+        where = self.keeper.save(self.client, self.store, self.server, self.position, self.progress)
+        self.world.agree()
+        self.unsaved = False
+        return where
 
     def _reply_ranks(self, ranks: Sequence[int]) -> list[int]:
         """LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
         return [sum(ranks)] * len(ranks) if self.exp.merge.rule == "flora" else list(ranks)
 
-    def _statistics(self, update: Tensor) -> RoundStatistics:
-        finite = bool(torch.isfinite(update).all())
-        return gather(self.world, self.client, self.server.weights, finite, self.exp.merge.pseudo_weight)
+    def _merge(self, start: float) -> None:
+        """What the local steps have changed, through the exchange, into every client.
 
-    def _exchange(self, number: int, update: Tensor, statistics: RoundStatistics) -> float:
-        """To the owners and back; returns the seconds spent merging."""
+        Args:
+            start: when the round's local steps began.
+        """
+        number, clock = self.position.round, [start, time.perf_counter()]
+        stats, worked = self.client.local_stats(self.progress), self._worked()
+        update = self.store.updates() if worked else torch.zeros_like(self.store.shared)
+        self.client.rank = self.store.rank
+        if self.exp.lora.prune_penalty and worked:
+            self.client.rank = next_rank(self.store, update, self.client.tail_start)
+        finite = bool(torch.isfinite(update).all())
+        pseudo_weight = self.exp.merge.pseudo_weight
+        statistics = gather(self.world, self.client, self.server.weights, finite, worked, pseudo_weight)
+        clock.append(time.perf_counter())
+        back, merging = self._exchange(update, statistics)
+        refused = self._refused(statistics)
+        clock.append(time.perf_counter())
+        local, wait, exchange = np.diff(clock)
+        seconds = RoundSeconds(local, wait, exchange - merging, merging)
+        of_client, metrics, times = self._scalars(stats, seconds, statistics, refused)
+        replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
+        self.world.agree()
+        self.replica = replica
+        self._take(number, back, statistics)
+        self.position.note(metrics, times, statistics.usage.utilisation_LE.tolist())
+        self.progress = LocalProgress()
+        if self.monitor is not None:
+            self.monitor.refused(
+                number, {name: units for name, units in zip(self._names, refused, strict=True) if units}
+            )
+            self.monitor.bad_steps(number, self._names, of_client, statistics.worked_C)
+
+    def _take(self, number: int, back: Tensor, statistics: RoundStatistics) -> None:
+        """The merge for good: into the model, its moments and the ranks."""
+        mine, old, self.server.ranks = self.world.client, self.server.ranks, list(statistics.ranks)
+        self.store.apply(back, self._reply_ranks(statistics.ranks)[mine], number)
+        self._take_moments(statistics.moments_LEX)
+        if statistics.ranks != old:
+            self.exchange = self.plan(statistics.ranks, self._reply_ranks(statistics.ranks))
+            if self.client.rank != old[mine]:
+                self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
+        if statistics.astray_C[mine] or statistics.worked_C[mine] == 0:
+            self.client.recover()
+
+    def _worked(self) -> float:
+        """Which part of its round this client did: 1, less after a deadline, 0 if it sits the round out.
+
+        In tokens: of those that its local steps would have processed had it taken them all.
+        """
+        progress, count = self.progress, self.exp.train.local_steps
+        if self.client.is_out(progress) or progress.steps == progress.bad_steps:
+            return 0.0
+        if progress.steps == count:
+            return 1.0
+        own = float(progress.sums[2])
+        batches = self.batches_from(self.position.steps_taken)
+        left = sum(next(batches).used_tokens for _ in range(count - progress.steps))
+        return own / (own + left)
+
+    def _exchange(self, update: Tensor, statistics: RoundStatistics) -> tuple[Tensor, float]:
+        """To the owners and back; (the difference that this rank gets, seconds spent merging)."""
         old, new = self.server.ranks, statistics.ranks
+        self.server.weigh(statistics.worked_C)
         if new != old:
             self.exchange = self.plan(old, self._reply_ranks(new))
         if self.exchange.is_reducible and self.server.is_linear and not statistics.astray_C.any():
-            back, merging = self._reduce(update, statistics.usage)
-        else:
-            received = self.exchange.collect(update.numpy())
-            start = time.perf_counter()
-            replies = self.server.merge(received, statistics.usage, new)
-            merging = time.perf_counter() - start
-            back = torch.from_numpy(self.exchange.distribute(replies))
-        self.store.apply(back, self._reply_ranks(new)[self.world.client], number)
-        if new != old:
-            self.exchange = self.plan(new, self._reply_ranks(new))
-            if self.client.rank != old[self.world.client]:
-                self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
-        return merging
+            return self._reduce(update, statistics.usage)
+        received = self.exchange.collect(update.numpy())
+        start = time.perf_counter()
+        replies = self.server.merge(received, statistics.usage, new)
+        merging = time.perf_counter() - start
+        return torch.from_numpy(self.exchange.distribute(replies)), merging
 
     def _reduce(self, update: Tensor, usage: Usage) -> tuple[Tensor, float]:
         """The cheaper way of linear rules: sums are formed on the way to the owners; (difference, seconds merging)."""
@@ -132,65 +251,36 @@ class Federation:
         done = time.perf_counter()
         return torch.from_numpy(self.exchange.gather(delta)), before - start + done - moved
 
-    def _report_refused(self, number: int, statistics: RoundStatistics) -> list[int]:
-        """Name what was refused, and get its clients going again; returns how many units of each client."""
+    def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
+        """Names of the units of each client that owners refused (a collective if some client went astray)."""
         if not statistics.astray_C.any():
-            return [0] * len(self._names)
+            return [[] for _ in self._names]
         units = [unit.name for unit in self.store.units]
-        refused = count_refused(
-            self.world, [(client, units.index(unit.name)) for client, unit in self.server.refused], len(self._names),
-            len(units),
-        )  # fmt: skip
-        by_client = [[units[u] for c, u in refused if c == client] for client in range(len(self._names))]
-        if statistics.astray_C[self.world.client]:
-            self.client.recover()
-        if self.monitor is not None:
-            pairs = zip(self._names, by_client, strict=True)
-            self.monitor.refused(number, {name: found for name, found in pairs if found})
-        return [len(found) for found in by_client]
+        own = [(client, units.index(unit.name)) for client, unit in self.server.refused]
+        refused = count_refused(self.world, own, len(self._names), len(units))
+        return [[units[u] for c, u in refused if c == client] for client in range(len(self._names))]
 
     @property
     def _names(self) -> list[str]:
         return [client.name for client in self.exp.clients]
 
-    @property
-    def _ks(self) -> list[int]:
-        return [self.exp.active_experts(client) for client in self.exp.clients]
-
-    def _evaluate(self) -> dict[str, float]:
-        """Clients of one view hold the same model and share the rows; utilisation is weighted as in training."""
-        of_client = views(self.exp)
-        distinct = list(dict.fromkeys(of_client))
-        mine = distinct.index(of_client[self.world.client])
-        sharers = [c for c, view in enumerate(of_client) if view == distinct[mine]]
-        ranks = [(c, r) for c in sharers for r in range(self.exp.clients[c].ranks)]
-        worker = ranks.index((self.world.client, self.world.client_rank))
-        sums_G = np.zeros((len(distinct), len(self.evaluator.tasks), len(FIELDS)))
-        counts_GLX = np.zeros((len(distinct), len(self.client.model.layers), self.exp.num_experts + 1))
-        self.client.reset_counts()
-        sums_G[mine] = self.evaluator.sums(self.client, self.client.k, worker, len(ranks))
-        counts_GLX[mine] = self.client.routed_counts().numpy()
-        sums_G, counts_GLX = self.world.sum(sums_G), self.world.sum(counts_GLX)
-        of_view = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)
-        pairs = zip(self.server.weights, of_client, strict=True)
-        utilisation_LE = sum(w * of_view[distinct.index(view)] for w, view in pairs)
-        cv = float(coefficient_of_variation(torch.as_tensor(utilisation_LE)).mean())
-        return evaluation_scalars(self._names, of_client, self.evaluator.tasks, sums_G, cv)
-
-    def _round_scalars(
-        self, stats: LocalStats, seconds: RoundSeconds, statistics: RoundStatistics, refused_C: Sequence[int]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics, wall times) of all clients."""
+    def _scalars(
+        self,
+        stats: LocalStats,
+        seconds: RoundSeconds,
+        statistics: RoundStatistics,
+        refused: Sequence[Sequence[str]],
+    ) -> tuple[list[LocalStats], dict[str, float], dict[str, float]]:
+        """(each client's sums, metrics, wall times) of all clients (a collective)."""
         if self.world.client_rank > 0:  # norms and steps are the client's, times are its first rank's
-            stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0)
+            stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds = RoundSeconds(*np.zeros(len(seconds)))
         table = self._client_table([*stats, *seconds, self.exchange.bytes_sent])
         of_client = [LocalStats(*row) for row in table[:, : len(stats)]]
         times = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
-        metrics = training_scalars(
-            self._names, of_client, table[:, -1], statistics.usage.utilisation_LE, statistics.ranks, refused_C
-        )
-        return metrics, seconds_scalars(self._names, of_client, times)
+        utilisation_LE, counts = statistics.usage.utilisation_LE, [len(units) for units in refused]
+        metrics = training_scalars(self._names, of_client, table[:, -1], utilisation_LE, statistics.ranks, counts)
+        return of_client, metrics, seconds_scalars(self._names, of_client, times)
 
     def _client_table(self, own: Sequence[float]) -> np.ndarray:
         """[C, len(own)], each client's row the sum over its ranks."""
@@ -198,82 +288,33 @@ class Federation:
         table[self.world.client] = own
         return self.world.sum(table)
 
-    def _record(
-        self, number: int, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: Tensor | None
-    ) -> None:
+    def _evaluate_and_record(self) -> None:
+        """The second half of a round; of number 0, the state before training, the only one."""
+        number, train, every = self.position.round, self.exp.train, self.exp.checkpoint.every
+        start = time.perf_counter()
+        evaluated = None
+        if number % self.exp.evaluation.every == 0 or number == train.rounds:
+            evaluated = self._evaluate()
+        spent_C = self._client_table([time.perf_counter() - start if self.world.client_rank == 0 else 0.0])[:, 0]
+        if train.save_every and number and number % train.save_every == 0:
+            Outcome(self.exp, self.world, self.client, self.store, self.server.ranks).save_adapters(number)
+        self.world.agree()
+        if evaluated is not None:
+            self.position.evaluated(evaluated)
+        if number:
+            add_evaluation_seconds(self.position.pending["seconds"], self._names, spent_C)
+        self.latest = (number, *self.position.recorded())
         if self.monitor is not None:
-            self.monitor.round(number, metrics, seconds, utilisation_LE)
+            self.monitor.round(*self.latest)
+        self.position.next_round()
+        self.unsaved = bool(every) and number > 0 and (number % every == 0 or number == train.rounds)
 
-    def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """Step times, the adapter, and the table."""
-        batch = next(self.batches)
-        ratios_C = self._step_time_ratios(batch)
-        self._save(self.exp.run_dir / FOLDER)
-        if self.monitor is not None:
-            rows = self._summary(before, after, ratios_C, context=batch.micro[0].input_ids.shape[1])
-            cv = {
-                f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in (("before", before), ("after", after))
-            }
-            self.monitor.finish(rows, cv)
+    def _evaluate(self) -> dict[str, float]:
+        """Loss, accuracy and utilisation of every client's model."""
 
-    def _step_time_ratios(self, batch: StepBatch) -> np.ndarray:
-        """Of each client, its step over its step at K_max; of clients that are alike the first is measured.
+        def stop() -> bool:
+            return self.world.any_of_client(self.stop.poll())
 
-        One client at a time, so that they do not disturb each other.
-        """
-        clients = zip(self._ks, self.exp.clients, strict=True)
-        kinds = [(k, c.ranks, c.expert_parallel, c.capacity_factor) for k, c in clients]
-        first_C = [kinds.index(kind) for kind in kinds]
-        ratio = 0.0
-        for number in sorted(set(first_C)):
-            self.world.barrier()
-            if number == self.world.client:
-                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
-                ratio = own / full if self.world.client_rank == 0 else 0.0
-        return self._client_table([ratio])[first_C, 0]
-
-    def _save(self, folder: Path) -> None:
-        """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared."""
-        config = self.exp.clients[self.world.client]
-        state, own = self.store.full_state(), self._own_scales()
-        if self.world.client_rank == 0:
-            rank, scaling = self.store.rank, self.exp.lora.alpha / self.exp.lora_rank(config)
-            save = partial(save_adapter, self.exp, rank=rank, scaling=scaling)
-            save(folder / CLIENTS / config.name, state | own, k=self.client.k)
-            if self.world.client == int(np.argmax(self.server.ranks)):
-                save(folder, state, k=self.exp.k_max)
-        self.world.barrier()
-
-    def _own_scales(self) -> dict[str, Tensor]:
-        """What the gates learned for this client alone (a collective over it under ZeRO)."""
-        found = {}
-        for index, decoder in enumerate(self.client.model.decoders):
-            if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
-                found[f"layers.{index}.scale"] = self.client.finisher.masters.read(decoder.mlp.gate.scale).cpu()
-        return found
-
-    def _summary(
-        self, before: dict[str, float], after: dict[str, float], ratios_C: np.ndarray, context: int
-    ) -> list[dict[str, Any]]:
-        """One row a client."""
-        shape = model_shape(self.client.hf_config, self.client.spec)
-        full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
-        rows = []
-        for config, k, rank, ratio in zip(self.exp.clients, self._ks, self.server.ranks, ratios_C, strict=True):
-            flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
-            row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
-            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio)}
-            for field in ("loss", "accuracy"):
-                row[f"{field}_before"] = before[f"eval_{field}/{config.name}"]
-                row[f"{field}_after"] = after[f"eval_{field}/{config.name}"]
-            rows.append(row)
-        return rows
-
-
-def views(exp: Experiment) -> list[str]:
-    """Name of the model that each client evaluates: "k4" where K tells them apart, else the client's own name.
-
-    A client's model is its own where it has learned something for itself alone, or where its LoRA rank is.
-    """
-    alone = exp.router.gate_rescale == "learned" or len(set(exp.lora_ranks)) > 1 or exp.lora.prune_penalty > 0
-    return [client.name if alone else f"k{exp.active_experts(client)}" for client in exp.clients]
+        own = own_part(self.exp, self.world, self.client, self.evaluator, stop)
+        self._end_if_asked()
+        return scalars_of_views(self.exp, self.world, self.evaluator, self.server.weights, own)

@@ -54,19 +54,29 @@ class Server:
         exp: the experiment: rule, DMR and server optimiser.
         units: the owned units, in order.
         weights: w_c, summing to one.
-        target: u*.
     """
 
-    def __init__(self, exp: Experiment, units: Sequence[Unit], weights: Sequence[float], target: float) -> None:
-        self.exp, self.config, self.target = exp, exp.merge, target
+    def __init__(self, exp: Experiment, units: Sequence[Unit], weights: Sequence[float]) -> None:
+        self.exp, self.config = exp, exp.merge
         self.weights = list(weights)
-        self.weight_C = torch.tensor(weights, dtype=torch.float64)
+        self.weigh([1.0] * len(self.weights))
         self.segments = _segments(units, exp.merge.rule in ELEMENTWISE_RULES)
         self.ranks = list(exp.lora_ranks)
         self._scaling = [exp.lora.alpha / rank for rank in self.ranks]  # of the modules: pruning does not change it
-        self._optimizer = [ServerOptimizer(exp.merge) for _ in self.segments]
+        self.optimizers = [ServerOptimizer(exp.merge) for _ in self.segments]
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
         self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
+
+    def weigh(self, worked: Sequence[float]) -> None:
+        """Weights of the round and u* that goes with them.
+
+        Args:
+            worked: which part of its round each client did, 0 to 1; its weight is that part of w_c [ours].
+        """
+        weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(worked, dtype=torch.float64)
+        self.weight_C = merge.shares(weight_C)
+        active = [self.exp.active_experts(client) for client in self.exp.clients]
+        self.target = modulation.target_utilisation(self.weight_C.tolist(), active, self.exp.num_experts)
 
     def start(self, values: Sequence[np.ndarray]) -> None:
         """Take note of what the clients hold: their values of the owned units, one array a client."""
@@ -75,7 +85,7 @@ class Server:
             self._held.append([] if segment.kind == "elementwise" else [part.clone() for part in part_C])
 
     def merge(self, updates: Sequence[np.ndarray], usage: Usage, ranks: Sequence[int]) -> list[np.ndarray]:
-        """One round.
+        """One round; `self.ranks` is set to the new ones by the caller, once they hold everywhere.
 
         Args:
             updates: of the owned units, one fp32 array a client.
@@ -97,7 +107,6 @@ class Server:
                 reply_C = [self._finish(number, merged_N, weight_CU, usage)] * len(updates)
             for piece, reply in zip(pieces, reply_C, strict=True):
                 piece.append(reply)
-        self.ranks = list(ranks)
         if all(segment.kind != "factors" for segment in self.segments):
             return [_joined(pieces[0])] * len(updates)
         return [_joined(piece) for piece in pieces]
@@ -176,7 +185,7 @@ class Server:
         heard_N = self._of_elements(segment, (weight_CU > 0).any(dim=0, keepdim=True)).squeeze(0)
         if segment.kind == "phi":
             return self._step_phi(segment, merged_N, heard_N, self._held[number], usage)
-        return self._optimizer[number].step(merged_N, heard_N) * heard_N
+        return self.optimizers[number].step(merged_N, heard_N) * heard_N
 
     def _step_phi(
         self, segment: Segment, mean_N: Tensor, heard_N: Tensor, held_C: list[Tensor], usage: Usage

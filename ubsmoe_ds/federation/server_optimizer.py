@@ -3,6 +3,8 @@
 Shapes: N elements.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,14 @@ class ServerOptimizer:
         self.config = config
         self.first: Tensor | None = None
         self.second: Tensor | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, if there are any yet, [N] each."""
+        return {} if self.first is None or self.second is None else {"first": self.first, "second": self.second}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` once gave."""
+        self.first, self.second = state.get("first"), state.get("second")
 
     def step(self, delta_N: Tensor, heard_N: Tensor) -> Tensor:
         """The update to apply; moments of elements that nobody sent stay as they are.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
+from ubsmoe_ds.checkpoint import Piece, Reader
 from ubsmoe_ds.federation.exchange import Unit
 from ubsmoe_ds.gradients import MasterWeights
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM, lora_generator
@@ -29,13 +30,19 @@ class _Block:
     """Consecutive units of one kind: named parameters whose rows side by side are the `rows` units.
 
     A LoRA block has A, stacked or not, then B, and the frozen weight they belong to; the units hold their first ranks.
-    `group` is set where other ranks hold other rows.
+    `group` is set where other ranks hold other rows; `first` is the number of the first row here.
     """
 
     parameters: dict[str, nn.Parameter]
     rows: int
     base: Tensor | None = None
     group: ProcessGroup | None = None
+    first: int = 0
+
+    @property
+    def name(self) -> str:
+        """That of its first parameter."""
+        return next(iter(self.parameters))
 
     def numel(self, rank: int) -> int:
         """Elements in the held buffer at a LoRA rank."""
@@ -125,6 +132,52 @@ class UnitStore:
         self.shared = torch.cat(new)
         self.rank = self.rank if self.stacking else reply_rank
 
+    def pieces(self, owner: str, client_rank: int, whole: bool) -> Iterator[Piece]:
+        """The shared state for a checkpoint, and under FLoRA the frozen weights that it has changed.
+
+        Args:
+            owner: whose they are in the checkpoint.
+            client_rank: this rank's place; of those that hold the same the first writes it.
+            whole: of a client whose frozen weights are saved for all, which have the same.
+        """
+        for block, value in self._places(self.shared, self.rank):
+            if client_rank >= (1 if block.group is None else dist.get_world_size(block.group)):
+                continue
+            yield Piece("shared", owner, block.name, block.first * (len(value) // block.rows), value)
+            if self.stacking and whole and block.base is not None:
+                offset = block.first * (block.base.numel() // block.rows)
+                yield Piece("base", "all", block.name, offset, block.base)
+                if id(block.base) in self._remainders:
+                    yield Piece("base_remainder", "all", block.name, offset, self._remainders[id(block.base)])
+
+    def restore(self, reader: Reader, owner: str, rank: int) -> None:
+        """Take the shared state and FLoRA's frozen weights out of a checkpoint; parameters are the client's matter.
+
+        Args:
+            reader: of the checkpoint.
+            owner: see `pieces`.
+            rank: LoRA rank that the client had.
+
+        Raises:
+            UserError: if the checkpoint lacks some of it.
+        """
+        self.rank, parts = rank, []
+        for block in self._blocks:
+            numel = block.numel(rank)
+            parts.append(reader.read("shared", owner, block.name, block.first * (numel // block.rows), numel))
+            if self.stacking and block.base is not None:
+                place = (block.first * (block.base.numel() // block.rows), block.base.numel())
+                block.base.copy_(reader.read("base", "all", block.name, *place).view(block.base.shape))
+                if reader.has("base_remainder", "all", block.name):
+                    rest = reader.read("base_remainder", "all", block.name, *place)
+                    self._remainders[id(block.base)] = rest.view(-1, *block.base.shape[-2:]).to(block.base.device)
+        self.shared = torch.cat(parts)
+
+    def load(self) -> None:
+        """Set the client's parameters to the shared state."""
+        for block, part in self._places(self.shared, self.rank):
+            self._write(block, block.split(part, self.rank))
+
     def full_state(self) -> dict[str, Tensor]:
         """The state of the whole model by parameter, experts stacked [E, ...], fp32 on the CPU; what FLoRA merged too.
 
@@ -197,7 +250,9 @@ class UnitStore:
             ]
             prefix = f"{name}.experts.{projection}"
             base = layer.experts.base()[projection]
-            self._blocks.append(_Block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, len(A), base, group))
+            self._blocks.append(
+                _Block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, len(A), base, group, layer.experts.first)
+            )
         if layer.gate.wg.weight.requires_grad:
             self._add_dense(f"{name}.router", f"{name}.router.weight", layer.gate.wg.weight, number)
 

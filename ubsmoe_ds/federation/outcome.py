@@ -1,0 +1,117 @@
+"""What a run leaves at its end, and every `save_every` rounds: adapters, step times, the table."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ubsmoe_ds.client import Client
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.cost import flops_per_token
+from ubsmoe_ds.data.batches import StepBatch
+from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
+from ubsmoe_ds.federation.position import Position
+from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.models.causal_lm import model_shape
+from ubsmoe_ds.moe.layer import UBSMoE
+from ubsmoe_ds.world import World
+
+if TYPE_CHECKING:
+    from ubsmoe_ds.monitor import Monitor
+
+TIMING_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one rank; every rank of the job calls its methods.
+
+    ranks: LoRA rank of each client as it is now.
+    """
+
+    exp: Experiment
+    world: World
+    client: Client
+    store: UnitStore
+    ranks: Sequence[int]
+
+    def write(self, batch: StepBatch, position: Position, monitor: "Monitor | None") -> None:
+        """Step times, the adapters, and the table.
+
+        Args:
+            batch: to measure steps with.
+            position: at the end of the last round.
+            monitor: of the first rank.
+        """
+        ratios_C = self._step_time_ratios(batch)
+        self.save_adapters()
+        self.world.agree()
+        if monitor is not None:
+            rows = self._summary(position, ratios_C, context=batch.micro[0].input_ids.shape[1])
+            found = (("before", position.before), ("after", position.after))
+            cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
+            monitor.finish(rows, cv | {"lost_in_round": position.lost})
+
+    def save_adapters(self, number: int | None = None) -> None:
+        """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared.
+
+        Args:
+            number: of the round, for the folder's name; None: the end.
+        """
+        folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
+        config = self.exp.clients[self.world.client]
+        state, own = self.store.full_state(), self._own_scales()
+        if self.world.client_rank == 0:
+            self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
+        self.world.barrier()
+
+    def _write_adapters(self, folder: Path, state: dict[str, Tensor], own: dict[str, Tensor], scaling: float) -> None:
+        save = partial(save_adapter, self.exp, rank=self.store.rank, scaling=scaling)
+        save(folder / CLIENTS / self.client.config.name, state | own, k=self.client.k)
+        if self.world.client == int(np.argmax(self.ranks)):
+            save(folder, state, k=self.exp.k_max)
+
+    def _own_scales(self) -> dict[str, Tensor]:
+        """What the gates learned for this client alone (a collective over it under ZeRO)."""
+        found = {}
+        for index, decoder in enumerate(self.client.model.decoders):
+            if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
+                found[f"layers.{index}.scale"] = self.client.finisher.masters.read(decoder.mlp.gate.scale).cpu()
+        return found
+
+    def _step_time_ratios(self, batch: StepBatch) -> np.ndarray:
+        """Of each client, its step over its step at K_max; of clients that are alike the first is measured.
+
+        One client at a time, so that they do not disturb each other.
+        """
+        clients = self.exp.clients
+        kinds = [(self.exp.active_experts(c), c.ranks, c.expert_parallel, c.capacity_factor) for c in clients]
+        first_C = [kinds.index(kind) for kind in kinds]
+        table_C = np.zeros(len(clients))
+        for number in sorted(set(first_C)):
+            self.world.barrier()
+            if number == self.world.client:
+                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
+                table_C[number] = own / full if self.world.client_rank == 0 else 0.0
+        return self.world.sum(table_C)[first_C]
+
+    def _summary(self, position: Position, ratios_C: np.ndarray, context: int) -> list[dict[str, Any]]:
+        """One row a client."""
+        shape = model_shape(self.client.hf_config, self.client.spec)
+        full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
+        rows = []
+        for config, rank, ratio in zip(self.exp.clients, self.ranks, ratios_C, strict=True):
+            k = self.exp.active_experts(config)
+            flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
+            row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
+            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio)}
+            for field in ("loss", "accuracy"):  # not known of a client that was lost then and has come back
+                row[f"{field}_before"] = position.before.get(f"eval_{field}/{config.name}", math.nan)
+                row[f"{field}_after"] = position.after.get(f"eval_{field}/{config.name}", math.nan)
+            rows.append(row)
+        return rows
