@@ -1,11 +1,19 @@
 """`launch/train.py` with a fault planted; the tests start it as they start the real one.
 
-FAULT=raise@3 deepspeed tests/failing_train.py ...     job rank 3 raises in its second local step
-FAULT=user@3, FAULT=hang@3                             a user's mistake there; a rank that never comes back
-FAULT=nobf16@all                                       every device says that it lacks bf16
+FAULT=KIND@RANK[:STEP] deepspeed tests/failing_train.py ...     in a job rank's STEP-th (default: second) local step;
+several with + between
+
+raise, user    an error; a user's mistake
+hang           it never comes back
+nan            its weights hold NaN for this step
+slow           every step takes two seconds longer, whichever is named
+nobf16@all     every device says that it lacks bf16
+kill-STAGE     a real SIGKILL when it does so the STEP-th time; see STAGES
 """
 
+import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,12 +24,45 @@ from launch import train  # noqa: E402
 from ubsmoe_ds import relaunch  # noqa: E402
 from ubsmoe_ds.errors import UserError  # noqa: E402
 
+# where -> what is called there; the exchange sends before it merges, and the evaluation comes after the merge
+STAGES = {
+    "local": ("ubsmoe_ds.client", "Client.step"),
+    "statistics": ("ubsmoe_ds.federation.rounds", "gather"),
+    "exchange": ("ubsmoe_ds.federation.exchange", "Exchange.distribute"),
+    "evaluation": ("ubsmoe_ds.evaluation", "Evaluator._log_probabilities"),
+    "checkpoint": ("ubsmoe_ds.checkpoint", "write_pieces"),
+    "agreement": ("ubsmoe_ds.world", "World.agree"),
+    "recovery": ("ubsmoe_ds.survival", "_gather_quietly"),
+}
 
-def plant() -> None:
+
+def plant_kill(stage: str, count: int) -> None:
+    """Kill this process when it gets there for the `count`-th time."""
+    module, path = STAGES[stage][0], STAGES[stage][1].split(".")
+    holder = importlib.import_module(module)
+    for part in path[:-1]:
+        holder = getattr(holder, part)
+    real, calls = getattr(holder, path[-1]), []
+
+    def killing(*arguments: object, **named: object) -> object:
+        calls.append(stage)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    setattr(holder, path[-1], killing)
+
+
+def plant(fault: str) -> None:
     """Replace the local step of the chosen rank, or what devices say of themselves."""
-    kind, _, rank = os.environ["FAULT"].partition("@")
+    kind, _, place = fault.partition("@")
+    rank, _, step = place.partition(":")
     from mpi4py import MPI
 
+    if kind.startswith("kill-"):
+        if MPI.COMM_WORLD.rank == int(rank):
+            plant_kill(kind.removeprefix("kill-"), int(step or 1))
+        return
     from ubsmoe_ds import client
 
     if kind == "nobf16":
@@ -33,12 +74,24 @@ def plant() -> None:
 
     def fault(self: client.Client, batch: object) -> object:
         calls.append(batch)
-        if len(calls) < 2:
-            return real_step(self, batch)
+        if kind == "slow":
+            time.sleep(2)
+        elif len(calls) == int(step or 2):
+            return harm(kind, self, batch)
+        return real_step(self, batch)
+
+    def harm(kind: str, self: client.Client, batch: object) -> object:
         if kind == "raise":
             raise RuntimeError("planted fault")
         if kind == "user":
             raise UserError("data: planted mistake")
+        if kind == "nan":
+            weight = self.model.layers[0].experts.base()["down"]
+            healthy = weight.clone()
+            weight.fill_(float("nan"))
+            nll = real_step(self, batch)
+            weight.copy_(healthy)
+            return nll
         print(f"hanging with process id {os.getpid()}", flush=True)
         time.sleep(300)
         return None
@@ -49,5 +102,6 @@ def plant() -> None:
 if __name__ == "__main__":
     if relaunch.inside_mpi(os.environ):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        plant()
+        for fault in os.environ["FAULT"].split("+"):
+            plant(fault)
     sys.exit(train.main())

@@ -138,11 +138,11 @@ def surfaces() -> dict[str, Surface]:
     """All of them, by name."""
     from transformers.utils import logging as transformers_logging
 
-    from tests import fuzz_commands, fuzz_config, fuzz_models, fuzz_rows, fuzz_writers
+    from tests import fuzz_checkpoints, fuzz_commands, fuzz_config, fuzz_models, fuzz_rows, fuzz_writers
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    modules = (fuzz_config, fuzz_rows, fuzz_models, fuzz_commands, fuzz_writers)
+    modules = (fuzz_config, fuzz_rows, fuzz_models, fuzz_checkpoints, fuzz_commands, fuzz_writers)
     return {surface.name: surface for module in modules for surface in module.SURFACES}
 
 

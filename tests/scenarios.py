@@ -174,7 +174,8 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         store = UnitStore(client.model, client.finisher.masters, rank=client.rank, dmr=exp.dmr.enabled, stacking=flora)
         weights = np.array([c.share for c in exp.clients]) / sum(c.share for c in exp.clients)
         plan, owned = plan_exchanges(exp, world, store)
-        server = Server(exp, owned, weights.tolist(), 0.4)
+        server = Server(exp, owned, weights.tolist())
+        server.target = 0.4
         replies = [sum(server.ranks)] * len(clients) if flora else server.ranks
         exchange = plan(server.ranks, replies)
         server.start(exchange.collect(store.shared.numpy(), exact=True))
@@ -212,10 +213,12 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
     }
     world = enter(experiments[names[0]])
     from ubsmoe_ds.federation.build import build
+    from ubsmoe_ds.stopping import StopRequests
 
     found: dict[str, Any] = {}
     for name, exp in experiments.items():
-        federation = build(exp, world, on_accelerator=False, verbose=False)
+        stop = StopRequests(world.comm, None)
+        federation = build(exp, world, stop, on_accelerator=False, verbose=False)
         federation.run()
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
@@ -248,8 +251,12 @@ def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
         exp = exp.model_copy(update={"train": exp.train.model_copy(update={"optimizer_state": kind})})
         client = Client(exp, exp.clients[0], 0)
         batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0, 0))
-        stats = [client.train(batches, 3) for _ in range(3)]
-        found[f"{name}/nll"] = np.array([s.nll for s in stats])
+        nll = []
+        for _ in range(3):
+            progress = client.begin_round()
+            client.train(batches, progress, 3, lambda: False)
+            nll.append(client.local_stats(progress).nll)
+        found[f"{name}/nll"] = np.array(nll)
         states = client.engine.basic_optimizer.state.values()
         found[f"{name}/steps"] = np.array([float(state["step"]) for state in states])
         client.reset_optimizer()
@@ -318,5 +325,58 @@ def fidelity(folder: str, train_steps: int, batches: int) -> dict[str, Any]:
             found |= {column: table[column].to_numpy(dtype=str) for column in ("estimator", "group")}
         for estimator, value in zip(*fidelity.bias(measured, k)[["estimator", "bias"]].T.to_numpy(), strict=True):
             found[f"bias/{estimator}"] = np.append(found.get(f"bias/{estimator}", []), value)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+class StopAfter:
+    """In place of `StopRequests`: one rank is asked to stop at its n-th look, the others hear of it at the end."""
+
+    def __init__(self, looks: int | None) -> None:
+        self.left = looks
+
+    def poll(self) -> bool:
+        if self.left is not None:
+            self.left -= 1
+        return self.left is not None and self.left < 0
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, list], folder: str) -> dict[str, Any]:
+    """Each variant, [overrides, looks ...], whole, and again stopped after so many looks of the last rank each time.
+
+    Writes folder/NAME and folder/NAME-resumed; returns the trained parameters and the frozen experts of both.
+    """
+    from ubsmoe_ds.config_file import load_experiment
+    from ubsmoe_ds.errors import Preempted
+
+    world, found = None, {}
+    for name, (changes, *looks) in variants.items():
+        for label, stops in ((name, []), (f"{name}-resumed", looks)):
+            exp = load_experiment(config, [*overrides, *changes, f"name={label}", f"output={folder}"])
+            world = world or enter(exp)
+            from ubsmoe_ds.federation.build import build
+
+            for attempt, looks_now in enumerate([*stops, None]):
+                stop = StopAfter(looks_now if world.rank == world.comm.size - 1 else None)
+                resume = "auto" if attempt else None
+                torch.manual_seed(attempt)  # what is not restored will differ
+                federation = build(exp, world, stop, on_accelerator=False, verbose=False, resume=resume)
+                try:
+                    federation.run()
+                    assert looks_now is None, "was not stopped"
+                except Preempted:
+                    assert looks_now is not None
+                if looks_now is None:
+                    for key, parameter in federation.client.model.named_parameters():
+                        if parameter.requires_grad:
+                            found[f"{label}/{key}"] = federation.client.finisher.masters.read(parameter).numpy()
+                    for projection, weight in federation.client.model.layers[0].experts.base().items():
+                        found[f"{label}/base/{projection}"] = weight.detach().float().numpy()
+                    found[f"{label}/random"] = torch.get_rng_state().numpy()
+                federation.client.engine.destroy()
+                world.barrier()
     torch.distributed.destroy_process_group()
     return found

@@ -24,7 +24,11 @@ LAYERS = [
     "moe.pseudo_gradient",
     "cost",
     "memory",
+    "checkpoint",
+    "same_experiment",
     "world",
+    "stopping",
+    "survival",
     "data.synthetic",
     "data.sources",
     "data.partition",
@@ -50,6 +54,9 @@ LAYERS = [
     "federation.pruning",
     "client",
     "federation.statistics",
+    "federation.state",
+    "federation.position",
+    "federation.keeper",
     "fidelity",
     "fidelity_report",
     "evaluation",
@@ -57,12 +64,15 @@ LAYERS = [
     "federation.adapter",
     "lm_eval_model",
     "federation.metrics",
+    "federation.views",
+    "federation.outcome",
     "federation.rounds",
     "federation.build",
+    "federation.survivors",
     "run",
     "comparison",
 ]
-KNOWS_MPI = {"world", "federation.exchange", "federation.host_memory"}
+KNOWS_MPI = {"world", "stopping", "survival", "federation.exchange", "federation.host_memory"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -1,6 +1,5 @@
 """The command that compares methods: which jobs it runs and runs again, what it refuses, and one real comparison."""
 
-import contextlib
 import csv
 import os
 import signal
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import compare
+from tests.jobs import Job, run
 from tests.test_comparison import CONFIG, LOSS, TWO, finish
-from tests.test_run import assert_nothing_left, run, start
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.methods import ABLATIONS, PRESETS
 
@@ -26,7 +25,8 @@ class FakeRunner:
 
     def __call__(self, command: list[str], log: Path) -> int:
         assert command[:3] == [sys.executable, str(Path(compare.__file__).with_name("train.py")), "--config"]
-        exp = load_experiment(command[3], command[4:])
+        assert command[-2:] == ["--resume", "auto"]
+        exp = load_experiment(command[3], command[4:-2])
         assert exp.overwrite and log == exp.run_dir.with_name(f"{exp.name}.log")
         self.ran.append(exp.name)
         code = self.codes.get(exp.name.replace("-", "_"), 0)
@@ -197,20 +197,14 @@ def test_real_comparison_and_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("send", ["SIGINT to the group", "SIGTERM to the process"])
 def test_interrupted_comparison_leaves_no_job_behind(send, tmp_path):
-    process = start([*REAL, str(tmp_path), *SHORT, "train.rounds=500"])
-    try:
-        await_output(process, tmp_path / "runs" / "topk-seed0.log")
-        if send == "SIGINT to the group":
-            os.killpg(process.pid, signal.SIGINT)
-        else:
-            process.terminate()
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == 130
-        assert output == "error: interrupted; the same command goes on where it stopped\n"
-        assert_nothing_left(process.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    job = Job([*REAL, str(tmp_path), *SHORT, "train.rounds=500"], tmp_path / "log")
+    await_output(job.process, tmp_path / "runs" / "topk-seed0.log")
+    if send == "SIGINT to the group":
+        os.killpg(job.process.pid, signal.SIGINT)
+    else:
+        job.process.terminate()
+    assert job.end(60) == 130
+    assert job.output == "error: interrupted; the same command goes on where it stopped\n"
 
 
 def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0) -> None:

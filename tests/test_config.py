@@ -56,6 +56,7 @@ def test_overrides_reach_every_depth():
 
 WRONG = {
     "unknown key": (["train.epochs=3"], "train.epochs: unknown key (value 3)"),
+    "more survivors than clients": (["min_clients=9"], "min_clients: 9 exceeds the 4 clients"),
     "unknown section": (["optimiser.lr=1"], "optimiser: unknown key"),
     "unknown client key": (["clients.0.k=2"], "clients.0.k: unknown key"),
     "budget 0": (["clients.0.budget=0"], "clients.0.budget: 0 is not valid: Input should be greater than 0"),

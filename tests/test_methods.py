@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tests.ranks import REPO, run_ranks
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.federation.rounds import views
+from ubsmoe_ds.federation.views import views
 from ubsmoe_ds.methods import ABLATIONS, PRESETS, with_preset
 from ubsmoe_ds.models import peft_format
 

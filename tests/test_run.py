@@ -3,73 +3,18 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.ranks import REPO, clean_environment
+from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
+from tests.ranks import REPO
 from ubsmoe_ds.federation.adapter import read_adapter
 
 pytestmark = pytest.mark.slow
 COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
-SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
-FEW_RANKS = [*SHORT, "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
-TRAIN = "launch/train.py"
+FEW_RANKS = [*SHORT, TWO_CLIENTS]
 CLIENTS = ("phone", "laptop", "desktop", "server")
-
-
-def start(command: list[str], **environment: str) -> subprocess.Popen:
-    """Start a job in a process group of its own."""
-    return subprocess.Popen(
-        command,
-        cwd=REPO,
-        env=clean_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(*command: str, timeout: float = 240, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a job that ends by itself; nothing of it may be left behind."""
-    process = start(list(command), **environment)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert_nothing_left(process.pid)
-    return process.returncode, output
-
-
-def assert_nothing_left(group: int, seconds: float = 10.0) -> None:
-    """No process of the job's group or session is alive."""
-    deadline = time.monotonic() + seconds
-    while left := [pid for pid in session_members(group)]:
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.1)
-
-
-def session_members(session: int) -> list[int]:
-    """Process ids whose session is the given one, zombies left out."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -230,22 +175,12 @@ def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
 
 
 def test_ctrl_c_ends_everything(tmp_path):
-    process = start(["deepspeed", "tests/failing_train.py", *FEW_RANKS, f"output={tmp_path}"], FAULT="hang@2")
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "hanging" in line:
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        output, _ = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode != 0, output
-    assert output.count("error: interrupted") == 1
-    assert_nothing_left(process.pid)
+    command = ["deepspeed", "tests/failing_train.py", *FEW_RANKS, f"output={tmp_path}"]
+    job = Job(command, tmp_path / "log", FAULT="hang@2")
+    job.wait_for("hanging")
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.end(60) != 0, job.output
+    assert job.output.count("error: interrupted") == 1
 
 
 @pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")

@@ -20,9 +20,9 @@ def test_inside_mpi_knows_each_process_manager():
 def test_the_script_runs_itself_under_mpiexec(monkeypatch):
     started = []
 
-    def popen(command, env):
+    def popen(command, env, **_):
         started.append((command, env))
-        return SimpleNamespace(wait=lambda: 7, terminate=lambda: None)
+        return SimpleNamespace(poll=lambda: 7, wait=lambda: 7)
 
     monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
@@ -33,6 +33,35 @@ def test_the_script_runs_itself_under_mpiexec(monkeypatch):
     assert command[0].endswith("mpiexec")
     assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
     assert not set(relaunch.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "codes", "left_by_first", "resumes"),
+    [
+        (0, [9], True, [False]),
+        (2, [9, 0], True, [False, True]),  # what the first attempt has saved is gone on from
+        (2, [9, 9, 9], False, [False, False, False]),  # the only checkpoint there is, is an earlier run's
+        (2, [75], True, [False]),  # asked to stop, and the like: not started again
+        (2, [2], True, [False]),
+    ],
+)
+def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeypatch):
+    commands, checkpoints = [], {("000001-round-1", 17)}
+
+    def popen(command, env, **_):
+        code = codes[len(commands)]
+        commands.append(command)
+        if code != 9:  # not killed
+            relaunch.sign_off(env, code)
+        if left_by_first:
+            checkpoints.add(("000001-round-1", 18))
+        return SimpleNamespace(poll=lambda: code, wait=lambda: code)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
+    assert found == codes[-1]
+    assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
 
 
 def test_only_one_process_speaks():
