@@ -31,6 +31,7 @@ STAGES = {
     "exchange": ("ubsmoe_ds.federation.exchange", "Exchange.distribute"),
     "evaluation": ("ubsmoe_ds.evaluation", "Evaluator._log_probabilities"),
     "checkpoint": ("ubsmoe_ds.checkpoint", "write_pieces"),
+    "summary": ("ubsmoe_ds.monitor", "Monitor.finish"),
     "agreement": ("ubsmoe_ds.world", "World.agree"),
     "recovery": ("ubsmoe_ds.survival", "_gather_quietly"),
 }

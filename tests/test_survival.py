@@ -98,6 +98,13 @@ def test_death_during_evaluation_of_the_rank_that_writes(tmp_path):
     ]
 
 
+def test_death_of_the_rank_that_writes_the_summary(tmp_path):
+    output = survive(tmp_path / "out", "kill-summary@0:1")
+    summary = json.loads((tmp_path / "out" / "tiny" / "summary.json").read_text())
+    assert "client 'a' is lost" in output and [row["client"] for row in summary["clients"]] == ["b", "c"]
+    assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
+
+
 def test_another_death_while_survivors_recover(tmp_path):
     output = survive(tmp_path / "out", "kill-local@2:5+kill-recovery@3:1")
     assert "client 'b' is lost" in output and "client 'c' is lost" in output and "1 clients go on" in output

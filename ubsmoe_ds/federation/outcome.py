@@ -56,6 +56,7 @@ class Outcome:
             found = (("before", position.before), ("after", position.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
             monitor.finish(rows, cv | {"lost_in_round": position.lost})
+        self.world.agree()  # if the rank that writes dies meanwhile, another one does it
 
     def save_adapters(self, number: int | None = None) -> None:
         """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared.
