@@ -151,6 +151,16 @@ def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
                 assert second["metrics"][key] == pytest.approx(first["metrics"][key], rel=1e-3)
 
 
+def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
+    """With no round left, what it writes is what it has read: the same bits, sharded otherwise."""
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    other = "clients=[{name: a, budget: 0.5, ranks: 2, expert_parallel: 2}, {name: b, budget: 1.0}]"
+    changes = [other, "deepspeed.zero_optimization.stage=2", f"output={tmp_path}"]
+    code, output = train(*SHORT, *changes, "--resume", "auto")
+    assert code == 0 and "goes on from" in output, output
+    same_as(whole, tmp_path / "tiny")
+
+
 def test_a_late_client_merges_what_it_has(tmp_path):
     """Client a takes two seconds a step: by the deadline it has done some of four, and counts for its part."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
