@@ -14,6 +14,7 @@ LAYERS = [
     "plain_yaml",
     "methods",
     "sections",
+    "placement",
     "config",
     "models.families",
     "config_file",

@@ -20,7 +20,7 @@ MAY_CHANGE = (
 )
 MAY_CHANGE_WITHIN = {
     "train": ("rounds", "save_every", "round_deadline_s"),
-    "clients": ("ranks", "expert_parallel"),
+    "clients": ("ranks", "expert_parallel", "hosts"),
     "deepspeed": ("zero_optimization", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger"),
 }
 

@@ -29,6 +29,7 @@ class ClientConfig(Section):
     capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: no token is dropped
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training rows, relative to the other clients
     lora_rank: PositiveInt | None = None  # None: from the budget where it scales ranks, else lora.rank
+    hosts: Annotated[list[str], Field(min_length=1)] | None = None  # where its ranks must be; None: anywhere
 
     @model_validator(mode="after")
     def _whole_expert_groups(self) -> ClientConfig:
