@@ -27,8 +27,9 @@ from ubsmoe_ds.command_line import Parser
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.files import replace_files
+from ubsmoe_ds.launchers import RENDEZVOUS_VARIABLES
 from ubsmoe_ds.methods import ABLATIONS, PRESETS
-from ubsmoe_ds.relaunch import PARENT_SPEAKS, RENDEZVOUS_VARIABLES
+from ubsmoe_ds.relaunch import PARENT_SPEAKS
 from ubsmoe_ds.run_folder import check_run_folder, forget_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -120,7 +120,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     rows, _ = load_rows(exp.data, exp.seed)
     tokenizer = read_tokenizer(exp.model_dir)
     examples, _ = encode(rows, tokenizer, exp.data.max_length)
-    start_deepspeed(devices > 0, verbose=False)
+    start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.client_rank)
     size, micro = exp.deepspeed.train_batch_size, exp.deepspeed.gradient_accumulation_steps
     pad, seed = tokenizer.pad_token_id, (exp.seed, 0)

@@ -5,6 +5,7 @@
     mpiexec -n 6 python -m mpi4py launch/train.py                 # in an MPI world of your own
 
     deepspeed launch/train.py --resume auto                       # go on from the newest checkpoint, if there is one
+    python launch/train.py --hostfile hosts                       # on several hosts, of lines `host slots=N`
 
 SIGTERM or SIGUSR1 to this process or to any rank makes the job save where it stands and end with exit code 75; a second
 one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130
@@ -16,16 +17,18 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ubsmoe_ds import relaunch
+from ubsmoe_ds import launchers, relaunch
 from ubsmoe_ds.command_line import Parser, whole
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.placement import place, read_hostfile
 from ubsmoe_ds.run_folder import check_run_folder, checkpoints, goes_on
 
 DEATH_SECONDS = 1.0
@@ -46,32 +49,54 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, N times"
     )
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on, over ssh: lines `host slots=N`"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
     """Validate, then start an MPI world or take a place in it."""
-    first = relaunch.is_first(os.environ)
-    if not relaunch.inside_mpi(os.environ) and not first:
-        return 0  # another local process of the deepspeed launcher: the first one starts the MPI world
+    first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
+    if not inside and not first:
+        return 0  # another process of the same launcher: the first one starts the MPI world, or says what is wrong
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
     try:
         options = parse(arguments)
         exp = load_experiment(options.config, options.overrides)
-        if not relaunch.inside_mpi(os.environ):
-            check_files(exp, goes_on(exp, options.resume))
-            survive = exp.fault_tolerance == "shrink"
-            return relaunch.relaunch(
-                sys.argv[0],
-                arguments,
-                exp.world_size,
-                survive=survive,
-                restarts=options.restarts,
-                saved=partial(checkpoints, exp),
+        if not inside:
+            return start(exp, arguments, options)
+        if options.hostfile is not None and relaunch.PARENT_SPEAKS not in os.environ:
+            raise UserError(
+                f"--hostfile: {options.hostfile} is for a job that is not under mpiexec yet; give it to mpiexec"
             )
     except UserError as error:
         return report(error) if first else EXIT_USER_ERROR
     return run_rank(exp, arguments, options)
+
+
+def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
+    """Start the MPI world, on the hosts of the hostfile if there is one; returns its exit code.
+
+    Raises:
+        UserError: for what can be found wrong before.
+    """
+    launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
+    check_files(exp, goes_on(exp, options.resume))
+    hosts = None
+    if options.hostfile is not None:
+        slots = read_hostfile(options.hostfile)
+        used = Counter(host for client in place(exp.clients, slots) for host in client)
+        hosts = {host: used[host] for host in slots if used[host]}
+    return relaunch.relaunch(
+        sys.argv[0],
+        arguments,
+        exp.world_size,
+        hosts=hosts,
+        survive=exp.fault_tolerance == "shrink",
+        restarts=options.restarts,
+        saved=partial(checkpoints, exp),
+    )
 
 
 def check_files(exp: Experiment, resuming: bool) -> None:
@@ -86,24 +111,29 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
     """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
     from ubsmoe_ds import run, survival, world  # MPI starts when it is imported, so not in the process of mpiexec
 
-    rank, survives = world.job_rank(), exp.fault_tolerance == "shrink"
+    survives = exp.fault_tolerance == "shrink"
+    who, speaks = f"rank {world.started_rank()}", launchers.is_first(os.environ)
     try:
-        ending = run.run(exp, sys.argv[0], arguments, verbose=options.verbose, resume=options.resume)
+        if survives:
+            survival.check_survivable(os.environ)
+        joined = world.join(exp, sys.argv[0], arguments)
+        who, speaks = run.describe(exp, joined.rank), joined.rank == 0
+        ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:
-        if rank == 0:
+        if speaks:
             report(error)
         together = world.all_ranks_failed()
-        if rank > 0 and not together:
+        if not speaks and not together:
             report(error)
         return leave(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
-        if rank == 0 and relaunch.PARENT_SPEAKS not in os.environ:
+        if speaks and relaunch.PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
         return leave(EXIT_INTERRUPTED, survives, together=False)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
         time.sleep(DEATH_SECONDS)  # if it is only that another rank was killed, mpiexec ends this one before it speaks
         detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
-        line = f"error: {run.describe(exp, rank)}: {type(error).__name__}: {error}\n{detail}"
+        line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
         if survives:
             survival.die()  # the clients that are left go on

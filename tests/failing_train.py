@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import train  # noqa: E402
-from ubsmoe_ds import relaunch  # noqa: E402
+from ubsmoe_ds import launchers  # noqa: E402
 from ubsmoe_ds.errors import UserError  # noqa: E402
 
 # where -> what is called there; the exchange sends before it merges, and the evaluation comes after the merge
@@ -101,7 +101,7 @@ def plant(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    if relaunch.inside_mpi(os.environ):
+    if launchers.inside_mpi(os.environ):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for fault in os.environ["FAULT"].split("+"):
             plant(fault)

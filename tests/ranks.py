@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ubsmoe_ds.relaunch import MPI_RANK_VARIABLES, RENDEZVOUS_VARIABLES
+from ubsmoe_ds.launchers import MPI_RANK_VARIABLES, RENDEZVOUS_VARIABLES
 
 REPO = Path(__file__).resolve().parent.parent
 

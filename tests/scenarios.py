@@ -14,6 +14,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from tests import reference, tiny
 from ubsmoe_ds import world as world_module
 from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.rendezvous import meet
 from ubsmoe_ds.world import World, join
 
 
@@ -90,6 +92,44 @@ def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
     comm = MPI.COMM_WORLD
     with mock.patch("os.sched_getaffinity", return_value=set(sets[comm.rank])):
         return {"cores": np.array(world_module._fair_cores(comm))}
+
+
+def devices(seen: list[list[str]]) -> dict[str, Any]:
+    """LOCAL_RANK of each rank that sees its list of devices; -1 where they are too few."""
+    exp = tiny.experiment("unused", [{"budget": 1.0}] * len(seen))
+    world = join(exp, "train.py", [])
+    try:
+        world_module.check_devices(exp, world, seen[world.rank])
+    except UserError:
+        return {"local": np.array(-1)}
+    return {"local": np.array(int(os.environ["LOCAL_RANK"]))}
+
+
+def joined(hosts: list[str], ranks: list[int]) -> dict[str, Any]:
+    """A rank's place in a job whose ranks were started on the hosts in that order."""
+    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in ranks])
+    with mock.patch.object(world_module, "_hosts", return_value=hosts):
+        world = join(exp, "train.py", [])
+    assert world.hosts == tuple(sorted(hosts))
+    return {
+        "rank": np.array(world.rank),
+        "client": np.array(world.client),
+        "client_rank": np.array(world.client_rank),
+        "port": np.array(int(os.environ["MASTER_PORT"])),
+    }
+
+
+def meeting(interface: str = "") -> dict[str, Any]:
+    """Where ranks meet that count as being on several hosts."""
+    from mpi4py import MPI
+
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        found = meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
+    except UserError as error:
+        return {"error": np.array(str(error))}
+    return {"address": np.array(found.address), "port": np.array(found.port), "interface": np.array(found.interface)}
 
 
 def exchange(

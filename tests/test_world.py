@@ -1,4 +1,4 @@
-"""Re-execution, devices and precision: what is refused, and with which words."""
+"""Re-execution, hosts, devices and precision: what is refused, and with which words."""
 
 import sys
 from types import SimpleNamespace
@@ -7,14 +7,8 @@ import pytest
 
 from tests import tiny
 from tests.ranks import run_ranks
-from ubsmoe_ds import relaunch, world
+from ubsmoe_ds import launchers, relaunch, world
 from ubsmoe_ds.errors import UserError
-
-
-def test_inside_mpi_knows_each_process_manager():
-    assert not relaunch.inside_mpi({"RANK": "0", "WORLD_SIZE": "4"})
-    for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"):
-        assert relaunch.inside_mpi({name: "0"})
 
 
 def test_the_script_runs_itself_under_mpiexec(monkeypatch):
@@ -25,14 +19,15 @@ def test_the_script_runs_itself_under_mpiexec(monkeypatch):
         return SimpleNamespace(poll=lambda: 7, wait=lambda: 7)
 
     monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
     monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
-    for name in relaunch.RENDEZVOUS_VARIABLES:
+    for name in launchers.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
     assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == 7
     ((command, environment),) = started
     assert command[0].endswith("mpiexec")
     assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
-    assert not set(relaunch.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
+    assert not set(launchers.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
 
 
 @pytest.mark.parametrize(
@@ -58,17 +53,11 @@ def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeyp
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
     monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
     monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
     found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
     assert found == codes[-1]
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
-
-
-def test_only_one_process_speaks():
-    assert (
-        relaunch.is_first({}) and relaunch.is_first({"LOCAL_RANK": "0"}) and not relaunch.is_first({"LOCAL_RANK": "1"})
-    )
-    assert relaunch.is_first({"PMI_RANK": "0", "LOCAL_RANK": "3"}) and not relaunch.is_first({"PMI_RANK": "2"})
 
 
 def test_no_mpiexec_is_said(monkeypatch, tmp_path):
@@ -79,31 +68,38 @@ def test_no_mpiexec_is_said(monkeypatch, tmp_path):
         relaunch.relaunch("launch/train.py", [], 6)
 
 
-def fake_world(ranks_on_host: int, host_rank: int = 0):
+def fake_world(sharers: int, rank: int = 0):
+    """With as many ranks on this host that see the same devices, and this rank's place among them."""
+    same = SimpleNamespace(size=sharers, rank=rank)
     return SimpleNamespace(
-        comm=SimpleNamespace(Split_type=lambda *_, **__: SimpleNamespace(size=ranks_on_host)),
-        rank=0,
-        host_rank=host_rank,
+        comm=SimpleNamespace(Split_type=lambda *_, **__: SimpleNamespace(Split=lambda **_: same)), rank=0
     )
 
 
 @pytest.mark.parametrize(
-    ("devices", "oversubscribe", "local"), [(0, False, "5"), (8, False, "5"), (4, True, "1"), (1, True, "0")]
+    ("sharers", "rank", "devices", "oversubscribe", "local"),
+    [
+        (6, 5, 0, False, "9"),
+        (6, 5, 8, False, "5"),
+        (6, 5, 4, True, "1"),
+        (6, 5, 1, True, "0"),
+        (1, 0, 1, False, "0"),  # a launcher that shows each rank a device of its own
+    ],
 )
-def test_ranks_get_the_device_of_their_place_on_the_host(devices, oversubscribe, local, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "5")
+def test_ranks_get_the_device_of_their_place_on_the_host(sharers, rank, devices, oversubscribe, local, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
-    world.check_devices(exp, fake_world(6, host_rank=5), devices)
+    world.check_devices(exp, fake_world(sharers, rank), [f"GPU-{n}" for n in range(devices)])
     assert world.os.environ["LOCAL_RANK"] == local
 
 
 def test_too_few_devices_are_refused_with_the_arithmetic():
     exp = tiny.experiment("unused", [{"budget": 1.0}])
     with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
-        world.check_devices(exp, fake_world(6), 4)
+        world.check_devices(exp, fake_world(6), ["a", "b", "c", "d"])
     exp = tiny.experiment("unused", [{"budget": 1.0}, {"budget": 1.0, "ranks": 2}], oversubscribe=True)
     with pytest.raises(UserError, match="'c1' has 2 ranks for 1 accelerators.*cannot share a device"):
-        world.check_devices(exp, fake_world(3), 1)
+        world.check_devices(exp, fake_world(3), ["a"])
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
@@ -123,3 +119,47 @@ def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
     sets = [[*range(8)], [*range(4)], [9], [*range(4), 10, 11]]
     found = run_ranks(tmp_path, 4, "tests.scenarios:fair_cores", {"sets": sets})
     assert [int(rank["cores"]) for rank in found] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
+
+
+@pytest.mark.slow
+def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(tmp_path):
+    """Four ranks: two see the same two devices, and two one each; with one device too few for all of them it is said."""
+    seen = [["a", "b"], ["a", "b"], ["c"], ["d"]]
+    found = run_ranks(tmp_path, 4, "tests.scenarios:devices", {"seen": seen})
+    assert [int(rank["local"]) for rank in found] == [0, 1, 0, 0]
+    seen = [["a"], ["a"], ["c"], ["d"]]
+    found = run_ranks(tmp_path, 4, "tests.scenarios:devices", {"seen": seen})
+    assert [int(rank["local"]) for rank in found] == [-1, -1, 0, 0]
+
+
+@pytest.mark.slow
+def test_ranks_are_numbered_by_clients_wherever_they_were_started(tmp_path):
+    """Hosts in turn, as `-ppn 1` starts them; a has two ranks, b one, c one: a is on one host all the same."""
+    found = run_ranks(tmp_path, 4, "tests.scenarios:joined", {"hosts": ["n0", "n1", "n0", "n1"], "ranks": [2, 1, 1]})
+    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in found] == [
+        (0, 0, 0),
+        (2, 1, 0),
+        (1, 0, 1),
+        (3, 2, 0),
+    ]
+    ports = [int(r["port"]) for r in found]
+    assert ports[0] == ports[2] and len(set(ports)) == 3, "clients of a host need ports of their own"
+
+
+@pytest.mark.slow
+def test_a_client_on_several_hosts_meets_where_all_its_ranks_have_been(tmp_path):
+    found = run_ranks(tmp_path, 3, "tests.scenarios:meeting", {})
+    assert len({(str(r["address"]), int(r["port"])) for r in found}) == 1
+    assert not str(found[0]["address"]).startswith("127."), "no other host reaches a loopback address"
+    assert all(str(r["interface"]) for r in found)
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_reach_each_other_are_said(tmp_path):
+    """The only interface that is allowed does not exist, so there is no address to try."""
+    found = run_ranks(tmp_path, 2, "tests.scenarios:meeting", {"interface": "none0"})
+    for rank in found:
+        assert str(rank["error"]).startswith(
+            "rendezvous: no address of the client's first host (it has none) is reached"
+        )
+        assert "GLOO_SOCKET_IFNAME" in str(rank["error"])

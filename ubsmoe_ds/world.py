@@ -1,16 +1,17 @@
 """COMM_WORLD -> this rank's client and the rendezvous of its own torch.distributed world.
 
-Clients take consecutive ranks in the order of the config. Each client is a torch world of its own: DeepSpeed's
+Ranks are numbered anew, so that clients take consecutive ones in the order of the config wherever their hosts are (see
+placement.py): the job's rank is not COMM_WORLD's. Each client is a torch world of its own: DeepSpeed's
 data-parallel and expert groups span the whole torch world, so that clients sharing one would average their gradients.
 Everything is derived from MPI, never from RANK, and all five rendezvous variables are set before DeepSpeed is
 imported: if one is missing, DeepSpeed takes all of COMM_WORLD.
 """
 
 import os
-import shlex
-import socket
 import time
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +19,16 @@ from mpi4py import MPI
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.relaunch import mpi_command
+from ubsmoe_ds.launchers import check_size
+from ubsmoe_ds.placement import job_order, place
+from ubsmoe_ds.rendezvous import INTERFACES, meet
 
 POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
 MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
 MESSAGE_SECONDS = 0.3
-LOOPBACK = "127.0.0.1"
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
+NAME_BYTES = 256  # of a host's name
 DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
 
 
@@ -73,6 +76,7 @@ class World:
     client_of: tuple[int, ...]  # each rank of the job: its client's position in the config's list
     client: int  # this rank's
     client_rank: int
+    hosts: tuple[str, ...]  # each rank of the job: the name of its host
     host_rank: int  # among all ranks on this host
     cores: int  # this rank's share of those it may run on, at least 1
     survives: bool = False  # whether the job goes on when ranks die
@@ -81,6 +85,14 @@ class World:
     def rank(self) -> int:
         """Rank in the whole job."""
         return self.comm.rank
+
+    @property
+    def places(self) -> list[list[str]]:
+        """Hosts of each client's ranks."""
+        found: list[list[str]] = [[] for _ in range(max(self.client_of) + 1)]
+        for client, host in zip(self.client_of, self.hosts, strict=True):
+            found[client].append(host)
+        return found
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of float64 arrays over all ranks (a collective), the same bits on every rank."""
@@ -122,8 +134,8 @@ def _any(comm: MPI.Comm, flag: bool) -> bool:
     return bool(found[0])
 
 
-def job_rank() -> int:
-    """This process's rank in the job, for messages before there is a `World`."""
+def started_rank() -> int:
+    """The number this process was started with, for messages before there is a `World`."""
     return MPI.COMM_WORLD.rank
 
 
@@ -163,67 +175,99 @@ def abort(code: int) -> None:
 
 
 def join(exp: Experiment, script: str, arguments: list[str]) -> World:
-    """Split COMM_WORLD into the config's clients and set this rank's rendezvous variables.
+    """Number the ranks by clients, split them, and set this rank's rendezvous variables.
 
     Raises:
-        UserError: if the job has another number of ranks than the clients need; the message has the right command.
+        UserError: if the job has another number of ranks than the clients need, if clients cannot be on the hosts that
+            the config says, or if hosts of a client do not reach each other.
     """
-    comm = MPI.COMM_WORLD
-    if comm.size != exp.world_size:
-        need = " + ".join(f"{client.ranks} ({client.name})" for client in exp.clients)
-        command = shlex.join(mpi_command(script, arguments, exp.world_size))
-        raise UserError(
-            f"world: {comm.size} MPI ranks were started, the clients need {need} = {exp.world_size}; run: {command}"
-        )
+    started = MPI.COMM_WORLD
+    check_size(os.environ, started.size, _library(), script, arguments, exp.world_size)
+    host_of = _hosts(started)
+    places = place(exp.clients, Counter(host_of))
+    order = job_order(places, host_of)
+    comm = MPI.Intracomm(started.Split(key=order.index(started.rank)))
     owners = [number for number, client in enumerate(exp.clients) for _ in range(client.ranks)]
     number = owners[comm.rank]
     client_comm = comm.Split(color=number, key=comm.rank)
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    on_host = client_comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank).size
-    address, port = _rendezvous(client_comm, one_host=on_host == client_comm.size)
+    meeting = meet(client_comm, comm, one_host=len(set(places[number])) == 1)
     os.environ.update(
         RANK=str(client_comm.rank),
         WORLD_SIZE=str(client_comm.size),
         LOCAL_RANK=str(host_comm.rank),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
+        MASTER_ADDR=meeting.address,
+        MASTER_PORT=str(meeting.port),
     )
+    if meeting.interface:
+        os.environ.setdefault(INTERFACES, meeting.interface)  # gloo's own guess is what the host's name stands for
     return World(
-        comm=comm.Dup(),
+        comm=comm,
         client_comm=client_comm,
         client_of=tuple(owners),
         client=number,
         client_rank=client_comm.rank,
+        hosts=tuple(host_of[number] for number in order),
         host_rank=host_comm.rank,
         cores=_fair_cores(host_comm),
         survives=exp.fault_tolerance == "shrink",
     )
 
 
-def check_devices(exp: Experiment, world: World, devices: int) -> None:
-    """Refuse more ranks on this host than accelerators, unless the config allows sharing them; set LOCAL_RANK to match.
+def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None:
+    """Refuse more ranks than accelerators, unless the config allows sharing them; set LOCAL_RANK to match.
 
     Args:
-        devices: accelerators on this host; 0 means that the job runs on the CPU, where sharing is always fine.
+        devices: what tells the accelerators that this rank sees from others of this host. Launchers may show each rank
+            its own alone. None at all: the job runs on the CPU, where sharing is always fine.
 
     Raises:
         UserError: with the arithmetic; also if two ranks of one client would share a device, which NCCL cannot.
     """
-    if devices == 0:
+    host_comm = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
+    sharers = host_comm.Split(color=zlib.crc32(" ".join(devices).encode()) >> 1, key=world.rank)
+    if not devices:
         return
-    on_host = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank).size
-    if on_host > devices and not exp.oversubscribe:
+    on_host, count = sharers.size, len(devices)
+    if on_host > count and not exp.oversubscribe:
         raise UserError(
-            f"clients: {on_host} ranks on this host, {devices} accelerators: {on_host - devices} too few; "
+            f"clients: {on_host} ranks on this host, {count} accelerators: {on_host - count} too few; "
             "lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
         )
     for client in exp.clients:
-        if client.ranks > devices and on_host > devices:
+        if client.ranks > count and on_host > count:
             raise UserError(
-                f"clients: {client.name!r} has {client.ranks} ranks for {devices} accelerators; ranks of one client "
-                f"cannot share a device: give it at most {devices}, or set accelerator=cpu"
+                f"clients: {client.name!r} has {client.ranks} ranks for {count} accelerators; ranks of one client "
+                f"cannot share a device: give it at most {count}, or set accelerator=cpu"
             )
-    os.environ["LOCAL_RANK"] = str(world.host_rank % devices)
+    os.environ["LOCAL_RANK"] = str(sharers.rank % count)
+
+
+def _library() -> str:
+    """Name and version of this MPI."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def _hosts(comm: MPI.Intracomm) -> list[str]:
+    """Name of each rank's host (a collective). Hosts are what shares memory; those of one name get a number."""
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    mine = np.zeros(NAME_BYTES + 8, dtype=np.uint8)
+    name = MPI.Get_processor_name().encode()[:NAME_BYTES]
+    mine[: len(name)] = np.frombuffer(name, dtype=np.uint8)
+    leader = np.array([comm.rank], dtype=np.int64)
+    shared.Bcast(leader, root=0)
+    mine[NAME_BYTES:] = leader.view(np.uint8)
+    found = np.empty((comm.size, len(mine)), dtype=np.uint8)
+    comm.Allgather(mine, found)
+    names = [row[:NAME_BYTES].tobytes().rstrip(b"\0").decode(errors="replace") for row in found]
+    leaders = [int(row[NAME_BYTES:].copy().view(np.int64)[0]) for row in found]
+    of_name: dict[str, list[int]] = {}
+    for host, first in zip(names, leaders, strict=True):
+        if first not in of_name.setdefault(host, []):
+            of_name[host].append(first)
+    numbers = [of_name[host].index(first) for host, first in zip(names, leaders, strict=True)]
+    return [host if n == 0 else f"{host}#{n + 1}" for host, n in zip(names, numbers, strict=True)]
 
 
 def _fair_cores(host_comm: MPI.Comm) -> int:
@@ -233,16 +277,3 @@ def _fair_cores(host_comm: MPI.Comm) -> int:
     ranks = np.empty_like(mine)
     host_comm.Allreduce(mine, ranks)
     return max(1, int((1 / ranks[mine > 0]).sum() + 1e-6))
-
-
-def _rendezvous(client_comm: MPI.Comm, one_host: bool) -> tuple[str, int]:
-    """Address and a free port of the client's first rank, known to all its ranks."""
-    message = np.zeros(5, dtype=np.int64)
-    if client_comm.rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        address = LOOPBACK if one_host else socket.gethostbyname(socket.gethostname())
-        message[:] = [*socket.inet_aton(address), port]
-    client_comm.Bcast(message, root=0)
-    return socket.inet_ntoa(bytes(message[:4].tolist())), int(message[4])

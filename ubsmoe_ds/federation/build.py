@@ -26,6 +26,7 @@ from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.memory import release_freed_memory
 from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.placement import describe
 from ubsmoe_ds.run_folder import check_run_folder, goes_on
 from ubsmoe_ds.stopping import StopRequests
 from ubsmoe_ds.world import World
@@ -105,7 +106,8 @@ def build(
     if world.rank == 0:
         cuts = {"training": (int(cut_prompts), len(train_rows)), "evaluation": (evaluator.cut, len(eval_rows))}
         federation.monitor = _open_monitor(exp, found)
-        for line in (_headline(exp, client), *_warnings(exp, cuts)):
+        placed = f"placement: {describe(exp.clients, world.places)}"
+        for line in (_headline(exp, client), placed, *_warnings(exp, cuts)):
             federation.monitor.say(line)
     return federation
 
