@@ -80,7 +80,7 @@ def test_one_process_may_start_mpiexec(environment):
         (
             TASK_OF_SRUN | {"PMI_SIZE": "4", "SLURM_NTASKS": "4"},
             4,
-            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need 6; run: srun --ntasks=6 python -u -m mpi4py t",
+            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need 6; run: srun --ntasks=6 python",
         ),
     ],
 )

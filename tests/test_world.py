@@ -123,7 +123,7 @@ def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(tmp_path):
-    """Four ranks: two see the same two devices, and two one each; with one device too few for all of them it is said."""
+    """Four ranks: two see the same two devices, and two one each; then the first two see one, which is too few."""
     seen = [["a", "b"], ["a", "b"], ["c"], ["d"]]
     found = run_ranks(tmp_path, 4, "tests.scenarios:devices", {"seen": seen})
     assert [int(rank["local"]) for rank in found] == [0, 1, 0, 0]
