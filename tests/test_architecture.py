@@ -35,6 +35,7 @@ LAYERS = [
     "data.synthetic",
     "data.sources",
     "data.partition",
+    "data.shares",
     "data.batches",
     "moe.gate",
     "moe.expert_mlp",
@@ -127,6 +128,7 @@ def test_config_is_free_of_torch():
         "data.synthetic",
         "data.sources",
         "data.partition",
+        "data.shares",
         "comparison",
     ):
         heavy = {i.split(".")[0] for i in imports(SOURCES[name])} & {"torch", "deepspeed", "transformers"}

@@ -145,6 +145,16 @@ def _problems(exp: Experiment) -> list[str]:
         )
     if exp.min_clients > len(exp.clients):
         found.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
+    without = [client.name for client in exp.clients if client.source is None]
+    if 0 < len(without) < len(exp.clients):
+        found.append(
+            f"clients: {', '.join(without)} have no source of their own, the others have; give all clients one, or none"
+        )
+    if not without and exp.data.eval_source is None:
+        found.append(
+            "data.eval_source: not set, and no client's rows may serve all clients as evaluation rows; set it to rows "
+            "that all may read"
+        )
     found += _merge_problems(exp)
     micro_batches = exp.deepspeed.gradient_accumulation_steps
     for i, client in enumerate(exp.clients):

@@ -28,6 +28,8 @@ class ClientConfig(Section):
     expert_parallel: PositiveInt = 1
     capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: no token is dropped
     share: Annotated[float, Field(gt=0)] = 1.0  # of the training rows, relative to the other clients
+    # rows of its own, read on its hosts alone; None: a share of data.source
+    source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = None
     lora_rank: PositiveInt | None = None  # None: from the budget where it scales ranks, else lora.rank
     hosts: Annotated[list[str], Field(min_length=1)] | None = None  # where its ranks must be; None: anywhere
 

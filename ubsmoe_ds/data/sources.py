@@ -59,8 +59,8 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def digest(rows: Sequence[Row]) -> str:
-    """What tells these rows, in this order, from others."""
+def digest(rows: Sequence[Any]) -> str:
+    """What tells these rows, in this order, from others; 32 hexadecimal digits."""
     found = hashlib.blake2b(digest_size=16)
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode())

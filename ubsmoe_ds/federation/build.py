@@ -13,8 +13,7 @@ from ubsmoe_ds.client import Client, start_deepspeed
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import trainable_parameters
 from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
-from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import digest, load_rows
+from ubsmoe_ds.data.shares import client_rows
 from ubsmoe_ds.evaluation import Evaluator
 from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
 from ubsmoe_ds.federation.host_memory import SHARED_FOLDER, HostMemory
@@ -62,29 +61,27 @@ def build(
     """
     if not verbose:
         transformers_logging.disable_progress_bar()
-    train_rows, eval_rows = load_rows(exp.data, exp.seed)
-    shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
-    keeper = Keeper(exp, world, digest([*train_rows, *eval_rows]))
+    rows = client_rows(exp, world)
+    keeper = Keeper(exp, world, rows.digest)
     found = None if resume is None else keeper.find(resume)
     own = goes_on(exp, resume)
     if world.rank == 0 and not (own and found is not None):
         check_run_folder(exp, own)
     tokenizer = read_tokenizer(exp.model_dir)
-    examples, cut = encode([train_rows[i] for i in shares[world.client]], tokenizer, exp.data.max_length)
+    examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
     release_freed_memory()
     stacking = exp.merge.rule == "flora"
     masters, dmr = client.finisher.masters, exp.dmr.enabled
     store = UnitStore(client.model, masters, rank=client.rank, dmr=dmr, stacking=stacking, seed=exp.seed)
-    weights = [len(share) / len(train_rows) for share in shares]
-    evaluator = Evaluator(eval_rows, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
     cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
     batches = _batches(exp, world, examples, tokenizer.pad_token_id)
     if client.moments is not None and found is None:
         client.calibrate(batches(0), CALIBRATION_STEPS)
     plan, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
-    server = Server(exp, owned, weights)
+    server = Server(exp, owned, rows.weights)
     federation = Federation(
         exp=exp,
         world=world,
@@ -104,7 +101,7 @@ def build(
         federation.replica = replicate(world, server, store.units) if world.survives else {}
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank == 0:
-        cuts = {"training": (int(cut_prompts), len(train_rows)), "evaluation": (evaluator.cut, len(eval_rows))}
+        cuts = {"training": (int(cut_prompts), sum(rows.counts)), "evaluation": (evaluator.cut, len(rows.evaluation))}
         federation.monitor = _open_monitor(exp, found)
         placed = f"placement: {describe(exp.clients, world.places)}"
         for line in (_headline(exp, client), placed, *_warnings(exp, cuts)):
