@@ -82,7 +82,7 @@ def test_output_is_quiet(demo):
     """After DeepSpeed's launcher (which prints for itself) there are our lines and nothing else."""
     lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
     first = "tiny: ub_smoe, 4 clients on 6 ranks"
-    ours = (first, "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
+    ours = (first, "placement: ", "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
     assert [line for line in lines if not line.startswith(ours)] == []
     assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
 

@@ -104,8 +104,8 @@ class Keeper:
                 shutil.rmtree(checkpoint.temporary(run_dir, serial), ignore_errors=True)  # it takes the room
             reason = failure or "another rank could not write"
             raise UserError(
-                f"checkpoint: {run_dir / checkpoint.FOLDER} cannot be written ({reason}); make room there; what was "
-                "saved before is whole"
+                f"checkpoint: {run_dir / checkpoint.FOLDER} cannot be written ({reason}); make room there, and on "
+                "several hosts share it; what was saved before is whole"
             )
         return checkpoint.named(run_dir, serial, label)
 
