@@ -4,7 +4,9 @@ import pytest
 
 from ubsmoe_ds import launchers
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.sections import ClientConfig
 
+CLIENTS = [ClientConfig(name="a", budget=1.0, ranks=2), ClientConfig(name="b", budget=1.0, ranks=4)]
 TASK_OF_SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}
 
 
@@ -75,22 +77,22 @@ def test_one_process_may_start_mpiexec(environment):
         (
             {"PMI_SIZE": "4"},
             4,
-            "4 MPI ranks were started, the clients need 6; run: mpiexec -n 6 python -u -m mpi4py t.py",
+            "4 MPI ranks were started, the clients need 2 .a. . 4 .b. = 6; run: mpiexec -n 6 python -u -m mpi4py t.py",
         ),
         (
             TASK_OF_SRUN | {"PMI_SIZE": "4", "SLURM_NTASKS": "4"},
             4,
-            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need 6; run: srun --ntasks=6 python",
+            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need .* = 6; run: srun --ntasks=6 python",
         ),
     ],
 )
 def test_a_world_of_another_size_is_refused(environment, size, message):
     with pytest.raises(UserError, match=message):
-        launchers.check_size(environment, size, "MPICH 5.0.2", "t.py", [], 6)
+        launchers.check_size(environment, size, "MPICH 5.0.2", "t.py", [], CLIENTS)
 
 
 def test_the_right_size_is_not_refused():
-    launchers.check_size({"PMI_SIZE": "6"}, 6, "MPICH 5.0.2", "t.py", [], 6)
+    launchers.check_size({"PMI_SIZE": "6"}, 6, "MPICH 5.0.2", "t.py", [], CLIENTS)
 
 
 def test_hosts_are_given_to_each_mpiexec():

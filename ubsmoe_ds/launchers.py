@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.sections import ClientConfig
 
 # set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -72,7 +73,12 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
 
 
 def check_size(
-    environment: Mapping[str, str], size: int, library: str, script: str, arguments: Sequence[str], ranks: int
+    environment: Mapping[str, str],
+    size: int,
+    library: str,
+    script: str,
+    arguments: Sequence[str],
+    clients: Sequence[ClientConfig],
 ) -> None:
     """Whether the MPI world has all that were started, and as many ranks as the clients need.
 
@@ -81,11 +87,12 @@ def check_size(
         size: of its MPI world.
         library: which MPI this is.
         script, arguments: how it was started.
-        ranks: that the clients need.
+        clients: of the job.
 
     Raises:
         UserError: with the command that works.
     """
+    ranks = sum(client.ranks for client in clients)
     started = _value(environment, MPI_SIZE_VARIABLES, default=0)
     if not started and _is_task_of_srun(environment):
         started = int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
@@ -99,7 +106,10 @@ def check_size(
         tasks = f" (SLURM_NTASKS {environment['SLURM_NTASKS']})" if _is_task_of_srun(environment) else ""
         if tasks:
             command = f"srun --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
-        raise UserError(f"world: {size} MPI ranks were started{tasks}, the clients need {ranks}; run: {command}")
+        need = " + ".join(f"{client.ranks} ({client.name})" for client in clients)
+        raise UserError(
+            f"world: {size} MPI ranks were started{tasks}, the clients need {need} = {ranks}; run: {command}"
+        )
 
 
 def mpi_command(

@@ -182,7 +182,7 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
             the config says, or if hosts of a client do not reach each other.
     """
     started = MPI.COMM_WORLD
-    check_size(os.environ, started.size, _library(), script, arguments, exp.world_size)
+    check_size(os.environ, started.size, _library(), script, arguments, exp.clients)
     host_of = _hosts(started)
     places = place(exp.clients, Counter(host_of))
     order = job_order(places, host_of)
