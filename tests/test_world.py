@@ -11,19 +11,20 @@ from ubsmoe_ds import launchers, relaunch, world
 from ubsmoe_ds.errors import UserError
 
 
-def test_the_script_runs_itself_under_mpiexec(monkeypatch):
+@pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
+def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
     started = []
 
     def popen(command, env, **_):
         started.append((command, env))
-        return SimpleNamespace(poll=lambda: 7, wait=lambda: 7)
+        return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
     monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
     monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
     for name in launchers.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
-    assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == 7
+    assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == code
     ((command, environment),) = started
     assert command[0].endswith("mpiexec")
     assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]

@@ -140,6 +140,7 @@ class _Watch:
         self.interrupted = self.asked = False
         self.process: subprocess.Popen | None = None
         self.ranks: dict[int, str] = {}  # pidfd -> who it is
+        self.seen = False  # whether any has signed in; where all are on other hosts none does
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, self._handle)
 
@@ -153,6 +154,7 @@ class _Watch:
         if self.asked or self.interrupted:  # between two attempts
             return EXIT_INTERRUPTED if self.interrupted else EXIT_TERMINATED
         dead: list[str] = []
+        self.seen = False
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
         while self.process.poll() is None:
             gone = self._look(folder)
@@ -166,7 +168,8 @@ class _Watch:
         elif not self.interrupted:
             if dead:
                 print(f"error: {' or '.join(dead)} was killed", file=sys.stderr, flush=True)
-            code = code or EXIT_FAILURE  # an MPI that survives deaths calls it success if all have died
+            if self.seen:  # an MPI that survives deaths calls it success if all have died
+                code = code or EXIT_FAILURE
         if self.interrupted:
             return EXIT_INTERRUPTED
         if self.asked and code not in (0, EXIT_USER_ERROR, EXIT_PREEMPTED):
@@ -176,7 +179,7 @@ class _Watch:
     def _look(self, folder: Path) -> list[str]:
         """Look for a while at the ranks that have signed in; who is gone."""
         for entry in folder.glob("[0-9]*"):
-            who = entry.read_text(encoding="utf-8")
+            who, self.seen = entry.read_text(encoding="utf-8"), True
             entry.unlink()
             try:
                 self.ranks[os.pidfd_open(int(entry.name))] = who

@@ -251,23 +251,21 @@ def _library() -> str:
 
 def _hosts(comm: MPI.Intracomm) -> list[str]:
     """Name of each rank's host (a collective). Hosts are what shares memory; those of one name get a number."""
-    shared = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    mine = np.zeros(NAME_BYTES + 8, dtype=np.uint8)
-    name = MPI.Get_processor_name().encode()[:NAME_BYTES]
-    mine[: len(name)] = np.frombuffer(name, dtype=np.uint8)
     leader = np.array([comm.rank], dtype=np.int64)
-    shared.Bcast(leader, root=0)
-    mine[NAME_BYTES:] = leader.view(np.uint8)
-    found = np.empty((comm.size, len(mine)), dtype=np.uint8)
-    comm.Allgather(mine, found)
-    names = [row[:NAME_BYTES].tobytes().rstrip(b"\0").decode(errors="replace") for row in found]
-    leaders = [int(row[NAME_BYTES:].copy().view(np.int64)[0]) for row in found]
-    of_name: dict[str, list[int]] = {}
-    for host, first in zip(names, leaders, strict=True):
-        if first not in of_name.setdefault(host, []):
-            of_name[host].append(first)
-    numbers = [of_name[host].index(first) for host, first in zip(names, leaders, strict=True)]
-    return [host if n == 0 else f"{host}#{n + 1}" for host, n in zip(names, numbers, strict=True)]
+    comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank).Bcast(leader, root=0)
+    leaders = np.empty(comm.size, dtype=np.int64)
+    comm.Allgather(leader, leaders)
+    name = np.frombuffer(MPI.Get_processor_name().encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0"), dtype=np.uint8)
+    names = np.empty((comm.size, NAME_BYTES), dtype=np.uint8)
+    comm.Allgather(name, names)
+    found: dict[int, str] = {}
+    seen: Counter[str] = Counter()
+    for first, row in zip(leaders.tolist(), names, strict=True):
+        if first not in found:
+            host = row.tobytes().rstrip(b"\0").decode(errors="replace")
+            seen[host] += 1
+            found[first] = host if seen[host] == 1 else f"{host}#{seen[host]}"
+    return [found[first] for first in leaders.tolist()]
 
 
 def _fair_cores(host_comm: MPI.Comm) -> int:
