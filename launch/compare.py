@@ -3,8 +3,12 @@
     python launch/compare.py --config ds_configs/compare_tiny.yaml --methods all --seeds 0 1 2 --out results/tiny
     python launch/compare.py --methods ub_smoe topk --ablate --seeds 0 --out results/short train.rounds=2
 
+    python launch/compare.py --methods all --list                 # the jobs, a line each
+    python launch/compare.py --methods all --only 3               # the third of them; slurm/compare.sbatch runs each so
+
 Writes results.csv, rounds.csv, results.md, comparison.png and, with --ablate, ablation.png to the folder --out. Started
-again with the same options it goes on where it stopped: finished jobs are not run again.
+again with the same options it goes on where it stopped: finished jobs are not run again. With --only it runs one job and
+writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
 """
 
@@ -23,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ubsmoe_ds import comparison
-from ubsmoe_ds.command_line import Parser
+from ubsmoe_ds.command_line import Parser, whole
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.files import replace_files
@@ -56,6 +60,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", default=["0", "1", "2"], help="default 0 1 2")
     parser.add_argument("--out", default="results/tiny", help="folder of the results; jobs write to its runs/")
     parser.add_argument("--ablate", action="store_true", help="also run ub_smoe without parts, and parts alone")
+    parser.add_argument("--list", action="store_true", help="print the jobs, a line each, and run none")
+    parser.add_argument("--only", type=whole(1), metavar="N", help="run job N of the list and write no results")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -72,8 +78,12 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
     try:
         options = parse(arguments)
         jobs = make_jobs(options)
-        code = run_jobs(jobs, runner or run_job)
-        if code == 0:
+        if options.list:
+            print("\n".join(job.run.exp.name for job in jobs))
+            return 0
+        chosen = jobs if options.only is None else [_nth(jobs, options.only)]
+        code = run_jobs(chosen, runner or run_job)
+        if code == 0 and options.only is None:
             command = shlex.join(["python", "launch/compare.py", *arguments])
             headline = f"`{command}`; {comparison.machine()}; seeds {' '.join(options.seeds)}"
             write_results([job.run for job in jobs], Path(options.out), headline)
@@ -106,6 +116,12 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             command += ["--resume", "auto"]
             jobs.append(Job(comparison.Run(label, seed, exp), command, folder / f"{name}.log"))
     return jobs
+
+
+def _nth(jobs: Sequence[Job], number: int) -> Job:
+    if number > len(jobs):
+        raise UserError(f"--only: {number}, but there are {len(jobs)} jobs; use 1 to {len(jobs)}")
+    return jobs[number - 1]
 
 
 def as_overrides(nested: Mapping[str, Any], prefix: str = "") -> list[str]:
