@@ -7,8 +7,8 @@
     python launch/compare.py --methods all --only 3               # the third of them; slurm/compare.sbatch runs each so
 
 Writes results.csv, rounds.csv, results.md, comparison.png and, with --ablate, ablation.png to the folder --out. Started
-again with the same options it goes on where it stopped: finished jobs are not run again. With --only it runs one job and
-writes no results; several such commands may run at the same time.
+again with the same options it goes on where it stopped: finished jobs are not run again. With --only it runs one job
+and writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
 """
 

@@ -115,6 +115,21 @@ def test_failing_job_ends_the_comparison_with_its_exit_code(tmp_path, capsys):
     assert again.ran == ["topk-seed1", "ub_smoe-seed1"]
 
 
+def test_one_job_of_the_list(tmp_path, capsys):
+    """As the tasks of slurm/compare.sbatch do; nothing is written for the other jobs, and no results."""
+    assert compare_tiny(tmp_path / "out", FakeRunner(), "--list", methods="topk ub_smoe", seeds="0 1") == 0
+    names = capsys.readouterr().out.split()
+    assert names == ["topk-seed0", "ub_smoe-seed0", "topk-seed1", "ub_smoe-seed1"] and not (tmp_path / "out").exists()
+    for number in (4, 2):
+        runner = FakeRunner()
+        assert compare_tiny(tmp_path, runner, "--only", str(number), methods="topk ub_smoe", seeds="0 1") == 0
+        assert runner.ran == [names[number - 1]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    runner = FakeRunner()
+    assert compare_tiny(tmp_path, runner, methods="topk ub_smoe", seeds="0 1") == 0
+    assert runner.ran == [names[0], names[2]] and (tmp_path / "results.csv").exists()
+
+
 def test_job_that_leaves_no_summary_has_failed(tmp_path, capsys):
     assert compare_tiny(tmp_path, lambda command, log: 0) == 1
     assert "topk-seed0 ended with exit code 0 but without a summary.json" in capsys.readouterr().err
@@ -140,6 +155,8 @@ BAD = {
     "no seeds": (["--seeds"], "seeds: '' must name"),
     "config": (["--config", "none.yaml"], "none.yaml: cannot be read"),
     "override": (["train.epochs=3"], "train.epochs: unknown key"),
+    "job 0": (["--only", "0"], "argument --only: 0 must be 1 to"),
+    "job beyond the list": (["--methods", "topk", "--only", "4"], "--only: 4, but there are 3 jobs; use 1 to 3"),
     "own key": (["seed=3"], "override 'seed=3': differs from job to job; use --methods, --seeds and --out"),
 }
 

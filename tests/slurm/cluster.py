@@ -91,7 +91,9 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 4) -> Iterator[dict[str, s
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     # --force: folders above it may belong to anybody, which is fine for a key of tests
-    own = [f"--{what}={munge}/{what.removesuffix('-file')}" for what in ("key-file", "pid-file", "log-file", "seed-file")]
+    own = [
+        f"--{what}={munge}/{what.removesuffix('-file')}" for what in ("key-file", "pid-file", "log-file", "seed-file")
+    ]
     daemons = [["munged", "--foreground", "--force", f"--socket={munge}/socket", *own]]
     daemons += [["slurmctld", "-D", "-c", "-f", str(conf)]]
     daemons += [["slurmd", "-D", "-N", name, "-f", str(conf)] for name in names]

@@ -1,0 +1,227 @@
+"""Jobs under a real Slurm of two nodes on this host: the batch scripts, srun with each MPI, and DeepSpeed's launcher.
+
+Both nodes are this host, so ranks meet through its loopback; tests/test_hosts.py has hosts of their own addresses.
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run, train
+from tests.ranks import REPO
+from tests.slurm.cluster import cluster, why_not
+from tests.test_survival import PYTHON as OPEN_MPI_PYTHON
+
+REASON = why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}")]
+THREE_RANKS = [TWO_CLIENTS, "train.rounds=2", "train.local_steps=8", "data.rows=200", "data.eval_rows=12"]
+ON_TWO_NODES = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
+TRAIN_UNDER_MPI = ["-u", "-m", "mpi4py", TRAIN]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment of jobs."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folders have names that are too long for sockets
+    with cluster(folder) as environment:
+        yield environment | {"PYTHON": sys.executable, "SLURM_WAIT": "15"}
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What three ranks come to without Slurm."""
+    out = tmp_path_factory.mktemp("whole")
+    code, output = train(*THREE_RANKS, f"output={out}")
+    assert code == 0, output
+    return metrics(out)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [record["metrics"] for record in records(out / "tiny")]
+
+
+def command(slurm: dict[str, str], *arguments: str) -> str:
+    """Run one of Slurm's commands; what it says."""
+    return subprocess.run(arguments, env=os.environ | slurm, check=True, capture_output=True, text=True).stdout
+
+
+class BatchJob(Job):
+    """A job that `sbatch --wait` has sent; `output` is its log."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, *arguments: str, **environment: str) -> None:
+        self.sbatch = ["sbatch", "--wait", "--parsable", f"--output={folder}/log", *arguments]
+        super().__init__(self.sbatch, folder / "sbatch", **slurm, **environment)
+        self.sent, self.log = self.log, folder / "log"
+        deadline = time.monotonic() + 60
+        while not self.log.exists():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.sent.read_text()
+            time.sleep(0.1)
+        self.id = self.sent.read_text().split()[0]
+
+
+def test_train_on_two_nodes_is_bit_equal_to_a_local_run(slurm, tmp_path):
+    """The demo, shortened: six ranks."""
+    job = BatchJob(slurm, tmp_path, "slurm/train.sbatch", *SHORT, f"output={tmp_path / 'slurm'}")
+    assert job.end() == 0, job.output
+    assert f"job {job.id}, start 1, 6 tasks on n[0-1]" in job.output
+    code, output = train(*SHORT, f"output={tmp_path / 'local'}")
+    assert code == 0, output
+    assert metrics(tmp_path / "slurm") == metrics(tmp_path / "local")
+
+
+# train.py at two seconds a step until its third start, so that there is a middle in which things can happen
+SLOW_PYTHON = """#!/bin/bash
+script={train}
+if ((${{SLURM_RESTART_COUNT:-0}} < 2)); then script=tests/failing_train.py; fi
+exec {python} "${{@/{train}/$script}}"
+"""
+
+
+def test_requeued_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, tmp_path):
+    """Start 1 ends by `scontrol requeue`, start 2 by USR1 ahead of a real time limit, start 3 does the rest.
+
+    Slurm looks at time limits every 30 s, and sends the signal if 90 + 30 s or less are left.
+    """
+    python = tmp_path / "python"
+    python.write_text(SLOW_PYTHON.format(train=TRAIN, python=sys.executable))
+    python.chmod(0o755)
+    arguments = ["--time=10", "--signal=USR1@90", *ON_TWO_NODES, "slurm/train.sbatch", *THREE_RANKS]
+    changes = [f"output={tmp_path}", "overwrite=false"]
+    job = BatchJob(slurm | {"PYTHON": str(python)}, tmp_path, *arguments, *changes, FAULT="slow@0")
+    job.wait_for("before ")
+    command(slurm, "scontrol", "requeue", job.id)
+    job.wait_for(f"job {job.id}, start 2", 60)
+    started = time.monotonic()
+    job.wait_for("goes on from ")
+    minutes = int(time.monotonic() - started) // 60 + 2
+    command(slurm, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+    job.wait_for("saved and queued again", 60)
+    command(slurm, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    assert job.end() == 0, job.output
+    assert job.output.count("stopped in round ") == 2 == job.output.count("goes on from /"), job.output
+    assert f"job {job.id}, start 3" in job.output and f"job {job.id}, start 4" not in job.output
+    assert metrics(tmp_path) == whole
+
+
+def test_scancel_saves_and_leaves_no_process_and_nothing_queued(slurm, tmp_path):
+    changes = ["train.rounds=500", f"output={tmp_path}"]
+    job = BatchJob(slurm, tmp_path, *ON_TWO_NODES, "slurm/train.sbatch", *THREE_RANKS, *changes)
+    job.wait_for("round   1/")
+    assert sorted(job.rank_pids()) == [0, 1, 2]
+    command(slurm, "scancel", job.id)
+    assert job.end(60) != 0  # and nothing is left behind
+    assert "stopped in round " in job.output and "queued again" not in job.output
+    assert command(slurm, "squeue", "--noheader") == ""
+    assert "JobState=CANCELLED Reason=None" in command(slurm, "scontrol", "show", "job", job.id)
+
+
+def test_a_killed_rank_ends_the_job(slurm, tmp_path):
+    """srun by itself would let the others wait for it until the time limit."""
+    changes = ["train.rounds=500", f"output={tmp_path}"]
+    environment = slurm | {"SLURM_WAIT": "2"}
+    job = BatchJob(environment, tmp_path, *ON_TWO_NODES, "slurm/train.sbatch", *THREE_RANKS, *changes)
+    job.wait_for("before ")
+    os.kill(job.rank_pids()[1], 9)
+    assert job.end(60) == 128 + 9, job.output
+    assert "queued again" not in job.output
+
+
+def test_comparison_as_an_array(slurm, tmp_path):
+    """Task 2 is asked to stop as if it ran out of time, and goes on; then the plain command collects."""
+    two = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
+    small = [two, "train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=16"]
+    options = [*small, "--methods", "topk", "flame", "--seeds", "0", "--out", str(tmp_path / "out")]
+    code, listed = run(sys.executable, "launch/compare.py", *options, "--list")
+    assert code == 0 and listed.split() == ["topk-seed0", "flame-seed0"]
+    log = tmp_path / "log-%a"
+    array = ["--wait", "--array=1-2", "--nodes=1", "--ntasks=2", f"--output={log}"]
+    job = Job(["sbatch", *array, "slurm/compare.sbatch", *options], tmp_path / "sbatch", **slurm)
+    flame = tmp_path / "out" / "runs" / "flame-seed0.log"
+    deadline = time.monotonic() + 120
+    while not (flame.exists() and "before " in flame.read_text()):
+        assert time.monotonic() < deadline and job.process.poll() is None, job.output
+        time.sleep(0.1)
+    number = job.output.split()[-1]
+    command(slurm, "scancel", "--batch", "--signal=USR1", f"{number}_2")
+    assert job.end() == 0, job.output
+    assert "queued again" in (tmp_path / "log-2").read_text() and "start 2" in (tmp_path / "log-2").read_text()
+    assert "queued again" not in (tmp_path / "log-1").read_text()
+    assert not (tmp_path / "out" / "results.csv").exists()
+    code, output = run(sys.executable, "launch/compare.py", *options)
+    assert code == 0 and output.count("done before") == 2, output
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert [row["method"] for row in rows] == ["topk", "topk", "flame", "flame"]
+
+
+def srun(mpi: str, tasks: int, *arguments: str, python: str = sys.executable) -> list[str]:
+    return ["srun", f"--mpi={mpi}", "--nodes=2", f"--ntasks={tasks}", python, *TRAIN_UNDER_MPI, *arguments]
+
+
+def test_srun_with_pmix(slurm, whole, tmp_path):
+    """Open MPI, which takes at most two ranks a node here."""
+    if not OPEN_MPI_PYTHON.exists():
+        pytest.skip("no Open MPI: make openmpi")
+    code, output = run("srun", "--mpi=pmix", "true", **slurm)
+    if code:
+        pytest.skip(f"this Slurm has no PMIx ({output.splitlines()[0][:200]}): apt-get install libpmix-dev")
+    code, output = run(*srun("pmix", 3, *THREE_RANKS, f"output={tmp_path}", python=str(OPEN_MPI_PYTHON)), **slurm)
+    assert code == 0, output
+    for found, expected in zip(metrics(tmp_path), whole, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_deepspeed_slurm_launcher(slurm, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n0 slots=1\nn1 slots=1\n")
+    launcher = ["--hostfile", str(hostfile), "--launcher", "slurm", "--launcher_args", "--mpi=pmi2 --nodes=2"]
+    two = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
+    small = [two, "train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=12"]
+    code, output = run("deepspeed", *launcher, "--force_multi", TRAIN, *small, f"output={tmp_path / 'out'}", **slurm)
+    assert code == 0 and "2 clients on 2 ranks" in output, output
+    assert len(metrics(tmp_path / "out")) == 2
+
+
+WRONG = {
+    "no MPI": (
+        srun("none", 6),
+        "srun started 6 tasks, but each is an MPI world of its own; use srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open",
+    ),
+    "too few": (srun("pmi2", 2), "2 MPI ranks were started (SLURM_NTASKS 2), the clients need 1 (phone) + 1 (laptop)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_srun_is_one_line_with_the_right_command(name, slurm, tmp_path):
+    wrong, message = WRONG[name]
+    code, output = run(*wrong, f"output={tmp_path}", **slurm)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and message in line and "Traceback" not in output
+    assert "srun " in line and "--ntasks=6 python -u -m mpi4py launch/train.py" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mpiexec_inside_an_allocation(slurm, whole, tmp_path):
+    """`python launch/train.py` in a batch script: MPICH's mpiexec finds the nodes, and has srun start its ranks."""
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/bash\nexec "$PYTHON" {TRAIN} "$@"\n')
+    job = BatchJob(slurm, tmp_path, *ON_TWO_NODES, str(script), *THREE_RANKS, f"output={tmp_path}")
+    assert job.end() == 0, job.output
+    assert metrics(tmp_path) == whole
+
+
+def test_shell_scripts_are_sound():
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    scripts = sorted(str(path) for path in (REPO / "slurm").glob("*.sbatch"))
+    assert len(scripts) > 1
+    subprocess.run([shellcheck, *scripts], check=True)
