@@ -59,10 +59,12 @@ class StopRequests:
             self._tell()
 
     def close(self) -> None:
-        """Listen no longer; MPI must not end with an open request."""
+        """Listen no longer; MPI must not end with an open request, and complains of messages that nobody took."""
         if self._listening != MPI.REQUEST_NULL and not self._listening.Test():
             self._listening.Cancel()
             self._listening.Wait()
+        while self.comm.Iprobe(source=MPI.ANY_SOURCE):  # Slurm signals every rank, and each has told all others
+            self.comm.Recv(self._word, source=MPI.ANY_SOURCE)
 
     def _handle(self, number: int, _: object) -> None:
         """Python runs this between two of its instructions, so never within a call of MPI."""
