@@ -194,7 +194,7 @@ WRONG = {
         srun("none", 6),
         "srun started 6 tasks, but each is an MPI world of its own; use srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open",
     ),
-    "too few": (srun("pmi2", 2), "2 MPI ranks were started (SLURM_NTASKS 2), the clients need 6"),
+    "too few": (srun("pmi2", 2), "2 MPI ranks were started (SLURM_NTASKS 2), the clients need 1 (phone) + 1 (laptop)"),
 }
 
 

@@ -7,6 +7,7 @@ clusters on a host do not meet. It takes root, because slurmd starts jobs as oth
 """
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -19,13 +20,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PACKAGES = "slurmctld slurmd slurm-client munge libpmi2-0"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "squeue", "scancel")
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # not on everybody's PATH
 START_SECONDS, STOP_SECONDS, LOOK_SECONDS = 30.0, 10.0, 0.1
 KILL_WAIT = 15  # seconds from SIGTERM to SIGKILL when Slurm ends a job; its default is 30
+MOST_JOBS = 60_000_000  # a little less than the highest number of a job
 # what is a default of every version is left out; so are names that newer versions no longer know
 CONF = """
 ClusterName=tests
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -91,9 +94,7 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 4) -> Iterator[dict[str, s
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     # --force: folders above it may belong to anybody, which is fine for a key of tests
-    own = [
-        f"--{what}={munge}/{what.removesuffix('-file')}" for what in ("key-file", "pid-file", "log-file", "seed-file")
-    ]
+    own = [f"--{what}-file={munge}/{what}" for what in ("key", "pid", "log", "seed")]
     daemons = [["munged", "--foreground", "--force", f"--socket={munge}/socket", *own]]
     daemons += [["slurmctld", "-D", "-c", "-f", str(conf)]]
     daemons += [["slurmd", "-D", "-N", name, "-f", str(conf)] for name in names]
@@ -112,7 +113,14 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 4) -> Iterator[dict[str, s
 def _configuration(folder: Path, names: Sequence[str], cpus: int) -> str:
     controller, *ports = _free_ports(len(names) + 1)
     lines = [NODE.format(name=name, port=port, cpus=cpus) for name, port in zip(names, ports, strict=True)]
-    return CONF.format(folder=folder, controller_port=controller, nodes="\n".join(lines), kill_wait=KILL_WAIT)
+    return CONF.format(
+        folder=folder,
+        controller_port=controller,
+        nodes="\n".join(lines),
+        kill_wait=KILL_WAIT,
+        # MPICH names shared memory after job and step, and a killed job leaves it behind: no number may come twice
+        first_job=secrets.randbelow(MOST_JOBS) + 1,
+    )
 
 
 def _free_ports(count: int) -> list[int]:
@@ -125,11 +133,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _program(name: str) -> str | None:
-    return shutil.which(name, path=_path())
-
-
-def _path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS])
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS]))
 
 
 @contextmanager
@@ -166,21 +170,21 @@ def _wait(ready: Callable[[], bool], problem: str, folder: Path) -> None:
 
 def _idle(environment: Mapping[str, str]) -> set[str]:
     """The nodes that are idle; sinfo names a node once for each partition."""
-    command = [str(_program("sinfo")), "--noheader", "--Node", "--states=idle", "--format=%N"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    return set(done.stdout.split())
+    return set(_ask(environment, "sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split())
 
 
 def _finish_jobs(environment: Mapping[str, str]) -> None:
     """No process of a job may outlive its cluster."""
-    variables = os.environ | environment
-    subprocess.run([str(_program("scancel")), "--user=root"], env=variables, check=False)
+    _ask(environment, "scancel", "--user=root")
     deadline = time.monotonic() + KILL_WAIT + STOP_SECONDS
-    while time.monotonic() < deadline:
-        command = [str(_program("squeue")), "--noheader"]
-        if not subprocess.run(command, env=variables, capture_output=True, text=True, check=False).stdout.strip():
-            return
+    while _ask(environment, "squeue", "--noheader") and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
+
+
+def _ask(environment: Mapping[str, str], *command: str) -> str:
+    """What one of Slurm's commands says; nothing while it reaches no controller."""
+    variables = os.environ | environment
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
