@@ -23,7 +23,7 @@ PACKAGES = "slurmctld slurmd slurm-client munge libpmi2-0"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "squeue", "scancel")
 SYSTEM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/sbin")  # not on everybody's PATH
 START_SECONDS, STOP_SECONDS, LOOK_SECONDS = 30.0, 10.0, 0.1
-KILL_WAIT = 15  # seconds from SIGTERM to SIGKILL when Slurm ends a job; its default is 30
+KILL_WAIT = 30  # seconds from SIGTERM to SIGKILL when Slurm ends a job; its default
 MOST_JOBS = 60_000_000  # a little less than the highest number of a job
 # what is a default of every version is left out; so are names that newer versions no longer know
 CONF = """
