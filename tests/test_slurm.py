@@ -102,7 +102,7 @@ def test_requeued_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, tm
     command(slurm, "scontrol", "requeue", job.id)
     job.wait_for(f"job {job.id}, start 2", 60)
     started = time.monotonic()
-    job.wait_for("goes on from ")
+    job.wait_for("goes on from /")  # by now USR1 is waited for
     minutes = int(time.monotonic() - started) // 60 + 2
     command(slurm, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.wait_for("saved and queued again", 60)
