@@ -61,6 +61,7 @@ class Experiment(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     fault_tolerance: Literal["abort", "shrink"] = "abort"  # when a rank dies; shrink: the other clients go on
     min_clients: PositiveInt = 1  # of shrink: fewer survivors end the job
+    host_timeout_s: Annotated[float, Field(ge=1)] = 60  # a host that is not heard from for longer ends the job
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
     # read from the model folder, not from the YAML

@@ -31,6 +31,7 @@ ENDED = "ended"  # in that folder: the exit code, once the ranks know it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
 LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
+FAILED_SECONDS = 15.0  # for mpiexec to end after its ranks have failed; it may wait for a host that is cut off
 DELIBERATE = (0, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)  # no reason to start again
 
 
@@ -116,6 +117,10 @@ def _environment(script: str, ranks: int, one_host: bool) -> dict[str, str]:
     return found
 
 
+def _read_code(ended: Path) -> int:
+    return int(ended.read_text(encoding="utf-8"))
+
+
 def _end_with_parent() -> None:
     """In mpiexec, before it starts: SIGTERM, which asks the ranks to stop, if the process that watches it is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -156,15 +161,20 @@ class _Watch:
         dead: list[str] = []
         self.seen = False
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+        ended, failed_at = folder / ENDED, None
         while self.process.poll() is None:
             gone = self._look(folder)
             dead = dead or gone  # the first, or the first few: mpiexec ends the others in milliseconds
+            if failed_at is None and ended.exists() and _read_code(ended) == EXIT_FAILURE:
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() > failed_at + FAILED_SECONDS:
+                self.process.kill()
         code = self.process.wait()
         dead = dead or self._look(folder)  # mpiexec may have been quicker
         self._end_what_is_left(folder)
-        ended = folder / ENDED
         if ended.exists():
-            code = code or int(ended.read_text(encoding="utf-8"))
+            # an mpiexec that had to be killed says nothing of the job
+            code = max(code, 0) or _read_code(ended)
         elif not self.interrupted:
             if dead:
                 print(f"error: {' or '.join(dead)} was killed", file=sys.stderr, flush=True)

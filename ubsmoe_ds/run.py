@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ubsmoe_ds import survival
+from ubsmoe_ds import liveness, survival
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
 from ubsmoe_ds.memory import keep_freed_memory
@@ -37,11 +37,15 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     keep_freed_memory()
     stop = StopRequests(place.comm, exp.checkpoint.grace_s)
     sign_in(os.environ, describe(exp, place.rank))
+    heartbeat = liveness.watch(exp, place)
     try:
-        return _run(exp, place, stop, verbose, resume)
+        ending = _run(exp, place, stop, verbose, resume)
     except UserError:
         stop.close()
         raise
+    if heartbeat is not None:  # after an error it goes on: the way out may be cut too
+        heartbeat.close()
+    return ending
 
 
 def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resume: str | None) -> Ending:

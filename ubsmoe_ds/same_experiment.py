@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "checkpoint",
     "fault_tolerance",
     "min_clients",
+    "host_timeout_s",
 )
 MAY_CHANGE_WITHIN = {
     "train": ("rounds", "save_every", "round_deadline_s"),

@@ -1,0 +1,189 @@
+"""Whether the other hosts of a job are still there: small messages over sockets of our own, in a thread. No MPI here.
+
+MPI and gloo over TCP wait for ever for a host whose cable is cut, and ranks may rightly wait long for slower ones. So
+one process a host sends a datagram to the first host every few seconds and is answered. Who is silent for too long is
+lost; the first host then tells those that are left, and each ends its own ranks (liveness.py).
+"""
+
+import contextlib
+import ipaddress
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import psutil
+
+BEATS = 6  # in the time after which a host is lost; single datagrams may be lost too
+LONGEST_INTERVAL = 5.0
+HEADER = struct.Struct("!16sBHB")  # token of the job, kind, host that it is about, address that it was sent to
+BEAT, ANSWER, LOST = range(3)
+REPEATS = 3  # of a word that nobody answers
+MOST_ADDRESSES = 8
+FIRST = 0  # the host that all others talk to
+TOLD, CLOSED = "told", "closed"  # why a watch ends, other than by silence
+
+
+class Host(NamedTuple):
+    """A host of the job, the same list on all."""
+
+    description: str  # for messages: its name, clients and ranks
+    addresses: tuple[str, ...]  # those that it may be reached by, the best first
+    port: int
+
+
+def own_addresses() -> tuple[str, ...]:
+    """IPv4 addresses of this host's interfaces that are up; those of GLOO_SOCKET_IFNAME come first."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+    states = psutil.net_if_stats()
+    found = [
+        (name not in chosen, address.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and states[name].isup
+    ]
+    return tuple(a for _, a in sorted(found) if not ipaddress.ip_address(a).is_loopback)[:MOST_ADDRESSES]
+
+
+def open_socket() -> socket.socket:
+    """A socket for `Heartbeat`, on a free port of all interfaces."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    found.bind(("", 0))
+    found.setblocking(False)
+    return found
+
+
+class Heartbeat:
+    """Watches the other hosts from now until `close`, in a thread of its own that sleeps nearly always.
+
+    A host counts only once it has been heard from: where a firewall lets no datagrams pass there is a warning, and no
+    alarm.
+
+    Args:
+        own_socket: of `open_socket`; this host's port in the list.
+        me: this host's position in the list.
+        hosts: all of the job.
+        token: 16 bytes that tell this job's messages from others'.
+        timeout_seconds: of silence after which a host is lost.
+        lost: called once, in the thread, with the one line to say, or "" where another host says it.
+    """
+
+    def __init__(
+        self,
+        own_socket: socket.socket,
+        me: int,
+        hosts: Sequence[Host],
+        token: bytes,
+        timeout_seconds: float,
+        lost: Callable[[str], None],
+    ) -> None:
+        self._socket, self._me, self._hosts, self._token = own_socket, me, hosts, token
+        self._timeout, self._lost = timeout_seconds, lost
+        self._interval = min(timeout_seconds / BEATS, LONGEST_INTERVAL)
+        watched = range(1, len(hosts)) if me == FIRST else (FIRST,)
+        self._silence = dict.fromkeys(watched, 0.0)  # seconds since a host was heard from
+        self._reached: dict[int, tuple[str, int]] = {}  # where a host has been heard from
+        self._closing, self._close = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Watch no longer; every host of the job closes at the same time, within less than the timeout."""
+        self._close.send(b"\0")
+        self._thread.join()
+        for each in (self._socket, self._closing, self._close):
+            each.close()
+
+    def _run(self) -> None:
+        """Send, listen until the next beat is due, see who is silent."""
+        warn_at = time.monotonic() + self._timeout
+        while True:
+            if self._me != FIRST:
+                self._beat()
+            started = time.monotonic()
+            ended = self._listen(started + self._interval)
+            if ended == CLOSED:
+                return
+            if ended == TOLD:
+                self._lost("")
+                return
+            # at most two intervals: a process that was suspended has heard nothing because it did not listen
+            passed = min(time.monotonic() - started, 2 * self._interval)
+            for host in self._silence:
+                self._silence[host] += passed
+            silent = [host for host in self._reached if self._silence[host] > self._timeout]
+            if silent:
+                self._lost(self._tell_of(silent))
+                return
+            if time.monotonic() > warn_at:
+                self._warn()
+                warn_at = float("inf")
+
+    def _listen(self, until: float) -> str | None:
+        """Read what comes until then; why the watch ends, or None."""
+        while (left := until - time.monotonic()) > 0:
+            ready, _, _ = select.select([self._socket, self._closing], [], [], left)
+            if self._closing in ready:
+                return CLOSED
+            if ready and self._read():
+                return TOLD
+        return None
+
+    def _read(self) -> bool:
+        """Take one datagram; whether it says that a host is lost."""
+        try:
+            content, sender = self._socket.recvfrom(HEADER.size + 1)
+        except OSError:  # an earlier one that could not be delivered is reported here
+            return False
+        if len(content) != HEADER.size:
+            return False
+        token, kind, host, address = HEADER.unpack(content)
+        if token != self._token:
+            return False
+        first = self._hosts[FIRST]
+        if self._me == FIRST and kind == BEAT and host in self._silence:
+            self._silence[host], self._reached[host] = 0.0, sender
+            self._send(ANSWER, host, address, sender)
+        elif self._me != FIRST and kind == ANSWER and address < len(first.addresses):
+            self._silence[FIRST] = 0.0
+            self._reached.setdefault(FIRST, (first.addresses[address], first.port))
+        return self._me != FIRST and kind == LOST
+
+    def _beat(self) -> None:
+        """To the address that answers, or while none has answered yet to each."""
+        first = self._hosts[FIRST]
+        for number, address in enumerate(first.addresses):
+            place = (address, first.port)
+            if self._reached.get(FIRST, place) == place:
+                self._send(BEAT, self._me, number, place)
+
+    def _tell_of(self, silent: Sequence[int]) -> str:
+        """The first host tells the others; the line to say."""
+        if self._me == FIRST:
+            for host in set(self._reached) - set(silent):
+                for _ in range(REPEATS):
+                    self._send(LOST, silent[0], 0, self._reached[host])
+        names = " and ".join(self._hosts[host].description for host in silent)
+        return (
+            f"error: {names} {'has' if len(silent) == 1 else 'have'} not been heard from for {self._timeout:g} s; the "
+            "network or the host is down; --resume auto goes on from the last checkpoint"
+        )
+
+    def _warn(self) -> None:
+        """Of hosts that have never been heard from."""
+        for host in set(self._silence) - set(self._reached):
+            print(
+                f"warning: no datagram (UDP) passes between {self._hosts[host].description} and "
+                f"{self._hosts[self._me].description}: nothing will notice if that network breaks",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _send(self, kind: int, host: int, address: int, place: tuple[str, int]) -> None:
+        with contextlib.suppress(OSError):  # no route, or a full buffer: as good as lost on the way
+            self._socket.sendto(HEADER.pack(self._token, kind, host, address), place)
