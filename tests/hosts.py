@@ -82,6 +82,7 @@ class Hosts:
             "HYDRA_LAUNCHER": "ssh",
             "HYDRA_LAUNCHER_EXEC": str(self.shell),
             "PRTE_MCA_plm_ssh_agent": str(self.shell),
+            "OMPI_MCA_btl_tcp_if_include": "eth0",  # Open MPI alone tries the bridge too, and waits for ever
             "UCX_TLS": "tcp,self",  # UCX knows one host from another by the machine, which they share
             "TMPDIR": "/dev/shm",  # noqa: S108  # private to each host, where /tmp is not
         }

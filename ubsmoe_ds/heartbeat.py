@@ -116,9 +116,8 @@ class Heartbeat:
             passed = min(time.monotonic() - started, 2 * self._interval)
             for host in self._silence:
                 self._silence[host] += passed
-            silent = [host for host in self._reached if self._silence[host] > self._timeout]
-            if silent:
-                self._lost(self._tell_of(silent))
+            if any(self._silence[host] > self._timeout for host in self._reached):
+                self._lost(self._tell_of_silent())
                 return
             if time.monotonic() > warn_at:
                 self._warn()
@@ -162,8 +161,10 @@ class Heartbeat:
             if self._reached.get(FIRST, place) == place:
                 self._send(BEAT, self._me, number, place)
 
-    def _tell_of(self, silent: Sequence[int]) -> str:
+    def _tell_of_silent(self) -> str:
         """The first host tells the others; the line to say."""
+        # others of the same cut may have been heard from a beat or two later
+        silent = [host for host in self._reached if self._silence[host] > self._timeout / 2]
         if self._me == FIRST:
             for host in set(self._reached) - set(silent):
                 for _ in range(REPEATS):

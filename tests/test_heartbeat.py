@@ -1,0 +1,174 @@
+"""Hosts that fall silent: heartbeats over loopback, with short times."""
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.ranks import clean_environment
+from ubsmoe_ds.heartbeat import ANSWER, BEAT, BEATS, Heartbeat, Host, open_socket, own_addresses
+
+TOKEN = b"0123456789abcdef"
+TIMEOUT = 0.6
+SECONDS = 5.0  # for what must happen; what must not gets several timeouts
+
+
+class Net:
+    """Heartbeats of several hosts in one process, and what each has said of lost ones."""
+
+    def __init__(self, count: int, addresses: tuple[str, ...] = ("127.0.0.1",), timeout: float = TIMEOUT) -> None:
+        sockets = [open_socket() for _ in range(count)]
+        self.hosts = [Host(f"host n{n}", addresses, each.getsockname()[1]) for n, each in enumerate(sockets)]
+        self.said: list[list[str]] = [[] for _ in range(count)]
+        self.beating = {
+            n: Heartbeat(each, n, self.hosts, TOKEN, timeout, self.said[n].append) for n, each in enumerate(sockets)
+        }
+
+    def stop(self, *numbers: int) -> None:
+        for number in numbers:
+            self.beating.pop(number).close()
+
+    def wait_for(self, *numbers: int) -> None:
+        """Until these have said something."""
+        deadline = time.monotonic() + SECONDS
+        while not all(self.said[n] for n in numbers):
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def net():
+    made = []
+
+    def make(*arguments, **named):
+        made.append(Net(*arguments, **named))
+        time.sleep(TIMEOUT / 2)  # all have been heard from
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop(*list(each.beating))
+
+
+def test_the_silent_host_is_named_once_and_the_others_are_told(net):
+    hosts = net(3)
+    time.sleep(2 * TIMEOUT)
+    assert hosts.said == [[], [], []]
+    start = time.monotonic()
+    hosts.stop(2)
+    hosts.wait_for(0, 1)
+    assert TIMEOUT / 2 < time.monotonic() - start < 4 * TIMEOUT
+    (line,) = hosts.said[0]
+    assert line.startswith("error: host n2 has not been heard from for 0.6 s;") and "--resume auto" in line
+    assert hosts.said[1:] == [[""], []]
+
+
+def test_without_the_first_host_each_of_the_others_ends(net):
+    hosts = net(3)
+    hosts.stop(0)
+    hosts.wait_for(1, 2)
+    assert all(line.startswith("error: host n0 has not") for said in hosts.said[1:] for line in said)
+
+
+def test_a_host_without_all_others_names_them(net):
+    hosts = net(3)
+    hosts.stop(1, 2)
+    hosts.wait_for(0)
+    assert hosts.said[0][0].startswith("error: host n1 and host n2 have not been heard from")
+
+
+def test_hosts_that_end_together_lose_nobody(net):
+    hosts = net(3)
+    for number in (0, 2, 1):
+        hosts.stop(number)
+        time.sleep(TIMEOUT / BEATS)
+    assert hosts.said == [[], [], []]
+
+
+def test_where_no_datagram_passes_there_is_a_warning_and_no_alarm(net, capfd):
+    hosts = net(1 + 1, addresses=("192.0.2.1",))  # documentation's own; nobody is there
+    time.sleep(3 * TIMEOUT)
+    assert hosts.said == [[], []]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith("warning: no datagram (UDP) passes between host n") for line in lines
+    )
+
+
+def test_the_address_that_answers_is_used(net, capfd):
+    hosts = net(2, addresses=("192.0.2.1", "127.0.0.1"))
+    assert hosts.beating[1]._reached == {0: ("127.0.0.1", hosts.hosts[0].port)}
+    time.sleep(2 * TIMEOUT)
+    hosts.stop(1)
+    hosts.wait_for(0)
+    assert not capfd.readouterr().err
+
+
+def test_strangers_count_for_nothing(net):
+    """Neither another job's beat, nor one cut short, nor this host's own keeps a host alive."""
+    hosts = net(2)
+    stranger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    places = [("127.0.0.1", host.port) for host in hosts.hosts]
+    hosts.stop(1)
+    beat = struct.pack("!BHB", BEAT, 1, 0)
+    deadline = time.monotonic() + SECONDS
+    with stranger:
+        while not hosts.said[0]:
+            assert time.monotonic() < deadline
+            for content in (
+                b"x" * len(TOKEN) + beat,
+                TOKEN,
+                TOKEN + beat + b"\0",
+                TOKEN + struct.pack("!BHB", BEAT, 0, 0),
+                TOKEN + struct.pack("!BHB", BEAT, 7, 0),
+                TOKEN + struct.pack("!BHB", ANSWER, 1, 0),
+            ):
+                stranger.sendto(content, places[0])
+            time.sleep(0.02)
+
+
+SUSPENDED = """
+import time
+from tests.test_heartbeat import Net
+net = Net(2)
+time.sleep(0.5)
+print("beating", flush=True)
+input()
+time.sleep(1.5)
+print(net.said)
+"""
+
+
+def test_a_job_that_was_suspended_goes_on():
+    job = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED],
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None and job.stdout.readline() == "beating\n"
+    os.kill(job.pid, signal.SIGSTOP)
+    time.sleep(4 * TIMEOUT)
+    os.kill(job.pid, signal.SIGCONT)
+    assert job.communicate("\n", timeout=20)[0] == "[[], []]\n"
+
+
+def test_own_addresses_are_reachable_and_the_chosen_interface_comes_first(monkeypatch):
+    import psutil
+
+    address, state = psutil._ntuples.snicaddr, psutil._ntuples.snicstats
+    named = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
+    shown = {name: [address(socket.AF_INET, value, None, None, None)] for name, value in named.items()}
+    states = {name: state(name != "ib1", 2, 1000, 1500, "") for name in shown}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: shown)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert own_addresses()[0] == "10.1.0.7" and set(own_addresses()) == {"10.1.0.7", "10.0.0.7", "172.17.0.1"}
+    states["eth0"] = state(False, 2, 1000, 1500, "")
+    assert "10.0.0.7" not in own_addresses()
