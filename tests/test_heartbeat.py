@@ -95,9 +95,7 @@ def test_where_no_datagram_passes_there_is_a_warning_and_no_alarm(net, capfd):
     time.sleep(3 * TIMEOUT)
     assert hosts.said == [[], []]
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(
-        line.startswith("warning: no datagram (UDP) passes between host n") for line in lines
-    )
+    assert len(lines) == 2 and all(line.startswith("warning: no datagram (UDP) passes between host") for line in lines)
 
 
 def test_the_address_that_answers_is_used(net, capfd):

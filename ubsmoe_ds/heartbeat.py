@@ -164,7 +164,7 @@ class Heartbeat:
     def _tell_of_silent(self) -> str:
         """The first host tells the others; the line to say."""
         # others of the same cut may have been heard from a beat or two later
-        silent = [host for host in self._reached if self._silence[host] > self._timeout / 2]
+        silent = sorted(host for host in self._reached if self._silence[host] > self._timeout / 2)
         if self._me == FIRST:
             for host in set(self._reached) - set(silent):
                 for _ in range(REPEATS):
