@@ -78,7 +78,7 @@ LAYERS = [
     "run",
     "comparison",
 ]
-KNOWS_MPI = {"world", "stopping", "survival", "liveness", "federation.exchange", "federation.host_memory"}
+KNOWS_MPI = {"world", "stopping", "survival", "federation.exchange", "federation.host_memory"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -6,8 +6,6 @@ lost; the first host then tells those that are left, and each ends its own ranks
 """
 
 import contextlib
-import ipaddress
-import os
 import select
 import socket
 import struct
@@ -17,14 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import psutil
-
 BEATS = 6  # in the time after which a host is lost; single datagrams may be lost too
 LONGEST_INTERVAL = 5.0
 HEADER = struct.Struct("!16sBHB")  # token of the job, kind, host that it is about, address that it was sent to
 BEAT, ANSWER, LOST = range(3)
 REPEATS = 3  # of a word that nobody answers
-MOST_ADDRESSES = 8
 FIRST = 0  # the host that all others talk to
 TOLD, CLOSED = "told", "closed"  # why a watch ends, other than by silence
 
@@ -37,22 +32,12 @@ class Host(NamedTuple):
     port: int
 
 
-def own_addresses() -> tuple[str, ...]:
-    """IPv4 addresses of this host's interfaces that are up; those of GLOO_SOCKET_IFNAME come first."""
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
-    states = psutil.net_if_stats()
-    found = [
-        (name not in chosen, address.address)
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family == socket.AF_INET and states[name].isup
-    ]
-    return tuple(a for _, a in sorted(found) if not ipaddress.ip_address(a).is_loopback)[:MOST_ADDRESSES]
-
-
 def open_socket() -> socket.socket:
     """A socket for `Heartbeat`, on a free port of all interfaces."""
-    found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    both = socket.has_dualstack_ipv6()
+    found = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_DGRAM)
+    if both:
+        found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     found.bind(("", 0))
     found.setblocking(False)
     return found
@@ -87,7 +72,7 @@ class Heartbeat:
         self._interval = min(timeout_seconds / BEATS, LONGEST_INTERVAL)
         watched = range(1, len(hosts)) if me == FIRST else (FIRST,)
         self._silence = dict.fromkeys(watched, 0.0)  # seconds since a host was heard from
-        self._reached: dict[int, tuple[str, int]] = {}  # where a host has been heard from
+        self._reached: dict[int, tuple] = {}  # where a host has been heard from
         self._closing, self._close = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -150,16 +135,21 @@ class Heartbeat:
             self._send(ANSWER, host, address, sender)
         elif self._me != FIRST and kind == ANSWER and address < len(first.addresses):
             self._silence[FIRST] = 0.0
-            self._reached.setdefault(FIRST, (first.addresses[address], first.port))
+            self._reached.setdefault(FIRST, self._place(address))
         return self._me != FIRST and kind == LOST
 
     def _beat(self) -> None:
         """To the address that answers, or while none has answered yet to each."""
-        first = self._hosts[FIRST]
-        for number, address in enumerate(first.addresses):
-            place = (address, first.port)
+        for number in range(len(self._hosts[FIRST].addresses)):
+            place = self._place(number)
             if self._reached.get(FIRST, place) == place:
                 self._send(BEAT, self._me, number, place)
+
+    def _place(self, number: int) -> tuple[str, int]:
+        """An address of the first host, as our socket takes it."""
+        address, port = self._hosts[FIRST].addresses[number], self._hosts[FIRST].port
+        mapped = self._socket.family == socket.AF_INET6 and ":" not in address
+        return (f"::ffff:{address}" if mapped else address, port)
 
     def _tell_of_silent(self) -> str:
         """The first host tells the others; the line to say."""
@@ -185,6 +175,6 @@ class Heartbeat:
                 flush=True,
             )
 
-    def _send(self, kind: int, host: int, address: int, place: tuple[str, int]) -> None:
+    def _send(self, kind: int, host: int, address: int, place: tuple) -> None:
         with contextlib.suppress(OSError):  # no route, or a full buffer: as good as lost on the way
             self._socket.sendto(HEADER.pack(self._token, kind, host, address), place)

@@ -103,12 +103,12 @@ def _addresses(one_host: bool) -> list[str]:
     if one_host:
         return [LOOPBACK]
     asked = [name for name in os.environ.get(INTERFACES, "").split(",") if name]
-    found = [(family, address) for name, family, address in _all_addresses() if not asked or name in asked]
+    found = [(family, address) for name, family, address in all_addresses() if not asked or name in asked]
     return [address for _, address in sorted(found, key=lambda pair: pair[0] != socket.AF_INET)][:MOST_ADDRESSES]
 
 
-def _all_addresses() -> Iterator[tuple[str, int, str]]:
-    """(interface, family, address)"""
+def all_addresses() -> Iterator[tuple[str, int, str]]:
+    """(interface, family, address) of this host, but those that lead nowhere else."""
     states = psutil.net_if_stats()
     for name, addresses in psutil.net_if_addrs().items():
         for entry in addresses:
