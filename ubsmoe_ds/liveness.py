@@ -29,6 +29,7 @@ from ubsmoe_ds.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.world import World, abort
 
 MOST_BYTES = 4096  # of what a rank tells the others
+MESSAGE_SECONDS = 1.0  # for the launcher to pass this rank's last words on
 ABORT_SECONDS = 3.0  # for the launcher to end this rank
 OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
 
@@ -98,6 +99,7 @@ def _end(others: Sequence[int], message: str) -> NoReturn:
     """
     if message:
         print(message, file=sys.stderr, flush=True)
+        time.sleep(MESSAGE_SECONDS)
     sign_off(os.environ, EXIT_FAILURE)
     daemon = _open_mpi_daemon()
     if daemon is None:
