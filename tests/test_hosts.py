@@ -6,13 +6,16 @@ The hosts' own names stand for 127.0.1.1 in their /etc/hosts, as Debian writes i
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests import watched_job
 from tests.hosts import Hosts, missing
 from tests.jobs import TRAIN, Job, records, train
 from tests.test_survival import PYTHON as OPEN_MPI
 
+MPICH = Path(sys.executable)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
@@ -102,3 +105,35 @@ def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tm
         job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
         assert job.end() == 0 and "goes on from" in job.output, job.output
     assert [record["metrics"] for record in records(tmp_path / "tiny")] == whole
+
+
+@pytest.mark.parametrize(("python", "cut"), [(MPICH, "n0"), (MPICH, "n2"), (OPEN_MPI, "n0"), (OPEN_MPI, "n2")])
+def test_of_three_hosts_all_end(python, cut, tmp_path):
+    """The host of mpiexec, and another; whatever the launcher makes of it, the user reads which host it is."""
+    if not python.exists():
+        pytest.skip("no Open MPI: see tests/test_survival.py")
+    where = ["--bind-to", "none", "--allow-run-as-root", "-x", "PYTHONPATH"] if python == OPEN_MPI else []
+    where += ["--host" if python == OPEN_MPI else "-hosts", "n0:2,n1:1,n2:2"]
+    command = [
+        str(python.with_name("mpiexec")),
+        *where,
+        "-n",
+        "5",
+        str(python),
+        "-m",
+        "mpi4py",
+        "tests/watched_job.py",
+        "5",
+    ]
+    with Hosts(tmp_path / "hosts", 3) as hosts:
+        job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
+        for rank in range(5):
+            job.wait_for(f"waiting {rank}")
+        hosts.cut(cut)
+        try:
+            assert job.end(watched_job.HOST_TIMEOUT_S + WAY_OUT) != 0, job.output
+        finally:
+            job.kill()
+        lines = {line for line in job.output.splitlines() if line.startswith("error: ")}
+        named = "n1" if cut == "n0" else cut  # from where the user sits
+        assert len(lines) == 1 and lines.pop().startswith(f"error: host {named} (client"), job.output

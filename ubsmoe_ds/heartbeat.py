@@ -9,7 +9,6 @@ import contextlib
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ LONGEST_INTERVAL = 5.0
 HEADER = struct.Struct("!16sBHB")  # token of the job, kind, host that it is about, address that it was sent to
 BEAT, ANSWER, LOST = range(3)
 REPEATS = 3  # of a word that nobody answers
+HEARD_SECONDS = 1.0  # for launchers to pass on what is said, before anybody ends
+TOLD_SECONDS = 0.3  # for the others to end first
 FIRST = 0  # the host that all others talk to
 TOLD, CLOSED = "told", "closed"  # why a watch ends, other than by silence
 
@@ -55,7 +56,8 @@ class Heartbeat:
         hosts: all of the job.
         token: 16 bytes that tell this job's messages from others'.
         timeout_seconds: of silence after which a host is lost.
-        lost: called once, in the thread, with the one line to say, or "" where another host says it.
+        say: called in the thread with a line for the user.
+        end: called in the thread, at last, when a host is lost.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Heartbeat:
         hosts: Sequence[Host],
         token: bytes,
         timeout_seconds: float,
-        lost: Callable[[str], None],
+        say: Callable[[str], None],
+        end: Callable[[], None],
     ) -> None:
         self._socket, self._me, self._hosts, self._token = own_socket, me, hosts, token
-        self._timeout, self._lost = timeout_seconds, lost
+        self._timeout, self._say, self._end = timeout_seconds, say, end
         self._interval = min(timeout_seconds / BEATS, LONGEST_INTERVAL)
+        # without the first host the second speaks for all, if it is there
+        self._patience = timeout_seconds + (2 * max(self._interval, HEARD_SECONDS) if me > 1 else 0)
         watched = range(1, len(hosts)) if me == FIRST else (FIRST,)
         self._silence = dict.fromkeys(watched, 0.0)  # seconds since a host was heard from
         self._reached: dict[int, tuple] = {}  # where a host has been heard from
@@ -95,14 +100,15 @@ class Heartbeat:
             if ended == CLOSED:
                 return
             if ended == TOLD:
-                self._lost("")
+                self._end()
                 return
             # at most two intervals: a process that was suspended has heard nothing because it did not listen
             passed = min(time.monotonic() - started, 2 * self._interval)
             for host in self._silence:
                 self._silence[host] += passed
-            if any(self._silence[host] > self._timeout for host in self._reached):
-                self._lost(self._tell_of_silent())
+            if any(self._silence[host] > self._patience for host in self._reached):
+                self._tell_of_silent()
+                self._end()
                 return
             if time.monotonic() > warn_at:
                 self._warn()
@@ -151,28 +157,29 @@ class Heartbeat:
         mapped = self._socket.family == socket.AF_INET6 and ":" not in address
         return (f"::ffff:{address}" if mapped else address, port)
 
-    def _tell_of_silent(self) -> str:
-        """The first host tells the others; the line to say."""
+    def _tell_of_silent(self) -> None:
+        """Say who is lost; the first host then tells the others."""
         # others of the same cut may have been heard from a beat or two later
         silent = sorted(host for host in self._reached if self._silence[host] > self._timeout / 2)
-        if self._me == FIRST:
-            for host in set(self._reached) - set(silent):
-                for _ in range(REPEATS):
-                    self._send(LOST, silent[0], 0, self._reached[host])
         names = " and ".join(self._hosts[host].description for host in silent)
-        return (
+        self._say(
             f"error: {names} {'has' if len(silent) == 1 else 'have'} not been heard from for {self._timeout:g} s; the "
             "network or the host is down; --resume auto goes on from the last checkpoint"
         )
+        time.sleep(min(HEARD_SECONDS, self._timeout / 2))  # in which nobody is answered
+        left = set(self._reached) - set(silent) if self._me == FIRST else ()
+        for host in left:
+            for _ in range(REPEATS):
+                self._send(LOST, silent[0], 0, self._reached[host])
+        if left:
+            time.sleep(TOLD_SECONDS)
 
     def _warn(self) -> None:
         """Of hosts that have never been heard from."""
         for host in set(self._silence) - set(self._reached):
-            print(
+            self._say(
                 f"warning: no datagram (UDP) passes between {self._hosts[host].description} and "
-                f"{self._hosts[self._me].description}: nothing will notice if that network breaks",
-                file=sys.stderr,
-                flush=True,
+                f"{self._hosts[self._me].description}: nothing will notice if that network breaks"
             )
 
     def _send(self, kind: int, host: int, address: int, place: tuple) -> None:

@@ -2,10 +2,11 @@
 
 What the launchers do with a host that they cannot reach, found by trying: after Abort MPICH's mpiexec ends at once with
 its code, but ranks on the other side of the cut live on; they have to end themselves, and then their daemon does too.
-Open MPI's daemons wait for each other for ever, and end with code 0 and without their ranks if TCP gives the connection
-up; so there the ranks of each host end first, and then their daemon by force.
+Open MPI's daemons wait for each other for ever, or where TCP gives a connection up end with any code, 0 too, and leave
+ranks behind; so there each host's daemon is ended by force, and ranks never outlive theirs.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,12 +25,11 @@ import numpy as np
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import EXIT_FAILURE
 from ubsmoe_ds.heartbeat import Heartbeat, Host, open_socket
-from ubsmoe_ds.relaunch import sign_off
+from ubsmoe_ds.relaunch import end_with_parent, sign_off
 from ubsmoe_ds.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.world import World, abort
 
 MOST_BYTES = 4096  # of what a rank tells the others
-MESSAGE_SECONDS = 1.0  # for the launcher to pass this rank's last words on
 ABORT_SECONDS = 3.0  # for the launcher to end this rank
 OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
 
@@ -42,6 +42,8 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     first_of = {host: world.hosts.index(host) for host in world.hosts}  # in the order of their first ranks
     if len(first_of) == 1 or world.survives:
         return None
+    if _open_mpi_daemon() is not None:
+        end_with_parent(signal.SIGKILL)
     here = world.hosts[world.rank]
     speaks = first_of[here] == world.rank
     own_socket = open_socket() if speaks else None
@@ -62,7 +64,8 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
         if world.hosts[rank] == here and rank != world.rank and other["counted_in"] == told["counted_in"]
     ]
     token = bytes.fromhex(everybody[0]["token"])
-    return Heartbeat(own_socket, list(first_of).index(here), hosts, token, exp.host_timeout_s, partial(_end, others))
+    me = list(first_of).index(here)
+    return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(_end, others))
 
 
 def _addresses() -> list[str]:
@@ -90,28 +93,26 @@ def _describe(exp: Experiment, world: World, host: str) -> str:
     return f"host {host} ({clients} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
 
 
-def _end(others: Sequence[int], message: str) -> NoReturn:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _end(others: Sequence[int]) -> NoReturn:
     """End all ranks of this host, and where it can be reached the job; called in the heartbeat's thread.
 
     Args:
         others: pidfds of the other ranks here.
-        message: what to say before.
     """
-    if message:
-        print(message, file=sys.stderr, flush=True)
-        time.sleep(MESSAGE_SECONDS)
     sign_off(os.environ, EXIT_FAILURE)
     daemon = _open_mpi_daemon()
-    if daemon is None:
+    if daemon is not None:
+        os.kill(daemon, signal.SIGKILL)
+    else:
         threading.Thread(target=abort, args=[EXIT_FAILURE], daemon=True).start()
         time.sleep(ABORT_SECONDS)
     for handle in others:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    if daemon is not None:
-        os.kill(daemon, signal.SIGKILL)
     os._exit(EXIT_FAILURE)
 
 

@@ -121,9 +121,12 @@ def _read_code(ended: Path) -> int:
     return int(ended.read_text(encoding="utf-8"))
 
 
-def _end_with_parent() -> None:
-    """In mpiexec, before it starts: SIGTERM, which asks the ranks to stop, if the process that watches it is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """From now on this process gets the signal when the one that started it ends.
+
+    In mpiexec, before it starts: SIGTERM asks the ranks to stop, if the process that watches it is killed.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 # blocking calls of Open MPI spin, unless all three are set
@@ -158,23 +161,16 @@ class _Watch:
         """
         if self.asked or self.interrupted:  # between two attempts
             return EXIT_INTERRUPTED if self.interrupted else EXIT_TERMINATED
-        dead: list[str] = []
-        self.seen = False
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
-        ended, failed_at = folder / ENDED, None
-        while self.process.poll() is None:
-            gone = self._look(folder)
-            dead = dead or gone  # the first, or the first few: mpiexec ends the others in milliseconds
-            if failed_at is None and ended.exists() and _read_code(ended) == EXIT_FAILURE:
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() > failed_at + FAILED_SECONDS:
-                self.process.kill()
+        self.seen, ended = False, folder / ENDED
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+        dead = self._wait(self.process, folder)
         code = self.process.wait()
         dead = dead or self._look(folder)  # mpiexec may have been quicker
         self._end_what_is_left(folder)
         if ended.exists():
-            # an mpiexec that had to be killed says nothing of the job
-            code = max(code, 0) or _read_code(ended)
+            stated = _read_code(ended)
+            # an mpiexec that had to be killed, or lost a host, ends with any code
+            code = stated if stated == EXIT_FAILURE else code or stated
         elif not self.interrupted:
             if dead:
                 print(f"error: {' or '.join(dead)} was killed", file=sys.stderr, flush=True)
@@ -185,6 +181,19 @@ class _Watch:
         if self.asked and code not in (0, EXIT_USER_ERROR, EXIT_PREEMPTED):
             return EXIT_TERMINATED
         return code if code >= 0 else 128 - code
+
+    def _wait(self, process: subprocess.Popen, folder: Path) -> list[str]:
+        """Until mpiexec ends; which ranks were gone before it."""
+        dead: list[str] = []
+        ended, failed_at = folder / ENDED, float("inf")
+        while process.poll() is None:
+            gone = self._look(folder)
+            dead = dead or gone  # the first, or the first few: mpiexec ends the others in milliseconds
+            if ended.exists() and _read_code(ended) == EXIT_FAILURE:
+                failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() > failed_at + FAILED_SECONDS:
+                process.kill()
+        return dead
 
     def _look(self, folder: Path) -> list[str]:
         """Look for a while at the ranks that have signed in; who is gone."""
