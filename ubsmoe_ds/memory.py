@@ -1,6 +1,12 @@
-"""How the C library hands out memory in a training process."""
+"""How the C library hands out memory in a training process, and how much of it a process has held."""
 
 import ctypes
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 HELD_BYTES = 2**31 - 1  # the largest value an int takes
@@ -30,3 +36,23 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+def peak_bytes(device: "torch.device") -> int:
+    """The most that this process has held at a time: of an accelerator's memory for tensors, else resident."""
+    if device.type != "cpu":
+        from deepspeed.accelerator import get_accelerator
+
+        return int(get_accelerator().max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes
+
+
+def room_bytes(device: "torch.device", ranks: int) -> int:
+    """What each of some ranks might take beyond its peak: of its own accelerator, or of the host that they share."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if device.type == "cpu":
+        return int(accelerator.available_memory()) // ranks
+    return int(accelerator.total_memory()) - peak_bytes(device)

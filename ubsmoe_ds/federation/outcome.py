@@ -13,10 +13,11 @@ from torch import Tensor
 from ubsmoe_ds.client import Client
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import flops_per_token
-from ubsmoe_ds.data.batches import StepBatch
+from ubsmoe_ds.data.batches import StepBatch, first_rows
 from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.federation.position import Position
 from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.memory import peak_bytes, room_bytes
 from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.world import World
@@ -41,18 +42,19 @@ class Outcome:
     ranks: Sequence[int]
 
     def write(self, batch: StepBatch, position: Position, monitor: "Monitor | None") -> None:
-        """Step times, the adapters, and the table.
+        """The adapters, step times, and the table.
 
         Args:
             batch: to measure steps with.
             position: at the end of the last round.
             monitor: of the first rank.
         """
-        ratios_C = self._step_time_ratios(batch)
         self.save_adapters()
+        peak_C = self._peak_memory()  # before K_max experts run everywhere, which takes what memory is left
+        ratios_C = self._step_time_ratios(batch)
         self.world.agree()
         if monitor is not None:
-            rows = self._summary(position, ratios_C, context=batch.micro[0].input_ids.shape[1])
+            rows = self._summary(position, ratios_C, peak_C, context=batch.micro[0].input_ids.shape[1])
             found = (("before", position.before), ("after", position.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
             monitor.finish(rows, cv | {"lost_in_round": position.lost})
@@ -88,7 +90,8 @@ class Outcome:
     def _step_time_ratios(self, batch: StepBatch) -> np.ndarray:
         """Of each client, its step over its step at K_max; of clients that are alike the first is measured.
 
-        One client at a time, so that they do not disturb each other.
+        One client at a time, so that they do not disturb each other. A client that may not have the memory for K_max
+        experts takes as many of a step's rows as they compute in the memory of its own step.
         """
         clients = self.exp.clients
         kinds = [(self.exp.active_experts(c), c.ranks, c.expert_parallel, c.capacity_factor) for c in clients]
@@ -97,20 +100,38 @@ class Outcome:
         for number in sorted(set(first_C)):
             self.world.barrier()
             if number == self.world.client:
-                own, full = self.client.step_seconds(batch, (self.client.k, self.exp.k_max), TIMING_REPEATS)
+                own, full = self.client.step_seconds(
+                    self._timed(batch), (self.client.k, self.exp.k_max), TIMING_REPEATS
+                )
                 table_C[number] = own / full if self.world.client_rank == 0 else 0.0
         return self.world.sum(table_C)[first_C]
 
-    def _summary(self, position: Position, ratios_C: np.ndarray, context: int) -> list[dict[str, Any]]:
+    def _timed(self, batch: StepBatch) -> StepBatch:
+        """What a client's steps are measured with (a collective over it)."""
+        share, device = self.client.k / self.exp.k_max, self.client.device
+        more = peak_bytes(device) * (1 / share - 1)  # at most: what does not grow with K is in it
+        short = self.world.any_of_client(more > room_bytes(device, self.client.config.ranks))
+        return first_rows(batch, share) if short else batch
+
+    def _peak_memory(self) -> np.ndarray:
+        """Of each client the bytes that the fullest of its ranks has held at most (a collective over the job)."""
+        table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
+        table_CR[self.world.client, self.world.client_rank] = peak_bytes(self.client.device)
+        return self.world.sum(table_CR).max(axis=1)
+
+    def _summary(
+        self, position: Position, ratios_C: np.ndarray, peak_C: np.ndarray, context: int
+    ) -> list[dict[str, Any]]:
         """One row a client."""
         shape = model_shape(self.client.hf_config, self.client.spec)
         full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
         rows = []
-        for config, rank, ratio in zip(self.exp.clients, self.ranks, ratios_C, strict=True):
+        for config, rank, ratio, peak in zip(self.exp.clients, self.ranks, ratios_C, peak_C, strict=True):
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
             row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio)}
+            row["peak_memory_gb"] = float(peak) / 1e9
             for field in ("loss", "accuracy"):  # not known of a client that was lost then and has come back
                 row[f"{field}_before"] = position.before.get(f"eval_{field}/{config.name}", math.nan)
                 row[f"{field}_after"] = position.after.get(f"eval_{field}/{config.name}", math.nan)
