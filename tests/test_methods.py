@@ -9,7 +9,6 @@ from safetensors import safe_open
 from tests.ranks import REPO, run_ranks
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.federation.views import views
 from ubsmoe_ds.methods import ABLATIONS, PRESETS, with_preset
 from ubsmoe_ds.models import peft_format
 
@@ -88,10 +87,10 @@ def test_ablations_are_experiments(label):
 def test_who_shares_the_evaluation():
     """Clients of equal K hold the same model, unless something of it is theirs alone."""
     same = ["clients.1.budget=0.25"]
-    assert views(load_experiment(TINY, same)) == ["k2", "k2", "k6", "k8"]
+    assert load_experiment(TINY, same).views == ["k2", "k2", "k6", "k8"]
     names = ["phone", "laptop", "desktop", "server"]
-    assert views(load_experiment(TINY, [*same, "method=flame"])) == names
-    assert views(load_experiment(TINY, [*same, "method=flexlora"])) == names
+    assert load_experiment(TINY, [*same, "method=flame"]).views == names
+    assert load_experiment(TINY, [*same, "method=flexlora"]).views == names
 
 
 @pytest.fixture(scope="module")

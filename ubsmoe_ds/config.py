@@ -103,6 +103,15 @@ class Experiment(Section):
         """Rank of each client at the start."""
         return [self.lora_rank(client) for client in self.clients]
 
+    @property
+    def views(self) -> list[str]:
+        """Name of the model that each client evaluates: "k4" where K tells them apart, else the client's own name.
+
+        A client's model is its own where it has learned something for itself alone, or where its LoRA rank is.
+        """
+        alone = self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
+        return [client.name if alone else f"k{self.active_experts(client)}" for client in self.clients]
+
     def rho(self, client: ClientConfig) -> float:
         """Scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
         if self.pseudo_gradient.rho == "sparsity":

@@ -1,6 +1,6 @@
 """FLOPs, parameters and bytes of a client, analytic. Multiply and add count as two; softmax and norms are left out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class ModelShape:
     dense_layers: int = 0  # of the layers, those with a plain MLP of `dense_width` in place of experts
     dense_width: int = 0
     shared_width: int = 0  # of what every token passes beside its experts
+    tied_embeddings: bool = False  # the head is the embedding
+    normed_queries: bool = False  # queries and keys pass a norm
 
 
 def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
@@ -45,6 +47,20 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
     sparse_layers = shape.layers - shape.dense_layers
     dense = shape.dense_layers * 2 * 3 * d * shape.dense_width
     return shape.layers * attention + sparse_layers * (router + shared + k * expert) + dense + 2 * d * shape.vocab
+
+
+def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: int) -> float:
+    """Forward and backward of one step: twice the forward products, and once more those of LoRA.
+
+    Args:
+        shape, k, context: as above.
+        tokens: of all rows, padding included.
+        answers: positions whose next token is asked for; the head is computed there alone.
+    """
+    forward = flops_per_token(shape, k, context)
+    lora = forward - flops_per_token(replace(shape, lora_rank=0), k, context)
+    head = 2 * shape.hidden * shape.vocab
+    return tokens * (2 * (forward - head) + lora) + answers * 2 * head
 
 
 def trainable_parameters(shape: ModelShape, router: bool) -> int:

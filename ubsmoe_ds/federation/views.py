@@ -18,15 +18,6 @@ from ubsmoe_ds.world import World
 Part = tuple[np.ndarray, np.ndarray]  # sums [G, tasks, fields] in the order of FIELDS, routed tokens [G, L, X]
 
 
-def views(exp: Experiment) -> list[str]:
-    """Name of the model that each client evaluates: "k4" where K tells them apart, else the client's own name.
-
-    A client's model is its own where it has learned something for itself alone, or where its LoRA rank is.
-    """
-    alone = exp.router.gate_rescale == "learned" or len(set(exp.lora_ranks)) > 1 or exp.lora.prune_penalty > 0
-    return [client.name if alone else f"k{exp.active_experts(client)}" for client in exp.clients]
-
-
 def own_part(exp: Experiment, world: World, client: Client, evaluator: Evaluator, stop: Callable[[], bool]) -> Part:
     """What this rank's share of the rows comes to (a collective over the client).
 
@@ -34,7 +25,7 @@ def own_part(exp: Experiment, world: World, client: Client, evaluator: Evaluator
         exp, world, client, evaluator: this rank's.
         stop: see `Evaluator.sums`.
     """
-    of_client = views(exp)
+    of_client = exp.views
     distinct = list(dict.fromkeys(of_client))
     mine = distinct.index(of_client[world.client])
     sharers = [c for c, view in enumerate(of_client) if view == distinct[mine]]
@@ -52,7 +43,7 @@ def scalars_of_views(
     exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], own: Part
 ) -> dict[str, float]:
     """Of all ranks' parts (a collective); utilisation is weighted as in training, by w_c."""
-    of_client = views(exp)
+    of_client = exp.views
     distinct = list(dict.fromkeys(of_client))
     sums_G, counts_GLX = world.sum(own[0]), world.sum(own[1])
     of_view = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)

@@ -363,6 +363,8 @@ def model_shape(config: PreTrainedConfig, spec: UBSMoESpec) -> ModelShape:
         dense_layers=dense,
         dense_width=config.intermediate_size if dense else 0,
         shared_width=config.shared_expert_intermediate_size if family.shared else 0,
+        tied_embeddings=config.tie_word_embeddings,
+        normed_queries=family.normed_queries,
         lora_rank=spec.lora_rank,
         lora_attention=spec.lora_attention,
     )

@@ -24,6 +24,7 @@ class Family:
     gate, up, down: an expert's projections there, `experts.0.<gate>.weight`
     num_experts, width: the config's keys for the experts of a layer and an expert's F
     shared: modules of the block that every token passes
+    normed_queries: whether queries and keys pass a norm
     """
 
     block: str = "mlp"
@@ -33,6 +34,7 @@ class Family:
     num_experts: str = "num_experts"
     width: str = "moe_intermediate_size"
     shared: tuple[str, ...] = ()
+    normed_queries: bool = False
 
     def normalizes(self, config: Mapping[str, Any]) -> bool:
         """Whether a token's K weights are made to sum to one; Mixtral always does, and has no key for it."""
@@ -40,10 +42,10 @@ class Family:
 
 
 FAMILIES = {
-    "olmoe": Family(width="intermediate_size"),
+    "olmoe": Family(width="intermediate_size", normed_queries=True),
     "mixtral": Family("block_sparse_moe", "w1", "w3", "w2", num_experts="num_local_experts", width="intermediate_size"),
     "qwen2_moe": Family(shared=("shared_expert", "shared_expert_gate")),
-    "qwen3_moe": Family(),
+    "qwen3_moe": Family(normed_queries=True),
 }
 
 
