@@ -1,0 +1,69 @@
+"""How long the rows of an experiment are: its data read, dealt and tokenised as a run does, but nothing computed."""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.data.batches import Example, PackedRow, encode, pack, steps
+from ubsmoe_ds.data.partition import partition
+from ubsmoe_ds.data.sources import load_rows
+from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.planning import Workload
+
+MOST_STEPS = 1000  # of a client that are looked at
+
+
+def workloads(exp: Experiment) -> list[Workload]:
+    """Of each client, from the very batches that it will get.
+
+    Raises:
+        UserError: for rows or a tokenizer that a run would refuse too.
+    """
+    train_rows, eval_rows = load_rows(exp.data, exp.seed)
+    shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
+    tokenizer = read_tokenizer(exp.model_dir)
+    text = sum(len(json.dumps(row)) for row in (*train_rows, *eval_rows))
+    evaluation = {"text_bytes": text} | _of_evaluation(
+        pack(eval_rows, tokenizer, exp.data.max_length), exp.evaluation.batch_size
+    )
+    found = []
+    for number, share in enumerate(shares):
+        examples, _ = encode([train_rows[i] for i in share], tokenizer, exp.data.max_length)
+        found.append(Workload(**_of_training(exp, number, examples, tokenizer.pad_token_id), **evaluation))
+    return found
+
+
+def _of_training(exp: Experiment, number: int, examples: Sequence[Example], pad: int) -> dict[str, Any]:
+    ranks, micro = exp.clients[number].ranks, exp.deepspeed.gradient_accumulation_steps
+    count = min(MOST_STEPS, exp.train.rounds * exp.train.local_steps)
+    lengths, answers = [], []
+    for rank in range(ranks):
+        batches = steps(
+            examples,
+            batch_size=exp.deepspeed.train_batch_size,
+            micro_batches=micro,
+            rank=rank,
+            ranks=ranks,
+            pad=pad,
+            seed=(exp.seed, number),
+        )
+        for batch in islice(batches, count):
+            lengths += [tokens.input_ids.shape[1] for tokens in batch.micro]
+            answers += [len(tokens.target_A) / len(tokens.input_ids) for tokens in batch.micro]
+    means = {"mean_length": sum(lengths) / len(lengths), "mean_answers": sum(answers) / len(answers)}
+    return {"length": max(lengths), "answers": max(answers), **means}
+
+
+def _of_evaluation(packed: Sequence[PackedRow], batch_size: int) -> dict[str, Any]:
+    order = sorted(packed, key=len)  # as `Evaluator` takes them
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [sum(sum(row.parts()) for row in batch) / len(batch) for batch in batches]
+    padded = sum(len(batch) * len(batch[-1]) for batch in batches)
+    return {
+        "eval_length": len(order[-1]),
+        "eval_answers": max(answers),
+        "eval_mean_length": padded / len(order),
+        "eval_rows": len(order),
+    }
