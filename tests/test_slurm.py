@@ -185,7 +185,8 @@ def test_deepspeed_slurm_launcher(slurm, tmp_path):
     hostfile.write_text("n0 slots=1\nn1 slots=1\n")
     launcher = ["--hostfile", str(hostfile), "--launcher", "slurm", "--launcher_args", "--mpi=pmi2 --nodes=2"]
     small = [TWO_CLIENTS, "train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=12"]
-    code, output = run("deepspeed", *launcher, "--force_multi", TRAIN, *small, f"output={tmp_path / 'out'}", **slurm)
+    launcher += ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    code, output = run("deepspeed", *launcher, TRAIN, *small, f"output={tmp_path / 'out'}", **slurm)
     assert code == 0 and "2 clients on 2 ranks" in output, output
     assert len(metrics(tmp_path / "out")) == 2
 
