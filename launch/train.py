@@ -29,7 +29,7 @@ from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.placement import place, read_hostfile
-from ubsmoe_ds.run_folder import check_run_folder, checkpoints, goes_on
+from ubsmoe_ds.run_folder import check_run_folder, checkpoints, goes_on, summary
 
 DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
@@ -96,6 +96,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         survive=exp.fault_tolerance == "shrink",
         restarts=options.restarts,
         saved=partial(checkpoints, exp),
+        finished=partial(summary, exp),
     )
 
 

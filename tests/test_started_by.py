@@ -73,6 +73,7 @@ def test_one_process_may_start_mpiexec(environment):
             1,
             "6 processes were started, but each is an MPI world of its own: .*MPICH 5.0",
         ),
+        (TASK_OF_SRUN | {"PMI_SIZE": "4", "PMI_HOSTNAME": "n0"}, 4, "were started, the clients need .* run: mpiexec"),
         (TASK_OF_SRUN | {"PMIX_RANK": "0"}, 1, "6 processes were started, but each is"),
         (
             {"PMI_SIZE": "4"},
@@ -82,7 +83,7 @@ def test_one_process_may_start_mpiexec(environment):
         (
             TASK_OF_SRUN | {"PMI_SIZE": "4", "SLURM_NTASKS": "4"},
             4,
-            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need .* = 6; run: srun --ntasks=6 python",
+            r"4 MPI ranks were started \(SLURM_NTASKS 4\), the clients need .*; run: srun --mpi=pmi2 --ntasks=6 python",
         ),
     ],
 )

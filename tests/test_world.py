@@ -31,6 +31,21 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
     assert not set(launchers.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
 
 
+@pytest.mark.parametrize(("writes", "code"), [(True, 0), (False, 1)])
+def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypatch):
+    """Its mpiexec ends with 0 when it has lost all hosts with ranks."""
+    found: set[tuple] = set()
+
+    def popen(command, env, **_):
+        found.update({("summary.json", 7)} if writes else set())
+        return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(found)) == code
+
+
 @pytest.mark.parametrize(
     ("restarts", "codes", "left_by_first", "resumes"),
     [

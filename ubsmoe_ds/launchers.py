@@ -105,7 +105,8 @@ def check_size(
     if size != ranks:
         tasks = f" (SLURM_NTASKS {environment['SLURM_NTASKS']})" if _is_task_of_srun(environment) else ""
         if tasks:
-            command = f"srun --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
+            plugin = "pmix" if "Open MPI" in library else "pmi2"
+            command = f"srun --mpi={plugin} --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
         need = " + ".join(f"{client.ranks} ({client.name})" for client in clients)
         raise UserError(
             f"world: {size} MPI ranks were started{tasks}, the clients need {need} = {ranks}; run: {command}"
@@ -173,8 +174,8 @@ def _slots(hosts: Mapping[str, int]) -> str:
 
 
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """In a batch script, and what that starts without srun, there is no step."""
-    return "SLURM_STEP_ID" in environment
+    """In a batch script there is no step; MPICH's mpiexec has srun start daemons, whose ranks are no tasks."""
+    return "SLURM_STEP_ID" in environment and "PMI_HOSTNAME" not in environment
 
 
 def _value(environment: Mapping[str, str], names: Sequence[str], default: int = 0) -> int:

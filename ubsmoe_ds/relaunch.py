@@ -62,6 +62,7 @@ def relaunch(
     survive: bool = False,
     restarts: int = 0,
     saved: Callable[[], set[tuple]] = set,
+    finished: Callable[[], set[tuple]] = set,
 ) -> int:
     """Run the script again under mpiexec and return its exit code; local ranks other than the first have left before.
 
@@ -72,6 +73,7 @@ def relaunch(
         survive: whether the job goes on when ranks die.
         restarts: how often a job that died is started again, from its newest checkpoint.
         saved: what tells the checkpoints there are from each other; those of an earlier run are not gone on from.
+        finished: what tells the summary there is, which a run writes at its end, from an earlier one.
 
     Raises:
         UserError: if there is no mpiexec, or not the one that this takes.
@@ -81,7 +83,8 @@ def relaunch(
     if mpiexec is None:
         raise UserError("mpiexec: not found beside python or on PATH; install the wheel `mpich` or a system MPI")
     environment = _environment(script, ranks, one_host=hosts is None)
-    if is_open_mpi(mpiexec):
+    open_mpi = is_open_mpi(mpiexec)
+    if open_mpi:
         environment = OPEN_MPI_WAITS_QUIETLY | environment
         forwarded = [*environment, PARENT_SPEAKS]
         start = partial(open_mpi_command, survive=survive, forwarded=forwarded)
@@ -92,13 +95,17 @@ def relaunch(
         )
     else:
         start = partial(mpi_command)
-    before, watch = saved(), _Watch()
+    before, old_summary, watch = saved(), finished(), _Watch()
     for attempt in range(restarts + 1):
         of_this_job = attempt > 0 and (saved() - before or not saved())
         chosen = [*arguments, *(["--resume", "auto"] if of_this_job else [])]
         with tempfile.TemporaryDirectory(prefix="ubsmoe_ds-", ignore_cleanup_errors=True) as folder:
             command = start(script, chosen, ranks, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
             code = watch.run(command, environment | {PARENT_SPEAKS: folder}, Path(folder))
+        if open_mpi and code == 0 and not watch.seen and finished() <= old_summary:
+            # none of its ranks was here; cut off from them it may call that success
+            print("error: mpiexec has ended, but the run has left no summary.json", file=sys.stderr, flush=True)
+            code = EXIT_FAILURE
         if code in DELIBERATE or attempt == restarts:
             break
         print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)

@@ -98,6 +98,11 @@ def checkpoints(exp: Experiment) -> set[tuple]:
     return {(path.name, path.stat().st_ino) for path in _matching(exp.run_dir, CHECKPOINTS[:1])}
 
 
+def summary(exp: Experiment) -> set[tuple]:
+    """What tells the summary in the run's folder, the last thing that a run writes, from an earlier one."""
+    return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in _matching(exp.run_dir, ["summary.json"])}
+
+
 def forget_checkpoints(exp: Experiment) -> None:
     """Remove the checkpoints of a run; half-removed they are none."""
     for old in _matching(exp.run_dir, CHECKPOINTS[:1]):
