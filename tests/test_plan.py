@@ -5,15 +5,20 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch.plan import read_job
+from tests import tiny
 from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.ranks import REPO, clean_environment
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.cost import ModelShape
+from ubsmoe_ds.data.batches import steps
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.federation import outcome
 from ubsmoe_ds.fitting import check, fit, memory_bytes, need
 from ubsmoe_ds.memory_model import CPU_KERNELS, CPU_PROCESS, peak
 from ubsmoe_ds.planning import Job, Workload, plan, rank_load, straggler
@@ -133,6 +138,18 @@ def test_the_straggler_does_the_most_work_on_a_rank(job):
     assert job.exp.clients[slowest].name == "laptop"  # K 4 on one rank; the server has K 8 on two
     assert over_fastest == pytest.approx(plans[1].round_flops / plans[0].round_flops)
     assert 1 < over_median < over_fastest and min(one.time for one in plans) == 1
+
+
+@pytest.mark.parametrize(("room", "rows"), [(0, 2), (2**62, 8)], ids=["no room", "room"])
+def test_a_client_without_room_for_all_experts_is_timed_on_fewer_rows(room, rows, monkeypatch):
+    """K 2 of 8: a quarter of a step's rows."""
+    monkeypatch.setattr(outcome, "room_bytes", lambda *_: room)
+    client = SimpleNamespace(k=2, device=torch.device("cpu"), config=SimpleNamespace(ranks=1))
+    own = SimpleNamespace(
+        exp=SimpleNamespace(k_max=8), client=client, world=SimpleNamespace(any_of_client=lambda flag: flag)
+    )
+    batch = next(steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0,)))
+    assert len(outcome.Outcome._timed(own, batch).micro[0].input_ids) == rows
 
 
 @pytest.mark.parametrize(
