@@ -8,12 +8,14 @@ import pytest
 from tests import tiny
 from tests.jobs import records, train
 from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.shares import client_rows
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig, DataConfig
+from ubsmoe_ds.workload import workloads
 
 NAMES = ("a", "b")
 
@@ -71,6 +73,17 @@ def test_nobody_reads_the_rows_of_another_site(files):
     assert found.counts[0] == len(found.training) > 0
     with pytest.raises(UserError, match="/only/at/its/site.jsonl cannot be read"):
         of_client(exp, 1)
+
+
+def test_the_plan_reads_the_rows_of_each_site(files):
+    """So it expects of each client what it does where the same rows are dealt from one file."""
+    found = []
+    for sources in (("null", "null"), (files["a"], files["b"])):
+        clients = ", ".join(f"{{name: {n}, budget: 1.0, source: {s}}}" for n, s in zip(NAMES, sources, strict=True))
+        data = [f"data.source={files['all']}", f"data.eval_source={files['eval']}", "data.eval_rows=24"]
+        exp = load_experiment("ds_configs/tiny.yaml", [f"clients=[{clients}]", *data])
+        found.append([of_client._replace(text_bytes=0) for of_client in workloads(exp)])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 def test_other_rows_at_a_site_are_other_data(files):

@@ -8,7 +8,7 @@ from typing import Any
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import Example, PackedRow, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import load_rows
+from ubsmoe_ds.data.sources import Row, load_rows, load_site
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.planning import Workload
 
@@ -21,18 +21,28 @@ def workloads(exp: Experiment) -> list[Workload]:
     Raises:
         UserError: for rows or a tokenizer that a run would refuse too.
     """
-    train_rows, eval_rows = load_rows(exp.data, exp.seed)
-    shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
     tokenizer = read_tokenizer(exp.model_dir)
-    text = sum(len(json.dumps(row)) for row in (*train_rows, *eval_rows))
-    evaluation = {"text_bytes": text} | _of_evaluation(
-        pack(eval_rows, tokenizer, exp.data.max_length), exp.evaluation.batch_size
-    )
+    sources = [client.source for client in exp.clients if client.source is not None]
+    if sources:
+        of_client, evaluations = zip(*(load_site(exp.data, source, exp.seed) for source in sources), strict=True)
+        eval_rows, read_bytes = evaluations[0], [_bytes(rows) for rows in of_client]  # a rank reads its site's rows
+    else:
+        train_rows, eval_rows = load_rows(exp.data, exp.seed)
+        shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
+        of_client = tuple([train_rows[i] for i in share] for share in shares)
+        read_bytes = [_bytes(train_rows)] * len(shares)
+    evaluation = _of_evaluation(pack(eval_rows, tokenizer, exp.data.max_length), exp.evaluation.batch_size)
     found = []
-    for number, share in enumerate(shares):
-        examples, _ = encode([train_rows[i] for i in share], tokenizer, exp.data.max_length)
-        found.append(Workload(**_of_training(exp, number, examples, tokenizer.pad_token_id), **evaluation))
+    for number, rows in enumerate(of_client):
+        examples, _ = encode(rows, tokenizer, exp.data.max_length)
+        training = _of_training(exp, number, examples, tokenizer.pad_token_id)
+        text = read_bytes[number] + _bytes(eval_rows)
+        found.append(Workload(**training, **evaluation, text_bytes=text))
     return found
+
+
+def _bytes(rows: Sequence[Row]) -> int:
+    return sum(len(json.dumps(row)) for row in rows)
 
 
 def _of_training(exp: Experiment, number: int, examples: Sequence[Example], pad: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import Row, digest, load_rows
+from ubsmoe_ds.data.sources import Row, digest, load_rows, load_site
 from ubsmoe_ds.world import World
 
 DIGEST_BYTES = 16
@@ -43,7 +43,7 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
         shares = partition([row["task"] for row in rows], exp.clients, exp.data, exp.seed)
         mine = [rows[number] for number in shares[world.client]]
         return ClientRows(mine, [len(share) for share in shares], evaluation, digest([*rows, *evaluation]))
-    rows, evaluation = load_rows(exp.data.model_copy(update={"source": source}), exp.seed)
+    rows, evaluation = load_site(exp.data, source, exp.seed)
     # whole numbers below 2^53 are exact in the sums
     known = np.zeros((len(exp.clients), 1 + DIGEST_BYTES))
     if world.client_rank == 0:

@@ -59,6 +59,11 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
+def load_site(config: DataConfig, source: str, seed: int) -> tuple[list[Row], list[Row]]:
+    """Like `load_rows`, with the training rows of one client's own source."""
+    return load_rows(config.model_copy(update={"source": source}), seed)
+
+
 def digest(rows: Sequence[Any]) -> str:
     """What tells these rows, in this order, from others; 32 hexadecimal digits."""
     found = hashlib.blake2b(digest_size=16)
