@@ -96,6 +96,16 @@ def test_what_cannot_be_placed_is_refused(clients, message):
         place(clients, {"n0": 2, "n1": 2})
 
 
+@pytest.mark.parametrize(("pinned", "host"), [("n1", "n1.site"), ("n1.site", "n1"), ("n1.site", "n1.site")])
+def test_a_domain_may_be_left_out(pinned, host):
+    assert place([client("a", 1, 1, [pinned])], {"n0.site": 1, host: 1}) == [[host]]
+
+
+def test_another_domain_is_another_host():
+    with pytest.raises(UserError, match="'n1.here', which is not among those"):
+        place([client("a", 1, 1, ["n1.here"])], {"n1.there": 1})
+
+
 def test_hostfiles_of_each_launcher_are_read(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# the cluster\nn0 slots=4\n\nn1   slots=2  # smaller\nn2:8\n")

@@ -65,12 +65,12 @@ def place(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> list[lis
 
 
 def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
-    """Hosts that a client may be on; a config may leave out the domain of a host's name."""
+    """Hosts that a client may be on."""
     if client.hosts is None:
         return tuple(slots)
     found = []
     for name in client.hosts:
-        matches = [host for host in slots if name in (host, host.partition(".")[0])]
+        matches = [host for host in slots if _is_same(name, host)]
         if not matches:
             raise UserError(
                 f"clients: {client.name!r} has hosts {name!r}, which is not among those of this job "
@@ -84,6 +84,13 @@ def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
             "slots; add slots or hosts, or lower its ranks"
         )
     return tuple(dict.fromkeys(found))
+
+
+def _is_same(name: str, host: str) -> bool:
+    """Whether two names are of one host; either may leave out the domain."""
+    if "." in name and "." in host:
+        return name == host
+    return name.partition(".")[0] == host.partition(".")[0]
 
 
 def _fits(size: int, hosts: Sequence[str], slots: Mapping[str, int]) -> bool:
