@@ -58,7 +58,7 @@ def show(options: argparse.Namespace) -> None:
     """
     exp = load_experiment(options.config, options.overrides)
     memory = None if options.device_memory is None else memory_bytes(options.device_memory)
-    slots = read_slots(options)
+    slots = read_slots(options, [name for client in exp.clients for name in client.hosts or []])
     line = None if slots is None else describe(exp.clients, place(exp.clients, slots))
     job = read_job(exp)
     plans = plan(job)
@@ -78,8 +78,12 @@ def show(options: argparse.Namespace) -> None:
         check(job, fits, memory)
 
 
-def read_slots(options: argparse.Namespace) -> dict[str, int] | None:
+def read_slots(options: argparse.Namespace, named: Sequence[str]) -> dict[str, int] | None:
     """Ranks that each host has room for; None where nothing is said about hosts.
+
+    Args:
+        options: the command line.
+        named: hosts that the config names; the others are called host1, host2, ...
 
     Raises:
         UserError: for options that contradict each other.
@@ -90,7 +94,10 @@ def read_slots(options: argparse.Namespace) -> dict[str, int] | None:
         return read_hostfile(options.hostfile)
     if (options.hosts is None) != (options.devices is None):
         raise UserError("--hosts: goes with --devices, the number of accelerators of each host; give both or neither")
-    return None if options.hosts is None else {f"host{n}": options.devices for n in range(1, options.hosts + 1)}
+    if options.hosts is None:
+        return None
+    names = [*dict.fromkeys(named), *(f"host{n}" for n in range(1, options.hosts + 1))]
+    return dict.fromkeys(names[: options.hosts], options.devices)
 
 
 def read_job(exp: Experiment) -> Job:

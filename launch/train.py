@@ -115,18 +115,19 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
     from ubsmoe_ds import run, survival, world  # MPI starts when it is imported, so not in the process of mpiexec
 
     survives = exp.fault_tolerance == "shrink"
-    who, speaks = f"rank {world.started_rank()}", launchers.is_first(os.environ)
+    who, speaks, speaks_for_client = f"rank {world.started_rank()}", launchers.is_first(os.environ), True
     try:
         if survives:
             survival.check_survivable(os.environ)
         joined = world.join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp, joined.rank), joined.rank == 0
+        speaks_for_client = joined.client_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:
         if speaks:
             report(error)
         together = world.all_ranks_failed()
-        if not speaks and not together:
+        if speaks_for_client and not speaks and not together:
             report(error)
         return leave(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:

@@ -94,42 +94,40 @@ def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
         return {"cores": np.array(world_module._fair_cores(comm))}
 
 
-def devices(seen: list[list[str]]) -> dict[str, Any]:
-    """LOCAL_RANK of each rank that sees its list of devices; -1 where they are too few."""
-    exp = tiny.experiment("unused", [{"budget": 1.0}] * len(seen))
-    world = join(exp, "train.py", [])
+def joined() -> dict[str, Any]:
+    """A rank's place in a job on two hosts, its device, and where it meets others."""
+    from mpi4py import MPI
+
+    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in (2, 1, 1)])
+    with mock.patch.object(world_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
+        world = join(exp, "train.py", [])
+    assert world.hosts == ("n0", "n0", "n1", "n1") and not any(world.meetings)
+    found: dict[str, Any] = {
+        "rank": world.rank,
+        "client": world.client,
+        "client_rank": world.client_rank,
+        "port": int(os.environ["MASTER_PORT"]),
+        "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),
+        "local_of_one": _local_rank(exp, world, [["a"], ["a"], ["c"], ["d"]]),
+    }
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    meeting = meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
+    found |= {"address": meeting.address, "meeting_port": meeting.port, "interface": meeting.interface}
+    os.environ["GLOO_SOCKET_IFNAME"] = "none0"
+    try:
+        meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
+    except UserError as error:
+        found["error"] = str(error)
+    return {key: np.array(value) for key, value in found.items()}
+
+
+def _local_rank(exp: Experiment, world: World, seen: list[list[str]]) -> int:
+    """LOCAL_RANK where each rank of the job sees its list of devices; -1 where they are too few."""
     try:
         world_module.check_devices(exp, world, seen[world.rank])
     except UserError:
-        return {"local": np.array(-1)}
-    return {"local": np.array(int(os.environ["LOCAL_RANK"]))}
-
-
-def joined(hosts: list[str], ranks: list[int]) -> dict[str, Any]:
-    """A rank's place in a job whose ranks were started on the hosts in that order."""
-    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in ranks])
-    with mock.patch.object(world_module, "_hosts", return_value=hosts):
-        world = join(exp, "train.py", [])
-    assert world.hosts == tuple(sorted(hosts))
-    return {
-        "rank": np.array(world.rank),
-        "client": np.array(world.client),
-        "client_rank": np.array(world.client_rank),
-        "port": np.array(int(os.environ["MASTER_PORT"])),
-    }
-
-
-def meeting(interface: str = "") -> dict[str, Any]:
-    """Where ranks meet that count as being on several hosts."""
-    from mpi4py import MPI
-
-    if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-    try:
-        found = meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
-    except UserError as error:
-        return {"error": np.array(str(error))}
-    return {"address": np.array(found.address), "port": np.array(found.port), "interface": np.array(found.interface)}
+        return -1
+    return int(os.environ["LOCAL_RANK"])
 
 
 def exchange(

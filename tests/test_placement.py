@@ -101,6 +101,54 @@ def test_a_domain_may_be_left_out(pinned, host):
     assert place([client("a", 1, 1, [pinned])], {"n0.site": 1, host: 1}) == [[host]]
 
 
+@pytest.mark.parametrize(
+    ("pinned", "hosts", "message"),
+    [
+        ("gpu1", ["gpu1.campus", "gpu1.clinic"], "'gpu1', which may be any of gpu1.campus, gpu1.clinic"),
+        ("gpu1", ["gpu1", "gpu1#2"], "'gpu1', which may be any of gpu1, gpu1#2"),
+        ("10", ["10.0.0.1", "10.0.0.2"], "'10', which is not among"),
+    ],
+)
+def test_a_name_of_several_hosts_is_refused(pinned, hosts, message):
+    """A site's data may be nowhere else."""
+    with pytest.raises(UserError, match=message):
+        place([client("a", 1, 1, [pinned])], dict.fromkeys(hosts, 1))
+
+
+@given(data=st.data(), slots=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_pinned_clients_are_placed_wherever_they_can_be(data, slots):
+    """They can be if no hosts are the only ones for more ranks than they have slots (Hall)."""
+    hosts = {f"n{n}": count for n, count in enumerate(slots)}
+    pins = st.lists(st.sampled_from(list(hosts)), min_size=1, unique=True)
+    shapes = data.draw(
+        st.lists(st.tuples(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]), pins), min_size=1, max_size=3)
+    )
+    clients = [client(f"c{n}", ranks, ep, pinned) for n, ((ranks, ep), pinned) in enumerate(shapes)]
+    subsets = [
+        [host for host, inside in zip(hosts, choice, strict=True) if inside]
+        for choice in product([0, 1], repeat=len(hosts))
+    ]
+    possible = all(
+        sum(c.ranks for c in clients if set(c.hosts) <= set(subset)) <= sum(hosts[host] for host in subset)
+        for subset in subsets
+    )
+    try:
+        places = place(clients, hosts)
+    except UserError:
+        assert not possible
+        return
+    assert possible
+    assert all(set(p) <= set(c.hosts) and len(p) == c.ranks for p, c in zip(places, clients, strict=True))
+    used = Counter(host for p in places for host in p)
+    assert all(used[host] <= hosts[host] for host in hosts)
+
+
+def test_very_many_clients_are_placed():
+    places = place([client(f"c{n}", 1) for n in range(2000)], {f"n{n}": 8 for n in range(250)})
+    assert max(Counter(host for p in places for host in p).values()) == 8
+
+
 def test_another_domain_is_another_host():
     with pytest.raises(UserError, match="'n1.here', which is not among those"):
         place([client("a", 1, 1, ["n1.here"])], {"n1.there": 1})

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.plan import read_job
+from launch.plan import parse, read_job, read_slots
 from tests import tiny
 from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.ranks import REPO, clean_environment
@@ -172,6 +172,11 @@ def test_command_prints_the_plan_and_where_clients_are(tmp_path):
     assert (code, errors) == (0, "")
     assert "straggler: laptop, 1.5" in output and "small: desktop 2" in output
     assert output.count("yes") == 4 and "all kept" in output
+
+
+def test_hosts_are_called_what_the_config_calls_them():
+    options = parse(["--hosts", "3", "--devices", "2"])
+    assert read_slots(options, ["clinic", "campus", "clinic"]) == {"clinic": 2, "campus": 2, "host1": 2}
 
 
 REFUSED = {

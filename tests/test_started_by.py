@@ -106,10 +106,16 @@ def test_hosts_are_given_to_each_mpiexec():
         "6",
     ]
     command = launchers.open_mpi_command(
-        "t.py", [], 6, mpiexec="mpiexec", python="python", hosts=hosts, forwarded=["HOME", "PYTHONPATH", "UCX_TLS"]
+        "t.py",
+        [],
+        6,
+        mpiexec="mpiexec",
+        python="python",
+        hosts=hosts,
+        forwarded=["HOME", "PYTHONPATH", "UCX_TLS", "CUDA_VISIBLE_DEVICES"],
     )
     text = " ".join(command)
-    assert "--host n0:4,n1:2 -x PYTHONPATH -x UCX_TLS -n 6" in text and "HOME" not in text
+    assert "--host n0:4,n1:2 -x CUDA_VISIBLE_DEVICES -x PYTHONPATH -x UCX_TLS -n 6" in text and "HOME" not in text
     assert "-m mpi4py" in text and "ulfm" not in text
     survive = launchers.open_mpi_command("t.py", [], 6, mpiexec="mpiexec", python="python", survive=True)
     assert "--with-ft ulfm" in " ".join(survive) and "mpi4py" not in survive

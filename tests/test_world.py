@@ -1,5 +1,6 @@
 """Re-execution, hosts, devices and precision: what is refused, and with which words."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -29,6 +30,18 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
     assert command[0].endswith("mpiexec")
     assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
     assert not set(launchers.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
+
+
+def test_only_processes_of_this_host_are_watched(tmp_path):
+    """Where hosts share the temporary folder a rank of another has a number that may be any process of this one."""
+    environment = {relaunch.PARENT_SPEAKS: str(tmp_path)}
+    relaunch.sign_in(environment, "a rank here")  # nobody watches from there
+    (tmp_path / relaunch.WATCHED_FROM).write_text("another boot 4026531836")
+    relaunch.sign_in(environment, "a rank of another host")
+    assert [path.name for path in tmp_path.iterdir()] == [relaunch.WATCHED_FROM]
+    (tmp_path / relaunch.WATCHED_FROM).write_text(relaunch._process_table())
+    relaunch.sign_in(environment, "a rank here")
+    assert (tmp_path / str(os.getpid())).read_text() == "a rank here"
 
 
 @pytest.mark.parametrize(("writes", "code"), [(True, 0), (False, 1)])
@@ -84,12 +97,14 @@ def test_no_mpiexec_is_said(monkeypatch, tmp_path):
         relaunch.relaunch("launch/train.py", [], 6)
 
 
-def fake_world(sharers: int, rank: int = 0):
-    """With as many ranks on this host that see the same devices, and this rank's place among them."""
-    same = SimpleNamespace(size=sharers, rank=rank)
-    return SimpleNamespace(
-        comm=SimpleNamespace(Split_type=lambda *_, **__: SimpleNamespace(Split=lambda **_: same)), rank=0
-    )
+def fake_world(clients: list[int], rank: int = 0):
+    """With the clients of the ranks on this host that see the same devices, and this rank's place among them."""
+
+    def gather(_, found):
+        found[:] = clients
+
+    same = SimpleNamespace(size=len(clients), rank=rank, Allgather=gather)
+    return SimpleNamespace(host_comm=SimpleNamespace(Split=lambda **_: same), rank=0, client=0)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +120,25 @@ def fake_world(sharers: int, rank: int = 0):
 def test_ranks_get_the_device_of_their_place_on_the_host(sharers, rank, devices, oversubscribe, local, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
-    world.check_devices(exp, fake_world(sharers, rank), [f"GPU-{n}" for n in range(devices)])
+    world.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
     assert world.os.environ["LOCAL_RANK"] == local
 
 
 def test_too_few_devices_are_refused_with_the_arithmetic():
     exp = tiny.experiment("unused", [{"budget": 1.0}])
     with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
-        world.check_devices(exp, fake_world(6), ["a", "b", "c", "d"])
+        world.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
     exp = tiny.experiment("unused", [{"budget": 1.0}, {"budget": 1.0, "ranks": 2}], oversubscribe=True)
     with pytest.raises(UserError, match="'c1' has 2 ranks for 1 accelerators.*cannot share a device"):
-        world.check_devices(exp, fake_world(3), ["a"])
+        world.check_devices(exp, fake_world([0, 1, 1]), ["a"])
+
+
+def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkeypatch):
+    """Two of its four ranks are here, beside another client's."""
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
+    world.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
+    assert world.os.environ["LOCAL_RANK"] == "1"
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
@@ -137,45 +160,42 @@ def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
     assert [int(rank["cores"]) for rank in found] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
 
 
-@pytest.mark.slow
-def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(tmp_path):
-    """Four ranks: two see the same two devices, and two one each; then the first two see one, which is too few."""
-    seen = [["a", "b"], ["a", "b"], ["c"], ["d"]]
-    found = run_ranks(tmp_path, 4, "tests.scenarios:devices", {"seen": seen})
-    assert [int(rank["local"]) for rank in found] == [0, 1, 0, 0]
-    seen = [["a"], ["a"], ["c"], ["d"]]
-    found = run_ranks(tmp_path, 4, "tests.scenarios:devices", {"seen": seen})
-    assert [int(rank["local"]) for rank in found] == [-1, -1, 0, 0]
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """Four ranks started on two hosts in turn, as `-ppn 1` does; client a has two ranks, b and c have one."""
+    return run_ranks(tmp_path_factory.mktemp("joined"), 4, "tests.scenarios:joined", {})
 
 
 @pytest.mark.slow
-def test_ranks_are_numbered_by_clients_wherever_they_were_started(tmp_path):
-    """Hosts in turn, as `-ppn 1` starts them; a has two ranks, b one, c one: a is on one host all the same."""
-    found = run_ranks(tmp_path, 4, "tests.scenarios:joined", {"hosts": ["n0", "n1", "n0", "n1"], "ranks": [2, 1, 1]})
-    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in found] == [
+def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
+    """So a is on one host all the same."""
+    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in joined] == [
         (0, 0, 0),
         (2, 1, 0),
         (1, 0, 1),
         (3, 2, 0),
     ]
-    ports = [int(r["port"]) for r in found]
+    ports = [int(r["port"]) for r in joined]
     assert ports[0] == ports[2] and len(set(ports)) == 3, "clients of a host need ports of their own"
 
 
 @pytest.mark.slow
-def test_a_client_on_several_hosts_meets_where_all_its_ranks_have_been(tmp_path):
-    found = run_ranks(tmp_path, 3, "tests.scenarios:meeting", {})
-    assert len({(str(r["address"]), int(r["port"])) for r in found}) == 1
-    assert not str(found[0]["address"]).startswith("127."), "no other host reaches a loopback address"
-    assert all(str(r["interface"]) for r in found)
+def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(joined):
+    """Two see the same two devices, and two one each; then the first two see one, which is too few."""
+    assert [int(rank["local_of_two"]) for rank in joined] == [0, 0, 1, 0]
+    assert [int(rank["local_of_one"]) for rank in joined] == [-1, 0, -1, 0]
 
 
 @pytest.mark.slow
-def test_hosts_that_do_not_reach_each_other_are_said(tmp_path):
+def test_a_client_on_several_hosts_meets_where_all_its_ranks_have_been(joined):
+    assert len({(str(r["address"]), int(r["meeting_port"])) for r in joined}) == 1
+    assert not str(joined[0]["address"]).startswith("127."), "no other host reaches a loopback address"
+    assert all(str(r["interface"]) for r in joined)
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_reach_each_other_are_said(joined):
     """The only interface that is allowed does not exist, so there is no address to try."""
-    found = run_ranks(tmp_path, 2, "tests.scenarios:meeting", {"interface": "none0"})
-    for rank in found:
-        assert str(rank["error"]).startswith(
-            "rendezvous: no address of the client's first host (it has none) is reached"
-        )
+    for rank in joined:
+        assert str(rank["error"]).startswith("rendezvous: no address of the client's first host (it has none)")
         assert "GLOO_SOCKET_IFNAME" in str(rank["error"])

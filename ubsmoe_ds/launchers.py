@@ -29,7 +29,10 @@ RENDEZVOUS_VARIABLES = (
 HOSTS_VARIABLES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")  # of deepspeed's and torch's launchers on several hosts
 HOST_RANK_VARIABLES = ("CROSS_RANK", "GROUP_RANK")
 # what Open MPI's ranks on other hosts get from this environment beside its own variables; MPICH's get all of it
-FORWARDED = ("PYTHONPATH", "OMP_NUM_THREADS", "UBSMOE_DS_", "DS_", "GLOO_", "NCCL_", "UCX_", "HF_", "TOKENIZERS_")
+FORWARDED = (
+    *("PYTHONPATH", "OMP_NUM_THREADS", "MKL_", "UBSMOE_DS_", "DS_", "TORCH_", "CUDA_"),
+    *("GLOO_", "NCCL_", "UCX_", "FI_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
+)
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:

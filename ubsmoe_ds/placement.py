@@ -6,7 +6,7 @@ first: into whole expert groups, whose all-to-alls then stay inside a host, and 
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,29 +68,37 @@ def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
     """Hosts that a client may be on."""
     if client.hosts is None:
         return tuple(slots)
-    found = []
-    for name in client.hosts:
-        matches = [host for host in slots if _is_same(name, host)]
-        if not matches:
-            raise UserError(
-                f"clients: {client.name!r} has hosts {name!r}, which is not among those of this job "
-                f"({', '.join(slots)}); correct it, or start the job on that host too"
-            )
-        found += matches
-    room = sum(slots[host] for host in dict.fromkeys(found))
+    found = tuple(dict.fromkeys(_named(name, client, slots) for name in client.hosts))
+    room = sum(slots[host] for host in found)
     if room < client.ranks:
         raise UserError(
             f"clients: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have {room} "
             "slots; add slots or hosts, or lower its ranks"
         )
-    return tuple(dict.fromkeys(found))
+    return found
 
 
-def _is_same(name: str, host: str) -> bool:
-    """Whether two names are of one host; either may leave out the domain."""
-    if "." in name and "." in host:
-        return name == host
-    return name.partition(".")[0] == host.partition(".")[0]
+def _named(name: str, client: ClientConfig, slots: Mapping[str, int]) -> str:
+    """The one host that a name stands for; a client's data may be nowhere else, so in doubt it is refused."""
+    equal = [host for host in slots if host.partition("#")[0] == name]  # gpu1#2: another of the same name
+    matches = equal or [host for host in slots if _may_be(name, host.partition("#")[0])]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(
+            f"clients: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write a name that "
+            "only one of them has"
+        )
+    raise UserError(
+        f"clients: {client.name!r} has hosts {name!r}, which is not among those of this job ({', '.join(slots)}); "
+        "correct it, or start the job on that host too"
+    )
+
+
+def _may_be(name: str, host: str) -> bool:
+    """Whether two names differ only in that one of them leaves out the domain."""
+    short, dotted = sorted((name, host), key=len)
+    return "." not in short and dotted.startswith(f"{short}.") and not dotted.replace(".", "").isdigit()
 
 
 def _fits(size: int, hosts: Sequence[str], slots: Mapping[str, int]) -> bool:
@@ -105,39 +113,41 @@ def _pieces(
         return [_Piece(number, client.ranks, hosts)]
     if split == GROUPS and group > 1 and _fits(group, hosts, slots):
         return [_Piece(number, group, hosts)] * (client.ranks // group)
+    if len(hosts) < len(slots):  # how many ranks each of them gets may matter to others that need them
+        return [_Piece(number, 1, hosts)] * client.ranks
     return [_Piece(number, client.ranks, hosts, loose=True)]
 
 
 def _pack(pieces: Sequence[_Piece], slots: Mapping[str, int]) -> list[tuple[_Piece, list[str]]] | None:
     """Hosts for the ranks of each piece, by trying; those with the least choice come first, loose ones fill up."""
     order = sorted(pieces, key=lambda piece: (len(piece.hosts), piece.loose, -piece.size))
-    free, tries = dict(slots), 0
+    free = dict(slots)
     found: list[tuple[_Piece, list[str]]] = []
     interchangeable = all(len(piece.hosts) == len(slots) for piece in pieces)
-
-    def go_on() -> bool:
-        nonlocal tries
+    left = [_choices(order[0], free, found, interchangeable)]  # for each piece that has a place, and the next
+    for _ in range(MOST_TRIES + len(order)):
+        hosts = next(left[-1], None)
+        while hosts is None:  # nothing is left for this piece: another place for the one before it
+            left.pop()
+            if not left:
+                return None
+            _move(free, found.pop()[1], 1)
+            hosts = next(left[-1], None)
+        _move(free, hosts, -1)
+        found.append((order[len(found)], hosts))
         if len(found) == len(order):
-            return True
-        piece = order[len(found)]
-        mine = {host for other, hosts in found if other.client == piece.client for host in hosts}
-        for hosts in _choices(piece, free, mine, interchangeable):
-            tries += 1
-            if tries > MOST_TRIES + len(order):
-                return False
-            found.append((piece, hosts))
-            free.update({host: free[host] - count for host, count in Counter(hosts).items()})
-            if go_on():
-                return True
-            free.update({host: free[host] + count for host, count in Counter(hosts).items()})
-            found.pop()
-        return False
+            return found
+        left.append(_choices(order[len(found)], free, found, interchangeable))
+    return None
 
-    return found if go_on() else None
+
+def _move(free: dict[str, int], hosts: Sequence[str], sign: int) -> None:
+    for host in hosts:
+        free[host] += sign
 
 
 def _choices(
-    piece: _Piece, free: Mapping[str, int], mine: Collection[str], interchangeable: bool
+    piece: _Piece, free: Mapping[str, int], found: Sequence[tuple[_Piece, list[str]]], interchangeable: bool
 ) -> Iterator[list[str]]:
     """Ways to put a piece: hosts that its client is on already come first, then the fullest with room for it.
 
@@ -149,6 +159,7 @@ def _choices(
         if len(filled) == piece.size:
             yield filled
         return
+    mine = {host for other, hosts in found if other.client == piece.client for host in hosts}
     seen = set()
     for host in sorted(piece.hosts, key=lambda host: (host not in mine, free[host])):
         kind = (host in mine, free[host], "" if interchangeable else host)

@@ -27,7 +27,8 @@ from ubsmoe_ds.launchers import RENDEZVOUS_VARIABLES, is_open_mpi, mpi_command, 
 
 PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # set for ranks whose parent is `relaunch`: the folder where they sign in
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
-ENDED = "ended"  # in that folder: the exit code, once the ranks know it
+WATCHED_FROM = "watched_from"  # in that folder, which other hosts may see too: whose processes are meant
+ENDED = "ended"  # there: the exit code, once the ranks know it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
 LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
@@ -38,10 +39,24 @@ DELIBERATE = (0, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINA
 def sign_in(environment: Mapping[str, str], description: str) -> None:
     """A rank says who it is, and that it can be asked to stop from now on."""
     folder = environment.get(PARENT_SPEAKS, "")
-    if Path(folder).is_dir() and folder:  # on another host there is none
+    if folder and _is_beside(Path(folder)):
         unfinished = Path(folder) / f".{os.getpid()}"
         unfinished.write_text(description, encoding="utf-8")
         unfinished.rename(Path(folder) / str(os.getpid()))
+
+
+def _is_beside(folder: Path) -> bool:
+    """Whether the process that watches is on this host, and counts processes as this one does."""
+    try:
+        return (folder / WATCHED_FROM).read_text(encoding="utf-8") == _process_table()
+    except OSError:
+        return False
+
+
+def _process_table() -> str:
+    """What tells the numbers of processes here from those of another host or container."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def sign_off(environment: Mapping[str, str], code: int) -> None:
@@ -100,6 +115,7 @@ def relaunch(
         of_this_job = attempt > 0 and (saved() - before or not saved())
         chosen = [*arguments, *(["--resume", "auto"] if of_this_job else [])]
         with tempfile.TemporaryDirectory(prefix="ubsmoe_ds-", ignore_cleanup_errors=True) as folder:
+            (Path(folder) / WATCHED_FROM).write_text(_process_table(), encoding="utf-8")
             command = start(script, chosen, ranks, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
             code = watch.run(command, environment | {PARENT_SPEAKS: folder}, Path(folder))
         if open_mpi and code == 0 and not watch.seen and finished() <= old_summary:

@@ -9,9 +9,11 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,9 @@ from ubsmoe_ds.errors import UserError
 LOOPBACK = "127.0.0.1"
 TRY_SECONDS = 3.0  # to reach an address
 MOST_ADDRESSES = 32
-MESSAGE_BYTES = 4096
+MOST_BYTES = 4096  # of what a rank tells the others
+PORT_TRIES = 100
+FIRST_PORT, SYSTEM_PORTS = 16384, 32768  # between them nobody is given a port by chance, unless set otherwise
 INTERFACES = "GLOO_SOCKET_IFNAME"  # of gloo: names with commas between
 
 
@@ -43,31 +47,55 @@ def meet(client_comm: Any, everybody: Any, one_host: bool) -> Meeting:
         one_host: whether the client is on one host; then it meets on the loopback interface.
 
     Raises:
-        UserError: if no address of the first rank is reached by all others.
+        UserError: on every rank of the job, if no address of some client's first rank is reached by all its others.
     """
     with closing(_Listener()) if client_comm.rank == 0 else nullcontext() as listener:
         offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
-        port, token, addresses = _broadcast(client_comm, offer)
+        port, token, addresses = share(client_comm, offer)[0]
         with ThreadPoolExecutor(max_workers=MOST_ADDRESSES) as pool:
             tried = list(pool.map(lambda address: _reach(address, port, token), addresses))
-        reached = _by_all(client_comm, [interface is not None for interface in tried])
-        everybody.Barrier()
-    if not any(reached):
+        reached = np.array(share(client_comm, [interface is not None for interface in tried]), dtype=bool).all(axis=0)
+        problem = "" if reached.any() else ", ".join(addresses) or "it has none"
+        problems = [each for each in share(everybody, problem) if each]
+    if problems:
         raise UserError(
-            f"rendezvous: no address of the client's first host ({', '.join(addresses) or 'it has none'}) is reached "
-            f"from all its hosts; open the network between them, or set {INTERFACES} to the interface that joins them"
+            f"rendezvous: no address of the client's first host ({problems[0]}) is reached from all its hosts; open "
+            f"the network between them, or set {INTERFACES} to the interface that joins them"
         )
-    chosen = reached.index(True)
+    chosen = int(reached.argmax())
     return Meeting(addresses[chosen], port, tried[chosen] or "")
 
 
+def share(comm: Any, value: Any) -> list[Any]:
+    """What each rank of a communicator tells all others, as JSON (a collective).
+
+    Raises:
+        ValueError: for more than `MOST_BYTES`.
+    """
+    text = json.dumps(value).encode()
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"a message of {len(text)} bytes; {MOST_BYTES} are the most")
+    given = np.frombuffer(text.ljust(MOST_BYTES), dtype=np.uint8)
+    found = np.empty((comm.size, MOST_BYTES), dtype=np.uint8)
+    comm.Allgather(given, found)
+    return [json.loads(row.tobytes()) for row in found]
+
+
 class _Listener:
-    """Holds a free port on all interfaces and answers whoever comes with a token, which tells it from other hosts."""
+    """Holds a free port on all interfaces and answers whoever comes with a token, which tells it from other hosts.
+
+    The port is none that the system gives to outgoing connections: it is taken again only when rows have been read.
+    """
 
     def __init__(self) -> None:
         both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self.server = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
+        listen = partial(
+            socket.create_server,
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=both,
+        )
+        self.server = _on_free_port(listen)
         self.port, self.token = int(self.server.getsockname()[1]), secrets.token_hex(8)
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -85,6 +113,23 @@ class _Listener:
         """Free the port."""
         self.server.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self.server.close()
+
+
+def _on_free_port(listen: Callable[[tuple[str, int]], socket.socket]) -> socket.socket:
+    """A server on a port of our own choice; if all those tried are taken, on any."""
+    for _ in range(PORT_TRIES):
+        with suppress(OSError):
+            return listen(("", secrets.choice(range(FIRST_PORT, _first_system_port()))))
+    return listen(("", 0))
+
+
+def _first_system_port() -> int:
+    """From which on the system gives ports to outgoing connections."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = SYSTEM_PORTS
+    return max(first, FIRST_PORT + 1)
 
 
 def _reach(address: str, port: int, token: str) -> str | None:
@@ -125,21 +170,3 @@ def interface_of(address: str) -> str:
         if any(entry.address.partition("%")[0] == plain for entry in addresses):
             return name
     return ""
-
-
-def _broadcast(comm: Any, offer: tuple[int, str, list[str]] | None) -> tuple[int, str, list[str]]:
-    message = np.zeros(MESSAGE_BYTES, dtype=np.uint8)
-    if offer is not None:
-        text = json.dumps(offer).encode()
-        message[: len(text)] = np.frombuffer(text, dtype=np.uint8)
-    comm.Bcast(message, root=0)
-    port, token, addresses = json.loads(message.tobytes().rstrip(b"\0"))
-    return port, token, addresses
-
-
-def _by_all(comm: Any, mine: Sequence[bool]) -> list[bool]:
-    """What is true on every rank of a communicator."""
-    given = np.array(mine, dtype=np.uint8)
-    found = np.empty((comm.size, len(given)), dtype=np.uint8)
-    comm.Allgather(given, found)
-    return [bool(column.all()) for column in found.T]

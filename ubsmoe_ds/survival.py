@@ -72,7 +72,9 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
     left = [old for old in places if world.client_of[old] in kept]
     client_of = tuple(kept.index(world.client_of[old]) for old in left)
     hosts = tuple(world.hosts[old] for old in left)
-    return replace(world, comm=found, client_of=client_of, client=kept.index(world.client), hosts=hosts), lost
+    meetings = tuple(world.meetings[client] for client in kept)
+    client = kept.index(world.client)
+    return replace(world, comm=found, client_of=client_of, client=client, hosts=hosts, meetings=meetings), lost
 
 
 def _gather_quietly(comm: MPI.Comm) -> None:

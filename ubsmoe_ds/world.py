@@ -21,7 +21,7 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.launchers import check_size
 from ubsmoe_ds.placement import job_order, place
-from ubsmoe_ds.rendezvous import INTERFACES, meet
+from ubsmoe_ds.rendezvous import INTERFACES, meet, share
 
 POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
 MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
@@ -77,7 +77,8 @@ class World:
     client: int  # this rank's
     client_rank: int
     hosts: tuple[str, ...]  # each rank of the job: the name of its host
-    host_rank: int  # among all ranks on this host
+    meetings: tuple[str, ...]  # each client: where its ranks meet if they are on several hosts, else ""
+    host_comm: MPI.Comm  # of the ranks on this host
     cores: int  # this rank's share of those it may run on, at least 1
     survives: bool = False  # whether the job goes on when ranks die
 
@@ -199,6 +200,8 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         MASTER_ADDR=meeting.address,
         MASTER_PORT=str(meeting.port),
     )
+    crosses = client_comm.rank == 0 and len(set(places[number])) > 1
+    told = share(comm, [number, f"{meeting.address} ({meeting.interface})"] if crosses else None)
     if meeting.interface:
         os.environ.setdefault(INTERFACES, meeting.interface)  # gloo's own guess is what the host's name stands for
     return World(
@@ -208,7 +211,8 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         client=number,
         client_rank=client_comm.rank,
         hosts=tuple(host_of[number] for number in order),
-        host_rank=host_comm.rank,
+        meetings=tuple(dict(filter(None, told)).get(c, "") for c in range(len(exp.clients))),
+        host_comm=host_comm,
         cores=_fair_cores(host_comm),
         survives=exp.fault_tolerance == "shrink",
     )
@@ -224,8 +228,7 @@ def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None
     Raises:
         UserError: with the arithmetic; also if two ranks of one client would share a device, which NCCL cannot.
     """
-    host_comm = world.comm.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
-    sharers = host_comm.Split(color=zlib.crc32(" ".join(devices).encode()) >> 1, key=world.rank)
+    sharers = world.host_comm.Split(color=zlib.crc32(" ".join(devices).encode()) >> 1, key=world.rank)
     if not devices:
         return
     on_host, count = sharers.size, len(devices)
@@ -234,11 +237,13 @@ def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None
             f"clients: {on_host} ranks on this host, {count} accelerators: {on_host - count} too few; "
             "lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
         )
-    for client in exp.clients:
-        if client.ranks > count and on_host > count:
+    clients = np.empty(on_host, dtype=np.int64)
+    sharers.Allgather(np.array([world.client]), clients)
+    for number, ranks in Counter(clients.tolist()).items():
+        if ranks > count:
             raise UserError(
-                f"clients: {client.name!r} has {client.ranks} ranks for {count} accelerators; ranks of one client "
-                f"cannot share a device: give it at most {count}, or set accelerator=cpu"
+                f"clients: {exp.clients[number].name!r} has {ranks} ranks for {count} accelerators of this host; ranks "
+                f"of one client cannot share a device: give it at most {count} here, or set accelerator=cpu"
             )
     os.environ["LOCAL_RANK"] = str(sharers.rank % count)
 

@@ -103,7 +103,8 @@ def build(
     if world.rank == 0:
         cuts = {"training": (int(cut_prompts), sum(rows.counts)), "evaluation": (evaluator.cut, len(rows.evaluation))}
         federation.monitor = _open_monitor(exp, found)
-        placed = f"placement: {describe(exp.clients, world.places)}"
+        met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
+        placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
         for line in (_headline(exp, client), placed, *_warnings(exp, cuts)):
             federation.monitor.say(line)
     return federation
