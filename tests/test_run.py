@@ -9,6 +9,7 @@ import pytest
 
 from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
 from tests.ranks import REPO
+from tests.test_plan import compare_with_run
 from ubsmoe_ds.federation.adapter import read_adapter
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,10 @@ def test_run_folder_holds_what_is_promised(demo):
     assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
     assert [record["round"] for record in records(folder)] == [0, 1, 2]
     assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
+
+
+def test_the_plan_has_said_what_it_takes(demo):
+    compare_with_run(demo[0], SHORT)
 
 
 def test_metrics_are_complete_and_plausible(demo):
