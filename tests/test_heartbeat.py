@@ -6,6 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,15 @@ class Net:
         self.hosts = [Host(f"host n{n}", addresses, each.getsockname()[1]) for n, each in enumerate(sockets)]
         self.said: list[list[str]] = [[] for _ in range(count)]
         self.ended: set[int] = set()
+        self.cut_off: set[int] = set()  # of these, from the first
         self.beating = {
-            n: Heartbeat(each, n, self.hosts, TOKEN, timeout, self.said[n].append, partial(self.ended.add, n))
+            n: Heartbeat(each, n, self.hosts, TOKEN, timeout, self.said[n].append, partial(self._end, n))
             for n, each in enumerate(sockets)
         }
+
+    def _end(self, number: int, cut_off: bool) -> None:
+        self.cut_off |= {number} if cut_off else set()
+        self.ended.add(number)
 
     def stop(self, *numbers: int) -> None:
         for number in numbers:
@@ -69,7 +75,7 @@ def test_the_silent_host_is_named_once_and_the_others_are_told(net):
     assert TIMEOUT / 2 < time.monotonic() - start < 5 * TIMEOUT
     (line,) = hosts.said[0]
     assert line.startswith("error: host n2 has not been heard from for 0.6 s;") and "--resume auto" in line
-    assert hosts.said[1:] == [[], []]
+    assert hosts.said[1:] == [[], []] and not hosts.cut_off
 
 
 def test_without_the_first_host_each_of_the_others_ends(net):
@@ -79,6 +85,7 @@ def test_without_the_first_host_each_of_the_others_ends(net):
     hosts.wait_for(1)
     assert hosts.said[2] == []
     hosts.wait_for(2)
+    assert hosts.cut_off == {1, 2}
     assert all(line.startswith("error: host n0 has not") for said in hosts.said[1:] for line in said)
 
 
@@ -98,12 +105,12 @@ def test_hosts_that_end_together_lose_nobody(net):
 
 
 def test_where_no_datagram_passes_there_is_a_warning_and_no_alarm(net):
-    hosts = net(2, addresses=("192.0.2.1",))  # documentation's own; nobody is there
+    hosts = net(3, addresses=("192.0.2.1",))  # documentation's own; nobody is there
     time.sleep(3 * TIMEOUT)
     assert not hosts.ended
-    for said in hosts.said:
-        (line,) = said
-        assert line.startswith("warning: no datagram (UDP) passes between host")
+    (line,) = hosts.said[0]
+    assert line.startswith("warning: no datagram (UDP) passes between host n0 and host n1, host n2: nothing")
+    assert hosts.said[1:] == [[], []]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -116,6 +123,30 @@ def test_the_address_that_answers_is_used(address, net):
     hosts.stop(1)
     hosts.wait_for(0)
     assert not hosts.said[1]
+
+
+def test_another_address_is_used_when_one_falls_silent_and_the_best_that_answers(net, monkeypatch):
+    hosts = net(2, addresses=("127.0.0.1", "127.0.0.2", "127.0.0.3"))
+    beating, send, broken = hosts.beating[1], hosts.beating[1]._send, set()
+    monkeypatch.setattr(beating, "_send", lambda kind, host, n, place: n in broken or send(kind, host, n, place))
+    for falls_silent, best in (({0}, 1), ({1, 2}, 0), ({0, 1}, 2)):
+        broken.clear()
+        broken.update(falls_silent)
+        time.sleep(2 * TIMEOUT)
+        assert beating._reached == {0: beating._place(best)}
+    assert hosts.said == [[], []] and not hosts.ended
+
+
+def test_the_best_address_is_used_though_another_answers_sooner(net, monkeypatch):
+    send = Heartbeat._send
+
+    def late(self, kind, host, number, place):
+        seconds = TIMEOUT / BEATS / 2 if kind == BEAT and number == 0 else 0
+        threading.Timer(seconds, send, (self, kind, host, number, place)).start()
+
+    monkeypatch.setattr(Heartbeat, "_send", late)
+    hosts = net(2, addresses=("127.0.0.1", "127.0.0.2"))
+    assert hosts.beating[1]._reached == {0: hosts.beating[1]._place(0)}
 
 
 def test_strangers_count_for_nothing(net):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 BEATS = 6  # in the time after which a host is lost; single datagrams may be lost too
+SEARCH = 1 / 2  # of that time without an answer, until other addresses are tried
 LONGEST_INTERVAL = 5.0
 HEADER = struct.Struct("!16sBHB")  # token of the job, kind, host that it is about, address that it was sent to
 BEAT, ANSWER, LOST = range(3)
@@ -48,7 +49,7 @@ class Heartbeat:
     """Watches the other hosts from now until `close`, in a thread of its own that sleeps nearly always.
 
     A host counts only once it has been heard from: where a firewall lets no datagrams pass there is a warning, and no
-    alarm.
+    alarm. Of the first host's addresses the best that answers is used; when it falls silent all are tried again.
 
     Args:
         own_socket: of `open_socket`; this host's port in the list.
@@ -57,7 +58,7 @@ class Heartbeat:
         token: 16 bytes that tell this job's messages from others'.
         timeout_seconds: of silence after which a host is lost.
         say: called in the thread with a line for the user.
-        end: called in the thread, at last, when a host is lost.
+        end: called in the thread, at last, when a host is lost; with whether this one is cut off from the first.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Heartbeat:
         token: bytes,
         timeout_seconds: float,
         say: Callable[[str], None],
-        end: Callable[[], None],
+        end: Callable[[bool], None],
     ) -> None:
         self._socket, self._me, self._hosts, self._token = own_socket, me, hosts, token
         self._timeout, self._say, self._end = timeout_seconds, say, end
@@ -78,6 +79,7 @@ class Heartbeat:
         watched = range(1, len(hosts)) if me == FIRST else (FIRST,)
         self._silence = dict.fromkeys(watched, 0.0)  # seconds since a host was heard from
         self._reached: dict[int, tuple] = {}  # where a host has been heard from
+        self._best: int | None = None  # of the first host's addresses, that in use
         self._closing, self._close = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -100,7 +102,7 @@ class Heartbeat:
             if ended == CLOSED:
                 return
             if ended == TOLD:
-                self._end()
+                self._end(False)
                 return
             # at most two intervals: a process that was suspended has heard nothing because it did not listen
             passed = min(time.monotonic() - started, 2 * self._interval)
@@ -108,7 +110,7 @@ class Heartbeat:
                 self._silence[host] += passed
             if any(self._silence[host] > self._patience for host in self._reached):
                 self._tell_of_silent()
-                self._end()
+                self._end(self._me != FIRST)
                 return
             if time.monotonic() > warn_at:
                 self._warn()
@@ -140,16 +142,20 @@ class Heartbeat:
             self._silence[host], self._reached[host] = 0.0, sender
             self._send(ANSWER, host, address, sender)
         elif self._me != FIRST and kind == ANSWER and address < len(first.addresses):
+            if self._best is None or address < self._best or self._searches():
+                self._best, self._reached[FIRST] = address, self._place(address)
             self._silence[FIRST] = 0.0
-            self._reached.setdefault(FIRST, self._place(address))
         return self._me != FIRST and kind == LOST
 
     def _beat(self) -> None:
-        """To the address that answers, or while none has answered yet to each."""
+        """To the address that answers, or while none does to each."""
         for number in range(len(self._hosts[FIRST].addresses)):
-            place = self._place(number)
-            if self._reached.get(FIRST, place) == place:
-                self._send(BEAT, self._me, number, place)
+            if number == self._best or self._searches():
+                self._send(BEAT, self._me, number, self._place(number))
+
+    def _searches(self) -> bool:
+        """Whether no address of the first host answers, yet or any longer."""
+        return self._best is None or self._silence[FIRST] > self._timeout * SEARCH
 
     def _place(self, number: int) -> tuple[str, int]:
         """An address of the first host, as our socket takes it."""
@@ -175,11 +181,13 @@ class Heartbeat:
             time.sleep(TOLD_SECONDS)
 
     def _warn(self) -> None:
-        """Of hosts that have never been heard from."""
-        for host in set(self._silence) - set(self._reached):
+        """Of hosts that have never been heard from; the first host speaks for all."""
+        silent = sorted(set(self._silence) - set(self._reached))
+        if silent and self._me == FIRST:
             self._say(
-                f"warning: no datagram (UDP) passes between {self._hosts[host].description} and "
-                f"{self._hosts[self._me].description}: nothing will notice if that network breaks"
+                f"warning: no datagram (UDP) passes between {self._hosts[FIRST].description} and "
+                f"{', '.join(self._hosts[host].description for host in silent)}: nothing will notice if that network "
+                "breaks"
             )
 
     def _send(self, kind: int, host: int, address: int, place: tuple) -> None:

@@ -15,12 +15,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import EXIT_FAILURE
@@ -32,6 +33,7 @@ from ubsmoe_ds.world import World, abort
 MOST_BYTES = 4096  # of what a rank tells the others
 ABORT_SECONDS = 3.0  # for the launcher to end this rank
 OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
+BETWEEN = 3  # processes between such a daemon and a rank, at most: what starts a container, a script
 
 
 def watch(exp: Experiment, world: World) -> Heartbeat | None:
@@ -57,20 +59,31 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
         Host(_describe(exp, world, host), tuple(everybody[first]["addresses"]), everybody[first]["port"])
         for host, first in first_of.items()
     ]
-    others = [
-        os.pidfd_open(other["pid"])
+    others = _handles(
+        other["pid"]
         for rank, other in enumerate(everybody)
         # in a container of its own a rank's process has another number here; its launcher has to end it
         if world.hosts[rank] == here and rank != world.rank and other["counted_in"] == told["counted_in"]
-    ]
+    )
     token = bytes.fromhex(everybody[0]["token"])
     me = list(first_of).index(here)
     return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(_end, others))
 
 
+def _handles(pids: Iterable[int]) -> list[int]:
+    """Of these processes, those that can be had; the launcher has to end the others."""
+    found = []
+    for pid in pids:
+        # neither kernels before 5.3 nor a Python built on one have it, old containers forbid it
+        with contextlib.suppress(OSError, AttributeError):
+            found.append(os.pidfd_open(pid))
+    return found
+
+
 def _addresses() -> list[str]:
-    """Of this host; those of the interfaces that gloo uses come first."""
-    chosen = os.environ.get(INTERFACES, "").split(",")
+    """Of this host; those of the interfaces that the user chose for gloo come first."""
+    started_with = psutil.Process().environ()  # the variable may have been set since then, for the client's own world
+    chosen = started_with.get(INTERFACES, "").split(",")
     found = sorted(all_addresses(), key=lambda entry: (entry[0] not in chosen, entry[1] != socket.AF_INET))
     return [address for _, _, address in found][:MOST_ADDRESSES]
 
@@ -97,30 +110,36 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _end(others: Sequence[int]) -> NoReturn:
+def _end(others: Sequence[int], cut_off: bool) -> NoReturn:
     """End all ranks of this host, and where it can be reached the job; called in the heartbeat's thread.
 
     Args:
         others: pidfds of the other ranks here.
+        cut_off: whether the first host is out of reach, and with it perhaps whatever else would end them.
     """
     sign_off(os.environ, EXIT_FAILURE)
     daemon = _open_mpi_daemon()
     if daemon is not None:
         os.kill(daemon, signal.SIGKILL)
     else:
+        if cut_off:  # first, as MPICH's Abort ends this process at once; else its code is the job's, not theirs
+            _kill(others)
         threading.Thread(target=abort, args=[EXIT_FAILURE], daemon=True).start()
         time.sleep(ABORT_SECONDS)
-    for handle in others:
+    _kill(others)
+    os._exit(EXIT_FAILURE)
+
+
+def _kill(handles: Iterable[int]) -> None:
+    for handle in handles:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
-    os._exit(EXIT_FAILURE)
 
 
 def _open_mpi_daemon() -> int | None:
     """The process that started this rank, if it is Open MPI's."""
-    parent = os.getppid()
     try:
-        name = Path(f"/proc/{parent}/comm").read_text().strip()
-    except OSError:
+        parents = psutil.Process().parents()[: BETWEEN + 1]
+        return next((parent.pid for parent in parents if parent.name() in OPEN_MPI_DAEMONS), None)
+    except psutil.Error:  # one of them has just ended
         return None
-    return parent if name in OPEN_MPI_DAEMONS else None
