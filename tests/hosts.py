@@ -8,6 +8,7 @@ left behind, even if the tests are killed. `hosts.shell` stands in for ssh. What
 cluster's do, and the table of processes.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -139,6 +140,7 @@ class Hosts:
             holder.communicate()  # closes its input
 
 
+@functools.cache
 def missing() -> str | None:
     """What keeps this machine from having hosts, or None."""
     tools = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
