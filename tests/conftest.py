@@ -10,6 +10,24 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# what tests that need something say where it is missing
+REASONS = {
+    "slurm": ("no Slurm here",),
+    "hosts": ("network namespaces", "apt-get install iproute2"),
+    "openmpi": ("no Open MPI", "make openmpi"),
+}
+REQUIRED = [reason for name in os.environ.get("UBSMOE_DS_REQUIRE", "").split() for reason in REASONS[name]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where UBSMOE_DS_REQUIRE names something, tests that are skipped for want of it fail."""
+    report = yield
+    if report.skipped and any(reason in str(report.longrepr) for reason in REQUIRED):
+        report.outcome, report.longrepr = "failed", f"UBSMOE_DS_REQUIRE: {report.longrepr}"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _from_the_root(monkeypatch):
     monkeypatch.chdir(REPO)
