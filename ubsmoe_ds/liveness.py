@@ -7,7 +7,6 @@ ranks behind; so there each host's daemon is ended by force, and ranks never out
 """
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -20,17 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import psutil
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import EXIT_FAILURE
 from ubsmoe_ds.heartbeat import Heartbeat, Host, open_socket
 from ubsmoe_ds.relaunch import end_with_parent, sign_off
-from ubsmoe_ds.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
+from ubsmoe_ds.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses, share
 from ubsmoe_ds.world import World, abort
 
-MOST_BYTES = 4096  # of what a rank tells the others
 ABORT_SECONDS = 3.0  # for the launcher to end this rank
 OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
 BETWEEN = 3  # processes between such a daemon and a rank, at most: what starts a container, a script
@@ -52,7 +49,7 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     told: dict[str, Any] = {"pid": os.getpid(), "counted_in": Path("/proc/self/ns/pid").stat().st_ino}
     if own_socket is not None:
         told |= {"addresses": _addresses(), "port": own_socket.getsockname()[1], "token": secrets.token_hex(16)}
-    everybody = _gather(world, told)
+    everybody = share(world.comm, told)
     if own_socket is None:
         return None
     hosts = [
@@ -86,16 +83,6 @@ def _addresses() -> list[str]:
     chosen = started_with.get(INTERFACES, "").split(",")
     found = sorted(all_addresses(), key=lambda entry: (entry[0] not in chosen, entry[1] != socket.AF_INET))
     return [address for _, _, address in found][:MOST_ADDRESSES]
-
-
-def _gather(world: World, told: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank tells, on every rank (a collective)."""
-    text = json.dumps(told).encode()
-    mine = np.zeros(MOST_BYTES, dtype=np.uint8)
-    mine[: len(text)] = np.frombuffer(text, dtype=np.uint8)
-    gathered = np.empty((world.comm.size, MOST_BYTES), dtype=np.uint8)
-    world.comm.Allgather(mine, gathered)
-    return [json.loads(row.tobytes().rstrip(b"\0")) for row in gathered]
 
 
 def _describe(exp: Experiment, world: World, host: str) -> str:
