@@ -100,6 +100,8 @@ class Hosts:
     def mend(self, name: str) -> None:
         """Put it back."""
         self._ip("switch", "link", "set", name, "up")
+        # a question for an address, asked for the last time before, would still fail: "no route to host"
+        self._ip(name, "neighbour", "flush", "dev", "eth0")
 
     def received(self, name: str) -> int:
         """Bytes that a host has got over its cable."""
