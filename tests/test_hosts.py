@@ -4,6 +4,7 @@ The hosts' own names stand for 127.0.1.1 in their /etc/hosts, as Debian writes i
 """
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,14 +14,24 @@ import pytest
 from tests import watched_job
 from tests.hosts import Hosts, missing
 from tests.jobs import TRAIN, Job, records, train
+from tests.test_sites import write
 from tests.test_survival import PYTHON as OPEN_MPI
+from ubsmoe_ds.data import synthetic
 
 MPICH = Path(sys.executable)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = pytest.mark.slow
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
+PRIVATE = Path("/dev/shm")  # each host's own
 TIMEOUT = 5  # host_timeout_s
 WAY_OUT = 15  # seconds after it until nothing is left, on a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine():
+    """Looked at when a test runs, not when they are collected."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,36 @@ def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
     assert min(received) > merged / 4 > 0
     # a host gets more than all of that only if its client's own world (gloo) uses the cable too
     assert (min(received) > merged) == (count == 4), received
+
+
+def test_clients_at_uneven_sites_give_the_metrics_of_one_host(tmp_path):
+    """The first client is pinned to the second host; each reads rows that only its own host has."""
+    rows = synthetic.rows(120, seed=5)
+    common = write(tmp_path / "eval.jsonl", rows[:20])
+    sites = {"n1": tmp_path / "a.jsonl", "n0": tmp_path / "b.jsonl"}
+    write(sites["n1"], rows[20:50])
+    write(sites["n0"], rows[50:])
+
+    def options(name: str, folder: Path, pin: str) -> list[str]:
+        clients = f"clients=[{{name: a, budget: 0.5, source: jsonl:{folder / 'a.jsonl'}{pin}}}, "
+        clients += f"{{name: b, budget: 1.0, ranks: 2, source: jsonl:{folder / 'b.jsonl'}}}]"
+        rounds = ["train.rounds=1", "train.local_steps=2", "data.eval_rows=12"]
+        return [f"name={name}", f"output={tmp_path}", f"data.eval_source={common}", *rounds, clients]
+
+    with Hosts(tmp_path / "hosts", 2) as hosts:
+        for host, path in sites.items():
+            subprocess.run(hosts.command(host, ["cp", str(path), PRIVATE]), check=True)
+        assert not any((PRIVATE / path.name).exists() for path in sites.values())
+        listed = tmp_path / "hostfile"
+        listed.write_text("n0 slots=3\nn1 slots=1\n")
+        command = [sys.executable, TRAIN, "--hostfile", str(listed), *options("sites", PRIVATE, ", hosts: [n1]")]
+        job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
+        assert job.end() == 0, job.output
+    assert "placement: n1: a 1; n0: b 2" in job.output and "warning" not in job.output, job.output
+    code, output = train(*options("whole", tmp_path, ""))
+    assert code == 0, output
+    found, expected = ([record["metrics"] for record in records(tmp_path / name)] for name in ("sites", "whole"))
+    assert found == expected and len(found) > 1
 
 
 def by_mpiexec(hosts: Hosts) -> list[str]:

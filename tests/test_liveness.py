@@ -56,7 +56,7 @@ def test_what_the_user_chose_for_gloo_is_watched_first(chosen, order):
 ENDING = """
 import os, subprocess
 from ubsmoe_ds import liveness
-other = subprocess.Popen(["sleep", "300"])
+other = subprocess.Popen(["sleep", "60"])
 liveness.abort = os._exit  # MPICH's does not come back
 liveness._end([os.pidfd_open(other.pid)], cut_off=True)
 """
