@@ -58,7 +58,8 @@ import os, subprocess
 from ubsmoe_ds import liveness
 other = subprocess.Popen(["sleep", "60"])
 liveness.abort = os._exit  # MPICH's does not come back
-liveness._end([os.pidfd_open(other.pid)], cut_off=True)
+pidfds = [os.open(os.devnull, os.O_RDONLY), os.pidfd_open(other.pid)]  # to send to the first is an error
+liveness._end(pidfds, cut_off=True)
 """
 
 

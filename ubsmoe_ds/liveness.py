@@ -107,7 +107,8 @@ def _end(others: Sequence[int], cut_off: bool) -> NoReturn:
     sign_off(os.environ, EXIT_FAILURE)
     daemon = _open_mpi_daemon()
     if daemon is not None:
-        os.kill(daemon, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # it has just ended
+            os.kill(daemon, signal.SIGKILL)
     else:
         if cut_off:  # first, as MPICH's Abort ends this process at once; else its code is the job's, not theirs
             _kill(others)
@@ -119,7 +120,7 @@ def _end(others: Sequence[int], cut_off: bool) -> NoReturn:
 
 def _kill(handles: Iterable[int]) -> None:
     for handle in handles:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has ended, or this is forbidden; this thread has more to do
             signal.pidfd_send_signal(handle, signal.SIGKILL)
 
 
