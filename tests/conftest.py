@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.jobs import SHORT, TRAIN, run
 from tests.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -26,6 +27,15 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and any(reason in str(report.longrepr) for reason in REQUIRED):
         report.outcome, report.longrepr = "failed", f"UBSMOE_DS_REQUIRE: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Folder and output of the demo, shortened, through the deepspeed launcher."""
+    out = tmp_path_factory.mktemp("demo")
+    code, output = run("deepspeed", TRAIN, *SHORT, f"output={out}")
+    assert code == 0, output
+    return out / "tiny", output
 
 
 @pytest.fixture(autouse=True)

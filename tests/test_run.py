@@ -18,15 +18,6 @@ FEW_RANKS = [*SHORT, TWO_CLIENTS]
 CLIENTS = ("phone", "laptop", "desktop", "server")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo, shortened, through the deepspeed launcher."""
-    out = tmp_path_factory.mktemp("demo")
-    code, output = run("deepspeed", TRAIN, *SHORT, f"output={out}")
-    assert code == 0, output
-    return out / "tiny", output
-
-
 def test_run_folder_holds_what_is_promised(demo):
     folder, _ = demo
     summary = json.loads((folder / "summary.json").read_text())

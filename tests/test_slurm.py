@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import TRAIN, Job, records, run, train
+from tests.jobs import SHORT, TRAIN, Job, records, run, train
 from tests.ranks import REPO
 from tests.slurm.cluster import cluster, why_not
 from tests.test_survival import PYTHON as OPEN_MPI_PYTHON
@@ -95,13 +95,12 @@ class BatchJob(Job):
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
 
-def test_the_demo_on_two_nodes(slurm, tmp_path):
-    """Shortened: six ranks, as the script has them by itself. Its bits are those of other tests, of two ranks."""
-    small = ["train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=12"]
-    job = BatchJob(slurm, tmp_path, "slurm/train.sbatch", *small, f"output={tmp_path}")
+def test_the_demo_on_two_nodes_is_bit_equal_to_a_local_run(slurm, demo, tmp_path):
+    """Shortened: six ranks, as the script has them by itself."""
+    job = BatchJob(slurm, tmp_path, "slurm/train.sbatch", *SHORT, f"output={tmp_path}")
     assert job.end() == 0, job.output
     assert f"job {job.id}, start 1, 6 tasks on n[0-1]" in job.output
-    assert len(metrics(tmp_path)) == 2 and "clients on 6 ranks" in job.output
+    assert metrics(tmp_path) == [record["metrics"] for record in records(demo[0])]
 
 
 # train.py at two seconds a step until its third start, so that there is a middle in which things can happen
