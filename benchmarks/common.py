@@ -80,7 +80,7 @@ def start_alone(exp: Any) -> None:
     devices = run.choose_accelerator(exp)
     from ubsmoe_ds.client import start_deepspeed
 
-    start_deepspeed(devices > 0, verbose=False)
+    start_deepspeed(bool(devices), verbose=False)
 
 
 def seconds_of(function: Callable[[], object]) -> float:
