@@ -1,4 +1,4 @@
-"""Every launcher starts a job of one MPI world, with the metrics that the plain command gives. Slurm's are elsewhere.
+"""Every launcher starts a job of one MPI world, with the metrics that plain `deepspeed` gives. Slurm's are elsewhere.
 
 MPICH's and Open MPI's start it on two hosts where the machine can have them (hosts.py), otherwise on this one; Intel
 MPI on one host, because its wheel comes without libfabric, which it needs between hosts.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.hosts import Hosts, missing
-from tests.jobs import TRAIN, Job, records, train
+from tests.jobs import TRAIN, Job, records, run
 from tests.ranks import REPO
 from tests.test_survival import PYTHON as OPEN_MPI
 
@@ -41,7 +41,6 @@ class Launcher(NamedTuple):
 
 
 LAUNCHERS = {
-    "deepspeed": Launcher(MPICH, DEEPSPEED, hosts=False),
     "deepspeed --launcher mpich": Launcher(MPICH, f"{DEEPSPEED} {ON_HOSTS} mpich"),
     "deepspeed --launcher openmpi": Launcher(OPEN_MPI, f"{DEEPSPEED} {ON_HOSTS} openmpi", OPEN_MPI_HERE),
     "deepspeed --launcher impi": Launcher(INTEL_MPI, f"{DEEPSPEED} {ON_HOSTS} impi", {"I_MPI_FABRICS": "shm"}, False),
@@ -54,9 +53,9 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Metrics of the job as the plain command runs it."""
+    """Metrics of the job as plain `deepspeed` starts it on one host."""
     out = tmp_path_factory.mktemp("whole")
-    code, output = train(*SHORT, CLIENTS, f"output={out}")
+    code, output = run("deepspeed", TRAIN, *SHORT, CLIENTS, f"output={out}")
     assert code == 0, output
     return [record["metrics"] for record in records(out / "tiny")]
 
