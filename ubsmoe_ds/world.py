@@ -29,6 +29,7 @@ MESSAGE_SECONDS = 0.3
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
 NAME_BYTES = 256  # of a host's name
+SURVIVES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpiexec --with-ft ulfm
 DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
 
 
@@ -51,9 +52,14 @@ def wait_quietly(request: MPI.Request, longest_sleep: float = POLL_SECONDS) -> N
             waited = time.perf_counter() - start
             time.sleep(min(max(waited / 8, MOVE_SECONDS), longest_sleep))
     except MPI.Exception as error:
-        if error.Get_error_class() in DEATHS:
+        if error.Get_error_class() in DEATHS or _may_be_a_death(error):
             raise RanksLost(str(error)) from error
         raise
+
+
+def _may_be_a_death(error: MPI.Exception) -> bool:
+    """Open MPI says "other" of a collective that was about to begin its next round when a rank died."""
+    return error.Get_error_class() == MPI.ERR_OTHER and os.environ.get(SURVIVES) == "1"
 
 
 def move(comm: MPI.Intracomm, start: Callable[[], MPI.Request]) -> None:

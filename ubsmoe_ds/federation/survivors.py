@@ -37,6 +37,8 @@ def run(federation: Federation) -> None:
 def _go_on(federation: Federation) -> None:
     """Without the clients that are lost."""
     world, lost = recover(federation.world, [federation.stop.comm])
+    if not lost:
+        raise RuntimeError("MPI has failed although no rank has died")
     old, number = federation.exp, federation.position.round
     kept = [client for client in range(len(old.clients)) if client not in lost]
     names = [old.clients[client].name for client in lost]
