@@ -144,12 +144,12 @@ def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkey
 
 @pytest.mark.parametrize(("survives", "expected"), [("1", world.RanksLost), ("", MPI.Exception)])
 def test_an_error_that_may_hide_a_death_counts_as_one_where_jobs_survive_them(survives, expected, monkeypatch):
-    def test():
+    def fail():
         raise MPI.Exception(MPI.ERR_OTHER)
 
     monkeypatch.setenv(world.SURVIVES, survives)
     with pytest.raises(expected):
-        world.wait_quietly(SimpleNamespace(Test=test))
+        world.wait_quietly(SimpleNamespace(Test=fail))
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):

@@ -7,7 +7,7 @@ be joined later; so what cannot work is said at once, with the command that does
 import os
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig
@@ -183,10 +183,5 @@ def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
 
 def _value(environment: Mapping[str, str], names: Sequence[str], default: int = 0) -> int:
     """The first of some variables that is set."""
-    return next(_values(environment, names), default)
-
-
-def _values(environment: Mapping[str, str], names: Sequence[str]) -> Iterator[int]:
-    for name in names:
-        if environment.get(name, "").isdecimal():
-            yield int(environment[name])
+    found = (int(environment[name]) for name in names if environment.get(name, "").isdecimal())
+    return next(found, default)
