@@ -51,7 +51,7 @@ def test_all_jobs_and_files(tmp_path, capsys):
     assert lines[1].startswith("[ 2/32] topk") and "eval loss 0.2500  accuracy  75.0 %  ETA 0:00:0" in lines[1]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert list(dict.fromkeys((row["method"], row["seed"]) for row in rows)) == [(m, s) for s in "02" for m in labels]
-    assert len(list(csv.DictReader((tmp_path / "rounds.csv").open()))) == len(runner.ran) * 2  # rounds 0 and 2
+    assert len(list(csv.DictReader((tmp_path / "rounds.csv").open()))) == len(runner.ran) * 3  # rounds 0 to 2
     headline = (tmp_path / "results.md").read_text().splitlines()[0]
     assert headline.startswith(f"`python launch/compare.py --config {CONFIG} --methods all")
     assert headline.endswith("; seeds 0 2")

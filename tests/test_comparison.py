@@ -1,6 +1,7 @@
 """Tables worked by hand from made-up run folders, and pictures of them."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -18,18 +19,25 @@ LOSS = {"topk": (0.30, 0.40, 0.50), "ub_smoe": (0.29, 0.37, 0.45)}  # by seed; t
 
 
 def finish(exp: Experiment, loss: float) -> None:
-    """Leave the folder that a finished run leaves. The client at place i has loss - 0.1 i and accuracy 1 - that."""
+    """Leave the folder that a finished run leaves.
+
+    The client at place i has loss - 0.1 i, accuracy 1 - that, and 0.01 more of it normalised by length.
+    """
     names, rounds = [client.name for client in exp.clients], exp.train.rounds
     rows = [
-        {"client": name, "flops_ratio": 0.25 * (i + 1), "loss_before": 0.9, "accuracy_before": 0.1}
+        {"client": name, "flops_ratio": 0.25 * (i + 1), "step_time_ratio": 0.3 * (i + 1)}
+        | {"loss_before": 0.9, "accuracy_before": 0.1}
         | {"loss_after": loss - 0.1 * i, "accuracy_after": 1 - (loss - 0.1 * i)}
         for i, name in enumerate(names)
     ]
     records = []
     for number in range(rounds + 1):
         metrics = {f"megabytes_sent/{name}": 1.5 * (i + 1) for i, name in enumerate(names)} if number else {}
+        if number:
+            metrics["utilisation/cv"] = 0.5 - 0.1 * number
         if number % exp.evaluation.every == 0 or number == rounds:
             metrics |= {"eval/loss": loss + rounds - number, "eval/accuracy": 0.5, "eval/utilisation_cv": 0.1 * number}
+            metrics |= {f"eval_{view}/accuracy_norm_all": 1.01 - loss + 0.1 * i for i, view in enumerate(exp.views)}
         seconds = {f"seconds_local/{name}": 2.0 * (i + 1) for i, name in enumerate(names)} if number else {}
         records.append({"round": number, "metrics": metrics, "seconds": seconds})
     exp.run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,9 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
         "loss": pytest.approx(0.3),
         "accuracy_before": 0.1,
         "accuracy": pytest.approx(0.7),
+        "accuracy_norm": pytest.approx(0.71),
         "flops_ratio": 0.5,
+        "step_time_ratio": 0.6,
         "megabytes_sent": 9.0,  # 3 rounds x 3.0
         "local_seconds": 12.0,  # 3 rounds x 4.0
     }
@@ -72,13 +82,15 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
     assert clients[["k", "lora_rank"]].values.tolist()[::6] == [[4, 8], [8, 4]]
 
 
-def test_rounds_that_were_not_evaluated_are_left_out(tmp_path):
+def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
     _, rounds = comparison.collect(made_up(tmp_path, methods=("topk",)))
     first = rounds[rounds["seed"] == 0]
-    assert list(first["round"]) == [0, 2, 3]
-    assert list(first["loss"]) == pytest.approx([3.3, 1.3, 0.3])
-    assert list(first["utilisation_cv"]) == pytest.approx([0.0, 0.2, 0.3])
-    assert list(rounds.columns) == ["method", "seed", "round", "loss", "accuracy", "utilisation_cv"]
+    assert list(first["round"]) == [0, 1, 2, 3]
+    nan = math.nan  # round 1 was not evaluated, round 0 not trained
+    assert list(first["loss"]) == pytest.approx([3.3, nan, 1.3, 0.3], nan_ok=True)
+    assert list(first["utilisation_cv"]) == pytest.approx([0.0, nan, 0.2, 0.3], nan_ok=True)
+    assert list(first["training_utilisation_cv"]) == pytest.approx([nan, 0.4, 0.3, 0.2], nan_ok=True)
+    assert list(rounds.columns) == ["method", "seed", "round", *comparison.OF_ROUND]
 
 
 def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
@@ -106,8 +118,10 @@ def test_markdown(tmp_path):
     assert lines[0] == "headline"
     results = [line for line in lines if line.startswith("| `")]
     assert results == [
-        "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 13.5 | 12.0 |",
-        "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 13.5 | 12.0 |",
+        "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
+        "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
+        "| `ub_smoe` | 64.0 ± 8.0 | 74.0 ± 8.0 |",
+        "| `topk` | 61.0 ± 10.0 | 71.0 ± 10.0 |",
         "| `ub_smoe` | -0.0300 ± 0.0200 | -0.0300 ± 0.0200 |",
         "| `topk` | +0.0300 ± 0.0200 | +0.0300 ± 0.0200 |",
     ]
@@ -130,15 +144,16 @@ def test_pictures_show_every_method(tmp_path):
     assert len({(line.get_color(), line.get_marker()) for line in loss.lines}) == len(methods)
     topk = methods.index("topk")
     assert list(loss.lines[topk].get_ydata()) == pytest.approx([3.4, 1.4, 0.4])  # the mean of three seeds
-    assert list(cv.lines[topk].get_xdata()) == [0, 2, 3]
+    assert list(cv.lines[topk].get_xdata()) == [1, 2, 3]  # round 0 is before training
     assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
     assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
 
 
-def test_damaged_run_is_named(tmp_path):
+@pytest.mark.parametrize("lines", ["", '{"round": 1, "metrics": {}, "seconds": {}}\n', '{"round": 1'])
+def test_damaged_run_is_named(tmp_path, lines):
     runs = made_up(tmp_path, methods=("topk",), seeds=1)
-    (runs[0].exp.run_dir / "metrics.jsonl").write_text('{"round": 1, "metrics": {}, "seconds": {}}\n')
-    with pytest.raises(UserError, match="topk-0 is damaged .*megabytes_sent/poor.*remove the folder"):
+    (runs[0].exp.run_dir / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="topk-0 is damaged .*Error.*remove the folder"):
         comparison.collect(runs)
 
 

@@ -166,8 +166,11 @@ def test_a_late_client_merges_what_it_has(tmp_path):
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
     job = Job([sys.executable, "tests/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
     assert job.end() == 0, job.output
-    metrics = records(tmp_path / "tiny")[-1]["metrics"]
+    metrics, seconds = (records(tmp_path / "tiny")[-1][part] for part in ("metrics", "seconds"))
     assert 0 < metrics["steps/a"] < 4 and metrics["steps/b"] == 4
+    # b waits meanwhile, and that is no work of its own
+    assert seconds["seconds_wait/b"] > 2 > seconds["seconds_wait/a"]
+    assert seconds["seconds_local/a"] > seconds["seconds_local/b"] + 2
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
     assert summary["clients"][0]["loss_after"] < summary["clients"][0]["loss_before"]
 

@@ -90,7 +90,7 @@ def smollm2() -> list[tuple[Job, int, float]]:
         # config files only: the model's folder is not at hand, its sizes stand above
         exp = load_experiment(
             CONFIGS / "compare_smollm2.yaml",
-            ["model.path=builtin:tiny_olmoe", "model.k_max=16", f"clients=[{clients}]"],
+            ["model.path=builtin:tiny_olmoe", "model.k_max=16", f"clients=[{clients}]", "deepspeed.train_batch_size=8"],
         )
         known = [field for field in Workload._fields if field in rows[0]]
         loads = [Workload(**{field: json.loads(row[field]) for field in known}) for row in of_run]

@@ -5,6 +5,7 @@ within a run, before mean and sample standard deviation are taken over the seeds
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,15 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 
 BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
+# columns of a round, and what `metrics.jsonl` calls them
+OF_ROUND = {
+    "loss": "eval/loss",
+    "accuracy": "eval/accuracy",
+    "utilisation_cv": "eval/utilisation_cv",
+    "training_utilisation_cv": "utilisation/cv",
+}
+# what is averaged over the clients of a budget
+OF_BUDGET = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "step_time_ratio"]
 # where a run is written, and how it is saved meanwhile, does not change what it is
 NOT_COMPARED = ("name", "output", "overwrite", "checkpoint", "fault_tolerance", "min_clients")
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
@@ -86,7 +96,9 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read finished runs.
 
     Returns:
-        One row per method, seed and client; and one per method, seed and evaluated round.
+        One row per method, seed and client; and one per method, seed and round. There loss, accuracy and
+        utilisation_cv are of the evaluation rows and NaN where a round was not evaluated; training_utilisation_cv is
+        of the round's local steps and NaN in round 0, the state before them.
 
     Raises:
         UserError: naming the folder of a run whose files are damaged.
@@ -101,7 +113,7 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
             records = [json.loads(line) for line in lines]
             clients += _client_rows(run, summary, records)
             rounds += _round_rows(run, records)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"out: {folder} is damaged ({type(error).__name__}: {error}); remove the folder and start again"
             ) from error
@@ -111,8 +123,9 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     of_client = {row["client"]: row for row in summary["clients"]}
     trained = [record for record in records if record["round"] > 0]  # round 0 is the state before training
+    at_end = records[-1]["metrics"]
     rows = []
-    for client in run.exp.clients:
+    for client, view in zip(run.exp.clients, run.exp.views, strict=True):
         end = of_client[client.name]
         rows.append(
             {
@@ -126,7 +139,9 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
                 "loss": end["loss_after"],
                 "accuracy_before": end["accuracy_before"],
                 "accuracy": end["accuracy_after"],
+                "accuracy_norm": at_end[f"eval_{view}/accuracy_norm_all"],
                 "flops_ratio": end["flops_ratio"],
+                "step_time_ratio": end["step_time_ratio"],
                 "megabytes_sent": sum(record["metrics"][f"megabytes_sent/{client.name}"] for record in trained),
                 "local_seconds": sum(record["seconds"][f"seconds_local/{client.name}"] for record in trained),
             }
@@ -140,12 +155,9 @@ def _round_rows(run: Run, records: Sequence[Mapping[str, Any]]) -> list[dict[str
             "method": run.method,
             "seed": run.seed,
             "round": record["round"],
-            "loss": record["metrics"]["eval/loss"],
-            "accuracy": record["metrics"]["eval/accuracy"],
-            "utilisation_cv": record["metrics"]["eval/utilisation_cv"],
         }
+        | {column: record["metrics"].get(name, math.nan) for column, name in OF_ROUND.items()}
         for record in records
-        if "eval/loss" in record["metrics"]
     ]
 
 
@@ -156,7 +168,7 @@ def by_budget(clients: pd.DataFrame) -> pd.DataFrame:
         clients: the first frame of `collect`.
 
     Returns:
-        Index (method, budget); columns (loss or accuracy or flops_ratio, mean or std).
+        Index (method, budget); columns (one of OF_BUDGET, mean or std).
     """
     return _of_seed(clients).groupby(["method", "budget"]).agg(["mean", "std"])
 
@@ -174,7 +186,7 @@ def paired_differences(clients: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 def _of_seed(clients: pd.DataFrame) -> pd.DataFrame:
     """One row per method, seed and budget."""
-    return clients.groupby(["method", "seed", "budget"])[["loss", "accuracy", "flops_ratio"]].mean()
+    return clients.groupby(["method", "seed", "budget"])[OF_BUDGET].mean()
 
 
 def markdown(clients: pd.DataFrame, headline: str) -> str:
@@ -185,6 +197,7 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
         headline: the first line: command, machine, seeds.
     """
     parts = [headline, "Mean ± sample standard deviation over the seeds, after the last round.", _results(clients)]
+    parts += ["Accuracy % by log-likelihood normalised by length:", _normalised(clients)]
     for baseline in BASELINES:
         if baseline in set(clients["method"]) and clients["method"].nunique() > 1:
             parts += [
@@ -201,7 +214,8 @@ def _results(clients: pd.DataFrame) -> str:
     totals = of_run.groupby("method").mean()
     headings = ["method"]
     headings += [f"{field} β={budget:g}" for budget in budgets for field in ("loss", "accuracy %")]
-    headings += [f"FLOPs % β={budgets[0]:g}", "MB sent", "local seconds, slowest client"]
+    headings += [f"{what} % β={budgets[0]:g}" for what in ("FLOPs", "step time")]
+    headings += ["MB sent", "local seconds, slowest client"]
     rows = []
     for method in dict.fromkeys(clients["method"]):
         row = [f"`{method}`"]
@@ -209,10 +223,21 @@ def _results(clients: pd.DataFrame) -> str:
             found = table.loc[(method, budget)]
             row.append(_plus_minus(found["loss"], digits=4))
             row.append(_plus_minus(100 * found["accuracy"], digits=1))
-        row.append(f"{100 * table.loc[(method, budgets[0]), ('flops_ratio', 'mean')]:.1f}")
+        poorest = table.loc[(method, budgets[0])]
+        row += [f"{100 * poorest[(field, 'mean')]:.1f}" for field in ("flops_ratio", "step_time_ratio")]
         row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
         rows.append(row)
     return _table(headings, rows)
+
+
+def _normalised(clients: pd.DataFrame) -> str:
+    table = 100 * by_budget(clients)["accuracy_norm"]
+    budgets = sorted(set(clients["budget"]))
+    rows = [
+        [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=1) for budget in budgets)]
+        for method in dict.fromkeys(clients["method"])
+    ]
+    return _table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
 
 
 def _differences(clients: pd.DataFrame, baseline: str) -> str:
@@ -262,13 +287,13 @@ def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str])
     figure = Figure(figsize=(16, 4.8), layout="constrained")
     by_accuracy, by_loss, by_cv = figure.subplots(1, 3)
     _draw_accuracy(by_accuracy, by_budget(clients)["accuracy"] * 100, methods)
-    of_round = rounds.groupby(["method", "round"])[["loss", "utilisation_cv"]].mean()
+    of_round = rounds.groupby(["method", "round"])[["loss", "training_utilisation_cv"]].mean()
     for axes, column, title in (
         (by_loss, "loss", "evaluation loss"),
-        (by_cv, "utilisation_cv", "utilisation CV of experts"),
+        (by_cv, "training_utilisation_cv", "experts' utilisation CV in training"),
     ):
         for place, method in enumerate(methods):
-            line = of_round.loc[method, column]
+            line = of_round.loc[method, column].dropna()
             axes.plot(line.index, line.values, label=method, **_style(place))
         axes.set(title=f"{title}, mean over seeds", xlabel="round")
         axes.grid(alpha=0.3)

@@ -90,7 +90,9 @@ class Federation:
             if not self.position.merged:
                 start = time.perf_counter()
                 self._local_steps()
-                self._merge(start)
+                done = time.perf_counter()  # from here on this client may wait for others
+                self._end_if_asked()
+                self._merge(start, done)
             self._evaluate_and_record()
         if self.unsaved:
             self._save()
@@ -143,7 +145,6 @@ class Federation:
 
         self.client.train(self.batches_from(self.position.steps_taken), self.progress, train.local_steps, stop)
         self.position.steps_taken += self.progress.steps - begun
-        self._end_if_asked()
 
     def _end_if_asked(self) -> None:
         """Save and leave, if any rank was asked to stop (a collective)."""
@@ -162,13 +163,13 @@ class Federation:
         """LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
         return [sum(ranks)] * len(ranks) if self.exp.merge.rule == "flora" else list(ranks)
 
-    def _merge(self, start: float) -> None:
+    def _merge(self, start: float, done: float) -> None:
         """What the local steps have changed, through the exchange, into every client.
 
         Args:
-            start: when the round's local steps began.
+            start, done: when the round's local steps of this client began and ended.
         """
-        number, clock = self.position.round, [start, time.perf_counter()]
+        number, clock = self.position.round, [start, done]
         stats, worked = self.client.local_stats(self.progress), self._worked()
         update = self.store.updates() if worked else torch.zeros_like(self.store.shared)
         self.client.rank = self.store.rank
