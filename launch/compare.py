@@ -163,9 +163,11 @@ def run_jobs(jobs: Sequence[Job], runner: Runner) -> int:
         0, or the exit code of the job that failed; no job is started after it.
 
     Raises:
-        UserError: before the first job, if a folder cannot be used or holds a finished run of another config.
+        UserError: before the first job, if a folder cannot be used or holds a finished run of another config, model
+            or data.
     """
     missing = [job for job in jobs if not comparison.is_finished(job.run.exp)]
+    comparison.check_inputs(job.run for job in jobs if job not in missing)
     _prepare(missing)
     spent, ran = 0.0, 0
     for number, job in enumerate(jobs, 1):

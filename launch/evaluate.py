@@ -21,6 +21,8 @@ from typing import Any
 from ubsmoe_ds.command_line import Parser, carry_out, whole
 from ubsmoe_ds.errors import UserError
 
+LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than they have to
+
 
 def main() -> int:
     """Evaluate; returns the exit code."""
@@ -44,14 +46,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--model", help="a model without adapter, as in model.path")
     parser.add_argument("--base", help="as model.path; default: the model that the adapter was trained on")
     parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
-    parser.add_argument("--format", default="instruction", choices=["instruction", "cloze"], help="as data.format")
+    parser.add_argument("--format", choices=["instruction", "cloze"], help="as data.format; default: the adapter's")
     parser.add_argument("--k", type=whole(1), nargs="+", help="active experts; default: the adapter's")
     parser.add_argument("--rows", type=whole(1), help="of the data; default: all")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of rows")
-    parser.add_argument("--max-length", type=whole(8), default=256)
+    parser.add_argument("--max-length", type=whole(8), help="as data.max_length; default: the adapter's")
     parser.add_argument("--batch-size", type=whole(1), default=16)
     parser.add_argument("--exact-match", action="store_true", help="generate the answers too")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=16, help="of a generated answer")
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), help="of a generated answer; default: 16, or the longest right one's"
+    )
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen weights")
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
     options = parser.parse_args(arguments)
@@ -63,8 +67,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate(options: argparse.Namespace) -> Any:
     """A data frame with a row for each K and task, "all" first."""
     from ubsmoe_ds.data.sources import evaluation_rows
+    from ubsmoe_ds.federation.adapter import asked_as
 
-    rows = evaluation_rows(options.data, options.rows, options.seed, options.format)
+    form, max_length = ("instruction", 256) if options.adapter is None else asked_as(options.adapter)
+    max_length = options.max_length or max_length
+    rows = evaluation_rows(options.data, options.rows, options.seed, options.format or form)
     import pandas as pd
     import torch
 
@@ -78,19 +85,28 @@ def evaluate(options: argparse.Namespace) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local = LocalModel(model.to(device), device)
     tokenizer = read_tokenizer(folder, model.hf.config.vocab_size)
-    evaluator = Evaluator(rows, tokenizer, options.max_length, options.batch_size)
+    evaluator = Evaluator(rows, tokenizer, max_length, options.batch_size)
+    if evaluator.cut:
+        print(
+            f"note: {evaluator.cut} of {len(rows)} prompts lose their beginning to --max-length {max_length}",
+            file=sys.stderr,
+        )
     records = []
     for k in ks:
-        exact = exact_matches(local.model, k, rows, tokenizer, options) if options.exact_match else None
+        exact = exact_matches(local.model, k, rows, tokenizer, max_length, options) if options.exact_match else None
         records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
     return pd.DataFrame(records)
 
 
-def exact_matches(model: Any, k: int, rows: list[Any], tokenizer: Any, options: argparse.Namespace) -> dict[str, int]:
+def exact_matches(
+    model: Any, k: int, rows: list[Any], tokenizer: Any, max_length: int, options: argparse.Namespace
+) -> dict[str, int]:
     """How many rows of each task the model answers right in its own words."""
     from ubsmoe_ds.evaluation import generate_answers, parse_answer
 
-    lengths = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
+    right = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
+    lengths = {"max_length": max_length, "max_new_tokens": new_tokens}
     texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)
     found = dict.fromkeys([row["task"] for row in rows], 0)
     for text, row in zip(texts, rows, strict=True):

@@ -14,6 +14,7 @@ Exit codes: 0 done, 2 a mistake in the arguments or files; nothing is written th
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     made["upcycle"].add_argument("--k", type=whole(1, MOST_EXPERTS), default=2, help="num_experts_per_tok, so K_max")
     split = made["split"]
     split.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT]")
-    split.add_argument("--experts", type=whole(1, MOST_EXPERTS), default=16)
+    split.add_argument("--experts", type=whole(2, MOST_EXPERTS), default=16)
     split.add_argument("--shared", type=whole(1), default=192, help="neurons of the shared expert")
     split.add_argument(
         "--ks", type=whole(1), nargs="+", default=[4, 8, 12, 16], help="what it is made for; the largest is K_max"
@@ -140,8 +141,11 @@ def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any
     """[count, length] tokens of questions and answers one after the other, from the first row again where they end."""
     import torch
 
+    from ubsmoe_ds.data.batches import beginning
+
     texts = [f"{row['instruction']}\n{row['answer']}{tokenizer.eos_token}" for row in rows]
-    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    begin = beginning(tokenizer)
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in begin + ids]
     times = -(-count * length // len(tokens))
     return torch.tensor((tokens * times)[: count * length]).view(count, length)
 
@@ -161,7 +165,10 @@ def report(what: str, model: Any, ids_BS: Any, ks: list[int]) -> None:
     for k in ks:
         for layer in model.model.layers:
             layer.mlp.gate.top_k = k
-        found.append(f"K {k} {loss_of(model, ids_BS):.3f}")
+        loss = loss_of(model, ids_BS)
+        if not math.isfinite(loss):
+            raise UserError(f"loss on text held out is {loss} at K {k}, {what}; lower --lr, or give more --tokens")
+        found.append(f"K {k} {loss:.3f}")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = model.config.num_experts_per_tok
     print(f"loss on text held out: {what} {', '.join(found)}", flush=True)

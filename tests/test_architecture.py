@@ -41,6 +41,7 @@ LAYERS = [
     "data.synthetic",
     "data.sources",
     "data.partition",
+    "inputs",
     "data.shares",
     "data.batches",
     "moe.gate",

@@ -11,6 +11,7 @@ from ubsmoe_ds import comparison
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.inputs import data_digest, model_digest
 from ubsmoe_ds.methods import PRESETS
 
 CONFIG = "ds_configs/compare_tiny.yaml"
@@ -147,6 +148,29 @@ def test_pictures_show_every_method(tmp_path):
     assert list(cv.lines[topk].get_xdata()) == [1, 2, 3]  # round 0 is before training
     assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
     assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
+
+
+def test_finished_runs_are_of_the_weights_and_rows_that_are_there(tmp_path):
+    """By content: a model split or trained anew has the same names and sizes."""
+    (run,) = made_up(tmp_path / "runs", methods=("topk",), seeds=1)
+    comparison.check_inputs([run])  # a run that does not say
+    summary = run.exp.run_dir / "summary.json"
+    known = json.loads(summary.read_text())
+    inputs = {"model_digest": model_digest(run.exp.model_dir), "data_digest": data_digest(run.exp)}
+    summary.write_text(json.dumps(known | inputs))
+    comparison.check_inputs([run])
+    for name, what in {"model_digest": "weights", "data_digest": "rows"}.items():
+        summary.write_text(json.dumps(known | inputs | {name: "0" * 32}))
+        with pytest.raises(UserError, match=f"topk-0 holds a finished run with other {what} than there are now"):
+            comparison.check_inputs([run])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    digests = set()
+    for value in (0, 1):
+        (folder / "model.safetensors").write_bytes(bytes([value]) * 2**20)
+        digests.add(model_digest(folder))
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("lines", ["", '{"round": 1, "metrics": {}, "seconds": {}}\n', '{"round": 1'])

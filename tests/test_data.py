@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tests import tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow, collate, collate_packed, encode, first_rows, pack, steps
+from ubsmoe_ds.data.batches import PackedRow, beginning, collate, collate_packed, encode, first_rows, pack, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import evaluation_rows, load_rows, read_jsonl
 from ubsmoe_ds.errors import UserError
@@ -103,6 +104,11 @@ BAD_LINES = {
     "label out of range": (json.dumps(GOOD | {"label": 2}), "field 'label' is 2, must be 0 to 1"),
     "boolean label": (json.dumps(GOOD | {"label": True}), "field 'label' is True"),
     "answer without label": (json.dumps(GOOD | {"answer": "the correct answer is c"}), "must contain 'b'"),
+    "label within a word": (json.dumps(GOOD | {"answer": "the right one is about"}), "must contain 'b' as a word"),
+    "one option": (
+        json.dumps(GOOD | {"choices": ["one"], "labels": ["b"], "label": 0}),
+        "field 'labels' is ['b'], must hold at least two",
+    ),
 }
 
 
@@ -222,6 +228,25 @@ def test_encode_cuts_long_prompts_at_the_front(tokenizer):
     assert cut == 1 and short.prompt == whole.prompt[-4:] and short.answer == whole.answer
 
 
+def test_texts_begin_as_the_tokenizer_has_them_begin(tokenizer):
+    """Llama's and Mixtral's put a token before a text, without which their models do worse; it is never cut."""
+    assert beginning(tokenizer) == []
+    other = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
+    other.add_special_tokens({"bos_token": "<begin>"})
+    begin = other.bos_token_id
+    assert beginning(other) == [], "a tokenizer may have the token and not put it there"
+    special = [("<begin>", begin)]
+    other.backend_tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=special)
+    assert other("x")["input_ids"][0] == begin and beginning(other) == [begin]
+    row = GOOD | {"labels": ["answer1", "answer2"], "answer": "the correct answer is answer2"}
+    ((plain,), _), ((whole,), cut) = (encode([row], one, 256) for one in (tokenizer, other))
+    assert cut == 0 and whole.prompt == [begin, *plain.prompt] and whole.answer == plain.answer
+    (short,), cut = encode([row], other, len(whole.answer) + 4)
+    assert cut == 1 and short.prompt == [begin, *plain.prompt[-3:]]
+    (unmarked,), (packed,) = (pack([row], one, 256) for one in (tokenizer, other))
+    assert packed == PackedRow([begin, *unmarked.start], *unmarked[1:])
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
 def test_steps_hold_the_same_rows_in_every_layout(ranks, micro):
     examples = tiny.examples(10)
@@ -261,6 +286,10 @@ def test_cloze_rows_by_hand(tmp_path):
     assert (asked["instruction"], asked["answer"]) == ("Question: why?\nAnswer:", "sky")
     assert asked["labels"] == ["sky", "sea"] and asked["label"] == 0, "a choice given twice is one option"
     assert evaluation_rows(f"jsonl:{path}", None, 0) == [row]
+    same = tmp_path / "same.jsonl"
+    same.write_text(json.dumps(row | {"choices": ["sky"] * 3}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="row '1' of 't' offers 'sky' alone"):
+        evaluation_rows(f"jsonl:{same}", None, 0, "cloze")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(row | {"question": "how?"}) + "\n", encoding="utf-8")
     config = DataConfig(source=f"jsonl:{path}", eval_source=f"jsonl:{other}", format="cloze")
@@ -274,6 +303,9 @@ def test_options_share_the_prompt_and_what_they_begin_with(tokenizer):
     assert tokenizer.decode(start[len(start) - common :]) == "the correct answer is answer"
     assert [tokenizer.decode(option) for option in options] == ["1", "2" + tokenizer.eos_token]
     assert label == 1 and not cut
+    row = GOOD | {"labels": ["a", "b"], "answer": "as it is, a day: a", "label": 0}
+    (packed,) = pack([row], tokenizer, 256)
+    assert tokenizer.decode(packed.start + packed.options[1]) == row["instruction"] + "\nas it is, a day: b"
     row = GOOD | {"labels": ["Monday", "blue green"], "answer": "it is Monday", "label": 0}
     (packed,) = pack([row], tokenizer, 7)
     assert packed.cut and packed.common == 2 and [len(option) for option in packed.options] == [2, 2]

@@ -105,6 +105,16 @@ def test_the_length_of_an_option_can_decide():
     assert score(common, logp) == (3.5, 3, 1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "values, chance", [([-1.0, -1.0], 0.5), ([-1.0, -1.0, -0.5], 0), ([-1.0, float("nan")], 0), ([float("nan")] * 2, 0)]
+)
+def test_a_tie_counts_as_a_draw_and_nan_as_wrong(values, chance):
+    """Else the first option would win, which is right more often than the others in some data."""
+    row = PackedRow([9], 0, [[1, 4], *([n] for n in range(2, 1 + len(values)))], label=0, cut=False)
+    logp = [torch.tensor([]), torch.tensor([values[0], -0.5]), *(torch.tensor([value]) for value in values[1:])]
+    assert score(row, logp)[2:] == (chance, chance, 1)
+
+
 @pytest.mark.parametrize("k", [8, 2])
 def test_generated_answers_equal_transformers_one_row_at_a_time(k, parts):
     tokenizer, rows, client = parts
@@ -131,6 +141,8 @@ def test_answers_are_parsed_by_hand():
     assert parse_answer("", labels) is None
     assert parse_answer("the correct answer is false", ["true", "false"]) == 1
     assert parse_answer("the correct answer is C++", ["C", "C++"]) == 1
+    assert parse_answer("The Correct Answer is Co", ["CO", "Co"]) == 1
+    assert parse_answer("the correct answer is co", ["CO", "Co"]) is None
 
 
 def test_workers_share_the_rows(parts):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from safetensors import safe_open
 from transformers import OlmoeForCausalLM
 
 from tests.ranks import REPO, clean_environment, run_ranks
+from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.evaluation import generate_answers, parse_answer
 from ubsmoe_ds.federation.adapter import CLIENTS, load_trained, read_adapter
 from ubsmoe_ds.models.peft_format import SIDECAR
+from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.run_folder import create_run_folder
 
 DATA = ["data.rows=200", "data.eval_rows=20"]
@@ -82,11 +86,20 @@ def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path):
         assert records[0]["k"] == CLIENT_KS[client["client"]] and records[0]["rows"] == len(rows)
         assert records[0]["loss"] == pytest.approx(client["loss_after"], abs=1e-4)
         assert records[0]["accuracy"] == pytest.approx(client["accuracy_after"])
-        assert all(0 <= record["exact_match"] <= 1 for record in records)
+        assert records[0]["exact_match"] == pytest.approx(in_own_words(adapter, rows))
         assert sum(record["rows"] for record in records[1:]) == len(rows)
     asked = command("evaluate", "--adapter", str(run / "adapter"), "--data", f"jsonl:{data}", "--k", "2", "--json")
     phone = command("evaluate", "--adapter", str(run / "adapter/clients/phone"), "--data", f"jsonl:{data}", "--json")
     assert asked == phone
+
+
+def in_own_words(folder: Path, rows: list[dict]) -> float:
+    """Share of rows that the adapter's model answers right, each row alone."""
+    model, tokenizer = load_trained(read_adapter(folder)), read_tokenizer(BUILTIN_MODELS["builtin:tiny_olmoe"])
+    lengths = {"max_length": 256, "batch_size": 1, "max_new_tokens": 16}
+    texts = [generate_answers(model, model.layers[0].gate.k, [row], tokenizer, **lengths)[0] for row in rows]
+    said = [parse_answer(text, row["labels"]) for text, row in zip(texts, rows, strict=True)]
+    return sum(label == row["label"] for label, row in zip(said, rows, strict=True)) / len(rows)
 
 
 def command(name: str, *arguments: str) -> list[dict]:

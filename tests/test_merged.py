@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.test_model import FAMILIES, ids_and_mask, saved_family
+from tests.test_model import FAMILIES, ids_and_mask, rename, saved_family
 from tests.test_peft_format import ALPHA, RANK, trained
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.models.merged import write_merged
@@ -55,3 +55,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(UserError, match="is in use; name a new folder"):
         write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")
+
+
+def test_shards_are_those_of_the_index(tmp_path):
+    """One that is missing is named before anything is written; a file that is none of them stays behind."""
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"not of the checkpoint")
+    write_merged(tmp_path / "base", state, 1.0, tmp_path / "out")
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+    rename(tmp_path / "base")
+    with pytest.raises(UserError, match=r"base/model-0000\d-of-\d+.safetensors' is missing; it should hold '"):
+        write_merged(tmp_path / "base", state, 1.0, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

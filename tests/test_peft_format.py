@@ -1,5 +1,7 @@
 """Adapters in PEFT's format: by hand, by PEFT itself on transformers' models, and there and back."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_model import FAMILIES, ids_and_mask, saved_family
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.federation.adapter import load_trained, read_adapter
 from ubsmoe_ds.models import peft_format
 from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
 
@@ -86,10 +89,13 @@ def test_gate_and_up_become_one_adapter_by_hand():
 
 
 def test_adapters_that_peft_trained_come_in(tmp_path):
-    """PEFT's own adapter of down and attention, saved by PEFT, gives its logits in our model."""
+    """PEFT's own adapter, saved by PEFT, gives its logits in our model; gate and up share an A there."""
     hf = saved_family("olmoe", tmp_path / "base")
     lora = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], target_parameters=[peft_format.DOWN]
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=[peft_format.GATE_UP, peft_format.DOWN],
     )
     peft = get_peft_model(hf, lora).eval()
     torch.manual_seed(1)
@@ -100,10 +106,19 @@ def test_adapters_that_peft_trained_come_in(tmp_path):
     state, rank, _ = peft_format.read(tmp_path / "adapter", num_experts=8)
     assert rank == RANK
     assert {name.split(".", 2)[2].rsplit(".", 1)[0] for name in state} == {
+        "experts.gate",
+        "experts.up",
         "experts.down",
         "attention.q_proj",
         "attention.v_proj",
     }
+    model = load_trained(read_adapter(tmp_path / "adapter", str(tmp_path / "base")))
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        assert (model(ids, used) - peft(input_ids=ids).logits).abs().max() < 1e-4
+        assert (
+            model(ids, used) - AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
+        ).abs().max() > 0.1
     weights = dict(peft.named_parameters())
     inside = "base_model.model.model.layers.1.mlp.experts."
     A, B = (weights[f"{inside}lora_{factor}.default.weight"] for factor in "AB")
@@ -116,11 +131,11 @@ def test_foreign_and_damaged_adapters_are_named(tmp_path):
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
     with pytest.raises(UserError, match=r"adapter: tensor 'base_model.model.lm_head.lora_A.weight' is none"):
-        peft_format.from_peft({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, 8)
+        peft_format.from_peft({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, 8, RANK)
     mixed = peft_format.to_peft(state)
     mixed["base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"].fill_(1.0)
     with pytest.raises(UserError, match="mixes gate and up"):
-        peft_format.from_peft(mixed, 8)
+        peft_format.from_peft(mixed, 8, RANK)
     with pytest.raises(UserError, match="cannot be read"):
         peft_format.read(tmp_path / "nothing", 8)
     save(tmp_path / "adapter", state)
@@ -128,3 +143,40 @@ def test_foreign_and_damaged_adapters_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(UserError, match="cannot be read"):
         peft_format.read(tmp_path / "adapter", 8)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_adapters_run_on_weights_in_bf16(attention, tmp_path):
+    """Adapters stay fp32 beside them; the logits are those of fp32 but for what bf16 cannot tell."""
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base", attention)
+    save(tmp_path / "adapter", state, base_model=str(tmp_path / "base"))
+    adapter = read_adapter(tmp_path / "adapter")
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        exact, rounded = (load_trained(adapter, dtype)(ids, used) for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (exact - rounded).abs().mean() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1, 2])]
+)
+def test_adapters_that_change_more_than_lora_does_are_refused(key, value, tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state)
+    path = tmp_path / "adapter" / peft_format.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"adapter_config.json', {key} is "):
+        peft_format.read(tmp_path / "adapter", 8)
+
+
+def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state, base_model="allenai/OLMoE-1B-7B-0924")
+    (tmp_path / "adapter" / peft_format.SIDECAR).unlink()
+    with pytest.raises(
+        UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
+    ):
+        read_adapter(tmp_path / "adapter")

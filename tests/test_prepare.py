@@ -63,6 +63,10 @@ def test_split_model_trains(dense, tmp_path):
     assert "K 1 4 of 4 experts" in trained.stdout and (tmp_path / "tiny" / "adapter").is_dir()
 
 
+SPLIT = ["split", "--model", "{dense}", "--data", "synthetic", "--experts", "4", "--shared", "8", "--ks", "1"]
+SPLIT += ["--tokens", "64", "--length", "16"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -71,6 +75,11 @@ def test_split_model_trains(dense, tmp_path):
             "cannot be dealt to 7 experts",
         ),
         (["split", "--model", "{dense}", "--data", "synthetic", "--ks", "99"], "--ks: [99] must each be 1 to 16"),
+        (["split", "--model", "{dense}", "--data", "synthetic", "--experts", "1"], "--experts: 1 must be 2 to 1024"),
+        (
+            [*SPLIT, "--recover-steps", "3", "--lr", "1e30", "--recover-rows", "1"],
+            "loss on text held out is nan at K 1, recovered; lower --lr",
+        ),
         (["upcycle", "--model", "{dense}", "--experts", "2", "--k", "3"], "--k: 3 must be 1 to 2"),
         (["upcycle", "--model", "builtin:tiny_olmoe"], "is of the family 'olmoe'; a dense model of the family 'llama'"),
         (["upcycle", "--model", "nowhere"], "cannot be read"),

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.inputs import data_digest, model_digest
 
 BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
 # columns of a round, and what `metrics.jsonl` calls them
@@ -63,6 +64,33 @@ def is_finished(exp: Experiment) -> bool:
             "or choose another --out"
         )
     return True
+
+
+def check_inputs(runs: Iterable[Run]) -> None:
+    """That finished runs are of the weights and rows that are there now; runs that do not say are taken as they are.
+
+    Raises:
+        UserError: naming the first folder that is of others.
+    """
+    models: dict[Path, str] = {}
+    rows: dict[str, str | None] = {}
+    for run in runs:
+        exp = run.exp
+        summary = _read_mapping(exp.run_dir / "summary.json")
+        if "model_digest" not in summary:
+            continue
+        key = f"{exp.data.model_dump_json()} {exp.seed}"
+        if exp.model_dir not in models:
+            models[exp.model_dir] = model_digest(exp.model_dir)
+        if key not in rows:
+            rows[key] = data_digest(exp)
+        now = {"model_digest": models[exp.model_dir], "data_digest": rows[key]}
+        for name, what in (("model_digest", "weights"), ("data_digest", "rows")):
+            if now[name] is not None and now[name] != summary[name]:
+                raise UserError(
+                    f"out: {exp.run_dir} holds a finished run with other {what} than there are now; remove the folder "
+                    "or choose another --out"
+                )
 
 
 def differences(exp: Experiment) -> list[tuple[str, Any, Any]]:

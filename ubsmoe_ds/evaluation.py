@@ -4,6 +4,7 @@ Clients with the same K hold the same model after a merge, so they share the row
 are added up by the caller. Shapes: N rows, A answer positions, V vocabulary.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, pack
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.batches import PackedRow, Tokens, beginning, collate_packed, pack
+from ubsmoe_ds.data.sources import Row, word
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
 # summed; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
@@ -48,7 +49,8 @@ class Evaluator:
 
     The answer loss is the mean over all answer tokens (the closing end-of-text token included). A row counts as right
     if its right option has the largest summed log-probability of its answer tokens: raw, and length-normalised (over
-    their number).
+    their number). End-of-text is no part of that, as in the field's harness, so raw, an option that begins another
+    is never the less likely one.
 
     Args:
         rows: evaluation rows.
@@ -114,15 +116,23 @@ def score(row: PackedRow, logp: Sequence[torch.Tensor]) -> tuple[float, ...]:
             option's last and no part of the choice.
 
     Returns:
-        In the order of `FIELDS`.
+        In the order of `FIELDS`; of a tie for the best, a right row counts as its chance to be drawn.
     """
     common, *options = logp
     choice = [option[:-1] if n == row.label else option for n, option in enumerate(options)]
     raw = [float(common.sum() + option.sum()) for option in choice]
     normalised = [total / (len(common) + len(option)) for total, option in zip(raw, choice, strict=True)]
     nll = -float(common.sum() + options[row.label].sum())
-    best, best_normalised = int(np.argmax(raw)), int(np.argmax(normalised))
-    return nll, len(common) + len(options[row.label]), best == row.label, best_normalised == row.label, 1
+    tokens = len(common) + len(options[row.label])
+    return nll, tokens, _chance(raw, row.label), _chance(normalised, row.label), 1
+
+
+def _chance(values: Sequence[float], label: int) -> float:
+    """That the label is chosen for the largest value: logits in bf16 tie often, and the first must not win for that."""
+    best = max(values)
+    if not all(math.isfinite(value) for value in values) or values[label] != best:
+        return 0.0
+    return 1 / values.count(best)
 
 
 @torch.no_grad()
@@ -155,7 +165,9 @@ def generate_answers(
     for layer in model.layers:
         layer.used_token = None  # generation has its own attention mask, and nothing is dropped in evaluation
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
-    prompts = [prompt[-max(1, max_length - max_new_tokens) :] for prompt in prompts]
+    begin = beginning(tokenizer)
+    room = max(1, max_length - max_new_tokens - len(begin))
+    prompts = [begin + prompt[-room:] for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda n: len(prompts[n]))
     device = next(model.parameters()).device
     texts = [""] * len(rows)
@@ -186,9 +198,9 @@ def parse_answer(text: str, labels: Sequence[str]) -> int | None:
     Returns:
         Its index, or None where no label stands in the text as a word.
     """
-    lowered = text.lower()
-    _, head, tail = lowered.partition(ANSWER_HEAD)
-    names = sorted(labels, key=len, reverse=True)  # so that "answer10" is not read as "answer1"
-    pattern = "|".join(rf"(?<!\w){re.escape(name.lower())}(?!\w)" for name in names)
-    match = re.search(pattern, tail if head else lowered)
-    return None if match is None else [label.lower() for label in labels].index(match[0])
+    if len({label.lower() for label in labels}) == len(labels):  # else CO would be read as Co
+        text, labels = text.lower(), [label.lower() for label in labels]
+    head = re.search(ANSWER_HEAD, text, re.IGNORECASE)
+    names = sorted(labels, key=len, reverse=True)  # so that "C++" is not read as "C"
+    match = re.search("|".join(map(word, names)), text[head.end() :] if head else text)
+    return None if match is None else list(labels).index(match[0])

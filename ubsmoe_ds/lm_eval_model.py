@@ -23,20 +23,26 @@ class UBSMoELM(HFLM):
         base: as model.path; None: the model that it was trained on.
         k: active experts; None: the adapter's.
         dtype: of the frozen weights, "float32" or "bfloat16".
-        rest: as `HFLM`: batch_size, max_length, device and so on.
+        device: where it runs; None: an accelerator if there is one.
+        rest: as `HFLM`: batch_size, max_length and so on.
 
     Raises:
         UserError: for an adapter that cannot be read, or a K that the router cannot choose.
     """
 
     def __init__(
-        self, adapter: str, base: str | None = None, k: int | None = None, dtype: str = "float32", **rest: Any
+        self,
+        adapter: str,
+        base: str | None = None,
+        k: int | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        **rest: Any,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
         found = read_adapter(Path(adapter), base)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_trained(found, DTYPES[dtype]).to(device)
+        model = load_trained(found, DTYPES[dtype]).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         most = model.layers[0].gate.candidates
         if k is not None and not 1 <= k <= most:
             raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")

@@ -5,6 +5,7 @@ that all ranks of a client, and all micro-batches of a step, have equal token co
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.sources import Row, word
 
 
 class Tokens(NamedTuple):
@@ -41,6 +42,12 @@ class Example:
     answer: list[int]
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text: its beginning-of-text token (Llama, Mixtral), or nothing."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
+
+
 def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
     """Tokenise rows; a prompt that does not fit loses its beginning.
 
@@ -51,12 +58,12 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
         return [], 0
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
     replies = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
-    found, cut = [], 0
+    begin, found, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
-        room = max(1, max_length - len(answer))
+        room = max(1, max_length - len(answer) - len(begin))
         cut += len(prompt) > room
-        found.append(Example(prompt[-room:], answer))
+        found.append(Example(begin + prompt[-room:], answer))
     return found, cut
 
 
@@ -173,13 +180,14 @@ def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow
 
 
 def _pack(row: Row, prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
-    label = row["label"]
-    head, _, tail = row["answer"].rpartition(row["labels"][label])
+    label, begin = row["label"], beginning(tokenizer)
+    *_, place = re.finditer(word(row["labels"][label]), row["answer"])
+    head, tail = row["answer"][: place.start()], row["answer"][place.end() :]
     encoded = tokenizer([head + name + tail for name in row["labels"]], add_special_tokens=False)["input_ids"]
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
-    room = max(1, max_length - max(map(len, encoded)))
-    start = prompt[-room:] + encoded[label][:common]
+    room = max(1, max_length - max(map(len, encoded)) - len(begin))
+    start = begin + prompt[-room:] + encoded[label][:common]
     return PackedRow(start, common, [option[common:] for option in encoded], label, cut=len(prompt) > room)
 
 

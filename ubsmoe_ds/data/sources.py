@@ -2,12 +2,13 @@
 
 Schema of a row: task (str), id (str), instruction (str, the prompt), answer (str), question (str),
 choices (list of str), labels (list of str, how an answer names each choice), label (index of the right choice).
-`answer` contains `labels[label]`; the other options of a row are `answer` with that label exchanged.
-Nothing here imports torch, so that a bad row is found before any process is started.
+`answer` contains `labels[label]` as a word of its own; a row's other options are `answer` with another label in its
+place (the last one). Nothing here imports torch, so that a bad row is found before any process is started.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,24 @@ def digest(rows: Sequence[Any]) -> str:
     return found.hexdigest()
 
 
+def word(label: str) -> str:
+    """Pattern of a label that stands as a word of its own: answer1 is no part of answer10."""
+    return rf"(?<!\w){re.escape(label)}(?!\w)"
+
+
 def as_cloze(row: Row) -> Row:
     """The question alone, answered by the text of a choice: what a model that knows no instructions is asked.
 
     A choice that stands in a row twice is one option.
+
+    Raises:
+        UserError: naming the row, if all its choices are the same.
     """
     choices = list(dict.fromkeys(row["choices"]))
+    if len(choices) == 1:
+        raise UserError(
+            f"data: row {row['id']!r} of {row['task']!r} offers {choices[0]!r} alone; a cloze row needs two"
+        )
     answer = row["choices"][row["label"]]
     changed = {"instruction": f"Question: {row['question']}\nAnswer:", "answer": answer}
     return row | changed | {"choices": choices, "labels": choices, "label": choices.index(answer)}
@@ -137,13 +150,15 @@ def read_rows(source: str, split: str) -> list[Row]:
     kind, _, name = source.partition(":")
     if kind == "jsonl":
         return read_jsonl(Path(name))
-    from datasets import load_dataset  # the hub is reached only when the config asks for it
+    # the hub is reached only when the config asks for it
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, named_split = name.partition("@")
     split = named_split or split
     try:
         dataset = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"data: hub:{name}@{split} cannot be loaded: {message}") from error
     return [_checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
@@ -175,13 +190,17 @@ def _checked_row(row: Any, where: str) -> Row:
             raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a list of texts")
     if len(row["choices"]) != len(row["labels"]):
         raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")
+    if len(row["labels"]) < 2:
+        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must hold at least two")
     if len(set(row["labels"])) != len(row["labels"]):
         raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must not repeat a label")
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(row["labels"]):
         raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")
-    if row["labels"][label] not in row["answer"]:
-        raise UserError(f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r}")
+    if not re.search(word(row["labels"][label]), row["answer"]):
+        raise UserError(
+            f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r} as a word"
+        )
     for field in (*TEXT_FIELDS, "choices", "labels"):
         try:
             "".join(row[field]).encode()

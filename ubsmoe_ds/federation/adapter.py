@@ -38,9 +38,11 @@ def save_adapter(
         scaling: what B A is multiplied with; written as alpha = scaling * rank.
         k: active experts it is meant for.
     """
+    path = exp.model.path
+    is_name = path.startswith(("hub:", "builtin:"))
     facts = {
         "format": FORMAT,
-        "base_model": exp.model.path,
+        "base_model": exp.model.path if is_name else str(exp.model_dir.resolve()),
         "method": exp.method,
         "k": str(k),
         "k_max": str(exp.k_max),
@@ -48,13 +50,17 @@ def save_adapter(
         "modulate": exp.dmr.modulate,
         "gate_rescale": exp.router.gate_rescale,
         "gamma": str(exp.router.gamma),
+        "data_format": exp.data.format,
+        "max_length": str(exp.data.max_length),
     }
     if exp.merge.rule == "flora":
         replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
         return
-    path = exp.model.path
-    base = path.removeprefix("hub:").partition("@")[0] if path.startswith("hub:") else str(exp.model_dir)
-    peft_format.save(folder, state, rank=rank, alpha=scaling * rank, base_model=base, facts=facts)
+    base, _, revision = path.removeprefix("hub:").partition("@")
+    if not path.startswith("hub:"):
+        base, revision = str(exp.model_dir.resolve()), ""
+    alpha = scaling * rank
+    peft_format.save(folder, state, rank=rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None)
 
 
 class Adapter(NamedTuple):
@@ -79,7 +85,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     """
     whole = folder / WEIGHTS
     merged = os.path.lexists(whole)
-    facts = _facts(whole if merged else folder / peft_format.SIDECAR)
+    facts = _facts(folder)
     path = model_folder(base or facts.get("base_model") or _base_of_peft(folder))
     family, config = read_facts(path)
     if merged:
@@ -88,8 +94,22 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     return Adapter(state, rank, alpha / rank, path, facts)
 
 
-def _facts(path: Path) -> dict[str, str]:
+def asked_as(folder: Path) -> tuple[str, int]:
+    """How an adapter's training put questions: (data.format, data.max_length); the defaults where it does not say.
+
+    Raises:
+        UserError: as `read_adapter`.
+    """
+    facts = _facts(folder)
+    form = facts.get("data_format", "instruction")
+    if form not in ("instruction", "cloze"):
+        raise _wrong_fact("data_format", form, "instruction or cloze")
+    return form, _whole(facts, "max_length", 256, 8, 10**9 - 1)
+
+
+def _facts(folder: Path) -> dict[str, str]:
     """What `save_adapter` wrote beside the tensors; none where there is no such file, as in PEFT's own adapters."""
+    path = folder / (WEIGHTS if os.path.lexists(folder / WEIGHTS) else peft_format.SIDECAR)
     if not os.path.lexists(path):
         return {}
     try:
@@ -107,6 +127,11 @@ def _base_of_peft(folder: Path) -> str:
     base = peft_format.read_config(folder / peft_format.CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"adapter: {str(folder / peft_format.CONFIG)!r} names no base model ({base!r}); use --base")
+    if not Path(base).is_dir():
+        raise UserError(
+            f"adapter: {str(folder / peft_format.CONFIG)!r} is of {base!r}, no folder here; use --base FOLDER, or "
+            f"--base hub:{base} if it is a model of the hub"
+        )
     return base
 
 

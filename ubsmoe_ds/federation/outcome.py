@@ -17,6 +17,7 @@ from ubsmoe_ds.data.batches import StepBatch, first_rows
 from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.federation.position import Position
 from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.inputs import model_digest
 from ubsmoe_ds.memory import peak_bytes, room_bytes
 from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -41,13 +42,14 @@ class Outcome:
     store: UnitStore
     ranks: Sequence[int]
 
-    def write(self, batch: StepBatch, position: Position, monitor: "Monitor | None") -> None:
+    def write(self, batch: StepBatch, position: Position, monitor: "Monitor | None", data_digest: str) -> None:
         """The adapters, step times, and the table.
 
         Args:
             batch: to measure steps with.
             position: at the end of the last round.
             monitor: of the first rank.
+            data_digest: of the rows, see `inputs`.
         """
         self.save_adapters()
         peak_C = self._peak_memory()  # before K_max experts run everywhere, which takes what memory is left
@@ -57,7 +59,8 @@ class Outcome:
             rows = self._summary(position, ratios_C, peak_C, context=batch.micro[0].input_ids.shape[1])
             found = (("before", position.before), ("after", position.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
-            monitor.finish(rows, cv | {"lost_in_round": position.lost})
+            inputs = {"model_digest": model_digest(self.exp.model_dir), "data_digest": data_digest}
+            monitor.finish(rows, cv | {"lost_in_round": position.lost} | inputs)
         self.world.agree()  # if the rank that writes dies meanwhile, another one does it
 
     def save_adapters(self, number: int | None = None) -> None:

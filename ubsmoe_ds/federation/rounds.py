@@ -97,7 +97,7 @@ class Federation:
         if self.unsaved:
             self._save()
         outcome = Outcome(self.exp, self.world, self.client, self.store, self.server.ranks)
-        outcome.write(next(self.batches_from(0)), self.position, self.monitor)
+        outcome.write(next(self.batches_from(0)), self.position, self.monitor, self.keeper.data_digest)
         self.stop.close()
 
     def _start(self) -> None:

@@ -70,8 +70,9 @@ class LoraLinear(nn.Module):
         return torch.empty(self.full_rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return self.base(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        """[..., in] -> [..., out], in the precision of x; adapters outside of DeepSpeed are fp32 on weights in bf16."""
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return self.base(x) + self.scaling * F.linear(F.linear(x, A), B)
 
 
 class UBSMoEForCausalLM(nn.Module):

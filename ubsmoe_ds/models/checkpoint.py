@@ -44,6 +44,11 @@ class Checkpoint:
             hint = f"; {pickled} may run code when read: save the model as safetensors" if pickled else ""
             raise UserError(f"model.path: {str(folder)!r} has neither {SINGLE} nor {INDEX}{hint}")
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors."""
+        return sorted(set(self._files.values()))
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.files import new_folder, require_new, require_regular
+from ubsmoe_ds.models.checkpoint import Checkpoint
 from ubsmoe_ds.models.families import Family, read_facts
 
 
@@ -33,12 +34,13 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     """
     require_new(out, "--merge")
     family, _ = read_facts(base)
+    shards = Checkpoint(base).files
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
+        for name in shards:
+            save_file(_merged_shard(base / name, family, state, scaling, used), unfinished / name, {"format": "pt"})
         for path in sorted(base.iterdir()):
-            if path.suffix == ".safetensors":
-                save_file(_merged_shard(path, family, state, scaling, used), unfinished / path.name, {"format": "pt"})
-            elif path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
                 shutil.copy(path, unfinished / path.name)
         left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
         if left:

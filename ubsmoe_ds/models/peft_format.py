@@ -2,6 +2,7 @@
 
 Experts' LoRA goes through PEFT's `target_parameters` on the stacked weights of transformers' experts. Gate and up are
 one weight there, so that their two adapters of rank R become one of rank 2 R: the A side by side, the B on a diagonal.
+(PEFT's own of that weight has one A of rank R for both; it is read as two adapters with the same A.)
 A trained router is a module saved whole. What PEFT has no word for (phi, K, the gate's rescaling) stands in a file
 beside: `SIDECAR`. PEFT alone then computes what the model does at phi = 0 without rescaling, at the K of its config.
 FLoRA leaves no adapter but changed weights, which are no matter for PEFT.
@@ -38,7 +39,17 @@ STACKED = {  # PEFT's names -> (which projections it holds side by side, A or B)
     "mlp.experts.lora_B.weight": (("down",), "B"),
 }
 # what PEFT would compute otherwise than we do
-NOT_OURS = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "layer_replication", "corda_config")
+NOT_OURS = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication")
+NOT_OURS += (
+    "corda_config",
+    "loftq_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# ways to start that leave the base's weights as they are; others (pissa, olora, ...) change them whenever PEFT loads
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,8 +74,13 @@ def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def from_peft(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
+def from_peft(tensors: Mapping[str, Tensor], num_experts: int, rank: int) -> dict[str, Tensor]:
     """The way back: PEFT's names and shapes -> ours.
+
+    Args:
+        tensors: of the adapter.
+        num_experts: E.
+        rank: R; the one of gate and up is R as well where PEFT has trained it, and 2 R in what `to_peft` gave.
 
     Raises:
         UserError: for tensors that no adapter of ours has.
@@ -80,7 +96,7 @@ def from_peft(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tens
         if value.ndim != 2 or not value.numel():
             raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, no matrix")
         if rest in STACKED:
-            found |= {f"{layer}experts.{own}": part for own, part in _unstacked(name, value, num_experts).items()}
+            found |= {f"{layer}experts.{own}": part for own, part in _unstacked(name, value, num_experts, rank).items()}
         elif attention:
             found[f"{layer}attention.{attention[1]}.{attention[2]}"] = value
         else:
@@ -88,11 +104,13 @@ def from_peft(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tens
     return found
 
 
-def _unstacked(name: str, value: Tensor, num_experts: int) -> dict[str, Tensor]:
+def _unstacked(name: str, value: Tensor, num_experts: int, rank: int) -> dict[str, Tensor]:
     """A stacked tensor of PEFT as ours of each projection: [E R, I] -> [E, R, I], and [O, R E] -> [E, O, R]."""
     projections, factor = next(found for ending, found in STACKED.items() if name.endswith(f".{ending}"))
     parts = len(projections)
     stacked = value.shape[0 if factor == "A" else 1]
+    if parts == 2 and stacked == num_experts * rank:
+        return _of_both(name, value, num_experts, factor)
     if stacked % (num_experts * parts) or (factor == "B" and len(value) % parts):
         raise UserError(
             f"adapter: tensor {name!r} has the shape {[*value.shape]}, which is none of {num_experts} experts"
@@ -105,7 +123,21 @@ def _unstacked(name: str, value: Tensor, num_experts: int) -> dict[str, Tensor]:
     return {f"{projection}.lora_B": B for projection, B in split.items()}
 
 
-def adapter_config(tensors: Mapping[str, Tensor], rank: int, alpha: float, base_model: str) -> dict[str, Any]:
+def _of_both(name: str, value: Tensor, num_experts: int, factor: str) -> dict[str, Tensor]:
+    """One A for gate and up, and B of both: [W_gate; W_up] + [B_gate; B_up] A is what two adapters with this A do."""
+    if factor == "A":
+        A_ERI = value.view(num_experts, -1, value.shape[1])
+        return {"gate.lora_A": A_ERI, "up.lora_A": A_ERI.clone()}
+    if len(value) % 2:
+        raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, no halves for gate and up")
+    B_EOR = value.view(value.shape[0], -1, num_experts).permute(2, 0, 1)
+    gate_EFR, up_EFR = B_EOR.chunk(2, dim=1)
+    return {"gate.lora_B": gate_EFR.contiguous(), "up.lora_B": up_EFR.contiguous()}
+
+
+def adapter_config(
+    tensors: Mapping[str, Tensor], rank: int, alpha: float, base_model: str, revision: str | None = None
+) -> dict[str, Any]:
     """PEFT's config for the tensors that `to_peft` gave."""
     attention = [name for name in ATTENTION if any(f".self_attn.{name}." in key for key in tensors)]
     experts = any(".mlp.experts.lora_A." in key for key in tensors)
@@ -114,6 +146,7 @@ def adapter_config(tensors: Mapping[str, Tensor], rank: int, alpha: float, base_
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -128,7 +161,14 @@ def adapter_config(tensors: Mapping[str, Tensor], rank: int, alpha: float, base_
 
 
 def save(
-    folder: Path, state: Mapping[str, Tensor], *, rank: int, alpha: float, base_model: str, facts: Mapping[str, str]
+    folder: Path,
+    state: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    base_model: str,
+    facts: Mapping[str, str],
+    revision: str | None = None,
 ) -> None:
     """Write an adapter folder: PEFT's two files and the sidecar.
 
@@ -138,9 +178,10 @@ def save(
         rank, alpha: of its LoRA.
         base_model: folder or id of the base, for readers.
         facts: K, N_p and the like, into the sidecar's metadata.
+        revision: of the base, if it is an id with one.
     """
     tensors = to_peft(state)
-    config = adapter_config(tensors, rank, alpha, base_model)
+    config = adapter_config(tensors, rank, alpha, base_model, revision)
     beside = {name: value.contiguous() for name, value in state.items() if name.endswith(OF_SIDECAR)}
     replace_files(
         folder,
@@ -161,7 +202,7 @@ def read(folder: Path, num_experts: int) -> tuple[dict[str, Tensor], int, float]
         UserError: naming the file and what is wrong with it.
     """
     rank, alpha = _rank_and_alpha(folder / CONFIG)
-    found = from_peft(read_tensors(folder / WEIGHTS), num_experts)
+    found = from_peft(read_tensors(folder / WEIGHTS), num_experts, rank)
     beside = read_tensors(folder / SIDECAR) if os.path.lexists(folder / SIDECAR) else {}
     for name in beside:
         if not re.fullmatch(r"layers\.(0|[1-9][0-9]*)\.(phi|scale)", name):
@@ -205,6 +246,11 @@ def _rank_and_alpha(path: Path) -> tuple[int, float]:
     for key in NOT_OURS:
         if config.get(key):
             raise UserError(f"{where} {key} is {config[key]!r}; UB-SMoE's adapters have none")
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise UserError(
+            f"{where} init_lora_weights is {start!r}, with which PEFT changes the base; convert it to plain LoRA"
+        )
     for key, own_rank, own_alpha in _patterns(config, where):
         if own_alpha * rank != alpha * own_rank:
             raise UserError(f"{where} {key} has its own scaling, {own_alpha} / {own_rank} beside {alpha} / {rank}")
