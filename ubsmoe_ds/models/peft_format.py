@@ -39,14 +39,9 @@ STACKED = {  # PEFT's names -> (which projections it holds side by side, A or B)
     "mlp.experts.lora_B.weight": (("down",), "B"),
 }
 # what PEFT would compute otherwise than we do
-NOT_OURS = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication")
-NOT_OURS += (
-    "corda_config",
-    "loftq_config",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+NOT_OURS = (
+    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication"),
+    *("corda_config", "loftq_config", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens"),
 )
 # ways to start that leave the base's weights as they are; others (pissa, olora, ...) change them whenever PEFT loads
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
