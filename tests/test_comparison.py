@@ -140,13 +140,14 @@ def test_pictures_show_every_method(tmp_path):
     figure = comparison.picture(*comparison.collect(made_up(tmp_path, methods=methods)), methods)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(methods)
-    accuracy, loss, cv = figure.axes
-    assert len(accuracy.containers) == len(loss.lines) == len(cv.lines) == len(methods) >= 10
+    accuracy, end, loss, cv = figure.axes
+    assert len(accuracy.containers) == len(end.containers) == len(loss.lines) == len(cv.lines) == len(methods) >= 10
     assert len({(line.get_color(), line.get_marker()) for line in loss.lines}) == len(methods)
     topk = methods.index("topk")
     assert list(loss.lines[topk].get_ydata()) == pytest.approx([3.4, 1.4, 0.4])  # the mean of three seeds
     assert list(cv.lines[topk].get_xdata()) == [1, 2, 3]  # round 0 is before training
     assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
+    assert list(end.containers[topk][0].get_ydata()) == pytest.approx([0.4, 0.3])
     assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
 
 

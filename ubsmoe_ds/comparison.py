@@ -17,6 +17,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
@@ -306,38 +307,41 @@ def machine(proc: Path = Path("/proc")) -> str:
 
 
 def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str]) -> Figure:
-    """Accuracy by budget, loss by round, utilisation CV by round: one line a method, the legend beside them.
+    """Accuracy and loss by budget, loss and utilisation CV by round: one line a method, the legend beside them.
 
     Args:
         clients, rounds: the frames of `collect`.
         methods: which of them to draw, in the legend's order.
     """
-    figure = Figure(figsize=(16, 4.8), layout="constrained")
-    by_accuracy, by_loss, by_cv = figure.subplots(1, 3)
-    _draw_accuracy(by_accuracy, by_budget(clients)["accuracy"] * 100, methods)
+    figure = Figure(figsize=(20, 4.8), layout="constrained")
+    by_accuracy, by_end, by_loss, by_cv = figure.subplots(1, 4)
+    at_end = by_budget(clients)
+    _draw_by_budget(by_accuracy, at_end["accuracy"] * 100, methods, "accuracy %")
+    _draw_by_budget(by_end, at_end["loss"], methods, "final loss")
     of_round = rounds.groupby(["method", "round"])[["loss", "training_utilisation_cv"]].mean()
     for axes, column, title in (
         (by_loss, "loss", "evaluation loss"),
-        (by_cv, "training_utilisation_cv", "experts' utilisation CV in training"),
+        (by_cv, "training_utilisation_cv", "utilisation CV in training"),
     ):
         for place, method in enumerate(methods):
             line = of_round.loc[method, column].dropna()
             axes.plot(line.index, line.values, label=method, **_style(place))
         axes.set(title=f"{title}, mean over seeds", xlabel="round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*by_loss.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 
-def _draw_accuracy(axes: Axes, accuracy: pd.DataFrame, methods: Sequence[str]) -> None:
+def _draw_by_budget(axes: Axes, found: pd.DataFrame, methods: Sequence[str], title: str) -> None:
     """Budgets at equal distances, methods beside each other, so that error bars do not hide one another."""
-    budgets = sorted(set(accuracy.index.get_level_values("budget")))
+    budgets = sorted(set(found.index.get_level_values("budget")))
     for place, method in enumerate(methods):
-        line = accuracy.loc[method].loc[budgets]
+        line = found.loc[method].loc[budgets]
         x = [number + DODGE * (place - (len(methods) - 1) / 2) for number in range(len(budgets))]
         axes.errorbar(x, line["mean"], yerr=line["std"].fillna(0.0), label=method, capsize=2, **_style(place))
     axes.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
-    axes.set(title="accuracy % (± standard deviation over seeds)", xlabel="budget of the client")
+    axes.set(title=f"{title}, mean ± std over seeds", xlabel="budget of the client")
     axes.grid(alpha=0.3)
 
 
