@@ -67,9 +67,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate(options: argparse.Namespace) -> Any:
     """A data frame with a row for each K and task, "all" first."""
     from ubsmoe_ds.data.sources import evaluation_rows
-    from ubsmoe_ds.federation.adapter import asked_as
+    from ubsmoe_ds.sections import DataConfig
 
-    form, max_length = ("instruction", 256) if options.adapter is None else asked_as(options.adapter)
+    default = DataConfig()
+    form: str = default.format
+    max_length = default.max_length
+    if options.adapter is not None:
+        from ubsmoe_ds.federation.adapter import asked_as
+
+        form, max_length = asked_as(options.adapter)
     max_length = options.max_length or max_length
     rows = evaluation_rows(options.data, options.rows, options.seed, options.format or form)
     import pandas as pd

@@ -176,11 +176,12 @@ class PackedRow(NamedTuple):
 def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow]:
     """Rows with their answer as each of their labels would have it; a prompt that does not fit loses its beginning."""
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
-    return [_pack(row, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
+    begin = beginning(tokenizer)
+    return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def _pack(row: Row, prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
-    label, begin = row["label"], beginning(tokenizer)
+def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
+    label = row["label"]
     *_, place = re.finditer(word(row["labels"][label]), row["answer"])
     head, tail = row["answer"][: place.start()], row["answer"][place.end() :]
     encoded = tokenizer([head + name + tail for name in row["labels"]], add_special_tokens=False)["input_ids"]

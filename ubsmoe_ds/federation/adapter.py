@@ -19,6 +19,7 @@ from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load
 from ubsmoe_ds.models.checkpoint import read_tensors
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.moe.gate import RESCALE
+from ubsmoe_ds.sections import DataConfig
 
 FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
 FORMAT = "ubsmoe_ds.adapter.2"
@@ -100,11 +101,11 @@ def asked_as(folder: Path) -> tuple[str, int]:
     Raises:
         UserError: as `read_adapter`.
     """
-    facts = _facts(folder)
-    form = facts.get("data_format", "instruction")
+    facts, default = _facts(folder), DataConfig()
+    form = facts.get("data_format", default.format)
     if form not in ("instruction", "cloze"):
         raise _wrong_fact("data_format", form, "instruction or cloze")
-    return form, _whole(facts, "max_length", 256, 8, 10**9 - 1)
+    return form, _whole(facts, "max_length", default.max_length, 8, 10**9 - 1)
 
 
 def _facts(folder: Path) -> dict[str, str]:
