@@ -6,7 +6,7 @@
     python launch/compare.py --methods all --list                 # the jobs, a line each
     python launch/compare.py --methods all --only 3               # the third of them; slurm/compare.sbatch runs each so
 
-Writes results.csv, rounds.csv, results.md, comparison.png and, with --ablate, ablation.png to the folder --out. Started
+Writes results.csv, rounds.csv, results.md, comparison.png and, of ablations, ablation.png to the folder --out. Started
 again with the same options it goes on where it stopped: finished jobs are not run again. With --only it runs one job
 and writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
@@ -56,7 +56,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key in all jobs")
     parser.add_argument("--config", default=ROOT / "ds_configs" / "compare_tiny.yaml", help="experiment (YAML)")
-    parser.add_argument("--methods", nargs="*", default=["all"], help=f"all, or some of: {' '.join(PRESETS)}")
+    names = " ".join([*PRESETS, *ABLATIONS])
+    parser.add_argument("--methods", nargs="*", default=["all"], help=f"all, or some of: {names}")
     parser.add_argument("--seeds", nargs="*", default=["0", "1", "2"], help="default 0 1 2")
     parser.add_argument("--out", default="results/tiny", help="folder of the results; jobs write to its runs/")
     parser.add_argument("--ablate", action="store_true", help="also run ub_smoe without parts, and parts alone")
@@ -85,8 +86,9 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
         code = run_jobs(chosen, runner or run_job)
         if code == 0 and options.only is None:
             command = shlex.join(["python", "launch/compare.py", *arguments])
-            headline = f"`{command}`; {comparison.machine()}; seeds {' '.join(options.seeds)}"
-            write_results([job.run for job in jobs], Path(options.out), headline)
+            runs = [job.run for job in jobs]
+            headline = f"`{command}`; {comparison.machines(runs)}; seeds {' '.join(options.seeds)}"
+            write_results(runs, Path(options.out), headline)
     except UserError as error:
         return _report(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -137,13 +139,14 @@ def as_overrides(nested: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _settings(methods: Sequence[str], ablate: bool) -> dict[str, dict[str, Any]]:
     """What each label changes in the experiment."""
+    known = {name: {"method": name} for name in PRESETS} | ABLATIONS
     if not methods:
-        raise UserError(f"methods: none given; use all, or some of {', '.join(PRESETS)}")
+        raise UserError(f"methods: none given; use all, or some of {', '.join(known)}")
     for name in methods:
-        if name != "all" and name not in PRESETS:
-            raise UserError(f"methods: {name!r} is no method; use all, or some of {', '.join(PRESETS)}")
-    names = list(PRESETS) if "all" in methods else methods
-    return {name: {"method": name} for name in names} | (ABLATIONS if ablate else {})
+        if name != "all" and name not in known:
+            raise UserError(f"methods: {name!r} is no method; use all, or some of {', '.join(known)}")
+    names = [*(PRESETS if "all" in methods else ()), *methods, *(ABLATIONS if ablate else ())]
+    return {name: known[name] for name in names if name != "all"}
 
 
 def _seeds(texts: Sequence[str]) -> list[int]:
@@ -241,9 +244,10 @@ def write_results(runs: Sequence[comparison.Run], out: Path, headline: str) -> N
         "results.md": lambda path: path.write_text(comparison.markdown(clients, headline), encoding="utf-8"),
     }
     labels = list(dict.fromkeys(run.method for run in runs))
-    methods = [label for label in labels if label in PRESETS]
-    pictures = {"comparison.png": methods}
-    if len(methods) < len(labels):
+    pictures = {}
+    if not PRESETS.keys().isdisjoint(labels):
+        pictures["comparison.png"] = [label for label in labels if label in PRESETS]
+    if not ABLATIONS.keys().isdisjoint(labels):
         pictures["ablation.png"] = [label for label in labels if label in ("ub_smoe", "topk", *ABLATIONS)]
     for name, drawn in pictures.items():
         figure = comparison.picture(clients, rounds, drawn)

@@ -59,6 +59,15 @@ def test_all_jobs_and_files(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 10_000
 
 
+def test_some_methods_and_some_ablations(tmp_path):
+    runner = FakeRunner()
+    assert compare_tiny(tmp_path, runner, methods="topk ub_smoe-no_pg ub_smoe") == 0
+    assert runner.ran == ["topk-seed0", "ub_smoe-no_pg-seed0", "ub_smoe-seed0"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"comparison.png", "ablation.png"}
+    assert compare_tiny(tmp_path / "one", FakeRunner(), methods="pg_alone") == 0
+    assert {path.name for path in (tmp_path / "one").glob("*.png")} == {"ablation.png"}
+
+
 def test_experiment_of_each_job(tmp_path):
     """Overrides reach every job, but cannot change what a label says."""
     arguments = ["--config", CONFIG, "--out", str(tmp_path), "--seeds", "5", "--ablate"]

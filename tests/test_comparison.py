@@ -11,7 +11,7 @@ from ubsmoe_ds import comparison
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.config_file import load_experiment
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.inputs import data_digest, model_digest
+from ubsmoe_ds.inputs import data_digest, machine, model_digest
 from ubsmoe_ds.methods import PRESETS
 
 CONFIG = "ds_configs/compare_tiny.yaml"
@@ -188,6 +188,27 @@ def test_machine(tmp_path):
     gpu.mkdir(parents=True)
     (gpu / "information").write_text("Model: \t\t Some GPU\nIRQ: 1\n")
     cores = f"{len(os.sched_getaffinity(0))} cores of "
-    assert comparison.machine(tmp_path).startswith(f"{cores}Some CPU @ 2 GHz, Some GPU, Python 3.")
-    elsewhere = comparison.machine(tmp_path / "none")
+    assert machine(tmp_path).startswith(f"{cores}Some CPU @ 2 GHz, Some GPU, Python 3.")
+    elsewhere = machine(tmp_path / "none")
     assert elsewhere.startswith(cores) and ", torch " in elsewhere
+
+
+def test_machines_are_those_of_the_runs(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=3)
+    for run, name in zip(runs, ("2 cores of A", "8 cores of B", "2 cores of A"), strict=True):
+        path = run.exp.run_dir / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": name}))
+    assert comparison.machines(runs) == "2 cores of A; 8 cores of B"
+    finish(runs[1].exp, 0.5)  # as runs were before they said so
+    assert comparison.machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
+
+
+def test_a_lost_client_has_no_end(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=1)
+    path = runs[0].exp.run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    lost = summary["clients"].pop()["client"]
+    path.write_text(json.dumps(summary | {"lost_in_round": {lost: 2}}))
+    clients, _ = comparison.collect(runs)
+    assert clients.set_index("client").loss.isna().to_dict() == {name: name == lost for name in clients.client}
+    assert " nan " in comparison.markdown(clients, "headline")

@@ -6,10 +6,7 @@ within a run, before mean and sample standard deviation are taken over the seeds
 
 import json
 import math
-import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.inputs import data_digest, model_digest
+from ubsmoe_ds.inputs import data_digest, machine, model_digest
 
 BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
 # columns of a round, and what `metrics.jsonl` calls them
@@ -125,9 +122,9 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read finished runs.
 
     Returns:
-        One row per method, seed and client; and one per method, seed and round. There loss, accuracy and
-        utilisation_cv are of the evaluation rows and NaN where a round was not evaluated; training_utilisation_cv is
-        of the round's local steps and NaN in round 0, the state before them.
+        One row per method, seed and client, NaN where it was lost; and one per method, seed and round. There loss,
+        accuracy and utilisation_cv are of the evaluation rows and NaN where a round was not evaluated;
+        training_utilisation_cv is of the round's local steps and NaN in round 0, the state before them.
 
     Raises:
         UserError: naming the folder of a run whose files are damaged.
@@ -155,26 +152,29 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
     at_end = records[-1]["metrics"]
     rows = []
     for client, view in zip(run.exp.clients, run.exp.views, strict=True):
+        row = {
+            "method": run.method,
+            "seed": run.seed,
+            "client": client.name,
+            "budget": client.budget,
+            "k": run.exp.active_experts(client),
+            "lora_rank": run.exp.lora_rank(client),
+        }
+        rows.append(row)
+        if client.name in summary.get("lost_in_round", {}):
+            continue  # has no end, so NaN
         end = of_client[client.name]
-        rows.append(
-            {
-                "method": run.method,
-                "seed": run.seed,
-                "client": client.name,
-                "budget": client.budget,
-                "k": run.exp.active_experts(client),
-                "lora_rank": run.exp.lora_rank(client),
-                "loss_before": end["loss_before"],
-                "loss": end["loss_after"],
-                "accuracy_before": end["accuracy_before"],
-                "accuracy": end["accuracy_after"],
-                "accuracy_norm": at_end[f"eval_{view}/accuracy_norm_all"],
-                "flops_ratio": end["flops_ratio"],
-                "step_time_ratio": end["step_time_ratio"],
-                "megabytes_sent": sum(record["metrics"][f"megabytes_sent/{client.name}"] for record in trained),
-                "local_seconds": sum(record["seconds"][f"seconds_local/{client.name}"] for record in trained),
-            }
-        )
+        row |= {
+            "loss_before": end["loss_before"],
+            "loss": end["loss_after"],
+            "accuracy_before": end["accuracy_before"],
+            "accuracy": end["accuracy_after"],
+            "accuracy_norm": at_end[f"eval_{view}/accuracy_norm_all"],
+            "flops_ratio": end["flops_ratio"],
+            "step_time_ratio": end["step_time_ratio"],
+            "megabytes_sent": sum(record["metrics"][f"megabytes_sent/{client.name}"] for record in trained),
+            "local_seconds": sum(record["seconds"][f"seconds_local/{client.name}"] for record in trained),
+        }
     return rows
 
 
@@ -290,20 +290,10 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine(proc: Path = Path("/proc")) -> str:
-    """Processor, cores that this process may use, accelerators, and the versions that results depend on."""
-    text = (proc / "cpuinfo").read_text(encoding="utf-8") if (proc / "cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    # as the driver names them: asking torch would import it
-    gpus = [
-        line.partition(":")[2].strip()
-        for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.startswith("Model:")
-    ]
-    cores = f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}"
-    versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "mpi4py")]
-    return ", ".join([cores, *gpus, f"Python {platform.python_version()}", *versions])
+def machines(runs: Iterable[Run]) -> str:
+    """Where the runs were made, each machine once; of runs that do not say, where they are read."""
+    found = [_read_mapping(run.exp.run_dir / "summary.json").get("machine") for run in runs]
+    return "; ".join(dict.fromkeys(name or f"machine not recorded, table made on {machine()}" for name in found))
 
 
 def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str]) -> Figure:

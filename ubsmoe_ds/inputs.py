@@ -1,6 +1,9 @@
-"""What a run is made of beside its config, the model's weights and the rows, as digests that tell them from others."""
+"""What a run is made of beside its config: weights and rows, as digests that tell them from others, and the machine."""
 
 import hashlib
+import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 from ubsmoe_ds.config import Experiment
@@ -40,3 +43,19 @@ def data_digest(exp: Experiment) -> str | None:
         return None
     rows, evaluation = load_rows(exp.data, exp.seed)
     return digest([*rows, *evaluation])
+
+
+def machine(proc: Path = Path("/proc")) -> str:
+    """Processor, cores that this process may use, accelerators, and the versions that results depend on."""
+    text = (proc / "cpuinfo").read_text(encoding="utf-8") if (proc / "cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    # as the driver names them: asking torch would import it
+    gpus = [
+        line.partition(":")[2].strip()
+        for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("Model:")
+    ]
+    cores = f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}"
+    versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "mpi4py")]
+    return ", ".join([cores, *gpus, f"Python {platform.python_version()}", *versions])

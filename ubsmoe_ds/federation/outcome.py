@@ -17,7 +17,7 @@ from ubsmoe_ds.data.batches import StepBatch, first_rows
 from ubsmoe_ds.federation.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.federation.position import Position
 from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.inputs import model_digest
+from ubsmoe_ds.inputs import machine, model_digest
 from ubsmoe_ds.memory import peak_bytes, room_bytes
 from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -59,7 +59,11 @@ class Outcome:
             rows = self._summary(position, ratios_C, peak_C, context=batch.micro[0].input_ids.shape[1])
             found = (("before", position.before), ("after", position.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
-            inputs = {"model_digest": model_digest(self.exp.model_dir), "data_digest": data_digest}
+            inputs = {
+                "model_digest": model_digest(self.exp.model_dir),
+                "data_digest": data_digest,
+                "machine": machine(),
+            }
             monitor.finish(rows, cv | {"lost_in_round": position.lost} | inputs)
         self.world.agree()  # if the rank that writes dies meanwhile, another one does it
 
