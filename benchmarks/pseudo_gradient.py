@@ -60,14 +60,13 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     sizes = SIZES[name]
     path = "builtin:tiny_olmoe" if sizes is None else save_checkpoint(folder / name, dtype=torch.float32, **sizes)
     exp = experiment(path, 16 if sizes is None else sizes["experts"])
-    first, second = (Client(exp, exp.clients[0], 0) for _ in range(2))
-    batch = step_batch(options.tokens, first.hf_config.vocab_size)
-    first.calibrate(iter([batch]), 1)
-    first.moments.update(first.moments.sums())
+    client = Client(exp, exp.clients[0], 0)
+    batch = step_batch(options.tokens, client.hf_config.vocab_size)
+    client.calibrate(iter([batch]), 1)
+    client.moments.update(client.moments.sums())
     rho = exp.rho(exp.clients[0])
 
     def step(estimator: str, count: int | None) -> Callable[[], object]:
-        client = second if estimator == "expert_mean" else first  # its hooks on parameters would stay
         collector = None
         if estimator != "none":
             collector = PseudoGradientCollector(client.model.layers, estimator, rho, count)
@@ -90,12 +89,13 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
 
 def prepare(client: Any, collector: Any, with_moments: bool) -> None:
     """Make the client's next steps ones with this collector or none, and with or without summing up moments."""
+    if client.collector is not None:
+        client.collector.detach()
     client.collector = client.finisher.collector = collector
     client.finisher._additions = []
     client.engine.train()
     client.reset_counts()
     for layer in client.model.layers:
-        layer.deepspeed_moe.observer = None
         layer.experts.moment_sums_EX = None
     if collector is not None:
         collector.attach()

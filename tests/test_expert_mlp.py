@@ -9,7 +9,7 @@ from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, room, r
 
 EXPERTS, SCALING = 5, 0.7
 NAMES = ("y", "x", "weight", "gate A", "gate B", "up A", "up B", "down A", "down B")
-SHAPES = {"small": (16, 12, 3), "rank 1": (16, 12, 1), "aligned": (64, 32, 8)}  # D, F, R
+SHAPES = {"small": (16, 12, 3), "rank 1": (16, 12, 1), "odd width": (16, 5, 3), "aligned": (64, 32, 8)}  # D, F, R
 
 
 def routes(name: str, generator: torch.Generator) -> Tensor:

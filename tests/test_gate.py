@@ -125,21 +125,23 @@ def test_all_tokens_unused_still_works():
     assert int(capacity) == 1 and (index == -1).all() and counts.sum() == 0
 
 
-def test_contract_with_deepspeed():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_contract_with_deepspeed(dtype):
     """Seven values of these kinds, as MOELayer.forward unpacks them; a DeepSpeed that changes this fails here."""
     gate = make_gate(k=2)
     assert isinstance(gate, TopKGate)
     torch.manual_seed(0)
     stock = TopKGate(4, 4, k=4, drop_tokens=False)
-    for ours, theirs in zip(gate(torch.randn(5, 4)), stock(torch.randn(5, 4), sparse_routes=True), strict=True):
+    x = torch.randn(5, 4, dtype=dtype)
+    for ours, theirs in zip(gate(x), stock(x, sparse_routes=True), strict=True):
         assert type(ours) is type(theirs)
         if isinstance(ours, torch.Tensor) and ours.dim():
             assert ours.dtype == theirs.dtype and ours.dim() == theirs.dim()
     experts = torch.nn.Identity()
     layer = MOELayer(gate, experts, "ep_size_1", 1, 4)
-    x = torch.randn(5, 4)
-    # identity experts: y = (sum of the weights of the token's routes) * x
-    torch.testing.assert_close(layer(x, None), gate.routing.weight_KT.sum(0).unsqueeze(-1) * x)
+    # identity experts: y = (sum of the weights of the token's routes) * x, summed in fp32
+    y = layer(x, None)
+    torch.testing.assert_close(y, (gate.routing.weight_KT.sum(0).unsqueeze(-1) * x).to(dtype))
     with pytest.raises(ValueError, match="sparse routes"):
         gate(x, sparse_routes=False)
 

@@ -1,4 +1,4 @@
-"""The converted model against Hugging Face's own, and the gate's contract with DeepSpeed."""
+"""The converted model against Hugging Face's own."""
 
 import copy
 import json

@@ -27,6 +27,7 @@ VARIANTS = {
     "linearised": {"pg": "linearised"},
     "linearised_clip": {"pg": "linearised", "deepspeed": {"clip": 0.2}},
     "linearised_zero2_accumulate": {"pg": "linearised", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
+    "preset": {"pg": "linearised", "rescale": "power", "deepspeed": {"clip": 0.2}},
     "selection": {"pg": "token_weighted", "sections": {"dmr": {"modulate": "selection"}}},
     "learned_scale_zero1": {"rescale": "learned", "deepspeed": {"zero": 1}},
     "power": {"rescale": "power"},
@@ -37,6 +38,7 @@ VARIANTS = {
     },
     "bf16": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True}},
     "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
+    "bf16_linearised_zero2": {"pg": "linearised", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
     "bf16_zero1_fp32_gradients": {
         "pg": "token_weighted",
         "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1, "gradients": "fp32", "accumulation": 2},
@@ -49,6 +51,8 @@ DRAWING = {
     "deepspeed": {"clip": 0.2, "accumulation": 2},
     "sections": {"pseudo_gradient": {"tokens_per_expert": 3}},
 }
+LOAD_BALANCING = {"aux": 1.0}
+OF_LAYOUT = {"dropping": DROPPING, "drawing": DRAWING, "load_balancing": LOAD_BALANCING}
 # accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 
@@ -64,7 +68,7 @@ def expected(model_path):
     cache = {}
 
     def get(name):
-        change = VARIANTS[name]
+        change = (VARIANTS | OF_LAYOUT)[name]
         # layout, ZeRO stage, accumulation and precision must not matter: the reference has none
         plain = {**change, "deepspeed": {"clip": change.get("deepspeed", {}).get("clip", 0.0)}}
         key = repr(plain)
@@ -87,7 +91,7 @@ def trained(request, model_path, tmp_path_factory):
         "model_path": model_path,
         "ranks": ranks,
         "expert_parallel": ep,
-        "variants": VARIANTS | {"dropping": DROPPING, "drawing": DRAWING},
+        "variants": VARIANTS | OF_LAYOUT,
         "count": STEPS,
     }
     return ranks, ep, run_ranks(tmp_path_factory.mktemp("train"), ranks, "tests.scenarios:train", arguments)
@@ -135,3 +139,13 @@ def test_what_depends_on_the_layout_stays_near_the_loop(name, like, trained, exp
         for rank in range(ranks):
             twin = rank % ep if ".experts." in key else 0
             np.testing.assert_array_equal(results[rank][key], results[twin][key])
+
+
+def test_load_balancing_loss(trained, expected):
+    """A product of means over a rank's tokens: one rank trains like the loop, several stay near it."""
+    ranks, _, results = trained
+    losses = expected("load_balancing")[0]
+    assert np.abs(losses - expected("plain")[0]).max() > 2e-3, "the coefficient does nothing"
+    for result in results:
+        tolerance = 1e-4 if ranks == 1 else 2e-2
+        np.testing.assert_allclose(result["load_balancing/losses"], losses, rtol=0, atol=tolerance)

@@ -185,14 +185,14 @@ def test_a_gradient_that_is_not_finite_does_not_end_the_draw():
 
 
 def test_linearised_equals_the_loop_over_tokens():
-    """Of the tiny model's layers, every LoRA factor, with moments of two steps: within 1e-5."""
+    """Of the tiny model's layers, every LoRA factor, with random moments: within 1e-5."""
     model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.05)
     seen = reference.watch(model.layers)
-    collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7)
+    collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
     found = collector.reduce()
@@ -206,25 +206,35 @@ def test_linearised_equals_the_loop_over_tokens():
 
 
 def test_dense_oracle_completes_the_dense_gradient():
-    """K = 1 plus the oracle with rho = 1 is the gradient of running every expert with its softmax weight."""
+    """K = 1 plus the oracle with rho = 1 is autograd's gradient of running every expert with its softmax weight."""
     torch.manual_seed(0)
-    tokens, width, hidden, experts, rank = 5, 4, 3, 4, 2
-    base = {
-        n: torch.randn(experts, *shape)
-        for n, shape in zip(PROJECTIONS, [(hidden, width)] * 2 + [(width, hidden)], strict=True)
-    }
+    tokens, width, hidden, experts, rank, scaling = 5, 4, 3, 4, 2, 0.5
+    sizes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+    base = {name: torch.randn(experts, *size) for name, size in sizes.items()}
     lora = {
-        n: (torch.randn(experts, rank, w.shape[2]), torch.randn(experts, w.shape[1], rank)) for n, w in base.items()
+        name: (torch.randn(experts, rank, i).requires_grad_(), torch.randn(experts, o, rank).requires_grad_())
+        for name, (o, i) in sizes.items()
     }
     x, delta = torch.randn(tokens, width), torch.randn(tokens, width)
     p = torch.randn(tokens, experts).softmax(-1)
     active = F.one_hot(p.argmax(-1), experts).bool()
-    weights = [p, p * active, inactive_weight(p, active, 1.0)]
-    found = [dense_oracle(draw_tokens(x, delta, c, None, None), base, lora, 0.5) for c in weights]
-    everything, active_part, rest = found
-    for name in PROJECTIONS:
-        for whole, one, other in zip(everything[name], active_part[name], rest[name], strict=True):
-            torch.testing.assert_close(one + other, whole, atol=1e-4, rtol=1e-4)
+
+    def loss(c_TE: torch.Tensor) -> torch.Tensor:
+        """sum_t delta_t . sum_e c_te expert_e(x_t), token by token and expert by expert."""
+        total = torch.zeros(())
+        for t in range(tokens):
+            for e in range(experts):
+                w = {name: base[name][e] + scaling * B[e] @ A[e] for name, (A, B) in lora.items()}
+                h = w["gate"] @ x[t]
+                total = total + c_TE[t, e] * (delta[t] @ (w["down"] @ (h * torch.sigmoid(h) * (w["up"] @ x[t]))))
+        return total
+
+    factors = [factor for name in PROJECTIONS for factor in lora[name]]
+    dense, at_k1 = (torch.autograd.grad(loss(c), factors) for c in (p, p * active))
+    found = dense_oracle(draw_tokens(x, delta, inactive_weight(p, active, 1.0), None, None), base, lora, scaling)
+    rest = [gradient for name in PROJECTIONS for gradient in found[name]]
+    for whole, one, other in zip(dense, at_k1, rest, strict=True):
+        torch.testing.assert_close(one + other, whole, atol=1e-4, rtol=1e-4)
 
 
 def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -247,7 +257,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
     examples, _ = encode(synthetic.rows(2, seed), tokenizer, 64)
     tokens = collate(examples, 0)
     seen = reference.watch(model.layers)
-    collectors = [PseudoGradientCollector([layer], estimator, rho=1.0) for layer in model.layers]
+    collectors = [PseudoGradientCollector([layer], estimator, rho=1.0).attach() for layer in model.layers]
     F.cross_entropy(model(tokens.input_ids, tokens.used, tokens.position_A), tokens.target_A).backward()
     pairs = []
     for layer, record, collector in zip(model.layers, seen, collectors, strict=True):
@@ -282,7 +292,7 @@ def test_token_weighted_is_exact_for_equal_experts():
             A.data.copy_(A.data[:1].expand_as(A))
             B.data.copy_(torch.randn_like(B[:1]).mul(0.05).expand_as(B))
     seen = reference.watch(model.layers)
-    collector = PseudoGradientCollector(model.layers, "token_weighted", rho=1.0)
+    collector = PseudoGradientCollector(model.layers, "token_weighted", rho=1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
     found = collector.reduce()
@@ -296,7 +306,7 @@ def test_token_weighted_is_exact_for_equal_experts():
 
 def test_evaluation_and_frozen_passes_collect_nothing():
     model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(k=2, candidates=8)).train()
-    collector = PseudoGradientCollector(model.layers, "token_weighted", 1.0)
+    collector = PseudoGradientCollector(model.layers, "token_weighted", 1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     with torch.no_grad():
         model(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -310,7 +320,7 @@ def test_a_steps_graph_is_freed(estimator):
     model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.ones(3, 8, 12))
-    collector = PseudoGradientCollector(model.layers, estimator, 1.0)
+    collector = PseudoGradientCollector(model.layers, estimator, 1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     seen = []
     for _ in range(4):

@@ -127,7 +127,8 @@ class Client:
         tokens, moment_share = exp.pseudo_gradient.tokens_per_expert, exp.pseudo_gradient.moment_share
         self.collector = None
         if estimator != "none":
-            self.collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
+            collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
+            self.collector = collector.attach()
         self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
         self.finisher = GradientFinisher(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
@@ -163,9 +164,10 @@ class Client:
                 progress.bad_steps += 1
                 continue
             answers = sum(len(tokens.target_A) for tokens in batch.micro)
-            norms = [norm.to(self.device) for norm in (self.finisher.real_norm, self.finisher.pseudo_norm)]
-            counts = torch.tensor([answers, batch.used_tokens], dtype=torch.float64)
-            sums += torch.cat([nll.reshape(1), counts.to(self.device), torch.stack(norms)])
+            sums[0] += nll
+            # numbers go along with the kernels; a tensor of them would be waited for
+            for place, value in enumerate((answers, batch.used_tokens, *self.finisher.norms), start=1):
+                sums[place] += value
         progress.sums = sums.cpu()
 
     def is_out(self, progress: LocalProgress) -> bool:
@@ -270,19 +272,19 @@ class Client:
         self.engine.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         seconds: dict[int, list[float]] = {k: [] for k in ks}
+        if self.collector is not None:
+            self.collector.reset()
         for _ in range(repeats + 1):
-            if self.collector is not None:
-                self.collector.reset()
             for k in ks:
                 self.model.set_active_experts(k)
                 get_accelerator().synchronize()
                 start = time.perf_counter()
                 loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)
                 torch.autograd.grad(loss, trained, allow_unused=True)
+                if self.collector is not None:
+                    self.collector.reduce()
                 get_accelerator().synchronize()
                 seconds[k].append(time.perf_counter() - start)
-        if self.collector is not None:
-            self.collector.reset()
         first, second = (statistics.median(seconds[k][1:]) for k in ks)
         return first, second
 

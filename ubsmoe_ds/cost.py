@@ -64,7 +64,7 @@ def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: in
 
 
 def trainable_parameters(shape: ModelShape, router: bool) -> int:
-    """LoRA, phi and, if trained, the router: what a client sends to the others."""
+    """LoRA, phi (also where DMR is off, which sends none) and, if trained, the router: what a client sends."""
     d, f, r = shape.hidden, shape.expert_width, shape.lora_rank
     per_layer = shape.num_experts * 3 * r * (d + f) + shape.num_experts + (shape.num_experts * d if router else 0)
     total = (shape.layers - shape.dense_layers) * per_layer

@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 
 
 def measure(client: Client, batches: Iterator[StepBatch], k: int, estimators: Sequence[str], count: int) -> dict:
-    """Gradients at K = k on `count` steps' rows; the client's weights stay as they are.
+    """Gradients at K = k on `count` steps' rows; the client's weights stay as they are, its own collector is detached.
 
     Returns:
         {estimator: [Measured, one a step]}.
@@ -42,6 +42,8 @@ def measure(client: Client, batches: Iterator[StepBatch], k: int, estimators: Se
     collectors = {
         e: None if e == "none" else PseudoGradientCollector(client.model.layers, e, scale) for e in estimators
     }
+    if client.collector is not None:
+        client.collector.detach()
     for _ in range(count):
         batch = next(batches)
         dense_LEP, _ = _gradients(client, batch, client.exp.num_experts, None)
@@ -103,7 +105,6 @@ def _gradients(
     for layer in layers:
         layer.gate.k = k  # beyond N_p too: all experts is the yardstick
         layer.gate.reset_counts()
-        layer.deepspeed_moe.observer = None
     if collector is not None:
         collector.attach()
         collector.reset()
@@ -112,7 +113,10 @@ def _gradients(
     for tokens in batch.micro:
         logits_AV = client.model(*tokens.to(client.device)[:3])
         (F.cross_entropy(logits_AV, tokens.target_A.to(client.device), reduction="sum") / answers).backward()
-    additions = {} if collector is None else {id(p): gradient for p, gradient in collector.reduce()}
+    additions = {}
+    if collector is not None:
+        additions = {id(p): gradient for p, gradient in collector.reduce()}
+        collector.detach()
     found = []
     for layer in layers:
         parts = [p for pair in layer.experts.factors().values() for p in pair]

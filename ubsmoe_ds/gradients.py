@@ -97,8 +97,7 @@ class GradientFinisher:
     ) -> None:
         self.engine, self.layers, self.max_norm, self.collector = engine, layers, max_norm, collector
         self.masters = MasterWeights(engine)
-        self.real_norm = torch.zeros(())
-        self.pseudo_norm = torch.zeros(())
+        self.norms = (0.0, 0.0)  # of the latest step: of the real gradient before clipping, of the pseudo-gradient
         self.skipped = False  # whether the latest step was
         self._undecided = True
         self._additions: list[Addition] = []
@@ -111,23 +110,20 @@ class GradientFinisher:
         self.skipped, self._undecided = True, True
         if self.collector is not None:
             self._additions = self.collector.reduce()
-            norm = nn.utils.get_total_norm([gradient for _, gradient in self._additions])
-            self.pseudo_norm = self._over_expert_ranks(norm.square()).sqrt()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Called by the base optimiser: once per step, or once per parameter group under ZeRO."""
         masters = {id(master) for group in optimizer.param_groups for master in group["params"]}
-        self.real_norm = self._norm_of_deepspeed() if self._zero else self._norm()
         if self._undecided:
-            self.skipped = not math.isfinite(float(self.real_norm + self.pseudo_norm.to(self.real_norm.device)))
-            self._undecided = False
+            self.norms = self._read_norms()
+            self.skipped, self._undecided = not math.isfinite(sum(self.norms)), False
         if self.skipped:
             for group in optimizer.param_groups:
                 for master in group["params"]:
                     master.grad = None
             return
-        factor = torch.ones(()) if self.max_norm == 0 else (self.max_norm / (self.real_norm + 1e-6)).clamp(max=1.0)
-        if not self._zero and self.max_norm > 0:
+        factor = 1.0 if self.max_norm == 0 else min(1.0, self.max_norm / (self.norms[0] + 1e-6))
+        if not self._zero and factor < 1:
             torch._foreach_mul_([g for _, g in self._gradients()], factor)
         for parameter, gradient in self._additions:
             fragment = self.masters.fragment(parameter)
@@ -135,7 +131,14 @@ class GradientFinisher:
                 master, start, offset, numel = fragment
                 assert master.grad is not None
                 piece = gradient.reshape(-1)[offset : offset + numel].to(master.grad)
-                master.grad.view(-1)[start : start + numel].addcmul_(piece, factor.to(piece.device))
+                master.grad.view(-1)[start : start + numel].add_(piece, alpha=factor)
+
+    def _read_norms(self) -> tuple[float, float]:
+        """Both at once, as it waits for the device."""
+        real = self._norm_of_deepspeed() if self._zero else self._norm(self._gradients())
+        pseudo = self._norm(self._additions)
+        real_norm, pseudo_norm = torch.stack([real, pseudo.to(real)]).tolist()
+        return real_norm, pseudo_norm
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, gradient at its master); without ZeRO a master is whole."""
@@ -146,12 +149,13 @@ class GradientFinisher:
             if fragment is not None and fragment.master.grad is not None
         ]
 
-    def _norm(self) -> Tensor:
-        squares = {True: torch.zeros(()), False: torch.zeros(())}
-        for parameter, gradient in self._gradients():
-            expert = is_moe_param(parameter)
-            squares[expert] = squares[expert].to(gradient.device) + gradient.float().square().sum()
-        return (squares[False] + self._over_expert_ranks(squares[True])).sqrt()
+    def _norm(self, pairs: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
+        """Over the whole client: (parameter, gradient) of this rank's, experts on other ranks too."""
+        norm = nn.utils.get_total_norm
+        experts = [gradient for parameter, gradient in pairs if is_moe_param(parameter)]
+        others = [gradient for parameter, gradient in pairs if not is_moe_param(parameter)]
+        of_experts = norm(experts).square().to(self.engine.device)
+        return (norm(others).square() + self._over_expert_ranks(of_experts)).sqrt()
 
     def _norm_of_deepspeed(self) -> Tensor:
         norm = self.engine.optimizer._global_grad_norm

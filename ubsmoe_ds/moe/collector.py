@@ -11,12 +11,14 @@ experts, X what is known of a token.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ubsmoe_ds.moe.layer import TokenGradients, UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import (
@@ -35,7 +37,7 @@ Addition = tuple[nn.Parameter, Tensor]  # an expert's LoRA parameter and its pse
 
 
 class PseudoGradientCollector:
-    """Watches the layers of one client; `reset`, backward passes, then `reduce`.
+    """Watches the layers of one client: `attach` once, then `reset`, backward passes, `reduce`.
 
     Args:
         layers: the model's UB-SMoE layers, in order, their expert groups set (after `deepspeed.initialize`).
@@ -50,19 +52,26 @@ class PseudoGradientCollector:
     ) -> None:
         self.layers, self.estimator, self.rho, self.tokens_per_expert = layers, estimator, rho, tokens_per_expert
         self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._hooks: list[RemovableHandle] = []
         self.reset()
-        self.attach()
-        if estimator == "expert_mean":
-            for i, layer in enumerate(layers):
-                for name, pair in layer.experts.factors().items():
-                    for part, parameter in zip("AB", pair, strict=True):
-                        parameter.register_hook(partial(self._add_gradient, i, f"{name}_{part}"))
 
-    def attach(self) -> None:
-        """Become the observer of the layers, in place of any other."""
+    def attach(self) -> Self:
+        """Become the observer of the layers, which may have one."""
         for i, layer in enumerate(self.layers):
             layer.deepspeed_moe.observer = partial(self._observe, i)
             layer.deepspeed_moe.with_mixture = self.estimator == "token_weighted"
+            for name, pair in layer.experts.factors().items() if self.estimator == "expert_mean" else ():
+                for part, parameter in zip("AB", pair, strict=True):
+                    self._hooks.append(parameter.register_hook(partial(self._add_gradient, i, f"{name}_{part}")))
+        return self
+
+    def detach(self) -> None:
+        """Leave the layers as they were before `attach`."""
+        for layer in self.layers:
+            layer.deepspeed_moe.observer = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def reset(self) -> None:
         """Before a step, and after a pass that does not count: forget what was collected."""

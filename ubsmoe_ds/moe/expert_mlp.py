@@ -166,7 +166,7 @@ class ExpertMLP(torch.autograd.Function):
         if not learning:
             return None, None, None, dx, dweight_TK, *(None,) * 6
         x_ND = _take(x_TD, rows.token_N, _aligned_empty(gate_up_NO, width))
-        A_EQD = _product(dgua_NQ.t(), x_ND, rows)
+        A_EQD = _product(_aligned_copy(dgua_NQ).t(), x_ND, rows)  # where the tail begins is not aligned
         B_EOQ = _product(_aligned_copy(xa_NQ * scaling).t(), dgu_NO, rows).mT
         gate_up_grads = (A_EQD[:, :rank], B_EOQ[:, :hidden, :rank], A_EQD[:, rank:], B_EOQ[:, hidden:, rank:])
         return None, None, None, dx, dweight_TK, *gate_up_grads, down_A, down_B

@@ -60,7 +60,8 @@ class UBSMoEGate(TopKGate):
 
     Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
     over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
-    tokens are not routed. When dropping, an expert keeps the routes of largest weight. Evaluation never drops.
+    tokens are not routed. When dropping, an expert keeps the routes of largest weight, before any normalisation over
+    the K, as the stock policy "probs" does. Evaluation never drops.
 
     Args:
         hidden: D.
@@ -123,7 +124,8 @@ class UBSMoEGate(TopKGate):
             sparse_routes, use_tutel: DeepSpeed's interface; only sparse routes without Tutel exist here.
 
         Returns:
-            (l_aux, capacity, E, index_KT int32, location_KT int32, weight_KT in the input's dtype, routed_E int64).
+            (l_aux, capacity, E, index_KT int32, location_KT int32, weight_KT, routed_E int64); weight_KT is fp32, its
+            values those of the input's dtype.
         """
         if not sparse_routes or use_tutel:
             raise ValueError("UBSMoEGate serves MOELayer's sparse routes without Tutel only")
@@ -143,7 +145,8 @@ class UBSMoEGate(TopKGate):
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
         if self.scale is not None:
             weight_TK = weight_TK * self.scale.float()
-        weight_KT = weight_TK.t().contiguous().to(input.dtype)  # as Hugging Face's router does
+        # rounded as Hugging Face's router does, but handed on in fp32: what `MOELayer` sums takes their dtype
+        weight_KT = weight_TK.t().contiguous().to(input.dtype).float()
         kept_E = torch.minimum(routed_E, capacity)
         self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
         self.routed_E += routed_E

@@ -75,7 +75,7 @@ class UBSMoELayer(MOELayer):
         rows = route_rows(index_KT, location_KT, kept_E, self.gate.most_routes(len(x_TD)))
         assert rows.slot_TK is not None
         seen.slot_TK = rows.slot_TK
-        return self.experts.run(x_TD, weight_KT.t(), rows).view_as(x)
+        return self.experts.run(x_TD, weight_KT.t().to(x.dtype), rows).view_as(x)
 
     def _see_delta(self, seen: _Seen, delta: Tensor) -> None:
         """dL/dy is there; without a mixture to wait for, that is all an observer needs."""
@@ -101,7 +101,7 @@ class UBSMoELayer(MOELayer):
             table, slot_TK = self._bring_back(table, routing)
         else:
             slot_TK = seen.slot_TK
-        weight_TK = routing.weight_KT.float().t() * kept_TK
+        weight_TK = routing.weight_KT.t() * kept_TK
         total_T1 = weight_TK.sum(dim=-1, keepdim=True)
         per_total_T1 = torch.where(total_T1 > 0, 1 / total_T1, 0.0)
         values, gradients = table.float().split([width, 2 * width], dim=1)
