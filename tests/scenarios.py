@@ -70,7 +70,7 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
             nll = client.step(batch)
             dist.all_reduce(nll)
             losses.append(float(nll) / batch.answer_tokens)
-            norms.append(float(client.finisher.real_norm))
+            norms.append(client.finisher.norms[0])
         found |= {f"{name}/losses": np.array(losses), f"{name}/norms": np.array(norms)}
         masters = client.finisher.masters
         for key, parameter in client.model.named_parameters():
@@ -150,11 +150,16 @@ def exchange(
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
     owner, memory = owners(listed, 4, comm.size), HostMemory.of_job(comm)
     assert memory is not None
-    merged = []
+    merged, reduced = [], []
     for way in (None, memory, memory):  # by messages; through memory; and once more, over what was left there
         plan = Exchange(comm, placed, listed, num_experts, owner, payload, way)
         assert plan.memory is way
         merged.append(_exchange_once(plan, client, weights))
+        if plan.is_reducible:
+            values = _held(plan, client)
+            for share in (weights[client], np.full(len(values), weights[client], dtype=np.float32)):
+                reduced.append(plan.gather(plan.reduce(values, share)))
+    assert all(np.allclose(reduced[0], other) for other in reduced)
     assert all(np.array_equal(merged[0], other) for other in merged[1:])
     with mock.patch("ubsmoe_ds.federation.host_memory._free_bytes", return_value=0):  # a container's small /dev/shm
         assert Exchange(comm, placed, listed, num_experts, owner, payload, HostMemory(comm)).memory is None
@@ -164,16 +169,22 @@ def exchange(
         assert not uneven.reserve(1000 * comm.size)  # what all hold now would not do for that
         assert uneven.reserve(1000)
     owned = sum(listed[u].size(4) for u in plan.owned)
-    return {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
+    found = {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
+    return found | ({"reduced": reduced[0]} if reduced else {})
+
+
+def _held(plan: Any, client: int) -> np.ndarray:
+    """This rank's values."""
+    placed, listed = plan.layouts, plan.units
+    mine = [u for u, unit in enumerate(listed) if plan.comm.rank in placed[client].holders(unit, plan.num_experts)]
+    sizes = placed[client].sizes(listed, reply=False)
+    return np.concatenate([tiny.federated_value(listed[u].name, client, (int(sizes[u]),)) for u in mine])
 
 
 def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
     """Collect, sum and distribute."""
     placed, listed = plan.layouts, plan.units
-    mine = [u for u, unit in enumerate(listed) if plan.comm.rank in placed[client].holders(unit, plan.num_experts)]
-    sizes = placed[client].sizes(listed, reply=False)
-    held = np.concatenate([tiny.federated_value(listed[u].name, client, (int(sizes[u]),)) for u in mine])
-    received = plan.collect(held)
+    received = plan.collect(_held(plan, client))
     replies: list[list[np.ndarray]] = [[] for _ in placed]
     starts = [0] * len(placed)
     for u in plan.owned:
@@ -405,8 +416,9 @@ def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, l
                 try:
                     federation.run()
                     assert looks_now is None, "was not stopped"
-                except Preempted:
+                except Preempted as stopped:
                     assert looks_now is not None
+                    found[f"stops/{name}"] = np.append(found.get(f"stops/{name}", []), str(stopped))
                 if looks_now is None:
                     for key, parameter in federation.client.model.named_parameters():
                         if parameter.requires_grad:

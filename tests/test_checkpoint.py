@@ -179,3 +179,17 @@ def test_layout_length_and_evaluation_may_change():
 def test_what_makes_results_may_not(new, message):
     with pytest.raises(UserError, match=message):
         check_same_experiment(BASE, new, Path("c"))
+
+
+def test_branches_that_were_left_never_meet(tmp_path):
+    """Gone on from the first of three, twice."""
+    first = write(tmp_path, two_pieces(), keep=9)
+    for _ in range(2):
+        for _ in range(2):
+            write(tmp_path, two_pieces(), keep=9)
+        checkpoint.set_aside_newer(tmp_path, first)
+    assert checkpoint.serials(tmp_path) == [1]
+    left = {path.name for path in first.parent.iterdir()} - {first.name}
+    assert left == {f"left-00000{serial}-round-1{branch}" for serial in (2, 3) for branch in ("", "-1")}
+    checkpoint.set_aside_newer(tmp_path / "another", first)
+    assert len(list(first.parent.iterdir())) == 5

@@ -13,6 +13,7 @@ import torch
 
 from tests.jobs import TRAIN, TWO_CLIENTS, Job, records, train
 from ubsmoe_ds.federation.adapter import read_adapter
+from ubsmoe_ds.stopping import SAME_SIGNAL_SECONDS
 
 pytestmark = pytest.mark.slow
 SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", TWO_CLIENTS]
@@ -56,15 +57,23 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     same_as(whole, tmp_path / "tiny")
 
 
-def test_a_second_signal_or_the_grace_time_ends_it_with_what_was_saved_before(whole, tmp_path):
+@pytest.mark.parametrize("how", ["a second signal", "the grace time"])
+def test_what_ends_it_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     """A rank hangs, so that the job never gets to a step boundary."""
-    command = [sys.executable, "tests/failing_train.py", *SHORT, f"output={tmp_path}", "checkpoint.grace_s=1"]
+    grace = [] if how == "a second signal" else ["checkpoint.grace_s=1"]
+    command = [sys.executable, "tests/failing_train.py", *SHORT, f"output={tmp_path}", *grace]
     job = Job(command, tmp_path / "log", FAULT="hang@0:6")
     job.wait_for("hanging")
     start = time.monotonic()
     job.process.terminate()
+    if how == "a second signal":
+        time.sleep(SAME_SIGNAL_SECONDS + 1)
+        assert job.process.poll() is None, job.output
+        job.process.terminate()
     assert job.end(60) == 143, job.output
     assert time.monotonic() - start < 15
+    if how == "a second signal":
+        return  # going on is the same
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
     assert code == 0 and "goes on from" in output and "round-1" in output, output
     same_as(whole, tmp_path / "tiny")
@@ -114,6 +123,7 @@ REFUSED = {
     "another method": (["method=topk"], "error: --resume: dmr.enabled is False, but True in"),
     "other rows": (["data.rows=150"], "error: --resume: data.rows is 150, but 200"),
     "no such checkpoint": (["--resume", "{tmp}/none"], "none is no whole checkpoint; use auto"),
+    "a branch that was left": (["--resume", "{tmp}/tiny/checkpoints/left-000001-round-1"], "in a folder of its own"),
     "another run's folder": (["name=other"], "holds another run"),
     "elsewhere, into another's": (["--resume", "{tmp}/tiny/checkpoints/000001-round-1", "name=other"], "already holds"),
 }
@@ -122,6 +132,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_go_on_is_refused_and_nothing_is_touched(name, whole, tmp_path):
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    kept = tmp_path / "tiny" / "checkpoints"
+    subprocess.run(["cp", "-r", str(kept / "000001-round-1"), str(kept / "left-000001-round-1")], check=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.jsonl").write_text("precious")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -162,7 +174,7 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
 
 
 def test_a_late_client_merges_what_it_has(tmp_path):
-    """Client a takes two seconds a step: by the deadline it has done some of four, and counts for its part."""
+    """Client a takes two seconds a step: by the deadline it has done some of four; its weight: see test_server.py."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
     job = Job([sys.executable, "tests/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
     assert job.end() == 0, job.output
@@ -207,8 +219,8 @@ def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(wh
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", str(folder / "000001-round-1"))
     assert code == 0 and "000001-round-1" in output, output
     same_as(whole, tmp_path / "tiny")
-    left = {path.name for path in folder.iterdir()}
-    assert {"left-000002-round-2", "left-000003-round-3"} <= left and max(left - {"left-000003-round-3"}) > "000003"
+    branches = {f"{left}{name}" for left in ("", "left-") for name in ("000002-round-2", "000003-round-3")}
+    assert {path.name for path in folder.iterdir()} == branches
 
 
 def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from tests.ranks import clean_environment
 from ubsmoe_ds.heartbeat import ANSWER, BEAT, BEATS, Heartbeat, Host, open_socket
 
+pytestmark = pytest.mark.alone
 TOKEN = b"0123456789abcdef"
 TIMEOUT = 0.6
 SECONDS = 5.0  # for what must happen; what must not gets several timeouts

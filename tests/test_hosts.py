@@ -19,7 +19,7 @@ from tests.test_survival import PYTHON as OPEN_MPI
 from ubsmoe_ds.data import synthetic
 
 MPICH = Path(sys.executable)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 PRIVATE = Path("/dev/shm")  # each host's own

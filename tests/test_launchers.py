@@ -17,7 +17,7 @@ from tests.jobs import TRAIN, Job, records, run
 from tests.ranks import REPO
 from tests.test_survival import PYTHON as OPEN_MPI
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 MPICH = Path(sys.executable)
 INTEL_MPI = Path(os.environ.get("UBSMOE_DS_IMPI_PYTHON", REPO / ".venv-impi" / "bin" / "python"))
 SHORT = ["train.rounds=1", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]

@@ -101,6 +101,7 @@ LAYOUTS = {
     "one_two_four": [(1, 1), (2, 2), (4, 4)],
     "replicas": [(4, 2), (2, 1), (1, 1)],
     "single_client": [(2, 2)],
+    "one_rank_each": [(1, 1), (1, 1), (1, 1)],
     "more_ranks_than_units": [(4, 4), (4, 1)],
     "unequal_lora_ranks": [(2, 2, 1), (1, 1, 4), (2, 1, 3)],
     "stacks_back": [(2, 2, 1, 8), (1, 1, 4, 8), (2, 1, 3, 8)],
@@ -138,6 +139,10 @@ def test_exchange_equals_numpy(name, payload, tmp_path):
                 held.append(total)
             expected, tolerance = np.concatenate(held), (1e-6, 1e-6) if payload == "fp32" else (0.05, 0.02)
             np.testing.assert_allclose(results[rank]["merged"], expected, atol=tolerance[0], rtol=tolerance[1])
+            # where sums are formed on the way they are the same
+            assert ("reduced" in results[rank]) == (name == "one_rank_each" and payload == "fp32")
+            if "reduced" in results[rank]:
+                np.testing.assert_allclose(results[rank]["reduced"], expected - client, atol=1e-6, rtol=1e-6)
             rank += 1
     owned = sum(int(result["owned"]) for result in results)
     assert owned == sum(_elements(numel, lora, 4) for _, numel, _, lora in units)

@@ -145,6 +145,12 @@ def test_florist(energy, kept):
     assert_close(merged.B_UmR.norm(dim=1)[0], torch.tensor(kept).float())
 
 
+def test_florist_of_nothing_learned_can_still_learn():
+    """B = 0, as of an expert that nobody used yet: A must not become zero too."""
+    merged = merge.florist([one_unit([[1, 2]], [[0], [0]])] * 2, column(1, 1), energy=0.9)
+    assert (merged.B_UmR == 0).all() and (merged.A_URn.norm(dim=2) > 0.99).all()
+
+
 RANKS = (1, 2, 4, 8)
 assert_near = partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
 
@@ -199,5 +205,6 @@ def test_florist_equals_numpy(clients_and_svd, energy):
     merged = merge.florist(clients, weight_CU, energy)
     rank_U = (np.cumsum(S_UR**2, axis=1) < energy * np.sum(S_UR**2, axis=1, keepdims=True)).sum(axis=1) + 1
     for unit, p in enumerate(rank_U):
-        assert (merged.A_URn[unit].norm(dim=1) > 0).sum() == (merged.B_UmR[unit].norm(dim=0) > 0).sum() == p
+        assert (merged.B_UmR[unit].norm(dim=0) > 0).sum() == p
+        assert_near(merged.A_URn[unit].norm(dim=1), np.ones(merged.A_URn.shape[1]))  # what was cut can be learned anew
         assert_near(delta(unit_of(merged, unit))[0], truncated((U[unit], S_UR[unit], Vh[unit]), p))

@@ -115,6 +115,29 @@ def test_an_expert_that_nobody_used(rule):
     assert np.abs(replies[0][:21]).max() > 0.01
 
 
+def test_weights_of_a_round_by_hand():
+    """w = (1, 1, 2) / 4, K = 2, 4, 8 of 8 experts.
+
+    All worked: u* = (2 + 4 + 16) / 4 / 8. The last did half: weights (1, 1, 1) / 3, u* = 14 / 3 / 8. If it went astray
+    besides, its weight stays, for what can be merged of it, but u* = (2 + 4) / 2 / 8, as it has no say in u.
+    """
+    clients = [{"budget": budget} for budget in (0.25, 0.5, 1.0)]
+    exp = tiny.experiment("unused", clients, num_experts=8, k_max=8, lora={"rank": 3, "alpha": 6.0})
+    server = Server(exp, units(), [0.25, 0.25, 0.5])
+    assert server.target == pytest.approx(22 / 32)
+    for astray, target in (([False] * 3, 14 / 24), ([False, False, True], 6 / 16), ([True] * 3, 0.0)):
+        server.weigh([1.0, 1.0, 0.5], astray)
+        assert server.weight_C.tolist() == pytest.approx([1 / 3] * 3) and server.target == pytest.approx(target)
+
+
+def test_phi_stays_where_no_utilisation_counts():
+    listed = [Unit("layers.0.dmr", 8)]
+    server = Server(experiment([3], dmr=True), listed, [1.0])
+    server.start([np.ones(8, np.float32)])
+    server.weigh([1.0], [True])
+    assert (server.merge([np.ones(8, np.float32)], usage(1), [3])[0] == 0).all()
+
+
 def test_clip_norm_by_hand():
     """Client 0's router update (3, 4, 0, 0, 0) has norm 5 and is cut to 1; client 1's (0.6, 0.8, ...) stays."""
     listed = [Unit("layers.0.router", 5)]
@@ -203,8 +226,6 @@ def test_results_do_not_depend_on_how_units_are_spread(rule, seed, cut):
     parts: list[list[np.ndarray]] = [[], []]
     for mine in (slice(0, cut), slice(cut, 4)):
         own = listed[mine]
-        if not own:
-            continue
         bounds = [
             (sum(u.size(r) for u in listed[: mine.start]), sum(u.size(r) for u in listed[: mine.start] + own))
             for r in ranks

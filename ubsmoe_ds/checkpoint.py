@@ -8,6 +8,7 @@ This file knows files only: what a federation puts into a checkpoint is in feder
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.files import read_json, require_regular
 
 FORMAT = "ubsmoe_ds.checkpoint.1"
-FOLDER, MANIFEST, TEMPORARY = "checkpoints", "manifest.json", ".tmp-"
+FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
 HASHED_AT_ONCE = 2**22  # bytes
 RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 
@@ -60,12 +61,18 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def set_aside_newer(run_dir: Path, folder: Path) -> None:
-    """Rename the checkpoints that are newer than the one that a run goes on from: their branch has been left."""
-    if folder.parent.resolve() == (run_dir / FOLDER).resolve():
-        for newer in serials(run_dir):
-            if newer > int(folder.name.partition("-")[0]):
-                left = folder_of(run_dir, newer)
-                left.rename(left.with_name(f"left-{left.name}"))
+    """Rename the checkpoints that are newer than the one that a run goes on from: their branch has been left.
+
+    Raises:
+        OSError: where they cannot be renamed.
+    """
+    if folder.parent.resolve() != (run_dir / FOLDER).resolve():
+        return
+    for newer in serials(run_dir):
+        if newer > int(folder.name.partition("-")[0]):
+            leaving = folder_of(run_dir, newer)
+            names = (f"{LEFT}{leaving.name}{f'-{number}' if number else ''}" for number in itertools.count())
+            leaving.rename(next(path for path in map(leaving.with_name, names) if not path.exists()))
 
 
 def rank_file(rank: int) -> str:
@@ -78,7 +85,7 @@ def begin(run_dir: Path, serial: int) -> Path:
     parent = run_dir / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = temporary(run_dir, serial)
     folder.mkdir()
     return folder
@@ -149,7 +156,7 @@ def commit(
     for old in serials(run_dir)[keep:]:
         going = temporary(run_dir, old)
         folder_of(run_dir, old).rename(going)  # half-removed it must not be taken for a checkpoint
-        shutil.rmtree(going)
+        shutil.rmtree(going, ignore_errors=True)  # the new one is whole; what will not go now goes before the next
     return target
 
 

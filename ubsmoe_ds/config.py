@@ -193,6 +193,11 @@ def _merge_problems(exp: Experiment) -> list[str]:
         )
     if exp.lora.prune_penalty and rule == "flora":
         found.append("lora.prune_penalty: flora starts its adapters anew each round, there is no rank to prune; set 0")
+    if rule not in ELEMENTWISE_RULES and exp.merge.clip_norm is not None:
+        found.append(
+            f"merge.clip_norm: {exp.merge.clip_norm} does not go with merge.rule {rule!r}, whose factors are no "
+            f"update; leave it out, or use one of {', '.join(ELEMENTWISE_RULES)}"
+        )
     if rule not in ELEMENTWISE_RULES and exp.merge.server_optimizer != "none":
         found.append(
             f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not go with merge.rule {rule!r}, whose "

@@ -10,7 +10,7 @@ from ubsmoe_ds.errors import UserError
 
 FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
 ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
-CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/.tmp-*")
+CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints/.tmp-*")
 
 
 def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
@@ -53,13 +53,19 @@ def goes_on(exp: Experiment, resume: str | None) -> bool:
         resume: "auto", a checkpoint's folder, or None.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no such checkpoint, or it is of a branch that the run has left.
     """
     if resume is None or resume == "auto":
         return resume is not None
     if not (Path(resume) / "manifest.json").is_file():
         raise UserError(f"--resume: {resume} is no whole checkpoint; use auto, or another folder")
-    return exp.run_dir.resolve() in Path(resume).resolve().parents
+    own = exp.run_dir.resolve() in Path(resume).resolve().parents
+    if own and Path(resume).resolve().name.startswith("left-"):
+        raise UserError(
+            f"--resume: {resume} was left when the run went on from an older one, and the record is of its new branch; "
+            "go on with it in a folder of its own, name=..."
+        )
+    return own
 
 
 def _method_and_model(path: Path) -> tuple[str, str, str] | None:

@@ -22,6 +22,7 @@ from ubsmoe_ds.federation.rounds import Federation, Plan
 from ubsmoe_ds.federation.server import Server
 from ubsmoe_ds.federation.state import replicate
 from ubsmoe_ds.federation.units import UnitStore
+from ubsmoe_ds.files import writes
 from ubsmoe_ds.memory import release_freed_memory
 from ubsmoe_ds.models.causal_lm import model_shape
 from ubsmoe_ds.models.tokenizer import read_tokenizer
@@ -167,8 +168,9 @@ def _open_monitor(exp: Experiment, found: Found | None) -> "Monitor":
 
     if found is None:
         return Monitor(exp)
+    with writes(exp.run_dir / checkpoint.FOLDER):
+        checkpoint.set_aside_newer(exp.run_dir, found.folder)
     monitor = Monitor(exp, go_on_from=found.manifest.position.round)
-    checkpoint.set_aside_newer(exp.run_dir, found.folder)
     monitor.say(f"goes on from {found.folder}")
     return monitor
 

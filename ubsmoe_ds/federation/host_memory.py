@@ -1,4 +1,4 @@
-"""Memory that the ranks of one host read of each other: a merge there moves each element once, without messages."""
+"""Memory that the ranks of one host read of each other, so that a merge there needs no messages."""
 
 import os
 from pathlib import Path

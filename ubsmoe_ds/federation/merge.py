@@ -159,13 +159,14 @@ def flexlora(clients: Sequence[Factors], weight_CU: Tensor) -> Factors:
 def florist(clients: Sequence[Factors], weight_CU: Tensor, energy: float) -> Factors:
     """The same SVD, cut for each unit where it holds `energy` of sum S^2 (FLoRIST, arXiv 2506.09199).
 
-    The first p ranks with sum_{i <= p} S_i^2 >= energy * sum S^2 are kept, the others are zero.
+    The first p ranks with sum_{i <= p} S_i^2 >= energy * sum S^2 are kept. Of the others B is zero, but A stays: with
+    both zero no gradient would ever reach them again [ours].
     """
     factors, S_UR = _svd(flora(clients, weight_CU))
     square_UR = S_UR.double().square()
     before_UR = square_UR.cumsum(dim=1) - square_UR
     kept_UR = before_UR < energy * square_UR.sum(dim=1, keepdim=True)
-    return Factors(factors.A_URn * kept_UR.unsqueeze(2), factors.B_UmR * kept_UR.unsqueeze(1))
+    return Factors(factors.A_URn, factors.B_UmR * kept_UR.unsqueeze(1))
 
 
 def _svd(stack: Factors) -> tuple[Factors, Tensor]:

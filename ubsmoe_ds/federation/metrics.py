@@ -15,7 +15,7 @@ from ubsmoe_ds.federation.modulation import coefficient_of_variation
 
 
 class RoundSeconds(NamedTuple):
-    """Wall seconds of one client's first rank: local steps, waiting for others, moving updates, merging."""
+    """Wall seconds of one client's first rank: local steps, waiting for others, packing and moving updates, merging."""
 
     local: float
     wait: float
@@ -96,7 +96,7 @@ def seconds_scalars(
 ) -> dict[str, float]:
     """Wall times per client and of the slowest, and tokens per second; these differ from run to run.
 
-    What evaluation takes comes later: `add_evaluation_seconds`.
+    What is only known later: `add_later_seconds`.
     """
     found = {}
     for field in RoundSeconds._fields:
@@ -110,8 +110,20 @@ def seconds_scalars(
     return found
 
 
-def add_evaluation_seconds(found: dict[str, float], clients: Sequence[str], spent_C: np.ndarray) -> None:
-    """Complete what `seconds_scalars` found."""
-    found["seconds/evaluation"] = float(spent_C.max())
-    found |= {f"seconds_evaluation/{name}": float(spent) for name, spent in zip(clients, spent_C, strict=True)}
-    found["seconds/round"] += found["seconds/evaluation"]
+def add_later_seconds(
+    found: dict[str, float], clients: Sequence[str], taking_C: np.ndarray, evaluation_C: np.ndarray
+) -> None:
+    """Complete what `seconds_scalars` found.
+
+    Args:
+        found: changed in place.
+        clients: names.
+        taking_C: what the merge took on its way into each client's model, a part of "exchange".
+        evaluation_C: what evaluation took.
+    """
+    found["seconds/evaluation"] = float(evaluation_C.max())
+    for name, taking, evaluation in zip(clients, taking_C.tolist(), evaluation_C.tolist(), strict=True):
+        found[f"seconds_exchange/{name}"] = found.get(f"seconds_exchange/{name}", 0.0) + taking  # a client may be new
+        found[f"seconds_evaluation/{name}"] = evaluation
+    found["seconds/exchange"] = max(found[f"seconds_exchange/{name}"] for name in clients)
+    found["seconds/round"] += found["seconds/evaluation"] + float(taking_C.max())

@@ -25,7 +25,7 @@ from ubsmoe_ds.federation.exchange import Exchange
 from ubsmoe_ds.federation.keeper import Keeper
 from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
-    add_evaluation_seconds,
+    add_later_seconds,
     seconds_scalars,
     training_scalars,
 )
@@ -74,6 +74,7 @@ class Federation:
     unsaved: bool = False  # whether a checkpoint is due
     latest: "tuple[int, dict[str, float], dict[str, float], Tensor | None] | None" = None  # what was recorded last
     replica: dict[str, Tensor] = field(default_factory=dict)  # see `state.replicate`
+    taking: float = 0.0  # seconds that the latest merge took on its way into the model
 
     def run(self) -> None:
         """All rounds that are left; every rank of the job calls it.
@@ -169,7 +170,7 @@ class Federation:
         Args:
             start, done: when the round's local steps of this client began and ended.
         """
-        number, clock = self.position.round, [start, done]
+        number = self.position.round
         stats, worked = self.client.local_stats(self.progress), self._worked()
         update = self.store.updates() if worked else torch.zeros_like(self.store.shared)
         self.client.rank = self.store.rank
@@ -177,18 +178,20 @@ class Federation:
             self.client.rank = next_rank(self.store, update, self.client.tail_start)
         finite = bool(torch.isfinite(update).all())
         pseudo_weight = self.exp.merge.pseudo_weight
+        packed = time.perf_counter()
         statistics = gather(self.world, self.client, self.server.weights, finite, worked, pseudo_weight)
-        clock.append(time.perf_counter())
+        met = time.perf_counter()
         back, merging = self._exchange(update, statistics)
         refused = self._refused(statistics)
-        clock.append(time.perf_counter())
-        local, wait, exchange = np.diff(clock)
-        seconds = RoundSeconds(local, wait, exchange - merging, merging)
+        exchange = packed - done + time.perf_counter() - met - merging
+        seconds = RoundSeconds(done - start, met - packed, exchange, merging)
         of_client, metrics, times = self._scalars(stats, seconds, statistics, refused)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.world.agree()
         self.replica = replica
+        start = time.perf_counter()
         self._take(number, back, statistics)
+        self.taking = time.perf_counter() - start
         self.position.note(metrics, times, statistics.usage.utilisation_LE.tolist())
         self.progress = LocalProgress()
         if self.monitor is not None:
@@ -227,7 +230,7 @@ class Federation:
     def _exchange(self, update: Tensor, statistics: RoundStatistics) -> tuple[Tensor, float]:
         """To the owners and back; (the difference that this rank gets, seconds spent merging)."""
         old, new = self.server.ranks, statistics.ranks
-        self.server.weigh(statistics.worked_C)
+        self.server.weigh(statistics.worked_C, statistics.astray_C.tolist())
         if new != old:
             self.exchange = self.plan(old, self._reply_ranks(new))
         if self.exchange.is_reducible and self.server.is_linear and not statistics.astray_C.any():
@@ -296,14 +299,17 @@ class Federation:
         evaluated = None
         if number % self.exp.evaluation.every == 0 or number == train.rounds:
             evaluated = self._evaluate()
-        spent_C = self._client_table([time.perf_counter() - start if self.world.client_rank == 0 else 0.0])[:, 0]
+        evaluation = time.perf_counter() - start
+        spent = [self.taking, evaluation] if self.world.client_rank == 0 else [0.0, 0.0]
+        taking_C, evaluation_C = self._client_table(spent).T
         if train.save_every and number and number % train.save_every == 0:
             Outcome(self.exp, self.world, self.client, self.store, self.server.ranks).save_adapters(number)
         self.world.agree()
         if evaluated is not None:
             self.position.evaluated(evaluated)
         if number:
-            add_evaluation_seconds(self.position.pending["seconds"], self._names, spent_C)
+            add_later_seconds(self.position.pending["seconds"], self._names, taking_C, evaluation_C)
+        self.taking = 0.0
         self.latest = (number, *self.position.recorded())
         if self.monitor is not None:
             self.monitor.round(*self.latest)

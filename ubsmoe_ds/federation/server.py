@@ -59,7 +59,7 @@ class Server:
     def __init__(self, exp: Experiment, units: Sequence[Unit], weights: Sequence[float]) -> None:
         self.exp, self.config = exp, exp.merge
         self.weights = list(weights)
-        self.weigh([1.0] * len(self.weights))
+        self.weigh([1.0] * len(self.weights), [False] * len(self.weights))
         self.segments = _segments(units, exp.merge.rule in ELEMENTWISE_RULES)
         self.ranks = list(exp.lora_ranks)
         self._scaling = [exp.lora.alpha / rank for rank in self.ranks]  # of the modules: pruning does not change it
@@ -67,16 +67,18 @@ class Server:
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
         self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
 
-    def weigh(self, worked: Sequence[float]) -> None:
-        """Weights of the round and u* that goes with them.
+    def weigh(self, worked: Sequence[float], astray: Sequence[bool]) -> None:
+        """Weights of the round, and u* over the clients whose utilisation counts.
 
         Args:
             worked: which part of its round each client did, 0 to 1; its weight is that part of w_c [ours].
+            astray: whether a client sent NaN or Inf; neither its utilisation nor its K counts for DMR then.
         """
         weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(worked, dtype=torch.float64)
         self.weight_C = merge.shares(weight_C)
+        heard_C = merge.shares(weight_C * ~torch.tensor(astray))
         active = [self.exp.active_experts(client) for client in self.exp.clients]
-        self.target = modulation.target_utilisation(self.weight_C.tolist(), active, self.exp.num_experts)
+        self.target = modulation.target_utilisation(heard_C.tolist(), active, self.exp.num_experts)
 
     def start(self, values: Sequence[np.ndarray]) -> None:
         """Take note of what the clients hold: their values of the owned units, one array a client."""
@@ -136,7 +138,7 @@ class Server:
         for number, (segment, merged_N) in enumerate(zip(self.segments, parts, strict=True)):
             weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
             deltas.append(self._finish(number, merged_N, weight_CU, usage))
-        return _joined(deltas) if deltas else merged
+        return _joined(deltas)
 
     def _split(self, flat_C: Sequence[np.ndarray]) -> list[list[Tensor]]:
         """[segment][client] views of the clients' arrays."""
@@ -190,7 +192,9 @@ class Server:
     def _step_phi(
         self, segment: Segment, mean_N: Tensor, heard_N: Tensor, held_C: list[Tensor], usage: Usage
     ) -> Tensor:
-        """DMR's server step on phibar = held + mean update."""
+        """DMR's server step on phibar = held + mean update; none where no client's utilisation counts."""
+        if self.target == 0:
+            return torch.zeros_like(mean_N)
         dmr, new = self.exp.dmr, []
         for unit, phi_E in zip(segment.units, (held_C[0] + mean_N).split(self.exp.num_experts), strict=True):
             utilisation_E = usage.utilisation_LE[unit.layer].float()
@@ -281,5 +285,7 @@ def _scaled(factors: Factors, scaling: float) -> Factors:
 
 
 def _joined(pieces: list[Tensor]) -> np.ndarray:
-    joined = torch.cat(pieces) if len(pieces) != 1 else pieces[0]
-    return np.ascontiguousarray(joined.numpy(), dtype=np.float32)
+    """Of an owner without units: nothing."""
+    if len(pieces) == 1:
+        return np.ascontiguousarray(pieces[0].numpy(), dtype=np.float32)
+    return torch.cat(pieces).float().numpy() if pieces else np.empty(0, dtype=np.float32)

@@ -25,6 +25,7 @@ from ubsmoe_ds.world import World
 
 ALL = "all"  # the owner of what clients have in common
 EXPERT_SUMS = ".moments"  # what is counted of a rank's own experts, not of its tokens
+NORMS = slice(3, None)  # of `LocalProgress.sums`
 Layout = Sequence[int]  # a client's ranks and expert parallelism
 
 
@@ -232,6 +233,8 @@ def restore_rank(client: Client, client_rank: int, progress: LocalProgress, read
         total = torch.zeros_like(held).view(-1)
         for source in taken:
             total += _stretch(reader, f"count.{source}", owner, name, first, len(total)).to(total)
+        if name == "sums" and taken:
+            total[NORMS] /= len(taken)  # each rank has those of the whole client
         held.copy_(total.view(held.shape))
 
 
