@@ -12,8 +12,10 @@ BIN    := $(VENV)/bin
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
 
+# two files of tests at a time, because much of a job's time is waiting
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile --durations 20
+	$(BIN)/python -m pytest -m alone --durations 5
 
 check: setup
 	$(BIN)/ruff check .
