@@ -150,7 +150,7 @@ def exchange(
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
     owner, memory = owners(listed, 4, comm.size), HostMemory.of_job(comm)
     assert memory is not None
-    merged, reduced = [], []
+    merged, reduced, once = [], [], []
     for way in (None, memory, memory):  # by messages; through memory; and once more, over what was left there
         plan = Exchange(comm, placed, listed, num_experts, owner, payload, way)
         assert plan.memory is way
@@ -159,7 +159,11 @@ def exchange(
             values = _held(plan, client)
             for share in (weights[client], np.full(len(values), weights[client], dtype=np.float32)):
                 reduced.append(plan.gather(plan.reduce(values, share)))
+        same = Exchange(comm, placed, listed, num_experts, owner, payload, way, same_back=True)
+        if len({(layout.lora_rank, layout.reply_rank) for layout in placed}) == 1:
+            once.append(_exchange_once(same, client, weights))
     assert all(np.allclose(reduced[0], other) for other in reduced)
+    assert all(np.array_equal(once[0], other) for other in once[1:])
     assert all(np.array_equal(merged[0], other) for other in merged[1:])
     with mock.patch("ubsmoe_ds.federation.host_memory._free_bytes", return_value=0):  # a container's small /dev/shm
         assert Exchange(comm, placed, listed, num_experts, owner, payload, HostMemory(comm)).memory is None
@@ -170,7 +174,7 @@ def exchange(
         assert uneven.reserve(1000)
     owned = sum(listed[u].size(4) for u in plan.owned)
     found = {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(plan.bytes_sent)}
-    return found | ({"reduced": reduced[0]} if reduced else {})
+    return found | ({"reduced": reduced[0]} if reduced else {}) | ({"once": once[0]} if once else {})
 
 
 def _held(plan: Any, client: int) -> np.ndarray:
@@ -182,7 +186,7 @@ def _held(plan: Any, client: int) -> np.ndarray:
 
 
 def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
-    """Collect, sum and distribute."""
+    """Collect, sum and distribute; where all get the same, without the client's number."""
     placed, listed = plan.layouts, plan.units
     received = plan.collect(_held(plan, client))
     replies: list[list[np.ndarray]] = [[] for _ in placed]
@@ -190,14 +194,15 @@ def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
     for u in plan.owned:
         for c, layout in enumerate(placed):
             numel = int(layout.sizes(listed, reply=True)[u])
-            total = np.full(numel, c, dtype=np.float32)
+            total = np.full(numel, 0 if plan.same_back else c, dtype=np.float32)
             for other, (flat, weight) in enumerate(zip(received, weights, strict=True)):
                 value = flat[starts[other] :][: int(placed[other].sizes(listed, reply=False)[u])]
                 total[: len(value)] += weight * value[:numel]
             replies[c].append(total)
         for c, layout in enumerate(placed):
             starts[c] += int(layout.sizes(listed, reply=False)[u])
-    return plan.distribute([np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies])
+    joined = [np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies]
+    return plan.distribute(joined[:1] * len(joined) if plan.same_back else joined)
 
 
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:

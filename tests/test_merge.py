@@ -139,6 +139,12 @@ def test_exchange_equals_numpy(name, payload, tmp_path):
                 held.append(total)
             expected, tolerance = np.concatenate(held), (1e-6, 1e-6) if payload == "fp32" else (0.05, 0.02)
             np.testing.assert_allclose(results[rank]["merged"], expected, atol=tolerance[0], rtol=tolerance[1])
+            # and where clients of equal ranks all get the same
+            assert ("once" in results[rank]) == (name not in ("unequal_lora_ranks", "stacks_back"))
+            if "once" in results[rank]:
+                np.testing.assert_allclose(
+                    results[rank]["once"], expected - client, atol=tolerance[0], rtol=tolerance[1]
+                )
             # where sums are formed on the way they are the same
             assert ("reduced" in results[rank]) == (name == "one_rank_each" and payload == "fp32")
             if "reduced" in results[rank]:

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from ubsmoe_ds import checkpoint
 from ubsmoe_ds.client import Client, start_deepspeed
-from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config import ELEMENTWISE_RULES, Experiment
 from ubsmoe_ds.cost import trainable_parameters
 from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
 from ubsmoe_ds.data.shares import client_rows
@@ -149,7 +149,8 @@ def plan_exchanges(
             replace(layout, lora_rank=rank, reply_rank=reply)
             for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
         ]
-        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, exp.merge.payload, memory)
+        payload, same = exp.merge.payload, exp.merge.rule in ELEMENTWISE_RULES
+        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_back=same)
         nonlocal warned
         if warn is not None and not warned and memory is not None and exchange.memory is None:
             warned = True

@@ -80,7 +80,7 @@ class Run(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Way:
     """One direction as one rank sees it: how to fill what it sends, and how to spread out what arrives.
 
@@ -95,7 +95,7 @@ class _Way:
     peer_starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "peer_starts", np.empty_like(self.send_counts))
+        self.peer_starts = np.empty_like(self.send_counts)
 
     @property
     def numel(self) -> int:
@@ -123,6 +123,7 @@ class Exchange:
         owner: see `owners`; it stays the same when LoRA ranks change.
         payload: "fp32" or "bf16".
         memory: what the ranks share if they are all on one host; None: they send messages.
+        same_back: whether all clients get the same back, as under rules on elements; on one host it is written once.
     """
 
     def __init__(
@@ -134,9 +135,10 @@ class Exchange:
         owner: np.ndarray,
         payload: str = "fp32",
         memory: HostMemory | None = None,
+        same_back: bool = False,
     ) -> None:
         self.comm, self.units, self.layouts = comm, units, layouts
-        self.payload, self.num_experts = payload, num_experts
+        self.payload, self.num_experts, self.same_back = payload, num_experts, same_back
         self.owned = range(*np.searchsorted(owner, [comm.rank, comm.rank + 1]).tolist())
         client = max(c for c, layout in enumerate(layouts) if layout.first <= comm.rank)
         holders = [[layout.holders(unit, num_experts) for unit in units] for layout in layouts]
@@ -145,6 +147,7 @@ class Exchange:
         senders = [[ranks[i % len(ranks)] for i, ranks in enumerate(per_unit)] for per_unit in holders]
         self._up = self._plan_up(client, mine, senders, owner)
         self._down = self._plan_down(client, mine, holders, owner)
+        self._from_owners = self._plan_reading(client, mine, owner)
         self.memory = None if memory is None else self._share(memory)
         self.held_numel = int(layouts[client].sizes(units, reply=False)[mine].sum())
         sent = self._up.send_counts + self._down.send_counts
@@ -169,7 +172,7 @@ class Exchange:
         """Send each client its values of the owned units (a collective over the job).
 
         Args:
-            replies: fp32, one array a client; clients that get the same may share one array.
+            replies: fp32, one array a client, all the same one where `same_back`.
 
         Returns:
             fp32, the units that this rank holds, in unit order, concatenated.
@@ -177,6 +180,10 @@ class Exchange:
         need = [int(layout.sizes(self.units, reply=True)[self.owned].sum()) for layout in self.layouts]
         if [reply.shape for reply in replies] != [(numel,) for numel in need]:
             raise ValueError(f"replies must have {need} elements, got shapes {[reply.shape for reply in replies]}")
+        if self.same_back and any(reply is not replies[0] for reply in replies):
+            raise ValueError("replies must be one and the same array")
+        if self.same_back and self.memory is not None:
+            return self._read_owners(replies[0])
         return self._travel(replies, self._down, exact=False)[0]
 
     @property
@@ -210,16 +217,23 @@ class Exchange:
 
     def gather(self, owned: np.ndarray) -> np.ndarray:
         """What every owner has for its units, in unit order, on every rank (a collective over the job)."""
+        if self.memory is not None:
+            return self._read_owners(owned)
         counts = self._up.send_counts
         whole = np.empty(int(counts.sum()), dtype=np.float32)
-        if self.memory is not None:
-            self.memory.write(len(owned), torch.float32).copy_(torch.from_numpy(owned))
-            self.memory.publish()
-            for rank, part in enumerate(torch.from_numpy(whole).split(counts.tolist())):
-                part.copy_(self.memory.read(rank, torch.float32)[: len(part)])
-            return whole
         move(self.comm, lambda: self.comm.Iallgatherv([owned, MPI.FLOAT], [whole, counts, MPI.FLOAT]))
         return whole
+
+    def _read_owners(self, owned: np.ndarray) -> np.ndarray:
+        """What every owner has for its units, as far as this rank holds them, through the host's memory."""
+        assert self.memory is not None
+        kind = torch.bfloat16 if self.payload == "bf16" else torch.float32
+        self.memory.write(len(owned), kind).copy_(torch.from_numpy(owned))
+        self.memory.publish()
+        held = np.empty(sum(run.length for run in self._from_owners), dtype=np.float32)
+        peers = [self.memory.read(rank, kind) for rank in range(self.comm.size)]
+        _copy(peers, self._from_owners, torch.from_numpy(held))
+        return held
 
     def _travel(self, sources: Sequence[np.ndarray], way: _Way, exact: bool) -> list[np.ndarray]:
         if self.memory is not None:
@@ -275,9 +289,18 @@ class Exchange:
         numel = int(receive_counts.sum())
         return _Way(pack, send_counts, receive_counts, [Run(0, 0, 0, numel)], [numel])
 
+    def _plan_reading(self, client: int, mine: list[int], owner: np.ndarray) -> list[Run]:
+        """From every owner's units, in order, to the held ones, if all clients get the same."""
+        sizes = self.layouts[client].sizes(self.units, reply=True)
+        starts = np.cumsum(sizes) - sizes
+        start_owned = starts - starts[np.searchsorted(owner, owner)]  # less where the owner's first unit starts
+        start_held = _starts(mine, sizes)
+        return list(_coalesce([Run(int(owner[i]), int(start_owned[i]), start_held[i], int(sizes[i])) for i in mine]))
+
     def _share(self, memory: HostMemory) -> HostMemory | None:
         """Room for what is sent, and where it lies in other ranks' memory; None if there is no room (a collective)."""
-        if not memory.reserve(4 * max(self._up.numel, self._down.numel)):
+        owned = int(self.layouts[0].sizes(self.units, reply=True)[self.owned].sum())
+        if not memory.reserve(4 * max(self._up.numel, owned if self.same_back else self._down.numel)):
             return None
         for way in (self._up, self._down):
             starts = np.cumsum(way.send_counts) - way.send_counts
