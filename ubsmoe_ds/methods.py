@@ -34,13 +34,12 @@ _RANKS = _on(_PLAIN, {"budget_scales": "lora_rank"})  # every client runs K_max 
 _NEW_BASIS = _on(_RANKS, {"train": {"optimizer_state": "reset"}})
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2605.16690: DMR, PG and FedAvg are the paper's; the estimator's formula and the rescaling are ours
+    # arXiv 2605.16690: DMR, PG and FedAvg are the paper's; the estimator's formula is ours
     "ub_smoe": _on(
         _PLAIN,
         {
             "dmr": {"enabled": True},
             "pseudo_gradient": {"estimator": "linearised", "tokens_per_expert": 4, "moment_share": 0.0625},
-            "router": {"gate_rescale": "power"},
         },
     ),
     # sparse routing with K_c experts and FedAvg, nothing else
@@ -63,17 +62,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "florist": _on(_NEW_BASIS, {"merge": {"rule": "florist"}}),
 }
 
-# parts of ub_smoe: label -> what changes; "plain sparse + one part" is topk with that part alone
-_NO_DMR: Settings = {"dmr": {"enabled": False}}
-_NO_PG: Settings = {"pseudo_gradient": {"estimator": "none"}}
-_NO_RESCALE: Settings = {"router": {"gate_rescale": "none"}}
+# of ub_smoe: label -> what changes; without both parts it is topk
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "ub_smoe-no_dmr": _on({"method": "ub_smoe"}, _NO_DMR),
-    "ub_smoe-no_pg": _on({"method": "ub_smoe"}, _NO_PG),
-    "ub_smoe-no_rescale": _on({"method": "ub_smoe"}, _NO_RESCALE),
-    "dmr_alone": _on(_on({"method": "ub_smoe"}, _NO_PG), _NO_RESCALE),
-    "pg_alone": _on(_on({"method": "ub_smoe"}, _NO_DMR), _NO_RESCALE),
-    "rescale_alone": _on(_on({"method": "ub_smoe"}, _NO_DMR), _NO_PG),
+    "ub_smoe-no_dmr": {"method": "ub_smoe", "dmr": {"enabled": False}},
+    "ub_smoe-no_pg": {"method": "ub_smoe", "pseudo_gradient": {"estimator": "none"}},
+    "ub_smoe-rescale": {"method": "ub_smoe", "router": {"gate_rescale": "power"}},  # ours
 }
 
 
