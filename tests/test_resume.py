@@ -30,7 +30,8 @@ VARIANTS: dict[str, list] = {
     "flexlora_reset": [["method=flexlora"], 8, 6],
 }
 
-STOPS = ["?"]
+# (round, serial of the checkpoint): in the first evaluation twice, in a round, and in the one after that was whole
+STOPS = [(0, 1), (0, 2), (1, 3), (2, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,11 @@ def test_it_learned_something(name, results):
 
 def test_stops_fell_where_they_should(results):
     """The variant stopped four times."""
-    stops = [str(stop).removesuffix("; --resume auto goes on from there") for stop in results[1][0]["stops/ub_smoe"]]
-    assert [stop.replace(str(results[0]), "") for stop in stops] == STOPS
+    checkpoints = results[0] / "ub_smoe-resumed" / "checkpoints"
+    assert list(results[1][0]["stops/ub_smoe"]) == [
+        f"stopped in round {number} of 3, saved to {checkpoints / f'{serial:06d}-within-round-{number}'}"
+        for number, serial in STOPS
+    ]
 
 
 def test_hetlora_did_prune(results):

@@ -170,7 +170,7 @@ class Federation:
         Args:
             start, done: when the round's local steps of this client began and ended.
         """
-        number = self.position.round
+        number, begun = self.position.round, time.perf_counter()
         stats, worked = self.client.local_stats(self.progress), self._worked()
         update = self.store.updates() if worked else torch.zeros_like(self.store.shared)
         self.client.rank = self.store.rank
@@ -183,8 +183,8 @@ class Federation:
         met = time.perf_counter()
         back, merging = self._exchange(update, statistics)
         refused = self._refused(statistics)
-        exchange = packed - done + time.perf_counter() - met - merging
-        seconds = RoundSeconds(done - start, met - packed, exchange, merging)
+        exchange = packed - begun + time.perf_counter() - met - merging
+        seconds = RoundSeconds(done - start, begun - done + met - packed, exchange, merging)
         of_client, metrics, times = self._scalars(stats, seconds, statistics, refused)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.world.agree()
