@@ -14,9 +14,13 @@ from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.same_experiment import check_same_experiment
 
 
+def serials(run_dir: Path) -> list[int]:
+    return [checkpoint.serial_of(folder) for folder in checkpoint.folders(run_dir)]
+
+
 def write(run_dir: Path, pieces: list[list[Piece]], keep: int = 2, label: str = "round-1") -> Path:
     """A checkpoint of one file for each list of pieces."""
-    serial = next(iter(checkpoint.serials(run_dir)), 0) + 1
+    serial = next(iter(serials(run_dir)), 0) + 1
     folder = checkpoint.begin(run_dir, serial)
     files = {checkpoint.rank_file(rank): checkpoint.write_pieces(folder, rank, own) for rank, own in enumerate(pieces)}
     return checkpoint.commit(run_dir, serial, label, files, {"round": serial}, keep)
@@ -72,16 +76,16 @@ def test_any_cut_is_read_back_by_any_other(tmp_path_factory, data):
 
 
 def test_the_newest_are_kept_and_half_written_ones_are_none(tmp_path):
-    assert checkpoint.serials(tmp_path) == []
+    assert serials(tmp_path) == []
     for _ in range(3):
         write(tmp_path, two_pieces())
-    assert checkpoint.serials(tmp_path) == [3, 2]
+    assert serials(tmp_path) == [3, 2]
     leftover = checkpoint.begin(tmp_path, 4)
     checkpoint.write_pieces(leftover, 0, two_pieces()[0])  # and then the job was killed
-    assert checkpoint.serials(tmp_path) == [3, 2]
+    assert serials(tmp_path) == [3, 2]
     write(tmp_path, two_pieces(), label="within-round-3")
-    assert checkpoint.serials(tmp_path) == [4, 3]
-    assert checkpoint.folder_of(tmp_path, 4).name == "000004-within-round-3"
+    assert serials(tmp_path) == [4, 3]
+    assert checkpoint.folders(tmp_path)[0].name == "000004-within-round-3"
     assert [path.name for path in (tmp_path / "checkpoints").glob(".tmp*")] == []
 
 
@@ -188,7 +192,7 @@ def test_branches_that_were_left_never_meet(tmp_path):
         for _ in range(2):
             write(tmp_path, two_pieces(), keep=9)
         checkpoint.set_aside_newer(tmp_path, first)
-    assert checkpoint.serials(tmp_path) == [1]
+    assert serials(tmp_path) == [1]
     left = {path.name for path in first.parent.iterdir()} - {first.name}
     assert left == {f"left-00000{serial}-round-1{branch}" for serial in (2, 3) for branch in ("", "-1")}
     checkpoint.set_aside_newer(tmp_path / "another", first)

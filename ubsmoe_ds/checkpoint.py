@@ -46,18 +46,15 @@ class Damaged(Exception):  # noqa: N818  # no error of this program
     """Why a checkpoint cannot be used, in one line."""
 
 
-def serials(run_dir: Path) -> list[int]:
-    """Serial numbers of a run's checkpoints, the newest first; half-written ones are none."""
-    return sorted((int(path.name.partition("-")[0]) for path in _folders(run_dir)), reverse=True)
+def folders(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, the newest first; half-written ones are none."""
+    found = (path for path in (run_dir / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9][0-9]-*") if path.is_dir())
+    return sorted(found, key=serial_of, reverse=True)
 
 
-def folder_of(run_dir: Path, serial: int) -> Path:
-    """The folder of a checkpoint that `serials` has found."""
-    return next(path for path in _folders(run_dir) if path.name.startswith(f"{serial:06d}-"))
-
-
-def _folders(run_dir: Path) -> list[Path]:
-    return [path for path in (run_dir / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9][0-9]-*") if path.is_dir()]
+def serial_of(folder: Path) -> int:
+    """The serial number that a checkpoint's name begins with."""
+    return int(folder.name.partition("-")[0])
 
 
 def set_aside_newer(run_dir: Path, folder: Path) -> None:
@@ -68,9 +65,8 @@ def set_aside_newer(run_dir: Path, folder: Path) -> None:
     """
     if folder.parent.resolve() != (run_dir / FOLDER).resolve():
         return
-    for newer in serials(run_dir):
-        if newer > int(folder.name.partition("-")[0]):
-            leaving = folder_of(run_dir, newer)
+    for leaving in folders(run_dir):
+        if serial_of(leaving) > serial_of(folder):
             names = (f"{LEFT}{leaving.name}{f'-{number}' if number else ''}" for number in itertools.count())
             leaving.rename(next(path for path in map(leaving.with_name, names) if not path.exists()))
 
@@ -153,9 +149,9 @@ def commit(
     _sync(source)
     source.rename(target)
     _sync(target.parent)
-    for old in serials(run_dir)[keep:]:
-        going = temporary(run_dir, old)
-        folder_of(run_dir, old).rename(going)  # half-removed it must not be taken for a checkpoint
+    for old in folders(run_dir)[keep:]:
+        going = temporary(run_dir, serial_of(old))
+        old.rename(going)  # half-removed it must not be taken for a checkpoint
         shutil.rmtree(going, ignore_errors=True)  # the new one is whole; what will not go now goes before the next
     return target
 
