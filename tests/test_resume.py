@@ -11,6 +11,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.slow
 CONFIG = "ds_configs/tiny.yaml"
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
+SHORT += ["checkpoint.keep=9"]
 CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
 ZERO2 = ["deepspeed.zero_optimization.stage=2"]
 BF16 = ["deepspeed.bf16.enabled=true"]
@@ -69,6 +70,15 @@ def test_stops_fell_where_they_should(results):
         f"stopped in round {number} of 3, saved to {checkpoints / f'{serial:06d}-within-round-{number}'}"
         for number, serial in STOPS
     ]
+
+
+def test_seconds_of_a_round_hold_those_before_the_stop(results):
+    """Client a was stopped in round 2 after one of three steps or two."""
+    folder = results[0] / "ub_smoe-resumed"
+    manifest = json.loads((folder / "checkpoints" / "000005-within-round-2" / "manifest.json").read_text())
+    before = manifest["clients"]["a"]
+    assert 0 < before["steps"] < 3 and before["seconds"] > 0
+    assert records(folder)[2]["seconds"]["seconds_local/a"] > before["seconds"]
 
 
 def test_hetlora_did_prune(results):

@@ -51,13 +51,14 @@ class LocalProgress:
 
     steps: taken or skipped; bad_steps: skipped, for NaN or Inf; sums: fp64 on the CPU: answer loss, answer tokens,
     used tokens, norm of the real gradient, norm of the pseudo-gradient, over the steps that were taken.
-    deadline: on the monotonic clock.
+    deadline: on the monotonic clock; seconds: of the steps so far, before a checkpoint too.
     """
 
     steps: int = 0
     bad_steps: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
     deadline: float | None = None
+    seconds: float = 0.0
 
 
 def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:

@@ -6,6 +6,7 @@ fit. Readers raise OSError or ValueError, so that each caller can say whose file
 
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -73,6 +74,15 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def finite_or_null(value: Any) -> Any:
+    """For JSON, which has no word for NaN and Inf: the same with None in their places."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite_or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

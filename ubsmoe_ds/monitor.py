@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.client import LocalStats
 from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.files import replace_files, writes
+from ubsmoe_ds.files import finite_or_null, replace_files, writes
 from ubsmoe_ds.run_folder import create_run_folder
 
 # dark blue - teal - yellow, linear between the stops
@@ -67,7 +67,8 @@ class Monitor:
             seconds: wall times by name, kept apart from the metrics because they never repeat.
             utilisation_LE: global utilisation of the round.
         """
-        line = json.dumps({"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}) + "\n"
+        record = {"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}
+        line = json.dumps(finite_or_null(record)) + "\n"
         with writes(self.folder / RECORD):
             self._record.write(line)
             self._record.flush()
@@ -125,7 +126,7 @@ class Monitor:
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
         summary = {"clients": rows, **totals}
-        text = json.dumps(summary, indent=2) + "\n"
+        text = json.dumps(finite_or_null(summary), indent=2) + "\n"
         replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
         self._record.close()
         self._writer.close()

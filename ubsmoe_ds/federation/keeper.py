@@ -24,7 +24,8 @@ from ubsmoe_ds.sections import Section
 from ubsmoe_ds.world import World
 
 AUTO = "auto"
-MOST_LOOKED_AT = 1000  # checkpoints, the newest first
+MOST_LOOKED_AT = 100  # checkpoints, the newest first
+NAME_BYTES = 255  # the longest name that file systems take
 
 
 class Manifest(Section):
@@ -74,7 +75,7 @@ class Keeper:
             UserError: if some rank could not write, as on a full disk; earlier checkpoints are untouched.
         """
         run_dir, rank, failure = self.exp.run_dir, self.world.rank, ""
-        newest = next(iter(checkpoint.serials(run_dir)), 0) if rank == 0 else 0
+        newest = max(map(checkpoint.serial_of, checkpoint.folders(run_dir)), default=0) if rank == 0 else 0
         serial = int(self.world.sum(np.array([newest + 1.0 if rank == 0 else 0.0]))[0])
         if rank == 0:
             failure = _failure_of(partial(checkpoint.begin, run_dir, serial))
@@ -123,24 +124,25 @@ class Keeper:
         return [*found, *state.server_pieces(server, store.units)]
 
     def _clients_table(self, position: Position, progress: LocalProgress) -> np.ndarray:
-        """[clients, 3]: steps taken in the run, in this round, and bad ones (a collective)."""
-        table = np.zeros((len(self.exp.clients), 3))
+        """[clients, 4]: steps taken in the run; in this round, bad ones, seconds they took (a collective)."""
+        table = np.zeros((len(self.exp.clients), 4))
         if self.world.client_rank == 0:
-            table[self.world.client] = [position.steps_taken, progress.steps, progress.bad_steps]
+            table[self.world.client] = [position.steps_taken, progress.steps, progress.bad_steps, progress.seconds]
         return self.world.sum(table)
 
     def _content(self, server: Server, position: Position, clients: np.ndarray) -> dict[str, Any]:
         """The manifest's own part."""
         of_client = {}
-        for config, rank, (taken, steps, bad) in zip(
-            self.exp.clients, server.ranks, clients.astype(int).tolist(), strict=True
+        for config, rank, (taken, steps, bad, seconds) in zip(
+            self.exp.clients, server.ranks, clients.tolist(), strict=True
         ):
             of_client[config.name] = {
                 "layout": [config.ranks, config.expert_parallel],
                 "lora_rank": rank,
-                "steps_taken": taken,
-                "steps": steps,
-                "bad_steps": bad,
+                "steps_taken": int(taken),
+                "steps": int(steps),
+                "bad_steps": int(bad),
+                "seconds": seconds,
             }
         return {
             "position": position.saved(),
@@ -163,13 +165,9 @@ class Keeper:
             if found is None:
                 raise UserError(f"--resume: {asked} is no whole checkpoint; use {AUTO}, or another folder")
             return self._checked(found)
-        serials = np.zeros(MOST_LOOKED_AT)
-        if self.world.rank == 0:
-            newest = checkpoint.serials(self.exp.run_dir)[: len(serials)]
-            serials[: len(newest)] = newest
-        known = [serial for serial in self.world.sum(serials).astype(int).tolist() if serial]
-        for serial in known:
-            found = self._verified(checkpoint.folder_of(self.exp.run_dir, serial))
+        known = self._known()
+        for folder in known:
+            found = self._verified(folder)
             if found is not None:
                 return self._checked(found)
         if known:
@@ -178,6 +176,18 @@ class Keeper:
                 "start anew with another name=..."
             )
         return None
+
+    def _known(self) -> list[Path]:
+        """The checkpoints that rank 0 sees, the newest first (a collective).
+
+        Names are shared, not looked for by each rank: on a network file system another host's listing may lag.
+        """
+        names = np.zeros(MOST_LOOKED_AT, dtype=f"S{NAME_BYTES}")
+        if self.world.rank == 0:
+            newest = [folder.name.encode() for folder in checkpoint.folders(self.exp.run_dir)[: len(names)]]
+            names[: len(newest)] = newest
+        shared = self.world.sum(names.view(np.uint8)).astype(np.uint8).view(names.dtype)
+        return [self.exp.run_dir / checkpoint.FOLDER / name.decode() for name in shared if name]
 
     def _verified(self, folder: Path) -> Found | None:
         """The checkpoint, if all is there and unchanged; each rank looks at its share of the files."""
@@ -243,7 +253,7 @@ class Keeper:
             store.load()
             return position, LocalProgress()
         state.restore_client(client, reader)
-        progress = LocalProgress(own.steps, own.bad_steps)
+        progress = LocalProgress(own.steps, own.bad_steps, seconds=own.seconds)
         state.restore_rank(client, self.world.client_rank, progress, reader, own.layout)
         return position, progress
 

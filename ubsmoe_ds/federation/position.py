@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ubsmoe_ds.files import finite_or_null
 from ubsmoe_ds.sections import Section
 
 Count = Annotated[int, Field(ge=0)]
@@ -34,13 +35,16 @@ class SavedPosition(Section):
 
 
 class SavedClient(Section):
-    """A client in a manifest: ranks and expert parallelism, LoRA rank, steps in the run, in this round, bad ones."""
+    """A client in a manifest: ranks and expert parallelism, LoRA rank, steps in the run; of the round under way steps,
+    bad ones, and seconds.
+    """
 
     layout: list[Count]
     lora_rank: Count
     steps_taken: Count
     steps: Count
     bad_steps: Count
+    seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Position:
 
     def saved(self) -> dict[str, Any]:
         """For the manifest."""
-        return {key: _to_json(getattr(self, key)) for key in SavedPosition.model_fields}
+        return {key: finite_or_null(getattr(self, key)) for key in SavedPosition.model_fields}
 
 
 def restored(found: SavedPosition, steps_taken: int) -> Position:
@@ -103,14 +107,6 @@ def restored(found: SavedPosition, steps_taken: int) -> Position:
     pending = {key: _from_json(value) for key, value in values["pending"].items() if value is not None}
     values |= {key: _from_json(values[key]) for key in ("before", "after")}
     return Position(**values | {"pending": {"utilisation": None} | pending}, steps_taken=steps_taken)
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_json(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_to_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _from_json(value: Any) -> Any:

@@ -89,11 +89,10 @@ class Federation:
             if self.unsaved:
                 self._save()
             if not self.position.merged:
-                start = time.perf_counter()
                 self._local_steps()
                 done = time.perf_counter()  # from here on this client may wait for others
                 self._end_if_asked()
-                self._merge(start, done)
+                self._merge(done)
             self._evaluate_and_record()
         if self.unsaved:
             self._save()
@@ -132,7 +131,7 @@ class Federation:
 
     def _local_steps(self) -> None:
         """Up to the round's number of steps, a deadline or a request to stop, whichever is first."""
-        train = self.exp.train
+        train, start = self.exp.train, time.perf_counter()
         if self.progress.steps == 0:
             self.progress = self.client.begin_round()
         if self.progress.deadline is None:
@@ -146,6 +145,7 @@ class Federation:
 
         self.client.train(self.batches_from(self.position.steps_taken), self.progress, train.local_steps, stop)
         self.position.steps_taken += self.progress.steps - begun
+        self.progress.seconds += time.perf_counter() - start
 
     def _end_if_asked(self) -> None:
         """Save and leave, if any rank was asked to stop (a collective)."""
@@ -164,11 +164,11 @@ class Federation:
         """LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
         return [sum(ranks)] * len(ranks) if self.exp.merge.rule == "flora" else list(ranks)
 
-    def _merge(self, start: float, done: float) -> None:
+    def _merge(self, done: float) -> None:
         """What the local steps have changed, through the exchange, into every client.
 
         Args:
-            start, done: when the round's local steps of this client began and ended.
+            done: when the round's local steps of this client ended.
         """
         number, begun = self.position.round, time.perf_counter()
         stats, worked = self.client.local_stats(self.progress), self._worked()
@@ -184,7 +184,7 @@ class Federation:
         back, merging = self._exchange(update, statistics)
         refused = self._refused(statistics)
         exchange = packed - begun + time.perf_counter() - met - merging
-        seconds = RoundSeconds(done - start, begun - done + met - packed, exchange, merging)
+        seconds = RoundSeconds(self.progress.seconds, begun - done + met - packed, exchange, merging)
         of_client, metrics, times = self._scalars(stats, seconds, statistics, refused)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.world.agree()
