@@ -57,9 +57,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key in all jobs")
     parser.add_argument("--config", default=ROOT / "ds_configs" / "compare_tiny.yaml", help="experiment (YAML)")
     names = " ".join([*PRESETS, *ABLATIONS])
-    parser.add_argument("--methods", nargs="*", default=["all"], help=f"all, or some of: {names}")
+    parser.add_argument("--methods", nargs="*", default=["all"], help=f"all (no ablations), or some of: {names}")
     parser.add_argument("--seeds", nargs="*", default=["0", "1", "2"], help="default 0 1 2")
-    parser.add_argument("--out", default="results/tiny", help="folder of the results; jobs write to its runs/")
+    parser.add_argument("--out", default="runs/compare", help="folder of the results; jobs write to its runs/")
     parser.add_argument("--ablate", action="store_true", help="also ub_smoe without each part, and with rescaling")
     parser.add_argument("--list", action="store_true", help="print the jobs, a line each, and run none")
     parser.add_argument("--only", type=whole(1), metavar="N", help="run job N of the list and write no results")
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
     try:
         options = parse(arguments)
         jobs = make_jobs(options)
+        for line in notes([job.run for job in jobs]):
+            print(f"note: {line}", file=sys.stderr, flush=True)
         if options.list:
             print("\n".join(job.run.exp.name for job in jobs))
             return 0
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
             command = shlex.join(["python", "launch/compare.py", *arguments])
             runs = [job.run for job in jobs]
             headline = f"`{command}`; {comparison.machines(runs)}; seeds {' '.join(options.seeds)}"
-            write_results(runs, Path(options.out), headline)
+            write_results(runs, Path(options.out), "\n\n".join([headline, *notes(runs)]))
     except UserError as error:
         return _report(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -118,6 +120,12 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
             command += ["--resume", "auto"]
             jobs.append(Job(comparison.Run(label, seed, exp), command, folder / f"{name}.log"))
     return jobs
+
+
+def notes(runs: Sequence[comparison.Run]) -> list[str]:
+    """A line for each label that does not say all, because config or overrides set keys of its preset otherwise."""
+    found = {run.method: comparison.departures(run) for run in runs}
+    return [f"`{label}` here has {', '.join(keys)}" for label, keys in found.items() if keys]
 
 
 def _nth(jobs: Sequence[Job], number: int) -> Job:
@@ -166,8 +174,8 @@ def run_jobs(jobs: Sequence[Job], runner: Runner) -> int:
         0, or the exit code of the job that failed; no job is started after it.
 
     Raises:
-        UserError: before the first job, if a folder cannot be used or holds a finished run of another config, model
-            or data.
+        UserError: before the first job, if a folder cannot be used or holds a run of another config, or a finished
+            one of another model or data.
     """
     missing = [job for job in jobs if not comparison.is_finished(job.run.exp)]
     comparison.check_inputs(job.run for job in jobs if job not in missing)
@@ -193,8 +201,6 @@ def _prepare(jobs: Sequence[Job]) -> None:
     for job in jobs:
         check_run_folder(job.run.exp)
         try:
-            if comparison.differences(job.run.exp):
-                forget_checkpoints(job.run.exp)  # an unfinished run of another config cannot go on
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.open("a").close()
         except OSError as error:

@@ -69,7 +69,7 @@ def test_some_methods_and_some_ablations(tmp_path):
 
 
 def test_experiment_of_each_job(tmp_path):
-    """Overrides reach every job, but cannot change what a label says."""
+    """Overrides reach every job, those of keys that an ablation is about excepted; the others change what it is."""
     arguments = ["--config", CONFIG, "--out", str(tmp_path), "--seeds", "5", "--ablate"]
     jobs = compare.make_jobs(compare.parse([*arguments, "lora.alpha=3.0", "dmr.enabled=true", "dmr.zeta=0.25"]))
     of = {job.run.method: job.run.exp for job in jobs}
@@ -82,7 +82,15 @@ def test_experiment_of_each_job(tmp_path):
         return exp.dmr.enabled, exp.pseudo_gradient.estimator != "none", exp.router.gate_rescale != "none"
 
     assert parts("ub_smoe") == (True, True, False) and parts("ub_smoe-no_dmr") == (False, True, False)
+    assert parts("topk") == (True, False, False)  # as asked for, and as the notes say
     assert parts("ub_smoe-no_pg") == (True, False, False) and parts("ub_smoe-rescale") == (True, True, True)
+
+
+def test_labels_that_do_not_say_all_are_noted(tmp_path, capsys):
+    assert compare_tiny(tmp_path, FakeRunner(), "dmr.enabled=true", methods="ub_smoe topk") == 0
+    note = "`topk` here has dmr.enabled=True (not False)"
+    assert capsys.readouterr().err == f"note: {note}\n"
+    assert (tmp_path / "results.md").read_text().splitlines()[2] == note
 
 
 def test_finished_jobs_are_not_run_again(tmp_path, capsys):
@@ -110,6 +118,21 @@ def test_finished_job_of_another_config_is_refused(tmp_path, capsys):
         f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps 10, asked is 7; "
         "remove the folder or choose another --out\n"
     )
+
+
+def test_unfinished_job_of_another_config_is_refused_and_kept(tmp_path, capsys):
+    """Only what could be gone on with: of a run without a checkpoint nothing is lost."""
+    assert compare_tiny(tmp_path, FakeRunner(), seeds="0 1") == 0
+    folders = [tmp_path / "runs" / f"topk-seed{seed}" for seed in (0, 1)]
+    for folder in folders:
+        (folder / "summary.json").unlink()
+    saved = folders[1] / "checkpoints" / "000001-round-1"
+    saved.mkdir(parents=True)
+    assert compare_tiny(tmp_path, FakeRunner(), "train.local_steps=7", seeds="0 1") == 2
+    assert f"{folders[1]} holds an unfinished run with train.local_steps 10, asked is 7" in capsys.readouterr().err
+    assert saved.exists()
+    runner = FakeRunner()
+    assert compare_tiny(tmp_path, runner, seeds="0 1") == 0 and runner.ran == ["topk-seed0", "topk-seed1"]
 
 
 def test_failing_job_ends_the_comparison_with_its_exit_code(tmp_path, capsys):

@@ -96,22 +96,22 @@ def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
 
 def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
     found = comparison.by_budget(comparison.collect(made_up(tmp_path))[0])
-    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10))  # of 0.3 0.4 0.5
-    assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08))  # of 0.29 0.37 0.45
-    assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08))
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10, 3))  # of 0.3 0.4 0.5
+    assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08, 3))  # of 0.29 0.37 0.45
+    assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08, 3))
 
 
 def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
     found = comparison.by_budget(comparison.collect(made_up(tmp_path, three))[0])
     # a and c: loss and loss - 0.2, so on average 0.1 less; their distance is no spread between seeds
-    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10))
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10, 3))
 
 
 def test_differences_are_paired_by_seed(tmp_path):
     found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0], "topk")
     assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
-    assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02))  # of -0.01 -0.03 -0.05
+    assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02, 3))  # of -0.01 -0.03 -0.05
 
 
 def test_markdown(tmp_path):
@@ -203,12 +203,52 @@ def test_machines_are_those_of_the_runs(tmp_path):
     assert comparison.machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
 
 
-def test_a_lost_client_has_no_end(tmp_path):
-    runs = made_up(tmp_path, methods=("topk",), seeds=1)
-    path = runs[0].exp.run_dir / "summary.json"
+def lose_the_last(run: comparison.Run) -> None:
+    path = run.exp.run_dir / "summary.json"
     summary = json.loads(path.read_text())
     lost = summary["clients"].pop()["client"]
     path.write_text(json.dumps(summary | {"lost_in_round": {lost: 2}}))
+
+
+def test_a_lost_client_has_no_end(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=1)
+    lose_the_last(runs[0])
     clients, _ = comparison.collect(runs)
-    assert clients.set_index("client").loss.isna().to_dict() == {name: name == lost for name in clients.client}
-    assert " nan " in comparison.markdown(clients, "headline")
+    assert clients.set_index("client").loss.isna().to_dict() == {"poor": False, "rich": True}
+    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 30.0 |" in comparison.markdown(clients, "headline")
+
+
+def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_left_counted(tmp_path):
+    """Or the mean of seed 1 would be of other clients than that of the other seeds."""
+    three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
+    runs = made_up(tmp_path, three)
+    lose_the_last(next(run for run in runs if (run.method, run.seed) == ("topk", 1)))
+    clients, _ = comparison.collect(runs)
+    found = comparison.by_budget(clients)
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
+    assert tuple(found.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
+    text = comparison.markdown(clients, "headline")
+    assert "| `topk` | 0.3000 ± 0.1414 (n = 2) | 70.0 ± 14.1 (n = 2) | 0.3000 ± 0.1000 | 70.0 ± 10.0 |" in text
+    assert "| `ub_smoe` | -0.0300 ± 0.0283 (n = 2) | -0.0300 ± 0.0200 |" in text  # of -0.01 -0.05
+
+
+def test_a_client_that_came_back_sent_nothing_meanwhile(tmp_path):
+    (run,) = made_up(tmp_path, methods=("topk",), seeds=1)
+    path = run.exp.run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    del records[2]["metrics"]["megabytes_sent/rich"], records[2]["seconds"]["seconds_local/rich"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rich = comparison.collect([run])[0].iloc[1]
+    assert (rich["megabytes_sent"], rich["local_seconds"]) == (6.0, 8.0)  # of two rounds of three
+
+
+def test_what_a_label_does_not_say_is_told(tmp_path):
+    def departures(label: str, *overrides: str) -> list[str]:
+        return comparison.departures(comparison.Run(label, 0, load_experiment(CONFIG, [f"method={label}", *overrides])))
+
+    assert departures("topk") == departures("ub_smoe") == departures("flora", "dmr.enabled=false") == []
+    assert departures("topk", "dmr.enabled=true", "dmr.zeta=0.5") == ["dmr.enabled=True (not False)"]
+    assert departures("flora", "merge.rule=florist", "lora.alpha=8.0") == ["merge.rule=florist (not flora)"]
+    exp = load_experiment(CONFIG, ["method=ub_smoe", "dmr.enabled=false", "pseudo_gradient.tokens_per_expert=8"])
+    found = comparison.departures(comparison.Run("ub_smoe-no_dmr", 0, exp))
+    assert found == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]

@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.inputs import data_digest, machine, model_digest
+from ubsmoe_ds.methods import ABLATIONS, with_preset
+from ubsmoe_ds.run_folder import checkpoints
 
 BASELINES = ("topk", "ub_smoe")  # what paired differences are taken against
 # columns of a round, and what `metrics.jsonl` calls them
@@ -32,6 +34,12 @@ OF_ROUND = {
 OF_BUDGET = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "step_time_ratio"]
 # where a run is written, and how it is saved meanwhile, does not change what it is
 NOT_COMPARED = ("name", "output", "overwrite", "checkpoint", "fault_tolerance", "min_clients")
+READING = (  # of the tables
+    "Mean ± sample standard deviation over the seeds, after the last round. Each seed has evaluation rows of its own, "
+    "so the spread is in large part theirs; differences of methods are taken seed by seed, below. FLOPs % are of K_max "
+    "experts at the whole LoRA rank; step time % is of K_max experts at the client's own rank, so 100 without "
+    "measuring where the client runs K_max."
+)
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
 DODGE = 0.05  # between methods at one budget, in units of the distance between budgets
 
@@ -48,20 +56,19 @@ def is_finished(exp: Experiment) -> bool:
     """Whether the run's folder holds this very run, complete. `summary.json` is the last thing that a run writes.
 
     Args:
-        exp: the experiment asked for. That the folder holds another finished run must not pass unseen.
+        exp: the experiment asked for. That the folder holds another run must not pass unseen.
 
     Raises:
-        UserError: if a run of another config was finished there.
+        UserError: if a run of another config was finished there, or could be gone on with.
     """
-    summary = _read_mapping(exp.run_dir / "summary.json")
-    if not isinstance(summary.get("clients"), list):
-        return False
-    for key, recorded, asked in differences(exp):
-        raise UserError(
-            f"out: {exp.run_dir} holds a finished run with {key} {recorded!r}, asked is {asked!r}; remove the folder "
-            "or choose another --out"
-        )
-    return True
+    finished = isinstance(_read_mapping(exp.run_dir / "summary.json").get("clients"), list)
+    if finished or checkpoints(exp):
+        for key, recorded, asked in _changed_keys(exp):
+            raise UserError(
+                f"out: {exp.run_dir} holds {'a finished' if finished else 'an unfinished'} run with {key} "
+                f"{recorded!r}, asked is {asked!r}; remove the folder or choose another --out"
+            )
+    return finished
 
 
 def check_inputs(runs: Iterable[Run]) -> None:
@@ -91,7 +98,7 @@ def check_inputs(runs: Iterable[Run]) -> None:
                 )
 
 
-def differences(exp: Experiment) -> list[tuple[str, Any, Any]]:
+def _changed_keys(exp: Experiment) -> list[tuple[str, Any, Any]]:
     """(key, recorded, asked) where the run in the experiment's folder was another one."""
     asked, recorded = _flat(exp.model_dump(mode="json")), _flat(_read_mapping(exp.run_dir / "config.json"))
     return [
@@ -99,6 +106,17 @@ def differences(exp: Experiment) -> list[tuple[str, Any, Any]]:
         for key in dict.fromkeys([*asked, *recorded])
         if key.split(".")[0] not in NOT_COMPARED and asked.get(key) != recorded.get(key)
     ]
+
+
+def departures(run: Run) -> list[str]:
+    """Keys that the config or an override sets otherwise than what the run's label stands for, so that a table says it.
+
+    Args:
+        run: of a method or an ablation, see methods.py.
+    """
+    meant = _flat(with_preset(ABLATIONS.get(run.method, {"method": run.method})))
+    found = _flat(run.exp.model_dump(mode="json"))
+    return [f"{key}={found[key]} (not {value})" for key, value in meant.items() if found[key] != value]
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -122,8 +140,8 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read finished runs.
 
     Returns:
-        One row per method, seed and client, NaN where it was lost; and one per method, seed and round. There loss,
-        accuracy and utilisation_cv are of the evaluation rows and NaN where a round was not evaluated;
+        One row per method, seed and client, NaN where it was lost for good; and one per method, seed and round. There
+        loss, accuracy and utilisation_cv are of the evaluation rows and NaN where a round was not evaluated;
         training_utilisation_cv is of the round's local steps and NaN in round 0, the state before them.
 
     Raises:
@@ -165,15 +183,16 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
             continue  # has no end, so NaN
         end = of_client[client.name]
         row |= {
-            "loss_before": end["loss_before"],
-            "loss": end["loss_after"],
-            "accuracy_before": end["accuracy_before"],
-            "accuracy": end["accuracy_after"],
-            "accuracy_norm": at_end[f"eval_{view}/accuracy_norm_all"],
+            "loss_before": _number(end["loss_before"]),
+            "loss": _number(end["loss_after"]),
+            "accuracy_before": _number(end["accuracy_before"]),
+            "accuracy": _number(end["accuracy_after"]),
+            "accuracy_norm": _number(at_end[f"eval_{view}/accuracy_norm_all"]),
             "flops_ratio": end["flops_ratio"],
-            "step_time_ratio": end["step_time_ratio"],
-            "megabytes_sent": sum(record["metrics"][f"megabytes_sent/{client.name}"] for record in trained),
-            "local_seconds": sum(record["seconds"][f"seconds_local/{client.name}"] for record in trained),
+            "step_time_ratio": _number(end["step_time_ratio"]),
+            # a client that was lost for some rounds and came back sent nothing in these
+            "megabytes_sent": sum(record["metrics"].get(f"megabytes_sent/{client.name}", 0.0) for record in trained),
+            "local_seconds": sum(record["seconds"].get(f"seconds_local/{client.name}", 0.0) for record in trained),
         }
     return rows
 
@@ -185,9 +204,14 @@ def _round_rows(run: Run, records: Sequence[Mapping[str, Any]]) -> list[dict[str
             "seed": run.seed,
             "round": record["round"],
         }
-        | {column: record["metrics"].get(name, math.nan) for column, name in OF_ROUND.items()}
+        | {column: _number(record["metrics"].get(name)) for column, name in OF_ROUND.items()}
         for record in records
     ]
+
+
+def _number(value: float | None) -> float:
+    """NaN for null, JSON's only word for it."""
+    return math.nan if value is None else value
 
 
 def by_budget(clients: pd.DataFrame) -> pd.DataFrame:
@@ -197,25 +221,26 @@ def by_budget(clients: pd.DataFrame) -> pd.DataFrame:
         clients: the first frame of `collect`.
 
     Returns:
-        Index (method, budget); columns (one of OF_BUDGET, mean or std).
+        Index (method, budget); columns (one of OF_BUDGET; mean, std, or count: seeds whose clients all have an end).
     """
-    return _of_seed(clients).groupby(["method", "budget"]).agg(["mean", "std"])
+    return _of_seed(clients).groupby(["method", "budget"]).agg(["mean", "std", "count"])
 
 
 def paired_differences(clients: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Loss of each method minus the baseline's of the same seed and budget: negative is better than the baseline.
 
     Returns:
-        Index (method, budget), columns mean and std over the seeds that both have. The baseline itself is left out.
+        Index (method, budget), columns mean, std and count of the seeds that both have. The baseline is left out.
     """
     loss = _of_seed(clients)["loss"].unstack("method")
-    difference = loss.drop(columns=baseline).sub(loss[baseline], axis="index").stack()
-    return difference.groupby(["method", "budget"]).agg(["mean", "std"])
+    difference = loss.drop(columns=baseline).sub(loss[baseline], axis="index").stack(future_stack=True)
+    return difference.groupby(["method", "budget"]).agg(["mean", "std", "count"])
 
 
 def _of_seed(clients: pd.DataFrame) -> pd.DataFrame:
-    """One row per method, seed and budget."""
-    return clients.groupby(["method", "seed", "budget"])[OF_BUDGET].mean()
+    """One row per method, seed and budget, NaN if one of the budget's clients was lost: those left are not the same."""
+    of_seed = clients.groupby(["method", "seed", "budget"])[OF_BUDGET]
+    return of_seed.mean().where(of_seed.count() == of_seed.size().to_numpy()[:, None])
 
 
 def markdown(clients: pd.DataFrame, headline: str) -> str:
@@ -225,7 +250,7 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
         clients: the first frame of `collect`.
         headline: the first line: command, machine, seeds.
     """
-    parts = [headline, "Mean ± sample standard deviation over the seeds, after the last round.", _results(clients)]
+    parts = [headline, READING, _results(clients)]
     parts += ["Accuracy % by log-likelihood normalised by length:", _normalised(clients)]
     for baseline in BASELINES:
         if baseline in set(clients["method"]) and clients["method"].nunique() > 1:
@@ -238,7 +263,7 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
 
 def _results(clients: pd.DataFrame) -> str:
     table = by_budget(clients)
-    budgets = sorted(set(clients["budget"]))
+    budgets, seeds = sorted(set(clients["budget"])), clients["seed"].nunique()
     of_run = clients.groupby(["method", "seed"]).agg({"megabytes_sent": "sum", "local_seconds": "max"})
     totals = of_run.groupby("method").mean()
     headings = ["method"]
@@ -250,20 +275,23 @@ def _results(clients: pd.DataFrame) -> str:
         row = [f"`{method}`"]
         for budget in budgets:
             found = table.loc[(method, budget)]
-            row.append(_plus_minus(found["loss"], digits=4))
-            row.append(_plus_minus(100 * found["accuracy"], digits=1))
+            row.append(_plus_minus(found["loss"], digits=4, of=seeds))
+            row.append(_plus_minus(found["accuracy"], digits=1, of=seeds, scale=100))
         poorest = table.loc[(method, budgets[0])]
-        row += [f"{100 * poorest[(field, 'mean')]:.1f}" for field in ("flops_ratio", "step_time_ratio")]
+        row += [_percent(poorest[(field, "mean")]) for field in ("flops_ratio", "step_time_ratio")]
         row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
         rows.append(row)
     return _table(headings, rows)
 
 
 def _normalised(clients: pd.DataFrame) -> str:
-    table = 100 * by_budget(clients)["accuracy_norm"]
-    budgets = sorted(set(clients["budget"]))
+    table = by_budget(clients)["accuracy_norm"]
+    budgets, seeds = sorted(set(clients["budget"])), clients["seed"].nunique()
     rows = [
-        [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=1) for budget in budgets)]
+        [
+            f"`{method}`",
+            *(_plus_minus(table.loc[(method, budget)], digits=1, of=seeds, scale=100) for budget in budgets),
+        ]
         for method in dict.fromkeys(clients["method"])
     ]
     return _table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
@@ -271,18 +299,26 @@ def _normalised(clients: pd.DataFrame) -> str:
 
 def _differences(clients: pd.DataFrame, baseline: str) -> str:
     table = paired_differences(clients, baseline)
-    budgets = sorted(set(clients["budget"]))
+    budgets, seeds = sorted(set(clients["budget"])), clients["seed"].nunique()
     rows = [
-        [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=4, sign="+") for budget in budgets)]
+        [f"`{method}`", *(_plus_minus(table.loc[(method, budget)], digits=4, of=seeds, sign="+") for budget in budgets)]
         for method in dict.fromkeys(clients["method"])
         if method != baseline
     ]
     return _table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
 
 
-def _plus_minus(found: Mapping[str, float], digits: int, sign: str = "") -> str:
-    spread = "" if pd.isna(found["std"]) else f" ± {found['std']:.{digits}f}"  # one seed has no spread
-    return f"{found['mean']:{sign}.{digits}f}{spread}"
+def _plus_minus(found: Mapping[str, float], digits: int, of: int, scale: float = 1.0, sign: str = "") -> str:
+    """Mean and spread; of fewer seeds than `of`, how many they are."""
+    if not found["count"]:
+        return "-"
+    spread = "" if pd.isna(found["std"]) else f" ± {scale * found['std']:.{digits}f}"  # one seed has no spread
+    fewer = f" (n = {found['count']:.0f})" if found["count"] < of else ""
+    return f"{scale * found['mean']:{sign}.{digits}f}{spread}{fewer}"
+
+
+def _percent(ratio: float) -> str:
+    return "-" if pd.isna(ratio) else f"{100 * ratio:.1f}"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
