@@ -61,9 +61,12 @@ def show(options: argparse.Namespace) -> None:
     slots = read_slots(options, [name for client in exp.clients for name in client.hosts or []])
     line = None if slots is None else describe(exp.clients, place(exp.clients, slots))
     job = read_job(exp)
+    if job.on_cpu and exp.accelerator == "auto":
+        print(
+            "note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", file=sys.stderr
+        )
     plans = plan(job)
-    room = [math.inf if slots is None else sum(slots.values()) - exp.world_size + c.ranks for c in exp.clients]
-    fits = [] if memory is None else [fit(job, n, memory, free) for n, free in enumerate(room)]
+    fits = [] if memory is None else [fit(job, n, memory, slots) for n in range(len(exp.clients))]
     console = Console()
     for table in (cost_table(job, plans), memory_table(job, plans, fits)):
         console.print(table)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,9 +21,11 @@ from ubsmoe_ds.cost import ModelShape
 from ubsmoe_ds.data.batches import steps
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.federation import outcome
-from ubsmoe_ds.fitting import check, fit, memory_bytes, need
+from ubsmoe_ds.fitting import Fit, check, fit, memory_bytes, need
+from ubsmoe_ds.memory import host_room_bytes
 from ubsmoe_ds.memory_model import CPU_KERNELS, CPU_PROCESS, peak
-from ubsmoe_ds.planning import Job, Workload, plan, rank_load, straggler
+from ubsmoe_ds.planning import Job, Workload, plan, rank_load, step_bytes, straggler
+from ubsmoe_ds.rank_load import trained_elements
 
 CONFIGS = REPO / "ds_configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -77,6 +80,16 @@ def test_memory_and_bytes_are_as_measured(tmp_path):
     assert code == 0, output
     for measured in compare_with_run(tmp_path / "tiny", overrides):
         assert measured - CPU_PROCESS - CPU_KERNELS > 2 * WITHIN * measured
+
+
+@pytest.mark.slow
+def test_bytes_of_flora_are_as_measured(tmp_path):
+    """Clients of unequal LoRA ranks send their own and get the stack of all; so does the memory plan."""
+    overrides = [*SHORT, "train.rounds=1", "method=flora"]
+    overrides += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 0.5, ranks: 2}, {name: c, budget: 1.0}]"]
+    code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}")
+    assert code == 0, output
+    compare_with_run(tmp_path / "tiny", overrides)
 
 
 def smollm2() -> list[tuple[Job, int, float]]:
@@ -137,6 +150,35 @@ def test_remedies_really_fit(job):
             check(job, fits, memory)
 
 
+def test_a_capacity_that_keeps_all_tokens_is_called_null(job):
+    """Under expert parallelism a large factor can take more memory than to drop nothing; YAML has no inf."""
+    with pytest.raises(UserError, match=r"clients\.0\.capacity_factor=null fits, which keeps all tokens"):
+        check(job, [Fit(as_it_is=False, k=2, capacity=math.inf, layout=None)], memory=0.3e9)
+
+
+def test_remedies_are_of_the_hosts_that_a_client_names(job):
+    """The laptop's host has one slot: no number of ranks helps it, though others have room."""
+    pinned = job.changed(1, hosts=["small"])
+    memory = 0.581e9
+    assert fit(pinned, 1, memory, {"large": 8, "small": 2}).layout is not None
+    assert fit(pinned, 1, memory, {"large": 8, "small": 1}).layout is None
+    assert fit(job, 1, memory, {"large": 8, "small": 1}).layout is not None
+
+
+def test_bytes_inside_a_client_by_hand(job):
+    """Dense parameters d and experts' e in fp32 on four ranks: rings of four and of two, and the all-to-alls."""
+    load = replace(rank_load(job, 3), ranks=4, expert_parallel=1, estimator="none")
+    dense, experts = trained_elements(load)
+    assert step_bytes(replace(load, ranks=1)) == 0
+    assert step_bytes(load) == 4 * 2 * 3 / 4 * (dense + experts)
+    split = replace(load, expert_parallel=2, capacity=1.0, micro_batches=2)
+    dense, experts = trained_elements(split)
+    tokens, hidden = split.training.tokens, split.shape.hidden
+    slots = math.ceil(tokens * split.k / 16) * 16  # of each rank, half of them for the other
+    moved = 3 * 2 * 4 * slots / 2 * hidden * 4  # layers, micro-batches, two there and two back, half, D, fp32
+    assert step_bytes(split) == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * experts) + moved)
+
+
 def test_the_straggler_does_the_most_work_on_a_rank(job):
     plans = plan(job)
     slowest, over_fastest, over_median = straggler(plans)
@@ -155,6 +197,26 @@ def test_a_client_without_room_for_all_experts_is_timed_on_fewer_rows(room, rows
     )
     batch = next(steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0,)))
     assert len(outcome.Outcome._timed(own, batch).micro[0].input_ids) == rows
+
+
+def test_room_on_a_host_is_what_a_cgroup_leaves(tmp_path):
+    """The job's own has no limit, the one above it 3,000 bytes of which 1,000 are used; version 1 leaves 500."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    job = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
+    job.mkdir(parents=True)
+    assert host_room_bytes(tmp_path) > 1e8  # what the machine has
+    (tmp_path / "proc" / "self" / "cgroup").write_text("4:memory:/old\n3:cpu:/old\n0::/slurm/job\n")
+    for folder, limit, used in ((job, "max", 1), (job.parent, 3000, 1000)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert host_room_bytes(tmp_path) == 2000
+    old = tmp_path / "sys" / "fs" / "cgroup" / "memory" / "old"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("1500")
+    (old / "memory.usage_in_bytes").write_text("1000")
+    assert host_room_bytes(tmp_path) == 500
+    (old / "memory.usage_in_bytes").write_text("1600")
+    assert host_room_bytes(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +250,7 @@ REFUSED = {
     "too small": (["--device-memory", "0.3G"], "error: clients.0: 'phone' needs 0.57"),
     "ranks": (["--hosts", "1", "--devices", "4"], "error: clients: need 6 ranks, the hosts have 4 slots"),
     "devices": (["--hosts", "1"], "error: --hosts: goes with --devices"),
+    "too long": (["data.max_length=1025"], "error: data.max_length: 1025 exceeds the model's max_position_embeddings"),
     "memory": (["--device-memory", "much"], "error: --device-memory: 'much' is no amount of memory"),
 }
 

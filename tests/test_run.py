@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
 import pytest
 
+from tests import tiny
 from tests.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
 from tests.ranks import REPO
 from tests.test_plan import compare_with_run
+from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.federation.adapter import read_adapter
 
 pytestmark = pytest.mark.slow
@@ -23,7 +26,7 @@ def test_run_folder_holds_what_is_promised(demo):
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
     assert [row["k"] for row in summary["clients"]] == [2, 4, 6, 8]
-    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "step_time_ratio", "peak_memory_gb"}
+    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "step_time_ratio", "timed_rows", "peak_memory_gb"}
     keys |= {f"{field}_{when}" for field in ("loss", "accuracy") for when in ("before", "after")}
     assert all(set(row) == keys for row in summary["clients"])
     assert all(0.3 < row["peak_memory_gb"] < 1.5 for row in summary["clients"])
@@ -57,9 +60,8 @@ def test_metrics_are_complete_and_plausible(demo):
         assert metrics[f"pseudo_over_real_norm/{client}"] > 0
         assert (metrics[f"dropped_share/{client}"] > 0) == (client == "laptop")  # the one with a capacity factor
     assert metrics["exchange/megabytes"] > 1
-    assert metrics["exchange/megabytes"] == pytest.approx(sum(metrics[f"megabytes_sent/{c}"] for c in CLIENTS))
     parts = ("round", "local", "wait", "exchange", "merge", "evaluation")
-    assert all(seconds[f"seconds/{part}"] >= 0 for part in parts)
+    assert all(0 < seconds[f"seconds/{part}"] <= seconds["seconds/round"] for part in parts)
     assert all(f"seconds_{part}/{client}" in seconds for part in parts[1:] for client in CLIENTS)
 
 
@@ -128,6 +130,8 @@ BAD = {
     "config": (["train.epochs=3"], "error: train.epochs: unknown key"),
     "rows": (["data.source=jsonl:{tmp}/bad.jsonl"], "bad.jsonl, line 1: is not a JSON object"),
     "missing file": (["data.source=jsonl:{tmp}/none.jsonl"], "none.jsonl cannot be read"),
+    "too long": (["data.max_length=1025"], "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024"),
+    "other tokenizer": (["model.path={tmp}/small"], "tokens, the model 61; it is of another model"),
     "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
     "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
     "cuda": (["accelerator=cuda", FEW_RANKS[-1]], "torch sees no CUDA device"),
@@ -137,6 +141,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"task": \n')
+    tiny.save_model(tmp_path / "small")
+    for path in BUILTIN_MODELS["builtin:tiny_olmoe"].glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "small")
     (tmp_path / "used" / "tiny").mkdir(parents=True)
     (tmp_path / "used" / "tiny" / "metrics.jsonl").write_text("precious")
     before = sorted(tmp_path.rglob("*"))

@@ -2,18 +2,26 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.memory_model import peak, phases
+from ubsmoe_ds.placement import place
 from ubsmoe_ds.planning import Job, rank_load
 from ubsmoe_ds.rank_load import RankLoad
 
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 CAPACITY_STEP = 0.25  # in which capacity factors are tried
 LARGEST_CAPACITY = 4.0
+
+
+class Layout(NamedTuple):
+    """Of a client's ranks."""
+
+    ranks: int
+    expert_parallel: int
 
 
 class Fit(NamedTuple):
@@ -24,7 +32,7 @@ class Fit(NamedTuple):
     as_it_is: bool
     k: int
     capacity: float
-    layout: tuple[int, int] | None
+    layout: Layout | None
 
 
 def memory_bytes(text: str) -> float:
@@ -44,36 +52,44 @@ def need(load: RankLoad) -> float:
     return peak(phases(load))[1]
 
 
-def fit(job: Job, number: int, memory: float, slots: float = math.inf) -> Fit:
+def fit(job: Job, number: int, memory: float, slots: Mapping[str, int] | None = None) -> Fit:
     """What of one client fits.
 
     Args:
         job: everything.
         number: of the client.
         memory: bytes of a rank.
-        slots: ranks that the client may have at most.
+        slots: name of a host -> ranks that it has room for, all clients' together; None: there is room for any.
     """
     load = rank_load(job, number)
     ks = [k for k in range(1, job.exp.k_max + 1) if need(replace(load, k=k)) <= memory]
     steps = [CAPACITY_STEP * n for n in range(1, round(LARGEST_CAPACITY / CAPACITY_STEP) + 1)]
     capacities = [(math.inf, None), *((factor, factor) for factor in reversed(steps))]
     capacity = next((f for f, given in capacities if need(replace(load, capacity=given)) <= memory), 0.0)
-    layouts = (layout for layout in _layouts(job, slots) if _needs(job, number, layout) <= memory)
+    changes = ((layout, job.changed(number, **layout._asdict())) for layout in _layouts(job))
+    layouts = (
+        layout
+        for layout, changed in changes
+        if need(rank_load(changed, number)) <= memory and _have_places(changed, slots)
+    )
     return Fit(need(load) <= memory, max(ks, default=0), capacity, next(layouts, None))
 
 
-def _layouts(job: Job, slots: float) -> Iterator[tuple[int, int]]:
-    """(ranks, expert parallelism) that a client can have, the fewest ranks first."""
+def _have_places(job: Job, slots: Mapping[str, int] | None) -> bool:
+    """Whether there are hosts for all ranks, those that clients name among them."""
+    try:
+        return slots is None or bool(place(job.exp.clients, slots))
+    except UserError:
+        return False
+
+
+def _layouts(job: Job) -> Iterator[Layout]:
+    """All that a client can have, the fewest ranks first."""
     settings, experts = job.exp.deepspeed, job.exp.num_experts
     most = settings.train_batch_size // settings.gradient_accumulation_steps
     for ranks in range(1, most + 1):
-        if most % ranks == 0 and ranks <= slots:
-            yield from ((ranks, ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and experts % ep == 0)
-
-
-def _needs(job: Job, number: int, layout: tuple[int, int]) -> float:
-    ranks, expert_parallel = layout
-    return need(rank_load(job.changed(number, ranks=ranks, expert_parallel=expert_parallel), number))
+        if most % ranks == 0:
+            yield from (Layout(ranks, ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and experts % ep == 0)
 
 
 def check(job: Job, fits: Sequence[Fit], memory: float) -> None:
@@ -96,9 +112,8 @@ def check(job: Job, fits: Sequence[Fit], memory: float) -> None:
 def _remedy(job: Job, number: int, fit: Fit, memory: float) -> str:
     """What fits, in the order in which it changes least of what is learned."""
     if fit.layout is not None:
-        ranks, expert_parallel = fit.layout
-        needed = _needs(job, number, fit.layout) / 1e9
-        key = f"clients.{number}"
+        needed = need(rank_load(job.changed(number, **fit.layout._asdict()), number)) / 1e9
+        key, (ranks, expert_parallel) = f"clients.{number}", fit.layout
         return f"{key}.ranks={ranks} {key}.expert_parallel={expert_parallel} needs {needed:.3g} GB a rank"
     micro, client = job.exp.deepspeed.gradient_accumulation_steps, job.exp.clients[number]
     rows = job.exp.deepspeed.train_batch_size // client.ranks
@@ -106,6 +121,8 @@ def _remedy(job: Job, number: int, fit: Fit, memory: float) -> str:
         needed = need(rank_load(job.accumulating(steps), number))
         if needed <= memory:
             return f"deepspeed.gradient_accumulation_steps={steps} needs {needed / 1e9:.3g} GB a rank"
+    if math.isinf(fit.capacity):
+        return f"clients.{number}.capacity_factor=null fits, which keeps all tokens"
     if fit.capacity:
         return f"clients.{number}.capacity_factor={fit.capacity} would fit, which drops tokens"
     if fit.k and job.exp.budget_scales == "experts":

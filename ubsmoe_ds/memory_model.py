@@ -11,7 +11,7 @@ Shapes in names of sizes: tokens T, rows of experts N (routes, or slots under ex
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ubsmoe_ds.rank_load import FP32, RankLoad, expert_rows, model_elements, trained_elements
+from ubsmoe_ds.rank_load import FP32, RankLoad, at_rank, expert_rows, model_elements, trained_elements
 
 INT64 = 8  # bytes
 ALIGNMENT = 8  # elements, see moe/expert_mlp.py
@@ -64,8 +64,8 @@ def _process_bytes(load: RankLoad) -> float:
 def _shared_memory_bytes(load: RankLoad) -> float:
     """What the rank sends in a merge, and what it reads of others; messages take as much."""
     held = trained_elements(load).total
-    owned = model_elements(load) / load.world
-    sent = held if load.reducible else max(held, owned * load.receivers)
+    owned, merged = (model_elements(one) / load.world for one in (load, at_rank(load, load.reply_rank)))
+    sent = held if load.reducible else max(held, merged * load.receivers)
     return FP32 * (sent + owned * (load.world - 1))
 
 
@@ -201,11 +201,12 @@ def evaluation_bytes(load: RankLoad) -> float:
 
 def exchange_bytes(load: RankLoad) -> float:
     """Host memory around a merge beside what is sent: the update, and all clients' of the owned units."""
-    held = trained_elements(load).total
-    owned = model_elements(load) / load.world
+    reply = at_rank(load, load.reply_rank)
+    held, got = trained_elements(load).total, trained_elements(reply).total
+    owned, merged = (model_elements(one) / load.world for one in (load, reply))
     if load.reducible:
         return FP32 * (4 * held + owned)
-    return FP32 * (3 * held + load.clients * owned * 3)
+    return FP32 * (2 * held + got + load.clients * (2 * owned + merged))
 
 
 def checkpoint_bytes(load: RankLoad) -> float:

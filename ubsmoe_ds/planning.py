@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.cost import ModelShape, flops_per_token, step_flops
 from ubsmoe_ds.memory_model import REDUCE_BUCKET, phases
-from ubsmoe_ds.rank_load import FP32, Batch, RankLoad, expert_rows, trained_elements
+from ubsmoe_ds.rank_load import FP32, Batch, RankLoad, at_rank, expert_rows, model_elements, trained_elements
 from ubsmoe_ds.sections import ClientConfig, DeepSpeedConfig
 
 
@@ -103,11 +103,13 @@ def rank_load(job: Job, number: int) -> RankLoad:
         clients=len(exp.clients),
         world=exp.world_size,
         receivers=0.0,
+        reply_rank=sum(exp.lora_ranks) if exp.merge.rule == "flora" else exp.lora_rank(client),
         reducible=_is_reducible(exp),
         text_bytes=workload.text_bytes,
         on_cpu=job.on_cpu,
     )
-    return replace(load, receivers=sum(_copies(load, other) for other in exp.clients))
+    reply = at_rank(load, load.reply_rank)
+    return replace(load, receivers=sum(_copies(reply, other) for other in exp.clients))
 
 
 def _moments(settings: DeepSpeedConfig) -> int:
@@ -195,12 +197,11 @@ def _exchanged(job: Job, number: int, loads: Sequence[RankLoad]) -> tuple[float,
     """
     exp, world = job.exp, job.exp.world_size
     width = 2 if exp.merge.payload == "bf16" else FP32
-    of_model = [sum(trained_elements(replace(load, expert_parallel=1, ranks=1))) for load in loads]
-    back = [_copies(load, client) for load, client in zip(loads, exp.clients, strict=True)]
-    own, ranks = of_model[number], exp.clients[number].ranks
-    stack = sum(exp.lora_ranks) / exp.lora_ranks[number] if exp.merge.rule == "flora" else 1.0
-    replies = sum(elements * copies for elements, copies in zip(of_model, back, strict=True))
-    kept = own * back[number] / world * stack  # what its ranks own and hold themselves
-    sent = own * (1 - 1 / world) + ranks / world * replies * stack - kept
-    got = own * back[number] * stack - kept + (ranks * sum(of_model) - own) / world
+    replies = [at_rank(load, load.reply_rank) for load in loads]
+    updates = [model_elements(load) for load in loads]
+    back = [model_elements(reply) * _copies(reply, client) for reply, client in zip(replies, exp.clients, strict=True)]
+    own, ranks = updates[number], exp.clients[number].ranks
+    kept = back[number] / world  # what its ranks own and hold themselves
+    sent = own * (1 - 1 / world) + ranks / world * sum(back) - kept
+    got = back[number] - kept + (ranks * sum(updates) - own) / world
     return width * sent, width * got

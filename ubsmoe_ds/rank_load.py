@@ -4,7 +4,7 @@ Tokens T, rows of experts N (routes, or slots under expert parallelism).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ubsmoe_ds.cost import ModelShape
@@ -36,7 +36,8 @@ class RankLoad:
     router, modulated: whether the router and phi are trained.
     estimator, tokens_per_expert: of pseudo-gradients.
     training: a micro-batch; micro_batches: of a step; evaluation: a batch of packed rows.
-    clients, world: of the job, and its ranks; receivers: those that get a copy of an average unit back.
+    clients, world: of the job, and its ranks; receivers: those that get a copy of an average unit back, whose LoRA
+    then has reply_rank: FLoRA's stack of all.
     reducible: whether sums are formed on the way to owners; text_bytes: of all rows, which every rank reads.
     """
 
@@ -60,6 +61,7 @@ class RankLoad:
     clients: int
     world: int
     receivers: float
+    reply_rank: int
     reducible: bool
     text_bytes: float
     on_cpu: bool
@@ -101,6 +103,11 @@ def trained_elements(load: RankLoad) -> Trained:
         dense += s.layers * s.lora_rank * (2 * (s.hidden + q) + 2 * (s.hidden + kv))
     experts = load.sparse_layers * load.local_experts * 3 * s.lora_rank * (s.hidden + s.expert_width)
     return Trained(dense, experts)
+
+
+def at_rank(load: RankLoad, rank: int) -> RankLoad:
+    """The same with another LoRA rank."""
+    return replace(load, shape=replace(load.shape, lora_rank=rank))
 
 
 def expert_rows(load: RankLoad, tokens: int, k: int, dropping: bool) -> int:

@@ -53,10 +53,10 @@ class Outcome:
         """
         self.save_adapters()
         peak_C = self._peak_memory()  # before K_max experts run everywhere, which takes what memory is left
-        ratios_C = self._step_time_ratios(batch)
+        timed_C2 = self._timed_steps(batch)
         self.world.agree()
         if monitor is not None:
-            rows = self._summary(position, ratios_C, peak_C, context=batch.micro[0].input_ids.shape[1])
+            rows = self._summary(position, timed_C2, peak_C, context=batch.micro[0].input_ids.shape[1])
             found = (("before", position.before), ("after", position.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
             inputs = {
@@ -94,8 +94,8 @@ class Outcome:
                 found[f"layers.{index}.scale"] = self.client.finisher.masters.read(decoder.mlp.gate.scale).cpu()
         return found
 
-    def _step_time_ratios(self, batch: StepBatch) -> np.ndarray:
-        """Of each client, its step over its step at K_max; of clients that are alike the first is measured.
+    def _timed_steps(self, batch: StepBatch) -> np.ndarray:
+        """Of each client, its step's time over that at K_max, and rows timed; of clients that are alike the first is.
 
         One client at a time, so that they do not disturb each other. A client that may not have the memory for K_max
         experts takes as many of a step's rows as they compute in the memory of its own step.
@@ -103,15 +103,15 @@ class Outcome:
         clients = self.exp.clients
         kinds = [(self.exp.active_experts(c), c.ranks, c.expert_parallel, c.capacity_factor) for c in clients]
         first_C = [kinds.index(kind) for kind in kinds]
-        table_C = np.zeros(len(clients))
+        table_C2 = np.zeros((len(clients), 2))
         for number in sorted(set(first_C)):
             self.world.barrier()
             if number == self.world.client:
-                own, full = self.client.step_seconds(
-                    self._timed(batch), (self.client.k, self.exp.k_max), TIMING_REPEATS
-                )
-                table_C[number] = own / full if self.world.client_rank == 0 else 0.0
-        return self.world.sum(table_C)[first_C]
+                part = self._timed(batch)
+                own, full = self.client.step_seconds(part, (self.client.k, self.exp.k_max), TIMING_REPEATS)
+                if self.world.client_rank == 0:
+                    table_C2[number] = own / full, len(part.micro[0].input_ids)
+        return self.world.sum(table_C2)[first_C]
 
     def _timed(self, batch: StepBatch) -> StepBatch:
         """What a client's steps are measured with (a collective over it)."""
@@ -127,17 +127,17 @@ class Outcome:
         return self.world.sum(table_CR).max(axis=1)
 
     def _summary(
-        self, position: Position, ratios_C: np.ndarray, peak_C: np.ndarray, context: int
+        self, position: Position, timed_C2: np.ndarray, peak_C: np.ndarray, context: int
     ) -> list[dict[str, Any]]:
         """One row a client."""
         shape = model_shape(self.client.hf_config, self.client.spec)
         full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
         rows = []
-        for config, rank, ratio, peak in zip(self.exp.clients, self.ranks, ratios_C, peak_C, strict=True):
+        for config, rank, (ratio, timed), peak in zip(self.exp.clients, self.ranks, timed_C2, peak_C, strict=True):
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
-            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio)}
+            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio), "timed_rows": int(timed)}
             row["peak_memory_gb"] = float(peak) / 1e9
             for field in ("loss", "accuracy"):  # not known of a client that was lost then and has come back
                 row[f"{field}_before"] = position.before.get(f"eval_{field}/{config.name}", math.nan)
