@@ -20,6 +20,7 @@ from typing import Any
 
 from ubsmoe_ds.command_line import Parser, carry_out, whole
 from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.files import finite_or_null
 
 LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than they have to
 
@@ -35,7 +36,7 @@ def show(options: argparse.Namespace) -> None:
     if not options.json:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     for record in table.to_dict("records") if options.json else []:
-        print(json.dumps(record))
+        print(json.dumps(finite_or_null(record)))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -82,6 +83,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     import torch
 
     from ubsmoe_ds.evaluation import Evaluator, LocalModel
+    from ubsmoe_ds.models.causal_lm import check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     model, folder, k_default = load(options)
@@ -91,7 +93,9 @@ def evaluate(options: argparse.Namespace) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local = LocalModel(model.to(device), device)
     tokenizer = read_tokenizer(folder, model.hf.config.vocab_size)
+    check_length(model.hf.config, max_length, "--max-length")
     evaluator = Evaluator(rows, tokenizer, max_length, options.batch_size)
+    check_window(model.hf.config, evaluator.longest)
     if evaluator.cut:
         print(
             f"note: {evaluator.cut} of {len(rows)} prompts lose their beginning to --max-length {max_length}",

@@ -47,7 +47,7 @@ def export(options: argparse.Namespace) -> None:
     default = read_facts(base)[1]["num_experts_per_tok"]
     if facts.get("k", str(default)) != str(default):
         lost.append(f"K = {facts['k']} (set num_experts_per_tok; it is {default} in the config)")
-    write_merged(base, state, scaling, options.merge)
+    write_merged(base, state, scaling, options.merge, whole=bool(facts))
     if lost:
         print(f"note: plain weights have no place for {', '.join(lost)}", file=sys.stderr)
     print(f"written to {options.merge}")

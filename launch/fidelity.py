@@ -113,12 +113,13 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     from ubsmoe_ds.data.batches import encode
     from ubsmoe_ds.data.batches import steps as batch_steps
     from ubsmoe_ds.data.sources import load_rows
+    from ubsmoe_ds.models.causal_lm import read_config
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     rows, _ = load_rows(exp.data, exp.seed)
-    tokenizer = read_tokenizer(exp.model_dir)
+    tokenizer = read_tokenizer(exp.model_dir, read_config(exp.model_dir).vocab_size)
     examples, _ = encode(rows, tokenizer, exp.data.max_length)
     start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.client_rank)

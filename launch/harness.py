@@ -8,12 +8,16 @@ its tasks from the hub.
 """
 
 import sys
+from pathlib import Path
 
 from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
 
 
 def main() -> int:
     """Hand over to the harness; returns the exit code."""
+    # the harness imports Hugging Face's `evaluate`, for which this folder's evaluate.py must not be taken
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     try:
         from lm_eval.__main__ import cli_evaluate
 

@@ -66,9 +66,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_dense(name: str) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer)."""
-    import torch
+def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
+    """(model, tokenizer); dtype "auto": as the weights are stored."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -83,7 +82,7 @@ def read_dense(name: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, **local)
         check_dense(config)
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
         )
     except UserError:
         raise
@@ -92,6 +91,12 @@ def read_dense(name: str) -> tuple[Any, Any]:
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise UserError(f"--model: {str(folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
+    # buffers that older checkpoints hold are of no use; what else the layers have, config.json should speak of
+    more = sorted(name for name in loaded["unexpected_keys"] if ".layers." in name and "rotary_emb" not in name)
+    if more:
+        raise UserError(
+            f"--model: {str(folder)!r} has {len(more)} tensors that its config.json says nothing of, first {more[0]!r}"
+        )
     return model.eval(), read_tokenizer(folder, config.vocab_size)
 
 
@@ -108,7 +113,7 @@ def make_upcycled(options: argparse.Namespace) -> None:
         raise UserError(f"--k: {options.k} must be 1 to {options.experts}, the --experts")
     from ubsmoe_ds.models.upcycle import upcycle
 
-    dense, tokenizer = read_dense(options.model)
+    dense, tokenizer = read_dense(options.model, "auto")  # copies need no more precision than there is
     save(upcycle(dense, options.experts, options.k, options.seed), tokenizer, options.out)
 
 
@@ -118,11 +123,13 @@ def make_split(options: argparse.Namespace) -> None:
         raise UserError(f"--ks: {options.ks} must each be 1 to {options.experts}, the --experts")
     if options.tokens < options.length:
         raise UserError(f"--tokens: {options.tokens} must be at least {options.length}, the --length of a block")
+    import torch
+
     from ubsmoe_ds.data.sources import load_rows, only_source
     from ubsmoe_ds.models.upcycle import recover, split
 
     train, held_out = load_rows(only_source(options.data), options.seed)
-    dense, tokenizer = read_dense(options.model)
+    dense, tokenizer = read_dense(options.model, torch.float32)
     calibration = options.tokens // options.length
     blocks = text_blocks(train, tokenizer, options.length, calibration + options.recover_steps * options.recover_rows)
     unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)

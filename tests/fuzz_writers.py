@@ -41,7 +41,7 @@ def _save(rule: str) -> Callable[[Path], object]:
 
 def _merge(out: Path) -> None:
     adapter = read_adapter(fuzz_models.prepared() / "adapter")
-    write_merged(fuzz_models.prepared() / "sharded", adapter.state, adapter.scaling, out)
+    write_merged(fuzz_models.prepared() / "sharded", adapter.state, adapter.scaling, out, whole=True)
 
 
 def _upcycle(out: Path) -> None:

@@ -139,6 +139,7 @@ def test_hub_rows_are_checked_and_a_missing_hub_is_said(monkeypatch):
         "a/rows@train": [GOOD | {"question": f"Q{i}?"} for i in range(3)],
         "a/rows@test": [GOOD],
         "a/rows@bad": [GOOD | {"label": 5}],
+        "a/rows@empty": [],
     }
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(found[f"{name}@{split}"])
@@ -147,6 +148,8 @@ def test_hub_rows_are_checked_and_a_missing_hub_is_said(monkeypatch):
     assert len(train) == 3 and held_out == [GOOD]
     with pytest.raises(UserError, match="hub:a/rows@bad, row 1: field 'label' is 5"):
         load_rows(DataConfig(source="hub:a/rows@bad"), 0)
+    with pytest.raises(UserError, match="data: hub:a/rows@empty holds no rows"):
+        load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows@empty"), 0)
 
     def offline(name, split):
         raise ConnectionError("no route\nto the hub")

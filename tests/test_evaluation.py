@@ -13,7 +13,7 @@ from tests import tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow
+from ubsmoe_ds.data.batches import PackedRow, encode
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert, load, model_shape
@@ -87,12 +87,22 @@ def test_one_pass_a_batch_holds_all_options(parts):
     assert sum(shape[0] for shape in shapes) == len(rows)
 
 
-def test_a_sliding_window_shorter_than_the_row_is_refused():
+def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(parts):
+    """Not one that is only shorter than the row, which has all answers."""
     model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
-    model.hf.config.sliding_window = 3
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    with pytest.raises(UserError, match="rows of 4 tokens .* sliding window of 3"):
-        model(ids, ids.bool(), None, ids)
+    ids = torch.tensor([[2, 3, 4, 5]])
+    branch_BS = torch.tensor([[0, 0, 1, 2]])  # 2 3 4 and 2 3 5
+    with torch.no_grad():
+        expected = model(ids, ids.bool(), None, branch_BS)
+        model.hf.config.sliding_window = 3
+        assert torch.equal(model(ids, ids.bool(), None, branch_BS), expected)
+    model.hf.config.sliding_window = 2
+    with pytest.raises(UserError, match="an answer has 3 tokens, the sliding window 2; lower max_length"):
+        model(ids, ids.bool(), None, branch_BS)
+    tokenizer, rows, _ = parts
+    evaluator = Evaluator(rows, tokenizer, 256, batch_size=4)
+    one_by_one = [len(option) + len(row.start) - 1 for row in evaluator.packed for option in row.options]
+    assert evaluator.longest == max(one_by_one)
 
 
 def test_the_length_of_an_option_can_decide():
@@ -130,6 +140,23 @@ def test_generated_answers_equal_transformers_one_row_at_a_time(k, parts):
         expected.append(tokenizer.decode(new, skip_special_tokens=True))
     found = generate_answers(client.model, k, rows[:6], tokenizer, max_length=256, batch_size=4, max_new_tokens=8)
     assert found == expected and any(found)
+
+
+def test_prompts_are_cut_for_generation_as_in_training(parts):
+    """By the length of the right answer; more may be said than there would be room for."""
+    tokenizer, rows, client = parts
+    shortest = min(len(tokenizer(row["instruction"])["input_ids"]) for row in rows[:6])
+    examples, cut = encode(rows[:6], tokenizer, shortest)
+    assert cut == 6
+    hf = OlmoeForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    expected = []
+    for example in examples:
+        ids = hf.generate(torch.tensor([example.prompt]), do_sample=False, max_new_tokens=shortest + 5)
+        expected.append(tokenizer.decode(ids[0, len(example.prompt) :], skip_special_tokens=True))
+    lengths = {"max_length": shortest, "batch_size": 4, "max_new_tokens": shortest + 5}
+    assert generate_answers(client.model, 8, rows[:6], tokenizer, **lengths) == expected and any(expected)
+    with pytest.raises(UserError, match="max_new_tokens: 1024 after the longest prompt are .* has 1024 positions"):
+        generate_answers(client.model, 8, rows[:6], tokenizer, **lengths | {"max_new_tokens": 1024})
 
 
 def test_answers_are_parsed_by_hand():

@@ -95,7 +95,7 @@ def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path):
 
 def in_own_words(folder: Path, rows: list[dict]) -> float:
     """Share of rows that the adapter's model answers right, each row alone."""
-    model, tokenizer = load_trained(read_adapter(folder)), read_tokenizer(BUILTIN_MODELS["builtin:tiny_olmoe"])
+    model, tokenizer = load_trained(read_adapter(folder)), read_tokenizer(BUILTIN_MODELS["builtin:tiny_olmoe"], 768)
     lengths = {"max_length": 256, "batch_size": 1, "max_new_tokens": 16}
     texts = [generate_answers(model, model.layers[0].gate.k, [row], tokenizer, **lengths)[0] for row in rows]
     said = [parse_answer(text, row["labels"]) for text, row in zip(texts, rows, strict=True)]

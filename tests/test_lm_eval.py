@@ -57,8 +57,12 @@ def test_log_likelihoods_are_ours(adapter):
             expected = sum(float(logp[at - 1, whole[at]]) for at in range(prompt, len(whole)))
             assert value == pytest.approx(expected, abs=1e-3)
     assert found[2] != pytest.approx(found[8], abs=0.1)  # K does something
-    with pytest.raises(UserError, match="k: 17 must be 1 to 16"):
-        UBSMoELM(str(adapter), k=17)
+    for k in (17, 2.5, "two"):
+        with pytest.raises(UserError, match=f"k: {k} must be 1 to 16"):
+            UBSMoELM(str(adapter), k=k)
+    for name in ("K", "peft", "revision"):  # else the adapter would be asked at its own K, or another left out
+        with pytest.raises(UserError, match=f"--model_args: '{name}' is not known; use adapter, base, k, "):
+            UBSMoELM(str(adapter), **{name: 2})
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -69,3 +73,14 @@ def test_what_is_missing_is_named(tmp_path):
     command = [sys.executable, "launch/harness.py", "--help"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr == "error: lm_eval is missing; pip install '.[lm-eval]'\n"
+
+
+def test_the_harness_gets_the_evaluate_of_hugging_face(tmp_path):
+    """And not the command beside it; stand-ins for both packages."""
+    (tmp_path / "evaluate.py").write_text("print('the package')\n")
+    (tmp_path / "lm_eval.py").write_text("import evaluate\nraise ModuleNotFoundError(name='lm_eval')\n")
+    environment = clean_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "launch/harness.py", "--help"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "the package\n"

@@ -160,9 +160,26 @@ COMMON = {
 FAMILIES = {
     "olmoe": OlmoeConfig(**COMMON, intermediate_size=12, num_experts=8, norm_topk_prob=False),
     "olmoe, tied": OlmoeConfig(**COMMON, intermediate_size=12, num_experts=8, tie_word_embeddings=True),
-    "mixtral": MixtralConfig(**COMMON, intermediate_size=12, num_local_experts=8),
+    "olmoe, clipped and scaled": OlmoeConfig(
+        **COMMON,
+        intermediate_size=12,
+        num_experts=8,
+        clip_qkv=0.5,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+    ),
+    # a key that is none of its family's, and that transformers does not heed there
+    "mixtral": MixtralConfig(**COMMON, intermediate_size=12, num_local_experts=8, norm_topk_prob=False),
     "qwen2_moe": Qwen2MoeConfig(
         **COMMON, moe_intermediate_size=12, num_experts=8, intermediate_size=20, shared_expert_intermediate_size=24
+    ),
+    "qwen2_moe, every second": Qwen2MoeConfig(
+        **COMMON,
+        moe_intermediate_size=12,
+        num_experts=8,
+        intermediate_size=20,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
     ),
     "qwen3_moe": Qwen3MoeConfig(
         **COMMON,
@@ -183,6 +200,8 @@ def saved_family(name, folder, shard_size="20KB"):
     for parameter in hf.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3)
+        else:  # norms about 1, biases about 0
+            parameter.data.add_(0.3 * torch.randn(parameter.shape))
     hf.save_pretrained(folder, max_shard_size=shard_size)
     assert len(list(folder.glob("*.safetensors"))) > 2
     return hf
@@ -280,9 +299,13 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
 
 
-def other_family(folder):
+def set_config(folder, **values):
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"model_type": "olmoe"', '"model_type": "gpt2"'))
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+
+def other_family(folder):
+    set_config(folder, model_type="gpt2")
 
 
 DAMAGES = {
@@ -302,6 +325,30 @@ def test_damaged_checkpoints_are_named(damage, tmp_path):
     with pytest.raises(UserError, match=DAMAGES[damage]) as raised:
         load(tmp_path, UBSMoESpec(k=2, candidates=8))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"decoder_sparse_step": 4}, "none of its 3 layers has experts; see its decoder_sparse_step"),
+        ({"mlp_only_layers": [0, 1, 2]}, "none of its 3 layers has experts"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0, must be at least 1"),
+    ],
+)
+def test_a_model_without_experts_is_refused(values, message, tmp_path):
+    saved_family("qwen3_moe", tmp_path)
+    set_config(tmp_path, **values)
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        load(tmp_path, UBSMoESpec(k=2, candidates=8))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_config_that_asks_for_router_logits_does_not_hinder_generation(family, tmp_path):
+    """transformers would take them from blocks of its own."""
+    saved_family(family, tmp_path)
+    set_config(tmp_path, output_router_logits=True)
+    model = load(tmp_path, UBSMoESpec(k=2, candidates=8)).eval()
+    assert model.hf.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] >= 4
 
 
 def test_an_empty_folder_is_no_model(tmp_path):

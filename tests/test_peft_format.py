@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.test_model import FAMILIES, ids_and_mask, saved_family
@@ -175,7 +176,11 @@ def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
     save(tmp_path / "adapter", state, base_model="allenai/OLMoE-1B-7B-0924")
-    (tmp_path / "adapter" / peft_format.SIDECAR).unlink()
+    sidecar = tmp_path / "adapter" / peft_format.SIDECAR
+    save_file(load_file(sidecar), sidecar, metadata={"k": "2", "base_model": "/gone"})
+    with pytest.raises(UserError, match="adapter' is of '/gone', no folder here; use --base FOLDER"):
+        read_adapter(tmp_path / "adapter")
+    sidecar.unlink()
     with pytest.raises(
         UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
     ):

@@ -1,5 +1,7 @@
 """launch/prepare.py as a user calls it, and the models it leaves in training."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -41,6 +43,15 @@ def test_upcycle_writes_a_checkpoint(dense, tmp_path):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
     again = prepare("upcycle", "--model", dense, "--out", tmp_path / "out")
     assert again.returncode == 2 and "is in use; name a new folder" in again.stderr
+
+
+def test_layers_that_the_config_leaves_out_are_missed(dense, tmp_path):
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    done = prepare("upcycle", "--model", folder, "--out", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "tensors that its config.json says nothing of, first 'model.layers.1." in done.stderr
 
 
 def test_split_model_trains(dense, tmp_path):

@@ -52,6 +52,15 @@ def test_an_upcycled_model_says_what_the_dense_one_says_for_every_k(tied, tmp_pa
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_upcycling_keeps_the_precision_and_tokens_that_are_none(tmp_path):
+    """Without a word of it a Mixtral would end texts at its own token 2."""
+    dense = llama(eos_token_id=None, bos_token_id=None).bfloat16()
+    upcycle(dense, experts=2, k=1).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert (again.config.eos_token_id, again.config.bos_token_id, again.dtype) == (None, None, torch.bfloat16)
+    assert torch.equal(again.model.layers[0].mlp.experts.down_proj[1], dense.model.layers[0].mlp.down_proj.weight)
+
+
 def test_a_split_model_with_equal_weights_and_all_experts_is_the_dense_one():
     """Without spread of the router every weight is 1 / E; with K = E nothing is left out, so nothing needs repair."""
     dense, ids = llama(), text(3)

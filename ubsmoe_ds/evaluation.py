@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ubsmoe_ds.data.batches import PackedRow, Tokens, beginning, collate_packed, pack
+from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
 from ubsmoe_ds.data.sources import Row, word
+from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
 # summed; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
@@ -63,6 +64,7 @@ class Evaluator:
         self.rows, self.batch_size, self.pad = rows, batch_size, tokenizer.pad_token_id
         self.packed = pack(rows, tokenizer, max_length)
         self.cut = sum(row.cut for row in self.packed)  # rows whose prompt lost its beginning
+        self.longest = max(row.longest for row in self.packed)  # question with answer, in tokens
         self.tasks = sorted({row["task"] for row in rows})
         # long rows together: less padding
         self._order = sorted(range(len(rows)), key=lambda n: len(self.packed[n]))
@@ -153,21 +155,27 @@ def generate_answers(
         k: active experts; nothing is dropped.
         rows: what is asked.
         tokenizer: the model's.
-        max_length: tokens of a prompt with its answer; a longer prompt loses its beginning.
+        max_length: tokens of a prompt with its right answer; a longer prompt loses its beginning, as in training.
         batch_size: rows at a time.
-        max_new_tokens: of an answer at most.
+        max_new_tokens: of an answer at most; what is said may go beyond `max_length`.
 
     Returns:
         The text of each row up to the end-of-text token.
+
+    Raises:
+        UserError: if the model has no positions for so many tokens.
     """
     model.eval()
     model.set_active_experts(k)
     for layer in model.layers:
         layer.used_token = None  # generation has its own attention mask, and nothing is dropped in evaluation
-    prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
-    begin = beginning(tokenizer)
-    room = max(1, max_length - max_new_tokens - len(begin))
-    prompts = [begin + prompt[-room:] for prompt in prompts]
+    prompts = [example.prompt for example in encode(rows, tokenizer, max_length)[0]]
+    needed, positions = max(map(len, prompts)) + max_new_tokens, model.hf.config.max_position_embeddings
+    if needed > positions:
+        raise UserError(
+            f"max_new_tokens: {max_new_tokens} after the longest prompt are {needed} tokens, the model has {positions} "
+            "positions; lower it, or max_length"
+        )
     order = sorted(range(len(rows)), key=lambda n: len(prompts[n]))
     device = next(model.parameters()).device
     texts = [""] * len(rows)

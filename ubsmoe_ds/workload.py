@@ -9,6 +9,7 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import Example, PackedRow, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import Row, load_rows, load_site
+from ubsmoe_ds.models.causal_lm import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.planning import Workload
 
@@ -19,9 +20,11 @@ def workloads(exp: Experiment) -> list[Workload]:
     """Of each client, from the very batches that it will get.
 
     Raises:
-        UserError: for rows or a tokenizer that a run would refuse too.
+        UserError: for rows, lengths or a tokenizer that a run would refuse too.
     """
-    tokenizer = read_tokenizer(exp.model_dir)
+    model = read_config(exp.model_dir)
+    tokenizer = read_tokenizer(exp.model_dir, model.vocab_size)
+    check_length(model, exp.data.max_length, "data.max_length")
     sources = [client.source for client in exp.clients if client.source is not None]
     if sources:
         of_client, evaluations = zip(*(load_site(exp.data, source, exp.seed) for source in sources), strict=True)
@@ -31,7 +34,9 @@ def workloads(exp: Experiment) -> list[Workload]:
         shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
         of_client = tuple([train_rows[i] for i in share] for share in shares)
         read_bytes = [_bytes(train_rows)] * len(shares)
-    evaluation = _of_evaluation(pack(eval_rows, tokenizer, exp.data.max_length), exp.evaluation.batch_size)
+    packed = pack(eval_rows, tokenizer, exp.data.max_length)
+    check_window(model, max(row.longest for row in packed))
+    evaluation = _of_evaluation(packed, exp.evaluation.batch_size)
     found = []
     for number, rows in enumerate(of_client):
         examples, _ = encode(rows, tokenizer, exp.data.max_length)

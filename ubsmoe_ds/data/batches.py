@@ -168,6 +168,11 @@ class PackedRow(NamedTuple):
         """Tokens to run: an option's last one is only predicted."""
         return len(self.start) + sum(len(option[:-1]) for option in self.options)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with the longest option, as one text."""
+        return len(self.start) + max(len(option[:-1]) for option in self.options)
+
     def parts(self) -> list[int]:
         """How many predicted tokens belong to what is common, and to each option."""
         return [self.common, *map(len, self.options)]

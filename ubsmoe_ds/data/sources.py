@@ -161,7 +161,10 @@ def read_rows(source: str, split: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"data: hub:{name}@{split} cannot be loaded: {message}") from error
-    return [_checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
+    rows = [_checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
+    if not rows:
+        raise UserError(f"data: hub:{name}@{split} holds no rows")
+    return rows
 
 
 def _checked(line: bytes, where: str) -> Row:

@@ -87,7 +87,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     whole = folder / WEIGHTS
     merged = os.path.lexists(whole)
     facts = _facts(folder)
-    path = model_folder(base or facts.get("base_model") or _base_of_peft(folder))
+    path = model_folder(base or _base_of(folder, facts))
     family, config = read_facts(path)
     if merged:
         return Adapter(read_tensors(whole), 0, 0.0, path, facts)
@@ -122,6 +122,16 @@ def _facts(folder: Path) -> dict[str, str]:
     if "k" not in facts or facts.get("format", FORMAT) != FORMAT:
         raise UserError(f"adapter: {str(path)!r} has the format {facts.get('format')!r}, not {FORMAT!r}; save it again")
     return facts
+
+
+def _base_of(folder: Path, facts: Mapping[str, str]) -> str:
+    """The model that the adapter was trained on, as `model.path`."""
+    base = facts.get("base_model")
+    if not base:
+        return _base_of_peft(folder)
+    if not base.startswith(("hub:", "builtin:")) and not Path(base).is_dir():
+        raise UserError(f"adapter: {str(folder)!r} is of {base!r}, no folder here; use --base FOLDER")
+    return base
 
 
 def _base_of_peft(folder: Path) -> str:

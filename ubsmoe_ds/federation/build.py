@@ -24,7 +24,7 @@ from ubsmoe_ds.federation.state import replicate
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.files import writes
 from ubsmoe_ds.memory import release_freed_memory
-from ubsmoe_ds.models.causal_lm import model_shape
+from ubsmoe_ds.models.causal_lm import check_length, check_window, model_shape, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.placement import describe
 from ubsmoe_ds.run_folder import check_run_folder, goes_on
@@ -68,15 +68,18 @@ def build(
     own = goes_on(exp, resume)
     if world.rank == 0 and not (own and found is not None):
         check_run_folder(exp, own)
-    tokenizer = read_tokenizer(exp.model_dir)
+    config = read_config(exp.model_dir)
+    tokenizer = read_tokenizer(exp.model_dir, config.vocab_size)
+    check_length(config, exp.data.max_length, "data.max_length")
     examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
+    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    check_window(config, evaluator.longest)
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
     release_freed_memory()
     stacking = exp.merge.rule == "flora"
     masters, dmr = client.finisher.masters, exp.dmr.enabled
     store = UnitStore(client.model, masters, rank=client.rank, dmr=dmr, stacking=stacking, seed=exp.seed)
-    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
     cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
     batches = _batches(exp, world, examples, tokenizer.pad_token_id)
     if client.moments is not None and found is None:

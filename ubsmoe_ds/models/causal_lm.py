@@ -113,7 +113,7 @@ class UBSMoEForCausalLM(nn.Module):
             [A, V] or [B, S, V] in fp32.
 
         Raises:
-            UserError: if continuations are longer than the model's sliding window, which their mask knows nothing of.
+            UserError: as `check_window`.
         """
         for layer in self.layers:
             layer.used_token = used
@@ -125,15 +125,10 @@ class UBSMoEForCausalLM(nn.Module):
 
     def _branches(self, branch_BS: Tensor) -> dict[str, Tensor]:
         """A token sees what comes before it in the beginning and in its own continuation, and is placed after that."""
-        length = branch_BS.shape[1]
-        window = getattr(self.hf.config, "sliding_window", None)
-        if window and window < length:  # 0 and None: there is none
-            raise UserError(
-                f"model.path: rows of {length} tokens with continuations do not fit its sliding window of {window}; "
-                "lower max_length"
-            )
         query_BS1, key_B1S = branch_BS.unsqueeze(2), branch_BS.unsqueeze(1)
         seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)).tril()
+        if _window(self.hf.config) < branch_BS.shape[1]:  # few models have one so short
+            check_window(self.hf.config, int(seen_BSS.sum(2).max()))
         mask_BSS = torch.zeros_like(seen_BSS, dtype=self.hf.dtype).masked_fill(
             ~seen_BSS, torch.finfo(self.hf.dtype).min
         )
@@ -212,13 +207,51 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The folder's config.
 
     Raises:
-        UserError: if there is none, or it is of a family that is not supported.
+        UserError: if there is none, it is of a family that is not supported, or no layer has experts.
     """
     read_facts(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its checks of a hundred keys run into
         raise _unusable(folder, error) from error
+    every, layers = getattr(config, "decoder_sparse_step", 1), config.num_hidden_layers
+    if type(every) is not int or every < 1:
+        raise UserError(f"model.path: {folder / 'config.json'}: decoder_sparse_step is {every!r}, must be at least 1")
+    if isinstance(layers, int) and not any(is_sparse(config, n) for n in range(every - 1, layers, every)):
+        raise UserError(
+            f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its "
+            "decoder_sparse_step and mlp_only_layers"
+        )
+    return config
+
+
+def check_length(config: PreTrainedConfig, length: int, key: str) -> None:
+    """That the model has positions for so many tokens, of which `key` is the setting.
+
+    Raises:
+        UserError: if it has not.
+    """
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"{key}: {length} exceeds the model's max_position_embeddings, {config.max_position_embeddings}"
+        )
+
+
+def check_window(config: PreTrainedConfig, length: int) -> None:
+    """That attention reaches over so many tokens, which the mask of rows with continuations takes for granted.
+
+    Raises:
+        UserError: if the model has a shorter sliding window.
+    """
+    if _window(config) < length:
+        raise UserError(
+            f"model.path: a question with an answer has {length} tokens, the sliding window {_window(config)}; lower "
+            "max_length"
+        )
+
+
+def _window(config: PreTrainedConfig) -> float:
+    return getattr(config, "sliding_window", None) or math.inf  # 0 and None: there is none
 
 
 def _unusable(folder: Path, error: Exception) -> UserError:
@@ -264,6 +297,7 @@ def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtyp
     small = copy.deepcopy(config)
     setattr(small, family.num_experts, 1)
     small.num_experts_per_tok = 1
+    small.output_router_logits = False  # transformers would look for them in its own blocks
     with no_init_weights():
         hf = AutoModelForCausalLM.from_config(small, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()

@@ -25,6 +25,7 @@ class Family:
     num_experts, width: the config's keys for the experts of a layer and an expert's F
     shared: modules of the block that every token passes
     normed_queries: whether queries and keys pass a norm
+    always_normalizes: whether a token's K weights sum to one whatever the config says
     """
 
     block: str = "mlp"
@@ -35,15 +36,21 @@ class Family:
     width: str = "moe_intermediate_size"
     shared: tuple[str, ...] = ()
     normed_queries: bool = False
+    always_normalizes: bool = False
 
     def normalizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a token's K weights are made to sum to one; Mixtral always does, and has no key for it."""
-        return bool(config.get("norm_topk_prob", True))
+        """Whether a token's K weights are made to sum to one."""
+        return self.always_normalizes or bool(config["norm_topk_prob"])
 
 
 FAMILIES = {
     "olmoe": Family(width="intermediate_size", normed_queries=True),
-    "mixtral": Family("block_sparse_moe", "w1", "w3", "w2", num_experts="num_local_experts", width="intermediate_size"),
+    "mixtral": Family(
+        *("block_sparse_moe", "w1", "w3", "w2"),
+        num_experts="num_local_experts",
+        width="intermediate_size",
+        always_normalizes=True,
+    ),
     "qwen2_moe": Family(shared=("shared_expert", "shared_expert_gate")),
     "qwen3_moe": Family(normed_queries=True),
 }

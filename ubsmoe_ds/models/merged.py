@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,17 @@ from ubsmoe_ds.models.checkpoint import Checkpoint
 from ubsmoe_ds.models.families import Family, read_facts
 
 
-def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path) -> None:
+class _Addition(NamedTuple):
+    """What is merged: `write_merged`'s arguments, what all layers must have, and what has found its place."""
+
+    family: Family
+    state: Mapping[str, Tensor]
+    scaling: float
+    kinds: frozenset[str]
+    used: set[str]
+
+
+def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path, *, whole: bool) -> None:
     """Write the base model with W + scaling B A for W, in the precision it is stored in, and the trained routers.
 
     Args:
@@ -28,45 +39,46 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
         state: in our names, see `federation/units.py`; whole weights (FLoRA's) replace the base's.
         scaling: alpha / R.
         out: a new or empty folder.
+        whole: whether what one layer has in the state all must have; PEFT may have adapted some layers only.
 
     Raises:
-        UserError: if `out` is in use, the base cannot be read, or the state is not one of this base.
+        UserError: if `out` is in use, the base cannot be read, or the state is not one of this base, or not whole.
     """
     require_new(out, "--merge")
     family, _ = read_facts(base)
     shards = Checkpoint(base).files
-    used: set[str] = set()
+    kinds = frozenset(name.split(".", 2)[2] for name in state) if whole else frozenset()
+    addition = _Addition(family, state, scaling, kinds, set())
     with new_folder(out, "--merge") as unfinished:
         for name in shards:
-            save_file(_merged_shard(base / name, family, state, scaling, used), unfinished / name, {"format": "pt"})
+            save_file(_merged_shard(base / name, addition), unfinished / name, {"format": "pt"})
         for path in sorted(base.iterdir()):
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
                 shutil.copy(path, unfinished / path.name)
-        left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
+        left = sorted(name for name in state if name not in addition.used and not name.endswith((".phi", ".scale")))
         if left:
             raise UserError(
                 f"merge: {str(base)!r} has no weight for {len(left)} tensors of the adapter, first {left[0]!r}"
             )
 
 
-def _merged_shard(
-    path: Path, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
-) -> dict[str, Tensor]:
+def _merged_shard(path: Path, addition: _Addition) -> dict[str, Tensor]:
     merged = {}
     try:
         require_regular(path)
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - no mapping
-                merged[name] = _merged_tensor(name, shard.get_tensor(name), family, state, scaling, used)
+                merged[name] = _merged_tensor(name, shard.get_tensor(name), addition)
     except (OSError, SafetensorError) as error:
         raise UserError(f"merge: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
     return merged
 
 
-def _merged_tensor(
-    name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
-) -> Tensor:
+def _merged_tensor(name: str, weight: Tensor, addition: _Addition) -> Tensor:
+    family, state, scaling, _, used = addition
     own, expert = _own_name(name, family)
+    if own:
+        _check_complete(own, addition)
     if f"{own}.weight" in state:  # a router, or what FLoRA merged
         used |= {f"{own}.weight", f"{own}.lora_A", f"{own}.lora_B"}
         value = _of_expert(state[f"{own}.weight"], expert, own)
@@ -78,6 +90,14 @@ def _merged_tensor(
     A, B = (_of_expert(state[f"{own}.lora_{factor}"].float(), expert, own) for factor in "AB")
     _check_fit(name, weight, (B.shape[0], A.shape[1]))
     return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
+
+
+def _check_complete(own: str, addition: _Addition) -> None:
+    """That what other layers have is there: a part that is lost would pass for one never trained."""
+    for ending in ("weight", "lora_A", "lora_B"):
+        needed = f"{own}.{ending}"
+        if needed.split(".", 2)[2] in addition.kinds and needed not in addition.state:
+            raise UserError(f"adapter: tensor {needed!r} is missing, which other layers have; save it again")
 
 
 def _of_expert(value: Tensor, expert: int | None, own: str) -> Tensor:

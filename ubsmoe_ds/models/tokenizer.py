@@ -8,12 +8,12 @@ from transformers import AutoTokenizer
 from ubsmoe_ds.errors import UserError
 
 
-def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
+def read_tokenizer(folder: Path, vocabulary: int) -> Any:
     """The folder's tokenizer, with a padding token; no code of the folder is run.
 
     Args:
         folder: of the model.
-        vocabulary: tokens that the model knows; None: not checked.
+        vocabulary: tokens that the model knows.
 
     Raises:
         UserError: if there is none that can be used.
@@ -25,7 +25,7 @@ def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
         raise UserError(f"model.path: {str(folder)!r} has no usable tokenizer ({reason}); copy it again") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer in {str(folder)!r} has no end-of-text token")
-    if vocabulary is not None and len(tokenizer) > vocabulary:
+    if len(tokenizer) > vocabulary:
         raise UserError(
             f"model.path: the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the model {vocabulary}; "
             "it is of another model"

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from ubsmoe_ds.errors import UserError
 
@@ -70,7 +76,7 @@ def upcycle(dense: PreTrainedModel, experts: int, k: int, seed: int = 0) -> PreT
         sliding_window=None,
     )
     generator = torch.Generator().manual_seed(seed)
-    model = MixtralForCausalLM(config).to(dense.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     _copy_all_but_blocks(dense, model)
     for source, target in zip(dense.model.layers, model.model.layers, strict=True):
         block = target.mlp
@@ -262,7 +268,9 @@ def recover(
 
 
 def _carried(config: Any) -> dict[str, Any]:
-    return {key: getattr(config, key) for key in CARRIED if getattr(config, key, None) is not None}
+    """None is carried for tokens: without a word of them a family puts in its own."""
+    found = {key: getattr(config, key, None) for key in CARRIED}
+    return {key: value for key, value in found.items() if value is not None or key.endswith("_token_id")}
 
 
 def _copy_all_but_blocks(dense: PreTrainedModel, model: PreTrainedModel) -> None:
