@@ -3,8 +3,8 @@
     pip install '.[lm-eval]'
     python launch/harness.py run --model ubsmoe --model_args adapter=runs/tiny/adapter,k=2 --tasks arc_easy
 
-`--model_args`: adapter, base, k, dtype, and what the harness's `hf` takes (batch_size, max_length). The harness fetches
-its tasks from the hub.
+`--model_args`: adapter, base, k, dtype, and of what the harness's `hf` takes all that does not choose another model
+(batch_size, max_length, ...). The harness fetches its tasks from the hub.
 """
 
 import sys

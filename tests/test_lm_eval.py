@@ -60,6 +60,7 @@ def test_log_likelihoods_are_ours(adapter):
     for k in (17, 2.5, "two"):
         with pytest.raises(UserError, match=f"k: {k} must be 1 to 16"):
             UBSMoELM(str(adapter), k=k)
+    UBSMoELM(str(adapter), trust_remote_code=True)  # which the harness adds for data sets
     for name in ("K", "peft", "revision"):  # else the adapter would be asked at its own K, or another left out
         with pytest.raises(UserError, match=f"--model_args: '{name}' is not known; use adapter, base, k, "):
             UBSMoELM(str(adapter), **{name: 2})

@@ -200,13 +200,14 @@ def test_a_client_without_room_for_all_experts_is_timed_on_fewer_rows(room, rows
 
 
 def test_room_on_a_host_is_what_a_cgroup_leaves(tmp_path):
-    """The job's own has no limit, the one above it 3,000 bytes of which 1,000 are used; version 1 leaves 500."""
+    """The job's own has no limit, the one above it 3,000 bytes, 1,200 used, 200 for files; version 1 leaves 500."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     job = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
     job.mkdir(parents=True)
     assert host_room_bytes(tmp_path) > 1e8  # what the machine has
     (tmp_path / "proc" / "self" / "cgroup").write_text("4:memory:/old\n3:cpu:/old\n0::/slurm/job\n")
-    for folder, limit, used in ((job, "max", 1), (job.parent, 3000, 1000)):
+    for folder, limit, used in ((job, "max", 1), (job.parent, 3000, 1200)):
+        (folder / "memory.stat").write_text("anon 900\ninactive_file 200\n")
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
     assert host_room_bytes(tmp_path) == 2000
@@ -214,6 +215,7 @@ def test_room_on_a_host_is_what_a_cgroup_leaves(tmp_path):
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("1500")
     (old / "memory.usage_in_bytes").write_text("1000")
+    (old / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 0\n")
     assert host_room_bytes(tmp_path) == 500
     (old / "memory.usage_in_bytes").write_text("1600")
     assert host_room_bytes(tmp_path) == 0

@@ -45,6 +45,7 @@ class UBSMoELM(HFLM):
         device: str | None = None,
         **rest: Any,
     ) -> None:
+        rest.pop("trust_remote_code", None)  # the harness adds it for data sets; of the model's folder no code is run
         _check_names(rest)
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")

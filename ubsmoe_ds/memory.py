@@ -69,17 +69,18 @@ def host_room_bytes(root: Path = Path("/")) -> int:
         root: of the file system.
     """
     room = psutil.virtual_memory().available
-    for folder, limit, used in _cgroups(root):
+    for folder, limit, used, cache in _cgroups(root):
         try:
             most, now = (int((folder / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such file, or "max"
             continue
-        room = min(room, most - now)
+        room = min(room, most - now + int(stat.get(cache, 0)))  # pages of files that were read go when room is needed
     return max(room, 0)
 
 
-def _cgroups(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """Folders of this process's cgroup and those above it, with the names of their limit and use."""
+def _cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's cgroup and those above it, with the names of their limit, use, and cache of files."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -87,9 +88,10 @@ def _cgroups(root: Path) -> Iterator[tuple[Path, str, str]]:
     for line in lines:
         _, controllers, own = line.split(":", 2)
         if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif controllers == "memory":  # version 1
-            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         folder = top / own.lstrip("/")
