@@ -79,7 +79,8 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
     try:
         options = parse(arguments)
         jobs = make_jobs(options)
-        for line in notes([job.run for job in jobs]):
+        said = notes([job.run for job in jobs])
+        for line in said:
             print(f"note: {line}", file=sys.stderr, flush=True)
         if options.list:
             print("\n".join(job.run.exp.name for job in jobs))
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str], runner: Runner | None = None) -> int:
             command = shlex.join(["python", "launch/compare.py", *arguments])
             runs = [job.run for job in jobs]
             headline = f"`{command}`; {comparison.machines(runs)}; seeds {' '.join(options.seeds)}"
-            write_results(runs, Path(options.out), "\n\n".join([headline, *notes(runs)]))
+            write_results(runs, Path(options.out), "\n\n".join([headline, *said]))
     except UserError as error:
         return _report(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:

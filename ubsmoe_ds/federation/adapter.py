@@ -18,6 +18,7 @@ from ubsmoe_ds.models import peft_format
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load
 from ubsmoe_ds.models.checkpoint import read_tensors
 from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.models.merged import check_complete
 from ubsmoe_ds.moe.gate import RESCALE
 from ubsmoe_ds.sections import DataConfig
 
@@ -167,7 +168,7 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
             raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
         places[name].data.copy_(value)
     if adapter.facts:
-        _check_complete(adapter, places)
+        check_complete(state, places)
     return model.eval()
 
 
@@ -218,11 +219,3 @@ def _is_number(text: str) -> bool:
 
 def _wrong_fact(name: str, value: str, right: str) -> UserError:
     return UserError(f"adapter: its {peft_format.SIDECAR} says {name} {value!r}, must be {right}; save it again")
-
-
-def _check_complete(adapter: Adapter, places: Mapping[str, Tensor]) -> None:
-    """That what one layer has, all layers of that kind have: a part that is lost would pass for one never trained."""
-    kinds = {name.split(".", 2)[2] for name in adapter.state} - {"scale"}  # a client's own, so not in the whole's
-    for name in places:
-        if name.split(".", 2)[2] in kinds and name not in adapter.state:
-            raise UserError(f"adapter: tensor {name!r} is missing, which other layers have; save it again")

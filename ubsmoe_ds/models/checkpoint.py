@@ -49,6 +49,11 @@ class Checkpoint:
         """Names of the files that hold the tensors."""
         return sorted(set(self._files.values()))
 
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors."""
+        return list(self._files)
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 

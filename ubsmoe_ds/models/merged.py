@@ -6,9 +6,8 @@ a time. Shapes: E experts, R LoRA rank, O x I a projection's weight.
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,16 +18,6 @@ from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.files import new_folder, require_new, require_regular
 from ubsmoe_ds.models.checkpoint import Checkpoint
 from ubsmoe_ds.models.families import Family, read_facts
-
-
-class _Addition(NamedTuple):
-    """What is merged: `write_merged`'s arguments, what all layers must have, and what has found its place."""
-
-    family: Family
-    state: Mapping[str, Tensor]
-    scaling: float
-    kinds: frozenset[str]
-    used: set[str]
 
 
 def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path, *, whole: bool) -> None:
@@ -46,39 +35,58 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     """
     require_new(out, "--merge")
     family, _ = read_facts(base)
-    shards = Checkpoint(base).files
-    kinds = frozenset(name.split(".", 2)[2] for name in state) if whole else frozenset()
-    addition = _Addition(family, state, scaling, kinds, set())
+    checkpoint = Checkpoint(base)
+    if whole:
+        owners = {_own_name(name, family)[0] for name in checkpoint.names} - {""}
+        check_complete(state, [f"{own}.{ending}" for own in owners for ending in ("weight", "lora_A", "lora_B")])
+    used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
-        for name in shards:
-            save_file(_merged_shard(base / name, addition), unfinished / name, {"format": "pt"})
+        for name in checkpoint.files:
+            save_file(_merged_shard(base / name, family, state, scaling, used), unfinished / name, {"format": "pt"})
         for path in sorted(base.iterdir()):
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
                 shutil.copy(path, unfinished / path.name)
-        left = sorted(name for name in state if name not in addition.used and not name.endswith((".phi", ".scale")))
+        left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
         if left:
             raise UserError(
                 f"merge: {str(base)!r} has no weight for {len(left)} tensors of the adapter, first {left[0]!r}"
             )
 
 
-def _merged_shard(path: Path, addition: _Addition) -> dict[str, Tensor]:
+def check_complete(state: Mapping[str, Tensor], places: Iterable[str]) -> None:
+    """That what one layer has, all layers of that kind have: a part that is lost would pass for one never trained.
+
+    Args:
+        state: of an adapter, in our names.
+        places: what the base has a place for, in our names.
+
+    Raises:
+        UserError: naming a tensor that is missing.
+    """
+    kinds = {name.split(".", 2)[2] for name in state} - {"scale"}  # a client's own, so not in the whole's
+    for name in sorted(places):
+        if name.split(".", 2)[2] in kinds and name not in state:
+            raise UserError(f"adapter: tensor {name!r} is missing, which other layers have; save it again")
+
+
+def _merged_shard(
+    path: Path, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
+) -> dict[str, Tensor]:
     merged = {}
     try:
         require_regular(path)
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - no mapping
-                merged[name] = _merged_tensor(name, shard.get_tensor(name), addition)
+                merged[name] = _merged_tensor(name, shard.get_tensor(name), family, state, scaling, used)
     except (OSError, SafetensorError) as error:
         raise UserError(f"merge: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
     return merged
 
 
-def _merged_tensor(name: str, weight: Tensor, addition: _Addition) -> Tensor:
-    family, state, scaling, _, used = addition
+def _merged_tensor(
+    name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
+) -> Tensor:
     own, expert = _own_name(name, family)
-    if own:
-        _check_complete(own, addition)
     if f"{own}.weight" in state:  # a router, or what FLoRA merged
         used |= {f"{own}.weight", f"{own}.lora_A", f"{own}.lora_B"}
         value = _of_expert(state[f"{own}.weight"], expert, own)
@@ -90,14 +98,6 @@ def _merged_tensor(name: str, weight: Tensor, addition: _Addition) -> Tensor:
     A, B = (_of_expert(state[f"{own}.lora_{factor}"].float(), expert, own) for factor in "AB")
     _check_fit(name, weight, (B.shape[0], A.shape[1]))
     return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
-
-
-def _check_complete(own: str, addition: _Addition) -> None:
-    """That what other layers have is there: a part that is lost would pass for one never trained."""
-    for ending in ("weight", "lora_A", "lora_B"):
-        needed = f"{own}.{ending}"
-        if needed.split(".", 2)[2] in addition.kinds and needed not in addition.state:
-            raise UserError(f"adapter: tensor {needed!r} is missing, which other layers have; save it again")
 
 
 def _of_expert(value: Tensor, expert: int | None, own: str) -> Tensor:
