@@ -112,7 +112,8 @@ def check_files(exp: Experiment, resuming: bool) -> None:
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
     """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
-    from ubsmoe_ds import run, survival, world  # MPI starts when it is imported, so not in the process of mpiexec
+    launchers.start_mpi(os.environ)  # not in the process of mpiexec
+    from ubsmoe_ds import run, survival, world
 
     survives = exp.fault_tolerance == "shrink"
     who, speaks, speaks_for_client = f"rank {world.started_rank()}", launchers.is_first(os.environ), True

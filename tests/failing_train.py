@@ -102,6 +102,7 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     if launchers.inside_mpi(os.environ):
+        launchers.start_mpi(os.environ)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for fault in os.environ["FAULT"].split("+"):
             plant(fault)

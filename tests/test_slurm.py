@@ -249,6 +249,33 @@ def test_deepspeed_slurm_launcher(slurm, tmp_path):
     assert len(metrics(tmp_path / "out")) == 2
 
 
+# Text in the memory behind addresses, which MPICH sends along and cannot shorten as it does runs of zeros: each second
+# block is free, for what MPI allocates next.
+DENSE_MEMORY = """
+import ctypes, os
+from ubsmoe_ds.launchers import start_mpi
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(6000) for _ in range(400)]
+for block in blocks:
+    ctypes.memmove(block, b"text without any runs " * 250, 5500)
+for size in (64, 100, 150, 200, 250, 300, 400, 500):
+    small = [libc.malloc(size) for _ in range(30)]  # so that what is free of their sizes is used up
+for block in blocks[::2]:
+    libc.free(block)
+start_mpi(os.environ)
+from mpi4py import MPI
+print(MPI.COMM_WORLD.allreduce(1), "ranks met", flush=True)
+"""
+
+
+def test_addresses_get_through_slurm_whatever_is_in_memory(slurm, tmp_path):
+    program = script(tmp_path / "dense.py", DENSE_MEMORY)
+    where = {"PYTHONPATH": str(REPO)} | slurm
+    code, output = run("srun", "--mpi=pmi2", "--nodes=2", "--ntasks=4", sys.executable, program, timeout=60, **where)
+    assert code == 0 and output.count("4 ranks met") == 4, output
+
+
 WRONG = {
     "no MPI": (
         srun("none", 6),

@@ -96,6 +96,24 @@ def test_the_right_size_is_not_refused():
     launchers.check_size({"PMI_SIZE": "6"}, 6, "MPICH 5.0.2", "t.py", [], CLIENTS)
 
 
+BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "library", "netmod"),
+    [
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH, "ofi"),
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH.replace("ch4:ucx ofi", "ch4:ucx"), None),  # does not have it
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, "Open MPI v5.0.8, package: with-ofi", None),
+        (TASK_OF_SRUN | {"PMI_FD": "11", "PMI_HOSTNAME": "n0"}, BOTH, None),  # mpiexec in an allocation
+        (TASK_OF_SRUN | {"PMIX_RANK": "0"}, BOTH, None),
+        ({"PMI_FD": "11"}, BOTH, None),
+    ],
+)
+def test_mpich_uses_libfabric_where_slurm_tells_its_addresses(environment, library, netmod):
+    assert launchers.netmod_for(environment, library) == netmod
+
+
 def test_hosts_are_given_to_each_mpiexec():
     hosts = {"n0": 4, "n1": 2}
     assert launchers.mpi_command("t.py", ["seed=1"], 6, hosts=hosts)[:5] == [
