@@ -21,7 +21,7 @@ from common import add_output_option, machine, resident, say
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS, EXPERTS, VOCABULARY = 16, 64, 50304  # of OLMoE-1B-7B

@@ -34,7 +34,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from ubsmoe_ds.memory import keep_freed_memory
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert_block
+from ubsmoe_ds.models.conversion import UBSMoESpec, convert_block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, ALPHA = 8, 16.0

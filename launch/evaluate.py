@@ -83,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     import torch
 
     from ubsmoe_ds.evaluation import Evaluator, LocalModel
-    from ubsmoe_ds.models.causal_lm import check_length, check_window
+    from ubsmoe_ds.models.hf_config import check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     model, folder, k_default = load(options)
@@ -143,9 +143,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
 
     from ubsmoe_ds.config import model_folder
     from ubsmoe_ds.federation.adapter import load_trained, read_adapter
-    from ubsmoe_ds.models.causal_lm import UBSMoESpec, read_config
-    from ubsmoe_ds.models.causal_lm import load as load_base
+    from ubsmoe_ds.models.conversion import UBSMoESpec
+    from ubsmoe_ds.models.conversion import load as load_base
     from ubsmoe_ds.models.families import FAMILIES
+    from ubsmoe_ds.models.hf_config import read_config
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     if options.adapter is not None:

@@ -113,7 +113,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     from ubsmoe_ds.data.batches import encode
     from ubsmoe_ds.data.batches import steps as batch_steps
     from ubsmoe_ds.data.sources import load_rows
-    from ubsmoe_ds.models.causal_lm import read_config
+    from ubsmoe_ds.models.hf_config import read_config
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     transformers_logging.disable_progress_bar()

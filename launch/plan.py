@@ -109,11 +109,10 @@ def read_job(exp: Experiment) -> Job:
 
     on_cpu = exp.accelerator == "cpu" or (exp.accelerator == "auto" and not torch.cuda.is_available())
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # of this process; else it is guessed
-    from ubsmoe_ds.models.causal_lm import UBSMoESpec, model_shape, read_config
+    from ubsmoe_ds.models.hf_config import model_shape, read_config
     from ubsmoe_ds.workload import workloads
 
-    spec = UBSMoESpec(exp.k_max, exp.candidates, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    shape = model_shape(read_config(exp.model_dir), spec)
+    shape = model_shape(read_config(exp.model_dir), lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     return Job(exp, shape, workloads(exp), on_cpu)
 
 

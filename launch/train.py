@@ -112,7 +112,9 @@ def check_files(exp: Experiment, resuming: bool) -> None:
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
     """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
-    launchers.start_mpi(os.environ)  # not in the process of mpiexec
+    from ubsmoe_ds.start_mpi import start_mpi
+
+    start_mpi(os.environ)  # not in the process of mpiexec
     from ubsmoe_ds import run, survival, world
 
     survives = exp.fault_tolerance == "shrink"

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch import train  # noqa: E402
 from ubsmoe_ds import launchers  # noqa: E402
 from ubsmoe_ds.errors import UserError  # noqa: E402
+from ubsmoe_ds.start_mpi import start_mpi  # noqa: E402
 
 # where -> what is called there; the exchange sends before it merges, and the evaluation comes after the merge
 STAGES = {
@@ -102,7 +103,7 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     if launchers.inside_mpi(os.environ):
-        launchers.start_mpi(os.environ)
+        start_mpi(os.environ)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for fault in os.environ["FAULT"].split("+"):
             plant(fault)

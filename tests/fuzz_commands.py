@@ -22,7 +22,7 @@ from tests.ranks import REPO
 from tests.test_upcycle import llama
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.models import peft_format
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 
 VOCABULARY = 768  # of the built-in tokenizer
 WORDS = ["", " ", "-1", "0", "1", "3", "40", "999999999999", "9" * 5000, "nan", "inf", "1e3", "0x10", "\u0663", "1 2"]

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.fuzz_cases import DAMAGES, NUMBERS, TEXTS, VALUES, Bomb, Surface, Violation, damaged, mutations, reads_only
 from ubsmoe_ds.federation.adapter import load_trained, read_adapter
 from ubsmoe_ds.models import peft_format
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 
 RANK = 2
 INDEX = "model.safetensors.index.json"

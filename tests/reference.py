@@ -10,7 +10,8 @@ from tests import tiny
 from ubsmoe_ds.client import client_spec
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import steps
-from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, load
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
+from ubsmoe_ds.models.conversion import load
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 

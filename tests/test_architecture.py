@@ -19,6 +19,7 @@ LAYERS = [
     "models.families",
     "config_file",
     "launchers",
+    "start_mpi",
     "relaunch",
     "run_folder",
     "federation.merge",
@@ -52,7 +53,9 @@ LAYERS = [
     "moe.moments",
     "models.checkpoint",
     "models.tokenizer",
+    "models.hf_config",
     "models.causal_lm",
+    "models.conversion",
     "workload",
     "models.peft_format",
     "models.merged",
@@ -84,7 +87,7 @@ LAYERS = [
     "run",
     "comparison",
 ]
-KNOWS_MPI = {"world", "stopping", "survival", "federation.exchange", "federation.host_memory"}
+KNOWS_MPI = {"start_mpi", "world", "stopping", "survival", "federation.exchange", "federation.host_memory"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -16,7 +16,8 @@ from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import PackedRow, encode
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert, load, model_shape
+from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
+from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.monitor import CELL, heat_map
 
 FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
@@ -198,8 +199,7 @@ def test_flops_equal_torchs_counter(k):
     length = 12
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hf(torch.randint(2, 97, (1, length)))
-    shape = model_shape(hf.config, UBSMoESpec(k=k, candidates=8))
-    ours = flops_per_token(ModelShape(**(vars(shape) | {"lora_rank": 0})), k, context=length) * length
+    ours = flops_per_token(model_shape(hf.config), k, context=length) * length
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -213,7 +213,7 @@ def test_lowest_budget_halves_the_flops_of_olmoe():
 def test_trainable_parameters_are_counted(attention):
     spec = UBSMoESpec(k=2, candidates=8, lora_rank=3, lora_attention=attention)
     hf = tiny.hf_model(num_key_value_heads=1)
-    shape = model_shape(hf.config, spec)
+    shape = model_shape(hf.config, lora_rank=3, lora_attention=attention)
     model = convert(hf, spec)
     assert trainable_parameters(shape, router=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2
 
 from tests import tiny
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.models.causal_lm import LoraLinear, UBSMoESpec, convert, load
+from ubsmoe_ds.models.causal_lm import LoraLinear
 from ubsmoe_ds.models.checkpoint import Checkpoint
+from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
 
 SHAPES = {
     "olmoe_like": {},

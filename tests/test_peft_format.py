@@ -12,7 +12,7 @@ from tests.test_model import FAMILIES, ids_and_mask, saved_family
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.federation.adapter import load_trained, read_adapter
 from ubsmoe_ds.models import peft_format
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 
 RANK, ALPHA = 2, 6.0
 

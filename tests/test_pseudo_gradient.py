@@ -13,7 +13,7 @@ from tests import reference, tiny
 from ubsmoe_ds.config import BUILTIN_MODELS
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, convert
+from ubsmoe_ds.models.conversion import UBSMoESpec, convert
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.pseudo_gradient import (

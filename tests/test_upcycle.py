@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.upcycle import recover, split, upcycle
 
 VOCAB = 31

@@ -24,7 +24,7 @@ from ubsmoe_ds.config import ClientConfig, Experiment
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.gradients import GradientFinisher
-from ubsmoe_ds.models.causal_lm import UBSMoESpec, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.moments import ExpertMoments
 

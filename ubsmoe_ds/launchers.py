@@ -1,14 +1,14 @@
 """What has started this process, whether all that it started can be one MPI world, and the commands that make one.
 
-Nothing here imports MPI before `start_mpi`. A process that no process manager of MPI started is a world of its own, and
-such worlds cannot be joined later; so what cannot work is said at once, with the command that does.
+Nothing here imports MPI. A process that no process manager of MPI started is a world of its own, and such worlds cannot
+be joined later; so what cannot work is said at once, with the command that does.
 """
 
 import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig
@@ -76,29 +76,12 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
         )
 
 
-def start_mpi(environment: MutableMapping[str, str]) -> None:
-    """Initialise MPI before anything else imports it, over a network that Slurm's plugin `pmi2` can tell ranks of.
+def netmod_for(environment: Mapping[str, str], library: str) -> str | None:
+    """The network library (MPIR_CVAR_CH4_NETMOD) that an MPICH has to be told, if any.
 
     MPICH gives its UCX addresses to the process manager in lines of up to 1,100 characters, depending on what lies
-    behind them in memory. The plugin takes 1,024, so that now and then a job would fail or hang at its start. The lines
-    of libfabric are short: an MPICH that has it uses it there.
-
-    Args:
-        environment: the process's own. Whoever sets MPIR_CVAR_CH4_NETMOD has chosen.
-    """
-    import mpi4py
-
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-    from mpi4py import MPI
-
-    if netmod := netmod_for(environment, MPI.Get_library_version()):
-        environment.setdefault("MPIR_CVAR_CH4_NETMOD", netmod)
-    if not MPI.Is_initialized():
-        MPI.Init_thread()
-
-
-def netmod_for(environment: Mapping[str, str], library: str) -> str | None:
-    """The network library that an MPICH has to be told, if any; see `start_mpi`.
+    behind them in memory. Slurm's plugin pmi2 takes 1,024, so that now and then a job would fail or hang at its start.
+    The lines of libfabric are short: an MPICH that has it uses it there.
 
     Args:
         environment: of a rank.

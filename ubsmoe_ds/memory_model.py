@@ -2,7 +2,7 @@
 
 The peak is the largest phase, not the sum of all. Where the model runs on the CPU everything is in one memory; on an
 accelerator its own memory holds weights, optimiser and activations, and the exchange and checkpoints are the host's.
-The code that allocates what is counted here: models/causal_lm.py, moe/expert_mlp.py, moe/gate.py, moe/collector.py,
+The code that allocates what is counted here: models/conversion.py, moe/expert_mlp.py, moe/gate.py, moe/collector.py,
 gradients.py, federation/units.py and exchange.py, checkpoint.py, and DeepSpeed's optimisers.
 
 Shapes in names of sizes: tokens T, rows of experts N (routes, or slots under expert parallelism), D, F, E, K, R, V.

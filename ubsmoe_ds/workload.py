@@ -9,7 +9,7 @@ from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import Example, PackedRow, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import Row, load_rows, load_site
-from ubsmoe_ds.models.causal_lm import check_length, check_window, read_config
+from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.planning import Workload
 

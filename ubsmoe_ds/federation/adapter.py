@@ -15,8 +15,9 @@ from ubsmoe_ds.config import Experiment, model_folder
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.files import replace_files, require_regular
 from ubsmoe_ds.models import peft_format
-from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM, UBSMoESpec, load
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 from ubsmoe_ds.models.checkpoint import read_tensors
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.models.merged import check_complete
 from ubsmoe_ds.moe.gate import RESCALE

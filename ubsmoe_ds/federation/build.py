@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ubsmoe_ds.client import Client, start_deepspeed
 from ubsmoe_ds.config import ELEMENTWISE_RULES, Experiment
 from ubsmoe_ds.cost import trainable_parameters
 from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
-from ubsmoe_ds.data.shares import client_rows
+from ubsmoe_ds.data.shares import ClientRows, client_rows
 from ubsmoe_ds.evaluation import Evaluator
 from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
 from ubsmoe_ds.federation.host_memory import SHARED_FOLDER, HostMemory
@@ -24,7 +24,7 @@ from ubsmoe_ds.federation.state import replicate
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.files import writes
 from ubsmoe_ds.memory import release_freed_memory
-from ubsmoe_ds.models.causal_lm import check_length, check_window, model_shape, read_config
+from ubsmoe_ds.models.hf_config import check_length, check_window, model_shape, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 from ubsmoe_ds.placement import describe
 from ubsmoe_ds.run_folder import check_run_folder, goes_on
@@ -68,65 +68,91 @@ def build(
     own = goes_on(exp, resume)
     if world.rank == 0 and not (own and found is not None):
         check_run_folder(exp, own)
-    config = read_config(exp.model_dir)
-    tokenizer = read_tokenizer(exp.model_dir, config.vocab_size)
-    check_length(config, exp.data.max_length, "data.max_length")
-    examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
-    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
-    check_window(config, evaluator.longest)
+    texts = _texts(exp, rows)
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
     release_freed_memory()
-    stacking = exp.merge.rule == "flora"
-    masters, dmr = client.finisher.masters, exp.dmr.enabled
-    store = UnitStore(client.model, masters, rank=client.rank, dmr=dmr, stacking=stacking, seed=exp.seed)
-    cut_prompts = world.sum(np.array([cut if world.client_rank == 0 else 0.0]))[0]
-    batches = _batches(exp, world, examples, tokenizer.pad_token_id)
+    store = UnitStore(
+        client.model,
+        client.finisher.masters,
+        rank=client.rank,
+        dmr=exp.dmr.enabled,
+        stacking=exp.merge.rule == "flora",
+        seed=exp.seed,
+    )
+    batches = _batches(exp, world, texts)
     if client.moments is not None and found is None:
         client.calibrate(batches(0), CALIBRATION_STEPS)
     plan, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
-    server = Server(exp, owned, rows.weights)
     federation = Federation(
         exp=exp,
         world=world,
         client=client,
         store=store,
         plan=plan,
-        server=server,
-        evaluator=evaluator,
+        server=Server(exp, owned, rows.weights),
+        evaluator=texts.evaluator,
         batches_from=batches,
         monitor=None,
         keeper=keeper,
         stop=stop,
     )
     if found is not None:
-        federation.position, federation.progress = keeper.restore(found, client, store, server)
+        federation.position, federation.progress = keeper.restore(found, client, store, federation.server)
         federation.resumed = True
-        federation.replica = replicate(world, server, store.units) if world.survives else {}
-    world.barrier()  # nothing is written before every rank has what it needs
-    if world.rank == 0:
-        cuts = {"training": (int(cut_prompts), sum(rows.counts)), "evaluation": (evaluator.cut, len(rows.evaluation))}
-        federation.monitor = _open_monitor(exp, found)
-        met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
-        placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
-        for line in (_headline(exp, client), placed, *_warnings(exp, cuts)):
-            federation.monitor.say(line)
+        federation.replica = replicate(world, federation.server, store.units) if world.survives else {}
+    _announce(federation, rows, texts, found)
     return federation
 
 
-def _batches(
-    exp: Experiment, world: World, examples: Sequence[Example], pad: int
-) -> Callable[[int], Iterator[StepBatch]]:
+class _Texts(NamedTuple):
+    """What a client trains on and is asked; `cut` prompts for training have lost their beginning."""
+
+    examples: Sequence[Example]
+    cut: int
+    evaluator: Evaluator
+    pad: int
+
+
+def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
+    config = read_config(exp.model_dir)
+    tokenizer = read_tokenizer(exp.model_dir, config.vocab_size)
+    check_length(config, exp.data.max_length, "data.max_length")
+    examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
+    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    check_window(config, evaluator.longest)
+    return _Texts(examples, cut, evaluator, tokenizer.pad_token_id)
+
+
+def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Found | None) -> None:
+    """Open the run's folder, on the rank that writes, and say what is about to run."""
+    exp, world = federation.exp, federation.world
+    cut_prompts = world.sum(np.array([texts.cut if world.client_rank == 0 else 0.0]))[0]
+    world.barrier()  # nothing is written before every rank has what it needs
+    if world.rank != 0:
+        return
+    cuts = {
+        "training": (int(cut_prompts), sum(rows.counts)),
+        "evaluation": (texts.evaluator.cut, len(rows.evaluation)),
+    }
+    federation.monitor = _open_monitor(exp, found)
+    met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
+    placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
+    for line in (_headline(exp, federation.client), placed, *_warnings(exp, cuts)):
+        federation.monitor.say(line)
+
+
+def _batches(exp: Experiment, world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]]:
     """Number of a step -> that step of this rank's client and all that follow."""
 
     def batches_from(first: int) -> Iterator[StepBatch]:
         return steps(
-            examples,
+            texts.examples,
             batch_size=exp.deepspeed.train_batch_size,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
             rank=world.client_rank,
             ranks=exp.clients[world.client].ranks,
-            pad=pad,
+            pad=texts.pad,
             seed=(exp.seed, world.client),
             first=first,
         )
@@ -183,7 +209,7 @@ def _headline(exp: Experiment, client: Client) -> str:
     """What is about to run, in one line."""
     ks = " ".join(str(exp.active_experts(c)) for c in exp.clients)
     ranks = " ".join(map(str, dict.fromkeys(exp.lora_ranks)))
-    shape = replace(model_shape(client.hf_config, client.spec), lora_rank=exp.lora.rank)
+    shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     adapter = trainable_parameters(shape, exp.router.trainable)
     return (
         f"{exp.name}: {exp.method}, {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), "

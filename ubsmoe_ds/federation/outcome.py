@@ -19,7 +19,7 @@ from ubsmoe_ds.federation.position import Position
 from ubsmoe_ds.federation.units import UnitStore
 from ubsmoe_ds.inputs import machine, model_digest
 from ubsmoe_ds.memory import peak_bytes, room_bytes
-from ubsmoe_ds.models.causal_lm import model_shape
+from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.world import World
 
@@ -130,8 +130,9 @@ class Outcome:
         self, position: Position, timed_C2: np.ndarray, peak_C: np.ndarray, context: int
     ) -> list[dict[str, Any]]:
         """One row a client."""
-        shape = model_shape(self.client.hf_config, self.client.spec)
-        full = flops_per_token(replace(shape, lora_rank=self.exp.lora.rank), self.exp.k_max, context)
+        lora = self.exp.lora
+        shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
+        full = flops_per_token(shape, self.exp.k_max, context)
         rows = []
         for config, rank, (ratio, timed), peak in zip(self.exp.clients, self.ranks, timed_C2, peak_C, strict=True):
             k = self.exp.active_experts(config)

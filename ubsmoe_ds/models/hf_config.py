@@ -1,0 +1,97 @@
+"""A checkpoint's config.json: read, checked, and the numbers in it that costs depend on."""
+
+import math
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ubsmoe_ds.cost import ModelShape
+from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.models.families import FAMILIES, read_facts
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The folder's config.
+
+    Raises:
+        UserError: if there is none, it is of a family that is not supported, or no layer has experts.
+    """
+    read_facts(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its checks of a hundred keys run into
+        raise unusable(folder, error) from error
+    every, layers = getattr(config, "decoder_sparse_step", 1), config.num_hidden_layers
+    if type(every) is not int or every < 1:
+        raise UserError(f"model.path: {folder / 'config.json'}: decoder_sparse_step is {every!r}, must be at least 1")
+    if isinstance(layers, int) and not any(is_sparse(config, n) for n in range(every - 1, layers, every)):
+        raise UserError(
+            f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its "
+            "decoder_sparse_step and mlp_only_layers"
+        )
+    return config
+
+
+def is_sparse(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer has experts; in Qwen's families some need not."""
+    every = getattr(config, "decoder_sparse_step", 1)
+    return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % every == 0
+
+
+def check_length(config: PreTrainedConfig, length: int, key: str) -> None:
+    """That the model has positions for so many tokens, of which `key` is the setting.
+
+    Raises:
+        UserError: if it has not.
+    """
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"{key}: {length} exceeds the model's max_position_embeddings, {config.max_position_embeddings}"
+        )
+
+
+def check_window(config: PreTrainedConfig, length: int) -> None:
+    """That attention reaches over so many tokens, which the mask of rows with continuations takes for granted.
+
+    Raises:
+        UserError: if the model has a shorter sliding window.
+    """
+    if sliding_window(config) < length:
+        raise UserError(
+            f"model.path: a question with an answer has {length} tokens, the sliding window "
+            f"{sliding_window(config)}; lower max_length"
+        )
+
+
+def sliding_window(config: PreTrainedConfig) -> float:
+    """Tokens that attention reaches back over, inf if all."""
+    return getattr(config, "sliding_window", None) or math.inf  # 0 and None: there is none
+
+
+def unusable(folder: Path, error: Exception) -> UserError:
+    """For what transformers raised at the folder's config."""
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"model.path: {str(folder / 'config.json')!r} describes no model ({reason}); copy it again")
+
+
+def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention: bool = False) -> ModelShape:
+    """The numbers that FLOPs and bytes depend on."""
+    family = FAMILIES[config.model_type]
+    dense = sum(not is_sparse(config, layer) for layer in range(config.num_hidden_layers))
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        expert_width=getattr(config, family.width),
+        num_experts=getattr(config, family.num_experts),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab=config.vocab_size,
+        dense_layers=dense,
+        dense_width=config.intermediate_size if dense else 0,
+        shared_width=config.shared_expert_intermediate_size if family.shared else 0,
+        tied_embeddings=config.tie_word_embeddings,
+        normed_queries=family.normed_queries,
+        lora_rank=lora_rank,
+        lora_attention=lora_attention,
+    )
