@@ -9,6 +9,8 @@ from tests.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# threads that wait for cores which ranks and other tests need spin: the same tests took 15 times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # what tests that need something say where it is missing

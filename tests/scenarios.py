@@ -1,4 +1,7 @@
-"""What the ranks of multi-process tests run; each function returns arrays (see `ranks.py`)."""
+"""What the ranks of multi-process tests run; each function returns arrays (see `ranks.py`).
+
+Each imports what it needs: transformers and DeepSpeed take every rank seconds.
+"""
 
 import os
 import sysconfig
@@ -9,9 +12,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from tests import reference, tiny
+from tests import tiny
 from ubsmoe_ds import world as world_module
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.errors import UserError
@@ -131,13 +133,23 @@ def _local_rank(exp: Experiment, world: World, seen: list[list[str]]) -> int:
 
 
 def exchange(
-    layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float], payload: str = "fp32"
+    layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float], payloads: list[str]
 ) -> dict[str, Any]:
-    """One exchange of random values, client c's value of a unit the same on all ranks that hold it.
+    """One exchange in each payload of random values, client c's value of a unit the same on all ranks that hold it.
 
     A layout is [ranks, expert parallelism, LoRA rank sent, LoRA rank got back]. What client c gets back is the clients'
     weighted sum of their units' first elements, as many as it has of them, and c added to it.
     """
+    return {
+        f"{payload}/{key}": value
+        for payload in payloads
+        for key, value in _exchange_in(payload, layouts, units, num_experts, weights).items()
+    }
+
+
+def _exchange_in(
+    payload: str, layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float]
+) -> dict[str, np.ndarray]:
     from mpi4py import MPI
 
     from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
@@ -213,6 +225,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     """
     base = tiny.experiment(model_path, clients)
     world = enter(base)
+    from tests import reference
     from ubsmoe_ds.client import Client
     from ubsmoe_ds.federation.build import plan_exchanges
     from ubsmoe_ds.federation.server import Server, Usage
@@ -325,6 +338,8 @@ def fidelity(folder: str, train_steps: int, batches: int) -> dict[str, Any]:
 
     Returns the columns of `fidelity.summary` and, as "bias/ESTIMATOR", of `fidelity.bias` at K = 1, 2, 4.
     """
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
     text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
     data, generator = torch.tensor(list(text[:2_000_000])), torch.Generator().manual_seed(0)
 
@@ -356,6 +371,7 @@ def fidelity(folder: str, train_steps: int, batches: int) -> dict[str, Any]:
         folder, [{"budget": 1.0}], num_experts=16, k_max=8, pseudo_gradient={"estimator": "linearised", "rho": 1.0}
     )
     enter(exp)
+
     from ubsmoe_ds import fidelity
     from ubsmoe_ds.client import Client
     from ubsmoe_ds.data.batches import StepBatch, Tokens

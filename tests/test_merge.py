@@ -108,10 +108,12 @@ LAYOUTS = {
 }
 
 
+TOLERANCE = {"fp32": {"atol": 1e-6, "rtol": 1e-6}, "bf16": {"atol": 0.05, "rtol": 0.02}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("payload", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_exchange_equals_numpy(name, payload, tmp_path):
+def test_exchange_equals_numpy(name, tmp_path):
     """Every rank gets, for each unit it holds, what numpy computes from all clients' values for its client."""
     layouts = [(*layout, *([2, None][len(layout) - 2 :])) for layout in LAYOUTS[name]]
     size = sum(ranks for ranks, *_ in layouts)
@@ -121,10 +123,8 @@ def test_exchange_equals_numpy(name, payload, tmp_path):
     units += [(f"e{e}.{p}", 0, e, (3 + p, 2)) for p in range(1 if few else 3) for e in range(experts)]
     units += [("dmr", 8, None, None)]
     weights = [1.0, 2.0, 4.0][: len(layouts)]
-    arguments = {
-        "layouts": layouts, "units": units, "num_experts": experts, "weights": weights, "payload": payload
-    }  # fmt: skip
-    results = run_ranks(tmp_path, size, "tests.scenarios:exchange", arguments)
+    arguments = {"layouts": layouts, "units": units, "num_experts": experts, "weights": weights}
+    results = run_ranks(tmp_path, size, "tests.scenarios:exchange", arguments | {"payloads": list(TOLERANCE)})
     rank = 0
     for client, (ranks, ep, sent_rank, back_rank) in enumerate(layouts):
         for client_rank in range(ranks):
@@ -137,23 +137,24 @@ def test_exchange_equals_numpy(name, payload, tmp_path):
                     value = federated_value(unit, other, (_elements(numel, lora, other_rank),))[: len(total)]
                     total[: len(value)] += weights[other] * value
                 held.append(total)
-            expected, tolerance = np.concatenate(held), (1e-6, 1e-6) if payload == "fp32" else (0.05, 0.02)
-            np.testing.assert_allclose(results[rank]["merged"], expected, atol=tolerance[0], rtol=tolerance[1])
-            # and where clients of equal ranks all get the same
-            assert ("once" in results[rank]) == (name not in ("unequal_lora_ranks", "stacks_back"))
-            if "once" in results[rank]:
-                np.testing.assert_allclose(
-                    results[rank]["once"], expected - client, atol=tolerance[0], rtol=tolerance[1]
-                )
-            # where sums are formed on the way they are the same
-            assert ("reduced" in results[rank]) == (name == "one_rank_each" and payload == "fp32")
-            if "reduced" in results[rank]:
-                np.testing.assert_allclose(results[rank]["reduced"], expected - client, atol=1e-6, rtol=1e-6)
+            for payload in TOLERANCE:
+                _compare(name, payload, results[rank], np.concatenate(held), client)
             rank += 1
-    owned = sum(int(result["owned"]) for result in results)
-    assert owned == sum(_elements(numel, lora, 4) for _, numel, _, lora in units)
-    if not few:
-        assert max(int(r["owned"]) for r in results) < owned or size == 1, "one rank owns everything"
+    for payload in TOLERANCE:
+        owned = [int(result[f"{payload}/owned"]) for result in results]
+        assert sum(owned) == sum(_elements(numel, lora, 4) for _, numel, _, lora in units)
+        assert few or max(owned) < sum(owned) or size == 1, "one rank owns everything"
+
+
+def _compare(name, payload, result, expected, client):
+    """What a rank got, where clients of equal ranks all get the same, and where sums are formed on the way."""
+    np.testing.assert_allclose(result[f"{payload}/merged"], expected, **TOLERANCE[payload])
+    assert (f"{payload}/once" in result) == (name not in ("unequal_lora_ranks", "stacks_back"))
+    if f"{payload}/once" in result:
+        np.testing.assert_allclose(result[f"{payload}/once"], expected - client, **TOLERANCE[payload])
+    assert (f"{payload}/reduced" in result) == (name == "one_rank_each" and payload == "fp32")
+    if f"{payload}/reduced" in result:
+        np.testing.assert_allclose(result[f"{payload}/reduced"], expected - client, **TOLERANCE[payload])
 
 
 def _elements(numel, lora, rank):
@@ -164,9 +165,7 @@ def _elements(numel, lora, rank):
 def test_bf16_halves_the_traffic(tmp_path):
     units = [("e0.gate", 0, 0, (3, 2)), ("e1.gate", 0, 1, (3, 2))]
     arguments = {"layouts": [(1, 1, 4, None), (1, 1, 4, None)], "units": units, "num_experts": 2, "weights": [1.0, 1.0]}
-    sent = {}
-    for payload in ("fp32", "bf16"):
-        found = run_ranks(tmp_path, 2, "tests.scenarios:exchange", arguments | {"payload": payload})
-        sent[payload] = [int(result["bytes"]) for result in found]
+    found = run_ranks(tmp_path, 2, "tests.scenarios:exchange", arguments | {"payloads": ["fp32", "bf16"]})
+    sent = {payload: [int(result[f"{payload}/bytes"]) for result in found] for payload in ("fp32", "bf16")}
     assert sent["fp32"] == [2 * 20 * 4] * 2  # 20 elements of the other's unit up, and of the own one back
     assert sent["bf16"] == [2 * 20 * 2] * 2

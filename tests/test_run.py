@@ -88,10 +88,11 @@ def test_output_is_quiet(demo):
 
 def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
     folder, _ = demo
-    command = ["mpiexec", "-n", "6", sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
-    code, output = run(*command, f"output={folder.parent}", "overwrite=false")
+    under_mpi = [sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
+    in_use = [f"output={folder.parent}", "overwrite=false", TWO_CLIENTS]
+    code, output = run("mpiexec", "-n", "3", *under_mpi, *in_use)
     assert code == 2 and "already holds a run" in output and output.count("error:") == 1
-    code, output = run(*command, f"output={tmp_path}")
+    code, output = run("mpiexec", "-n", "6", *under_mpi, f"output={tmp_path}")
     assert code == 0, output
     first, second = records(folder), records(tmp_path / "tiny")
     assert [r["metrics"] for r in first] == [r["metrics"] for r in second]
@@ -130,11 +131,14 @@ BAD = {
     "config": (["train.epochs=3"], "error: train.epochs: unknown key"),
     "rows": (["data.source=jsonl:{tmp}/bad.jsonl"], "bad.jsonl, line 1: is not a JSON object"),
     "missing file": (["data.source=jsonl:{tmp}/none.jsonl"], "none.jsonl cannot be read"),
-    "too long": (["data.max_length=1025"], "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024"),
-    "other tokenizer": (["model.path={tmp}/small"], "tokens, the model 61; it is of another model"),
+    "too long": (
+        ["data.max_length=1025", TWO_CLIENTS],
+        "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024",
+    ),
+    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it is of another model"),
     "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
     "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
-    "cuda": (["accelerator=cuda", FEW_RANKS[-1]], "torch sees no CUDA device"),
+    "cuda": (["accelerator=cuda", TWO_CLIENTS], "torch sees no CUDA device"),
 }
 
 

@@ -1,21 +1,25 @@
 """The smallest things that tests share: a random OLMoE checkpoint, an experiment around it, and rows of tokens."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from ubsmoe_ds.config import Experiment
 from ubsmoe_ds.data.batches import Example
 
+if TYPE_CHECKING:
+    from transformers import OlmoeForCausalLM
+
 VOCAB = 61
 
 
-def hf_model(seed: int = 0, **changes: Any) -> OlmoeForCausalLM:
+def hf_model(seed: int = 0, **changes: Any) -> "OlmoeForCausalLM":
     """A random OLMoE with weights large enough that experts and router matter."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM  # seconds, of which ranks that need none have many
+
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
