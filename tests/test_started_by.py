@@ -1,7 +1,11 @@
 """What has started a process: known by its environment, and refused with the command that works."""
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.ranks import clean_environment
 from ubsmoe_ds import launchers
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig
@@ -97,21 +101,52 @@ def test_the_right_size_is_not_refused():
 
 
 BOTH = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH configure:    --with-device=ch4:ucx,ofi\n"
+PROGRESS = {"MPIR_CVAR_CH4_OFI_ENABLE_DATA_AUTO_PROGRESS": "1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "library", "netmod"),
+    ("environment", "library", "settings"),
     [
-        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH, "ofi"),
-        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH.replace("ch4:ucx ofi", "ch4:ucx"), None),  # does not have it
-        (TASK_OF_SRUN | {"PMI_FD": "11"}, "Open MPI v5.0.8, package: with-ofi", None),
-        (TASK_OF_SRUN | {"PMI_FD": "11", "PMI_HOSTNAME": "n0"}, BOTH, None),  # mpiexec in an allocation
-        (TASK_OF_SRUN | {"PMIX_RANK": "0"}, BOTH, None),
-        ({"PMI_FD": "11"}, BOTH, None),
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH, PROGRESS | {"MPIR_CVAR_CH4_NETMOD": "ofi"}),
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, BOTH.replace("ch4:ucx ofi", "ch4:ucx"), {}),  # does not have it
+        (TASK_OF_SRUN | {"PMI_FD": "11"}, "Open MPI v5.0.8, package: with-ofi", {}),
+        (TASK_OF_SRUN | {"PMI_FD": "11", "PMI_HOSTNAME": "n0"}, BOTH, PROGRESS),  # mpiexec in an allocation
+        (TASK_OF_SRUN | {"PMIX_RANK": "0"}, BOTH, PROGRESS),
+        ({"PMI_FD": "11"}, BOTH, PROGRESS),
     ],
 )
-def test_mpich_uses_libfabric_where_slurm_tells_its_addresses(environment, library, netmod):
-    assert launchers.netmod_for(environment, library) == netmod
+def test_mpich_uses_libfabric_where_slurm_tells_its_addresses(environment, library, settings):
+    assert launchers.mpich_settings(environment, library) == settings
+
+
+# The first message between two ranks, whose sender then waits for the receiver without calling MPI.
+FIRST_MESSAGE = """
+import os, sys, time
+from pathlib import Path
+from ubsmoe_ds.start_mpi import start_mpi
+start_mpi(os.environ)
+from mpi4py import MPI
+comm, arrived = MPI.COMM_WORLD, Path(sys.argv[1])
+request = comm.Isend(bytearray(8), 1) if comm.rank == 0 else comm.Irecv(bytearray(8), 0)
+while not request.Test():
+    time.sleep(0.001)
+if comm.rank == 1:
+    arrived.touch()
+deadline = time.monotonic() + 10
+while not arrived.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+print("arrived" if arrived.exists() else "left behind", flush=True)
+"""
+
+
+@pytest.mark.parametrize("netmod", ["ucx", "ofi"])
+def test_a_first_message_arrives_while_its_sender_waits_elsewhere(netmod, tmp_path):
+    """As if each rank were on a host of its own, where shared memory does not do."""
+    (tmp_path / "first.py").write_text(FIRST_MESSAGE)
+    command = ["mpiexec", "-n", "2", sys.executable, str(tmp_path / "first.py"), str(tmp_path / "arrived")]
+    network = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": netmod}
+    done = subprocess.run(command, env=clean_environment() | network, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split("\n") == ["arrived", "arrived", ""], done
 
 
 def test_hosts_are_given_to_each_mpiexec():

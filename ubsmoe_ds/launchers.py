@@ -76,20 +76,27 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
         )
 
 
-def netmod_for(environment: Mapping[str, str], library: str) -> str | None:
-    """The network library (MPIR_CVAR_CH4_NETMOD) that an MPICH has to be told, if any.
+def mpich_settings(environment: Mapping[str, str], library: str) -> dict[str, str]:
+    """Variables that an MPICH which has libfabric needs to see when it starts.
 
     MPICH gives its UCX addresses to the process manager in lines of up to 1,100 characters, depending on what lies
     behind them in memory. Slurm's plugin pmi2 takes 1,024, so that now and then a job would fail or hang at its start.
-    The lines of libfabric are short: an MPICH that has it uses it there.
+    The lines of libfabric are short: it is used there.
+
+    Libfabric moves data in MPI calls only, unless told otherwise: a small message, which counts as sent while it waits
+    for its connection, would stay where it is as long as its sender waits for the receiver in a collective of gloo.
 
     Args:
         environment: of a rank.
         library: what MPI says of itself, as `MPI.Get_library_version`.
     """
     device = re.search(r"^MPICH Device:(.*)", library, re.MULTILINE)
-    has_ofi = device is not None and "ofi" in re.findall(r"\w+", device[1])
-    return "ofi" if has_ofi and "PMI_FD" in environment and _is_task_of_srun(environment) else None
+    if device is None or "ofi" not in re.findall(r"\w+", device[1]):
+        return {}
+    settings = {"MPIR_CVAR_CH4_OFI_ENABLE_DATA_AUTO_PROGRESS": "1"}
+    if "PMI_FD" in environment and _is_task_of_srun(environment):
+        settings["MPIR_CVAR_CH4_NETMOD"] = "ofi"
+    return settings
 
 
 def check_size(

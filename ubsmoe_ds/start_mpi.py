@@ -4,19 +4,19 @@ from collections.abc import MutableMapping
 
 import mpi4py
 
-from ubsmoe_ds.launchers import netmod_for
+from ubsmoe_ds.launchers import mpich_settings
 
 
 def start_mpi(environment: MutableMapping[str, str]) -> None:
-    """Initialise MPI, over a network that this rank's process manager can tell the others of; see `netmod_for`.
+    """Initialise MPI with `mpich_settings`.
 
     Args:
-        environment: the process's own. Whoever sets MPIR_CVAR_CH4_NETMOD has chosen.
+        environment: the process's own. A variable that is set stays as it is: somebody has chosen.
     """
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     from mpi4py import MPI
 
-    if netmod := netmod_for(environment, MPI.Get_library_version()):
-        environment.setdefault("MPIR_CVAR_CH4_NETMOD", netmod)
+    for name, value in mpich_settings(environment, MPI.Get_library_version()).items():
+        environment.setdefault(name, value)
     if not MPI.Is_initialized():
         MPI.Init_thread()
