@@ -50,24 +50,21 @@ def hostfile(hosts: Hosts) -> str:
     return str(path)
 
 
-# hosts: what the job says of them, and the network that MPICH uses, which is libfabric under srun (start_mpi.py)
 LAYOUTS = {
-    2: ("placement: n0: a 2; n1: b 2", "ucx"),
-    4: ("placement: n0: a 1; n1: a 1; n2: b 1; n3: b 1; expert parallelism of b crosses hosts", "ofi"),
+    2: "placement: n0: a 2; n1: b 2",
+    4: "placement: n0: a 1; n1: a 1; n2: b 1; n3: b 1; expert parallelism of b crosses hosts",
 }
 
 
 @pytest.mark.parametrize("count", LAYOUTS, ids=["a client a host", "clients across hosts"])
 def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
-    placement, netmod = LAYOUTS[count]
     with Hosts(tmp_path / "hosts", count, own_name="127.0.1.1") as hosts:
         before = [hosts.received(name) for name in hosts.names]
         command = [sys.executable, TRAIN, "--hostfile", hostfile(hosts), *SHORT, CLIENTS, f"output={tmp_path}"]
-        environment = hosts.environment | {"MPIR_CVAR_CH4_NETMOD": netmod}
-        job = Job(hosts.command("n0", command), tmp_path / "log", **environment)
+        job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
         assert job.end() == 0, job.output
         received = [hosts.received(name) - old for name, old in zip(hosts.names, before, strict=True)]
-    assert placement in job.output and "warning" not in job.output, job.output
+    assert LAYOUTS[count] in job.output and "warning" not in job.output, job.output
     found = records(tmp_path / "tiny")
     assert [record["metrics"] for record in found] == whole  # to the bit, though sums travel by messages here
     # what merging sends in all, by MPI; what a rank sends to itself needs no cable

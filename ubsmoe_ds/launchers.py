@@ -5,7 +5,6 @@ be joined later; so what cannot work is said at once, with the command that does
 """
 
 import os
-import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,8 +44,16 @@ def is_first(environment: Mapping[str, str]) -> bool:
     """Whether this process speaks for all that were started with it, before there is a world."""
     if inside_mpi(environment):
         return _value(environment, MPI_RANK_VARIABLES) == 0
-    first_task = not _is_task_of_srun(environment) or environment.get("SLURM_PROCID", "0") == "0"
+    first_task = not is_task_of_srun(environment) or environment.get("SLURM_PROCID", "0") == "0"
     return first_task and _value(environment, ("LOCAL_RANK",)) == 0 == _value(environment, HOST_RANK_VARIABLES)
+
+
+def is_task_of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process itself.
+
+    In a batch script there is no step; MPICH's mpiexec has srun start daemons, whose ranks are no tasks.
+    """
+    return "SLURM_STEP_ID" in environment and "PMI_HOSTNAME" not in environment
 
 
 def check_launcher(environment: Mapping[str, str], script: str, arguments: Sequence[str], ranks: int) -> None:
@@ -62,7 +69,7 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
     """
     program = shlex.join(["python", "-u", "-m", "mpi4py", script, *arguments])
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if _is_task_of_srun(environment) and tasks > 1:
+    if is_task_of_srun(environment) and tasks > 1:
         raise UserError(
             f"world: srun started {tasks} tasks, but each is an MPI world of its own; use srun --mpi=pmi2 (MPICH) or "
             f"--mpi=pmix (Open MPI): srun --mpi=pmi2 --ntasks={ranks} {program}"
@@ -74,29 +81,6 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
             f"{shlex.join(['python', script, '--hostfile', 'HOSTFILE', *arguments])}, or "
             "deepspeed --hostfile HOSTFILE --launcher mpich --force_multi --no_ssh_check --master_addr ADDRESS ..."
         )
-
-
-def mpich_settings(environment: Mapping[str, str], library: str) -> dict[str, str]:
-    """Variables that an MPICH which has libfabric needs to see when it starts.
-
-    MPICH gives its UCX addresses to the process manager in lines of up to 1,100 characters, depending on what lies
-    behind them in memory. Slurm's plugin pmi2 takes 1,024, so that now and then a job would fail or hang at its start.
-    The lines of libfabric are short: it is used there.
-
-    Libfabric moves data in MPI calls only, unless told otherwise: a small message, which counts as sent while it waits
-    for its connection, would stay where it is as long as its sender waits for the receiver in a collective of gloo.
-
-    Args:
-        environment: of a rank.
-        library: what MPI says of itself, as `MPI.Get_library_version`.
-    """
-    device = re.search(r"^MPICH Device:(.*)", library, re.MULTILINE)
-    if device is None or "ofi" not in re.findall(r"\w+", device[1]):
-        return {}
-    settings = {"MPIR_CVAR_CH4_OFI_ENABLE_DATA_AUTO_PROGRESS": "1"}
-    if "PMI_FD" in environment and _is_task_of_srun(environment):
-        settings["MPIR_CVAR_CH4_NETMOD"] = "ofi"
-    return settings
 
 
 def check_size(
@@ -121,7 +105,7 @@ def check_size(
     """
     ranks = sum(client.ranks for client in clients)
     started = _value(environment, MPI_SIZE_VARIABLES, default=0)
-    if not started and _is_task_of_srun(environment):
+    if not started and is_task_of_srun(environment):
         started = int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
     command = shlex.join(mpi_command(script, arguments, ranks))
     if started > 1 and size == 1:
@@ -130,7 +114,7 @@ def check_size(
             f"{library}, and what started them belongs to another; use its own mpiexec: {command}"
         )
     if size != ranks:
-        tasks = f" (SLURM_NTASKS {environment['SLURM_NTASKS']})" if _is_task_of_srun(environment) else ""
+        tasks = f" (SLURM_NTASKS {environment['SLURM_NTASKS']})" if is_task_of_srun(environment) else ""
         if tasks:
             plugin = "pmix" if "Open MPI" in library else "pmi2"
             command = f"srun --mpi={plugin} --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
@@ -198,11 +182,6 @@ def is_open_mpi(mpiexec: str) -> bool:
 
 def _slots(hosts: Mapping[str, int]) -> str:
     return ",".join(f"{host}:{count}" for host, count in hosts.items())
-
-
-def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """In a batch script there is no step; MPICH's mpiexec has srun start daemons, whose ranks are no tasks."""
-    return "SLURM_STEP_ID" in environment and "PMI_HOSTNAME" not in environment
 
 
 def _value(environment: Mapping[str, str], names: Sequence[str], default: int = 0) -> int:
