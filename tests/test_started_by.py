@@ -1,12 +1,13 @@
 """What has started a process: known by its environment, and refused with the command that works."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.ranks import clean_environment
-from ubsmoe_ds import launchers
+from ubsmoe_ds import launchers, start_mpi
 from ubsmoe_ds.errors import UserError
 from ubsmoe_ds.sections import ClientConfig
 
@@ -98,6 +99,25 @@ def test_a_world_of_another_size_is_refused(environment, size, message):
 
 def test_the_right_size_is_not_refused():
     launchers.check_size({"PMI_SIZE": "6"}, 6, "MPICH 5.0.2", "t.py", [], CLIENTS)
+
+
+def asks(rank: socket.socket, manager: socket.socket, answer: bytes) -> bytes:
+    """What a rank hears when it asks how long values may be."""
+    rank.sendall(b"cmd=get_maxes\n")
+    assert manager.recv(100) == b"cmd=get_maxes\n"
+    manager.sendall(answer)
+    return rank.recv(100)
+
+
+def test_values_are_shorter_while_mpi_starts():
+    """1,024 is what Slurm allows and cannot read; what allows less is obeyed."""
+    answer = b"cmd=maxes rc=0 kvsname_max=256 keylen_max=64 vallen_max=%d\n"
+    rank, slurm = socket.socketpair()
+    with rank, slurm:
+        with start_mpi._short_values(rank.fileno()):
+            assert asks(rank, slurm, answer % 1024) == answer % 900
+            assert asks(rank, slurm, answer % 512) == answer % 512
+        assert asks(rank, slurm, answer % 1024) == answer % 1024
 
 
 # The first message between two ranks, whose sender then waits for the receiver without calling MPI.
