@@ -31,18 +31,19 @@ import torch
 from common import add_output_option, machine, say
 from mpi4py import MPI
 
-from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
-from ubsmoe_ds.federation.host_memory import HostMemory
-from ubsmoe_ds.federation.merge import fedavg
-from ubsmoe_ds.memory import keep_freed_memory
-from ubsmoe_ds.world import wait_quietly
+from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
+from ubsmoe_ds.aggregation.rules import fedavg
+from ubsmoe_ds.aggregation.shared_memory import SharedMemory
+from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.mpi.world import wait_quietly
 
 UNITS = 192  # 64 experts, 3 projections
 OLMOE_MEGABYTES = 302  # 16 layers x 64 experts x 3 projections x rank 8 x (2048 + 1024) elements of fp32
 Way = Callable[[np.ndarray], np.ndarray]
 
 
-def ways(comm: MPI.Intracomm, memory: HostMemory | None, numel: int) -> tuple[dict[str, Way], int]:
+def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[dict[str, Way], int]:
     """Name -> function from this client's update to the weighted mean; bytes that a rank sends."""
     units = [Unit(f"e{u}", numel // UNITS, expert=u % 64) for u in range(UNITS)]
     layouts = [ClientLayout(rank, 1, 1) for rank in range(comm.size)]
@@ -219,7 +220,7 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     if comm.rank == 0 and not options.json:
         print(f"{machine()}; {comm.size} clients of one rank")
-    figures, memory = {}, HostMemory.of_job(comm)
+    figures, memory = {}, SharedMemory.of_job(comm)
     for megabytes in options.megabytes:
         block = UNITS * comm.size
         numel = megabytes * 1_000_000 // 4 // block * block

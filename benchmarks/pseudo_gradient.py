@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from common import add_output_option, in_turn, machine, save_checkpoint, say, start_alone, step_batch
 
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.memory import keep_freed_memory
+from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.config.experiment import Experiment
 
 SIZES = {  # OLMoE-1B-7B's proportions; None: the built-in model
     "olmoe_like": {"hidden": 512, "width": 256, "experts": 64, "layers": 2, "heads": 8, "vocabulary": 2048},
@@ -54,7 +54,7 @@ def experiment(path: str, experts: int) -> Experiment:
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
     """One size: a line for each variant."""
-    from ubsmoe_ds.client import Client
+    from ubsmoe_ds.client.engine import Client
     from ubsmoe_ds.moe.collector import PseudoGradientCollector
 
     sizes = SIZES[name]
@@ -91,8 +91,8 @@ def prepare(client: Any, collector: Any, with_moments: bool) -> None:
     """Make the client's next steps ones with this collector or none, and with or without summing up moments."""
     if client.collector is not None:
         client.collector.detach()
-    client.collector = client.finisher.collector = collector
-    client.finisher._additions = []
+    client.collector = client.gradient_hook.collector = collector
+    client.gradient_hook._additions = []
     client.engine.train()
     client.reset_counts()
     for layer in client.model.layers:

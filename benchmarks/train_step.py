@@ -40,8 +40,8 @@ from common import (
     step_batch,
 )
 
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.memory import keep_freed_memory
+from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.config.experiment import Experiment
 
 OURS = ("ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora")
 IMPLEMENTATIONS = (*OURS, "hf_peft")
@@ -86,7 +86,7 @@ def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "u
 
 def ours(path: str, k: int, options: argparse.Namespace, variant: str) -> Callable[[], object]:
     """A step of our client."""
-    from ubsmoe_ds.client import Client
+    from ubsmoe_ds.client.engine import Client
 
     exp = experiment(path, k, options, variant)
     client = Client(exp, exp.clients[0], 0)

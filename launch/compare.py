@@ -26,15 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ubsmoe_ds import comparison
-from ubsmoe_ds.command_line import Parser, whole
-from ubsmoe_ds.config_file import load_experiment
-from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ubsmoe_ds.files import replace_files
-from ubsmoe_ds.launchers import RENDEZVOUS_VARIABLES
-from ubsmoe_ds.methods import ABLATIONS, PRESETS
-from ubsmoe_ds.relaunch import PARENT_SPEAKS
-from ubsmoe_ds.run_folder import check_run_folder, forget_checkpoints
+from ubsmoe_ds.base.command_line import Parser, whole
+from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
+from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES
+from ubsmoe_ds.launching.relaunch import PARENT_SPEAKS
+from ubsmoe_ds.launching.run_folder import check_run_folder, forget_checkpoints
+from ubsmoe_ds.studies import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_KEYS = ("method", "seed", "name", "output", "overwrite")  # what differs between jobs is not the user's to override

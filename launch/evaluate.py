@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.command_line import Parser, carry_out, whole
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.files import finite_or_null
+from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import finite_or_null
 
 LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than they have to
 
@@ -67,14 +67,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> Any:
     """A data frame with a row for each K and task, "all" first."""
+    from ubsmoe_ds.config.sections import DataConfig
     from ubsmoe_ds.data.sources import evaluation_rows
-    from ubsmoe_ds.sections import DataConfig
 
     default = DataConfig()
     form: str = default.format
     max_length = default.max_length
     if options.adapter is not None:
-        from ubsmoe_ds.federation.adapter import asked_as
+        from ubsmoe_ds.adapters.adapter import asked_as
 
         form, max_length = asked_as(options.adapter)
     max_length = options.max_length or max_length
@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     import pandas as pd
     import torch
 
-    from ubsmoe_ds.evaluation import Evaluator, LocalModel
+    from ubsmoe_ds.client.evaluation import Evaluator, LocalModel
     from ubsmoe_ds.models.hf_config import check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -112,7 +112,7 @@ def exact_matches(
     model: Any, k: int, rows: list[Any], tokenizer: Any, max_length: int, options: argparse.Namespace
 ) -> dict[str, int]:
     """How many rows of each task the model answers right in its own words."""
-    from ubsmoe_ds.evaluation import generate_answers, parse_answer
+    from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
 
     right = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
@@ -141,12 +141,12 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     """(model, its tokenizer's folder, its K)."""
     import torch
 
-    from ubsmoe_ds.config import model_folder
-    from ubsmoe_ds.federation.adapter import load_trained, read_adapter
+    from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
     from ubsmoe_ds.models.conversion import UBSMoESpec
     from ubsmoe_ds.models.conversion import load as load_base
     from ubsmoe_ds.models.families import FAMILIES
     from ubsmoe_ds.models.hf_config import read_config
+    from ubsmoe_ds.models.hub import model_folder
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     if options.adapter is not None:

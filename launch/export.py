@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ubsmoe_ds.command_line import Parser, carry_out
+from ubsmoe_ds.base.command_line import Parser, carry_out
 
 RESCALED_BY_K = ("power", "ratio")  # the others act at K_max too
 
@@ -33,9 +33,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> None:
     """Read, write, say what is lost."""
-    from ubsmoe_ds.federation.adapter import read_adapter
+    from ubsmoe_ds.adapters.adapter import read_adapter
+    from ubsmoe_ds.adapters.merged import write_merged
     from ubsmoe_ds.models.families import read_facts
-    from ubsmoe_ds.models.merged import write_merged
 
     state, _, scaling, base, facts = read_adapter(options.adapter, options.base)
     lost = []

@@ -18,9 +18,9 @@ from typing import Any
 
 import pandas as pd
 
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.config_file import load_experiment
-from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.loading import load_experiment
 
 CALIBRATION_STEPS = 8  # whose rows give the moments of `linearised`
 
@@ -48,7 +48,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    from ubsmoe_ds.fidelity_report import markdown, picture
+    from ubsmoe_ds.studies.fidelity_report import markdown, picture
 
     command = shlex.join(["python", *sys.argv])
     text = markdown(table, bias, command, exp)
@@ -73,7 +73,7 @@ def check(exp: Experiment, ks: list[int], options: argparse.Namespace) -> None:
 def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(summary, bias) over all K; see `fidelity.py`."""
     client, rows = start(single_client(exp))
-    from ubsmoe_ds import fidelity  # only now is the environment as DeepSpeed wants it
+    from ubsmoe_ds.studies import fidelity  # only now is the environment as DeepSpeed wants it
 
     if steps:
         client.train(rows(), client.begin_round(), steps, lambda: False)
@@ -102,14 +102,15 @@ def single_client(exp: Experiment) -> Experiment:
 
 def start(exp: Experiment) -> tuple[Any, Any]:
     """(client, function from first step to its batches) of a one-client experiment in this process."""
-    from ubsmoe_ds import run, world
+    from ubsmoe_ds import run
+    from ubsmoe_ds.mpi import world
 
     place = world.join(exp, sys.argv[0], sys.argv[1:])
     devices = run.choose_accelerator(exp)
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    from ubsmoe_ds.client import Client, start_deepspeed
+    from ubsmoe_ds.client.engine import Client, start_deepspeed
     from ubsmoe_ds.data.batches import encode
     from ubsmoe_ds.data.batches import steps as batch_steps
     from ubsmoe_ds.data.sources import load_rows

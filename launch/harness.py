@@ -10,7 +10,7 @@
 import sys
 from pathlib import Path
 
-from ubsmoe_ds.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import ubsmoe_ds.lm_eval_model  # noqa: F401 - registers the model
+        import ubsmoe_ds.adapters.lm_eval  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing; pip install '.[lm-eval]'", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -16,10 +16,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
 from ubsmoe_ds.data.sources import Row, load_rows
-from ubsmoe_ds.sections import DataConfig
 
 PAD, END = "<|pad|>", "<|end|>"
 ROWS_SEED = 20_000

@@ -21,14 +21,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ubsmoe_ds.command_line import Parser, carry_out, whole
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.config_file import load_experiment
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.fitting import Fit, check, fit, memory_bytes
-from ubsmoe_ds.memory_model import peak
-from ubsmoe_ds.placement import describe, place, read_hostfile
-from ubsmoe_ds.planning import ClientPlan, Job, plan, straggler
+from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.launching.placement import describe, place, read_hostfile
+from ubsmoe_ds.planning.fitting import Fit, check, fit, memory_bytes
+from ubsmoe_ds.planning.memory_model import peak
+from ubsmoe_ds.planning.plan import ClientPlan, Job, plan, straggler
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
@@ -110,7 +110,7 @@ def read_job(exp: Experiment) -> Job:
     on_cpu = exp.accelerator == "cpu" or (exp.accelerator == "auto" and not torch.cuda.is_available())
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # of this process; else it is guessed
     from ubsmoe_ds.models.hf_config import model_shape, read_config
-    from ubsmoe_ds.workload import workloads
+    from ubsmoe_ds.planning.workload import workloads
 
     shape = model_shape(read_config(exp.model_dir), lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     return Job(exp, shape, workloads(exp), on_cpu)

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.command_line import Parser, carry_out, positive, whole
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.files import new_folder, require_new
+from ubsmoe_ds.base.command_line import Parser, carry_out, positive, whole
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import new_folder, require_new
 
 MOST_EXPERTS = 1024
 HELD_OUT = 16  # blocks of text that the loss is measured on
@@ -71,7 +71,7 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from ubsmoe_ds.config import model_folder
+    from ubsmoe_ds.models.hub import model_folder
     from ubsmoe_ds.models.tokenizer import read_tokenizer
     from ubsmoe_ds.models.upcycle import check_dense
 

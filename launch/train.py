@@ -21,15 +21,15 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ubsmoe_ds import launchers, relaunch
-from ubsmoe_ds.command_line import Parser, whole
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.config_file import load_experiment
+from ubsmoe_ds.base.command_line import Parser, whole
+from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ubsmoe_ds.placement import place, read_hostfile
-from ubsmoe_ds.run_folder import check_run_folder, checkpoints, goes_on, summary
+from ubsmoe_ds.launching import launchers, relaunch
+from ubsmoe_ds.launching.placement import place, read_hostfile
+from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_on, summary
 
 DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
@@ -112,16 +112,17 @@ def check_files(exp: Experiment, resuming: bool) -> None:
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
     """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
-    from ubsmoe_ds.start_mpi import start_mpi
+    from ubsmoe_ds.mpi.start import start_mpi
 
     start_mpi(os.environ)  # not in the process of mpiexec
-    from ubsmoe_ds import run, survival, world
+    from ubsmoe_ds import run
+    from ubsmoe_ds.mpi import ulfm, world
 
     survives = exp.fault_tolerance == "shrink"
     who, speaks, speaks_for_client = f"rank {world.started_rank()}", launchers.is_first(os.environ), True
     try:
         if survives:
-            survival.check_survivable(os.environ)
+            ulfm.check_survivable(os.environ)
         joined = world.join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp, joined.rank), joined.rank == 0
         speaks_for_client = joined.client_rank == 0
@@ -143,13 +144,13 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
         if survives:
-            survival.die()  # the clients that are left go on
+            ulfm.die()  # the clients that are left go on
         return leave(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
         print(ending.message, file=sys.stderr, flush=True)
     relaunch.sign_off(os.environ, ending.code)
     if survives:
-        survival.end(ending.world.comm, ending.code)
+        ulfm.end(ending.world.comm, ending.code)
     if ending.code:
         world.finish()
     return ending.code
@@ -157,13 +158,13 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
 
 def leave(code: int, survives: bool, together: bool) -> int:
     """After an error that ends the job: quietly if every rank is here, else by force."""
-    from ubsmoe_ds import survival, world
+    from ubsmoe_ds.mpi import ulfm, world
 
     relaunch.sign_off(os.environ, code)
     if survives:
         if together:
-            survival.end(world.everybody(), code)
-        survival.die()
+            ulfm.end(world.everybody(), code)
+        ulfm.die()
     if not together:
         world.abort(code)
     world.finish()

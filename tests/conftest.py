@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from tests.jobs import SHORT, TRAIN, run
-from tests.ranks import REPO
+from tests.support.jobs import SHORT, TRAIN, run
+from tests.support.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import torch
 
-from ubsmoe_ds import liveness, survival
-from ubsmoe_ds.config import Experiment
-from ubsmoe_ds.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
-from ubsmoe_ds.memory import keep_freed_memory
-from ubsmoe_ds.relaunch import sign_in
-from ubsmoe_ds.stopping import StopRequests
-from ubsmoe_ds.world import RanksLost, World, check_devices
+from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
+from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching.relaunch import sign_in
+from ubsmoe_ds.mpi import ulfm, watchdog
+from ubsmoe_ds.mpi.preemption import StopRequests
+from ubsmoe_ds.mpi.world import RanksLost, World, check_devices
 
 
 class Ending(NamedTuple):
@@ -37,7 +37,7 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     keep_freed_memory()
     stop = StopRequests(place.comm, exp.checkpoint.grace_s)
     sign_in(os.environ, describe(exp, place.rank))
-    heartbeat = liveness.watch(exp, place)
+    heartbeat = watchdog.watch(exp, place)
     try:
         ending = _run(exp, place, stop, verbose, resume)
     except UserError:
@@ -57,20 +57,20 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # DeepSpeed reads rank, world and accelerator from the environment when it is imported: only now are they all set
-    from ubsmoe_ds.federation import survivors
+    from ubsmoe_ds.federation import recovery
     from ubsmoe_ds.federation.build import build
 
     federation = build(exp, world, stop, on_accelerator=bool(devices), verbose=verbose, resume=resume)
     code, message = 0, ""
     try:
-        survivors.run(federation)
+        recovery.run(federation)
     except Preempted as stopped:
         code, message = EXIT_PREEMPTED, f"{stopped}; --resume auto goes on from there"
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:
-        if world.survives and survival.is_client_broken(world):
-            survival.leave()  # the error is only that another rank of this client is gone
+        if world.survives and ulfm.is_client_broken(world):
+            ulfm.leave()  # the error is only that another rank of this client is gone
         raise
     _leave_together(federation.world)
     return Ending(code, message, federation.world)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.sections import ClientConfig, DataConfig
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 
 
 def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: DataConfig, seed: int) -> list[list[int]]:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import Row, digest, load_rows, load_site
-from ubsmoe_ds.world import World
+from ubsmoe_ds.mpi.world import World
 
 DIGEST_BYTES = 16
 

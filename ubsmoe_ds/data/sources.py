@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import open_regular, parse_json
+from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.files import open_regular, parse_json
-from ubsmoe_ds.sections import DataConfig
 
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000

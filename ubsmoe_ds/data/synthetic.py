@@ -9,7 +9,7 @@ from functools import partial
 
 from numpy.random import Generator, default_rng
 
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.base.errors import UserError
 
 NAMES = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kim", "Leo")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

@@ -1,1 +1,0 @@
-"""What happens between clients: exchange of deltas, merge rules, DMR's server step, the rounds."""

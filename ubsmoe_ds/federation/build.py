@@ -8,31 +8,32 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ubsmoe_ds import checkpoint
-from ubsmoe_ds.client import Client, start_deepspeed
-from ubsmoe_ds.config import ELEMENTWISE_RULES, Experiment
-from ubsmoe_ds.cost import trainable_parameters
+from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.layout import Unit, client_layouts, owners
+from ubsmoe_ds.aggregation.server import Server
+from ubsmoe_ds.aggregation.shared_memory import SHARED_FOLDER, SharedMemory
+from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.base.files import writes
+from ubsmoe_ds.base.memory import release_freed_memory
+from ubsmoe_ds.checkpoint import storage
+from ubsmoe_ds.checkpoint.manager import CheckpointManager, Found
+from ubsmoe_ds.checkpoint.state import replicate
+from ubsmoe_ds.client.engine import Client, start_deepspeed
+from ubsmoe_ds.client.evaluation import Evaluator
+from ubsmoe_ds.config.experiment import ELEMENTWISE_RULES, Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
 from ubsmoe_ds.data.shares import ClientRows, client_rows
-from ubsmoe_ds.evaluation import Evaluator
-from ubsmoe_ds.federation.exchange import ClientLayout, Exchange, Unit, owners
-from ubsmoe_ds.federation.host_memory import SHARED_FOLDER, HostMemory
-from ubsmoe_ds.federation.keeper import Found, Keeper
-from ubsmoe_ds.federation.rounds import Federation, Plan
-from ubsmoe_ds.federation.server import Server
-from ubsmoe_ds.federation.state import replicate
-from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.files import writes
-from ubsmoe_ds.memory import release_freed_memory
+from ubsmoe_ds.federation.rounds import ExchangeFactory, Federation
+from ubsmoe_ds.launching.placement import describe
+from ubsmoe_ds.launching.run_folder import check_run_folder, goes_on
+from ubsmoe_ds.models.cost import trainable_parameters
 from ubsmoe_ds.models.hf_config import check_length, check_window, model_shape, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
-from ubsmoe_ds.placement import describe
-from ubsmoe_ds.run_folder import check_run_folder, goes_on
-from ubsmoe_ds.stopping import StopRequests
-from ubsmoe_ds.world import World
+from ubsmoe_ds.mpi.preemption import StopRequests
+from ubsmoe_ds.mpi.world import World
 
 if TYPE_CHECKING:
-    from ubsmoe_ds.monitor import Monitor
+    from ubsmoe_ds.federation.monitor import Monitor
 
 GROUPED_PRODUCTS = (9, 0)  # CUDA's compute capability from which torch has them
 CALIBRATION_STEPS = 2  # whose rows give the first moments; they are trained on all the same
@@ -54,7 +55,7 @@ def build(
         world, stop: this rank's.
         on_accelerator: whether the job runs on accelerators.
         verbose: let DeepSpeed print.
-        resume: the checkpoint to go on from, see `Keeper.find`; None: start anew.
+        resume: the checkpoint to go on from, see `CheckpointManager.find`; None: start anew.
 
     Raises:
         UserError: for bad rows, a client without rows, a broken model folder, a run folder in use, or a checkpoint
@@ -63,8 +64,8 @@ def build(
     if not verbose:
         transformers_logging.disable_progress_bar()
     rows = client_rows(exp, world)
-    keeper = Keeper(exp, world, rows.digest)
-    found = None if resume is None else keeper.find(resume)
+    checkpoints = CheckpointManager(exp, world, rows.digest)
+    found = None if resume is None else checkpoints.find(resume)
     own = goes_on(exp, resume)
     if world.rank == 0 and not (own and found is not None):
         check_run_folder(exp, own)
@@ -74,7 +75,7 @@ def build(
     release_freed_memory()
     store = UnitStore(
         client.model,
-        client.finisher.masters,
+        client.gradient_hook.masters,
         rank=client.rank,
         dmr=exp.dmr.enabled,
         stacking=exp.merge.rule == "flora",
@@ -94,11 +95,11 @@ def build(
         evaluator=texts.evaluator,
         batches_from=batches,
         monitor=None,
-        keeper=keeper,
+        checkpoints=checkpoints,
         stop=stop,
     )
     if found is not None:
-        federation.position, federation.progress = keeper.restore(found, client, store, federation.server)
+        federation.progress, federation.local = checkpoints.restore(found, client, store, federation.server)
         federation.resumed = True
         federation.replica = replicate(world, federation.server, store.units) if world.survives else {}
     _announce(federation, rows, texts, found)
@@ -166,11 +167,11 @@ def _say(line: str) -> None:
 
 def plan_exchanges(
     exp: Experiment, world: World, store: UnitStore, warn: Callable[[str], None] | None = None
-) -> tuple[Plan, list[Unit]]:
+) -> tuple[ExchangeFactory, list[Unit]]:
     """How to plan an exchange for given LoRA ranks, and the units that this rank owns whatever they are."""
     owner = owners(store.units, exp.lora.rank, world.comm.size)
     # what ranks share of a host's memory does not survive one of them
-    memory = None if world.survives else HostMemory.of_job(world.comm)
+    memory = None if world.survives else SharedMemory.of_job(world.comm)
     warned = False
 
     def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
@@ -194,13 +195,13 @@ def plan_exchanges(
 
 def _open_monitor(exp: Experiment, found: Found | None) -> "Monitor":
     """Only the rank that writes pays for importing TensorBoard."""
-    from ubsmoe_ds.monitor import Monitor
+    from ubsmoe_ds.federation.monitor import Monitor
 
     if found is None:
         return Monitor(exp)
-    with writes(exp.run_dir / checkpoint.FOLDER):
-        checkpoint.set_aside_newer(exp.run_dir, found.folder)
-    monitor = Monitor(exp, go_on_from=found.manifest.position.round)
+    with writes(exp.run_dir / storage.FOLDER):
+        storage.set_aside_newer(exp.run_dir, found.folder)
+    monitor = Monitor(exp, go_on_from=found.manifest.progress.round)
     monitor.say(f"goes on from {found.folder}")
     return monitor
 
@@ -236,12 +237,3 @@ def _warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[
     if any(cut for cut, _ in cuts.values()):
         found = " and ".join(f"{cut} of {total} {kind}" for kind, (cut, total) in cuts.items())
         yield f"note: {found} prompts lose their beginning to data.max_length={exp.data.max_length}"
-
-
-def client_layouts(exp: Experiment) -> list[ClientLayout]:
-    """Consecutive ranks for each client, in the order of the config."""
-    layouts, first = [], 0
-    for client in exp.clients:
-        layouts.append(ClientLayout(first, client.ranks, client.expert_parallel))
-        first += client.ranks
-    return layouts

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ubsmoe_ds.client import LocalStats
-from ubsmoe_ds.federation.modulation import coefficient_of_variation
+from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
+from ubsmoe_ds.client.engine import LocalStats
 
 
 class RoundSeconds(NamedTuple):

@@ -16,35 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.client import Client, LocalProgress, LocalStats
-from ubsmoe_ds.config import Experiment
+from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.server import Server, Usage
+from ubsmoe_ds.aggregation.units import UnitStore, next_rank
+from ubsmoe_ds.base.errors import Preempted
+from ubsmoe_ds.checkpoint.manager import CheckpointManager
+from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.state import load_replica, replicate
+from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
+from ubsmoe_ds.client.evaluation import Evaluator
+from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
-from ubsmoe_ds.errors import Preempted
-from ubsmoe_ds.evaluation import Evaluator
-from ubsmoe_ds.federation.exchange import Exchange
-from ubsmoe_ds.federation.keeper import Keeper
-from ubsmoe_ds.federation.metrics import (
-    RoundSeconds,
-    add_later_seconds,
-    seconds_scalars,
-    training_scalars,
-)
-from ubsmoe_ds.federation.outcome import Outcome
-from ubsmoe_ds.federation.position import Position
-from ubsmoe_ds.federation.pruning import next_rank
-from ubsmoe_ds.federation.server import Server, Usage
-from ubsmoe_ds.federation.state import load_replica, replicate
+from ubsmoe_ds.federation.evaluation import own_part, scalars_of_views
+from ubsmoe_ds.federation.metrics import RoundSeconds, add_later_seconds, seconds_scalars, training_scalars
+from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
-from ubsmoe_ds.federation.units import UnitStore
-from ubsmoe_ds.federation.views import own_part, scalars_of_views
-from ubsmoe_ds.stopping import StopRequests
-from ubsmoe_ds.world import World
+from ubsmoe_ds.mpi.preemption import StopRequests
+from ubsmoe_ds.mpi.world import World
 
 if TYPE_CHECKING:
-    from ubsmoe_ds.monitor import Monitor
+    from ubsmoe_ds.federation.monitor import Monitor
 
 
-Plan = Callable[[Sequence[int], Sequence[int]], Exchange]
+ExchangeFactory = Callable[[Sequence[int], Sequence[int]], Exchange]
 
 
 @dataclass
@@ -60,15 +54,15 @@ class Federation:
     world: World
     client: Client
     store: UnitStore
-    plan: Plan
+    plan: ExchangeFactory
     server: Server
     evaluator: Evaluator
     batches_from: Callable[[int], Iterator[StepBatch]]
     monitor: "Monitor | None"
-    keeper: Keeper
+    checkpoints: CheckpointManager
     stop: StopRequests
-    position: Position = field(default_factory=Position)
-    progress: LocalProgress = field(default_factory=LocalProgress)
+    progress: Progress = field(default_factory=Progress)
+    local: LocalProgress = field(default_factory=LocalProgress)
     resumed: bool = False
     started: bool = False  # whether owners know what clients hold
     unsaved: bool = False  # whether a checkpoint is due
@@ -85,10 +79,10 @@ class Federation:
         """
         if not self.started:
             self._start()
-        while self.position.round <= self.exp.train.rounds:
+        while self.progress.round <= self.exp.train.rounds:
             if self.unsaved:
                 self._save()
-            if not self.position.merged:
+            if not self.progress.merged:
                 self._local_steps()
                 done = time.perf_counter()  # from here on this client may wait for others
                 self._end_if_asked()
@@ -96,8 +90,8 @@ class Federation:
             self._evaluate_and_record()
         if self.unsaved:
             self._save()
-        outcome = Outcome(self.exp, self.world, self.client, self.store, self.server.ranks)
-        outcome.write(next(self.batches_from(0)), self.position, self.monitor, self.keeper.data_digest)
+        outcome = Outputs(self.exp, self.world, self.client, self.store, self.server.ranks)
+        outcome.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
 
     def _start(self) -> None:
@@ -112,14 +106,16 @@ class Federation:
         self._take_moments(moments_LEX)
         self.started = self.resumed = True
 
-    def survive(self, world: World, exp: Experiment, server: Server, plan: Plan, monitor: "Monitor | None") -> None:
-        """Go on among the clients that are left; see survivors.py.
+    def survive(
+        self, world: World, exp: Experiment, server: Server, plan: ExchangeFactory, monitor: "Monitor | None"
+    ) -> None:
+        """Go on among the clients that are left; see recovery.py.
 
         Args:
             world, exp, server, plan, monitor: as they are without the clients that are lost.
         """
         self.world, self.exp, self.server, self.plan, self.monitor = world, exp, server, plan, monitor
-        self.keeper = self.keeper.among(exp, world)
+        self.checkpoints = self.checkpoints.among(exp, world)
         self.stop.listen_on(world.comm)
         load_replica(server, self.store.units, self.replica)
         self.started = False
@@ -132,30 +128,30 @@ class Federation:
     def _local_steps(self) -> None:
         """Up to the round's number of steps, a deadline or a request to stop, whichever is first."""
         train, start = self.exp.train, time.perf_counter()
-        if self.progress.steps == 0:
-            self.progress = self.client.begin_round()
-        if self.progress.deadline is None:
-            self.progress.deadline = time.monotonic() + (train.round_deadline_s or np.inf)
-        deadline = self.progress.deadline
-        begun = self.progress.steps
+        if self.local.steps == 0:
+            self.local = self.client.begin_round()
+        if self.local.deadline is None:
+            self.local.deadline = time.monotonic() + (train.round_deadline_s or np.inf)
+        deadline = self.local.deadline
+        begun = self.local.steps
 
         def stop() -> bool:
-            late = self.progress.steps > 0 and time.monotonic() > deadline
+            late = self.local.steps > 0 and time.monotonic() > deadline
             return self.world.any_of_client(late or self.stop.poll())
 
-        self.client.train(self.batches_from(self.position.steps_taken), self.progress, train.local_steps, stop)
-        self.position.steps_taken += self.progress.steps - begun
-        self.progress.seconds += time.perf_counter() - start
+        self.client.train(self.batches_from(self.progress.steps_taken), self.local, train.local_steps, stop)
+        self.progress.steps_taken += self.local.steps - begun
+        self.local.seconds += time.perf_counter() - start
 
     def _end_if_asked(self) -> None:
         """Save and leave, if any rank was asked to stop (a collective)."""
         if self.world.any(self.stop.poll()):
             where = self._save()
             self.stop.close()
-            raise Preempted(f"stopped in round {self.position.round} of {self.exp.train.rounds}, saved to {where}")
+            raise Preempted(f"stopped in round {self.progress.round} of {self.exp.train.rounds}, saved to {where}")
 
     def _save(self) -> Path:
-        where = self.keeper.save(self.client, self.store, self.server, self.position, self.progress)
+        where = self.checkpoints.save(self.client, self.store, self.server, self.progress, self.local)
         self.world.agree()
         self.unsaved = False
         return where
@@ -170,8 +166,8 @@ class Federation:
         Args:
             done: when the round's local steps of this client ended.
         """
-        number, begun = self.position.round, time.perf_counter()
-        stats, worked = self.client.local_stats(self.progress), self._worked()
+        number, begun = self.progress.round, time.perf_counter()
+        stats, worked = self.client.local_stats(self.local), self._worked()
         update = self.store.updates() if worked else torch.zeros_like(self.store.shared)
         self.client.rank = self.store.rank
         if self.exp.lora.prune_penalty and worked:
@@ -184,7 +180,7 @@ class Federation:
         back, merging = self._exchange(update, statistics)
         refused = self._refused(statistics)
         exchange = packed - begun + time.perf_counter() - met - merging
-        seconds = RoundSeconds(self.progress.seconds, begun - done + met - packed, exchange, merging)
+        seconds = RoundSeconds(self.local.seconds, begun - done + met - packed, exchange, merging)
         of_client, metrics, times = self._scalars(stats, seconds, statistics, refused)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.world.agree()
@@ -192,8 +188,8 @@ class Federation:
         start = time.perf_counter()
         self._take(number, back, statistics)
         self.taking = time.perf_counter() - start
-        self.position.note(metrics, times, statistics.usage.utilisation_LE.tolist())
-        self.progress = LocalProgress()
+        self.progress.note(metrics, times, statistics.usage.utilisation_LE.tolist())
+        self.local = LocalProgress()
         if self.monitor is not None:
             self.monitor.refused(
                 number, {name: units for name, units in zip(self._names, refused, strict=True) if units}
@@ -217,14 +213,14 @@ class Federation:
 
         In tokens: of those that its local steps would have processed had it taken them all.
         """
-        progress, count = self.progress, self.exp.train.local_steps
-        if self.client.is_out(progress) or progress.steps == progress.bad_steps:
+        local, count = self.local, self.exp.train.local_steps
+        if self.client.is_out(local) or local.steps == local.bad_steps:
             return 0.0
-        if progress.steps == count:
+        if local.steps == count:
             return 1.0
-        own = float(progress.sums[2])
-        batches = self.batches_from(self.position.steps_taken)
-        left = sum(next(batches).used_tokens for _ in range(count - progress.steps))
+        own = float(local.sums[2])
+        batches = self.batches_from(self.progress.steps_taken)
+        left = sum(next(batches).used_tokens for _ in range(count - local.steps))
         return own / (own + left)
 
     def _exchange(self, update: Tensor, statistics: RoundStatistics) -> tuple[Tensor, float]:
@@ -294,7 +290,7 @@ class Federation:
 
     def _evaluate_and_record(self) -> None:
         """The second half of a round; of number 0, the state before training, the only one."""
-        number, train, every = self.position.round, self.exp.train, self.exp.checkpoint.every
+        number, train, every = self.progress.round, self.exp.train, self.exp.checkpoint.every
         start = time.perf_counter()
         evaluated = None
         if number % self.exp.evaluation.every == 0 or number == train.rounds:
@@ -303,17 +299,17 @@ class Federation:
         spent = [self.taking, evaluation] if self.world.client_rank == 0 else [0.0, 0.0]
         taking_C, evaluation_C = self._client_table(spent).T
         if train.save_every and number and number % train.save_every == 0:
-            Outcome(self.exp, self.world, self.client, self.store, self.server.ranks).save_adapters(number)
+            Outputs(self.exp, self.world, self.client, self.store, self.server.ranks).save_adapters(number)
         self.world.agree()
         if evaluated is not None:
-            self.position.evaluated(evaluated)
+            self.progress.evaluated(evaluated)
         if number:
-            add_later_seconds(self.position.pending["seconds"], self._names, taking_C, evaluation_C)
+            add_later_seconds(self.progress.pending["seconds"], self._names, taking_C, evaluation_C)
         self.taking = 0.0
-        self.latest = (number, *self.position.recorded())
+        self.latest = (number, *self.progress.recorded())
         if self.monitor is not None:
             self.monitor.round(*self.latest)
-        self.position.next_round()
+        self.progress.next_round()
         self.unsaved = bool(every) and number > 0 and (number % every == 0 or number == train.rounds)
 
     def _evaluate(self) -> dict[str, float]:

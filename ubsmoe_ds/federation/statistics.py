@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.client import Client
-from ubsmoe_ds.federation.server import Usage
-from ubsmoe_ds.world import World
+from ubsmoe_ds.aggregation.server import Usage
+from ubsmoe_ds.client.engine import Client
+from ubsmoe_ds.mpi.world import World
 
 
 class RoundStatistics(NamedTuple):

@@ -1,1 +1,0 @@
-"""Hugging Face checkpoints turned into models with UB-SMoE layers."""

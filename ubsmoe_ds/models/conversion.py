@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import (
     ATTENTION_PROJECTIONS,
     LoraLinear,
@@ -22,9 +22,9 @@ from ubsmoe_ds.models.causal_lm import (
     UBSMoEForCausalLM,
     lora_generator,
 )
-from ubsmoe_ds.models.checkpoint import Checkpoint
 from ubsmoe_ds.models.families import FAMILIES, Family
 from ubsmoe_ds.models.hf_config import read_config, unusable
+from ubsmoe_ds.models.weights import Checkpoint
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import UBSMoEGate
 from ubsmoe_ds.moe.layer import UBSMoE

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.errors import UserError
-from ubsmoe_ds.files import read_json
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import read_json
 
 MOST_EXPERTS = 2**16
 COUNTS = ("num_experts", "num_local_experts")  # one and the same: transformers reads either, and may write the other

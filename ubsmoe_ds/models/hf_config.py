@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ubsmoe_ds.cost import ModelShape
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.models.families import FAMILIES, read_facts
 
 

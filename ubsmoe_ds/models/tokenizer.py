@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.base.errors import UserError
 
 
 def read_tokenizer(folder: Path, vocabulary: int) -> Any:

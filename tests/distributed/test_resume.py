@@ -1,0 +1,87 @@
+"""A job that was stopped and goes on: the same bits as one that was never stopped; in another layout the same state."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support.jobs import records
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+CONFIG = "ds_configs/tiny.yaml"
+SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
+SHORT += ["checkpoint.keep=9"]
+CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
+ZERO2 = ["deepspeed.zero_optimization.stage=2"]
+BF16 = ["deepspeed.bf16.enabled=true"]
+WARMUP = ["deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 8, warmup_max_lr: 0.01}}"]
+# overrides, then at which looks of the last rank the job is stopped: 0 before the first evaluation, 3 + 3 r between
+# rounds; evaluation looks too
+VARIANTS: dict[str, list] = {
+    "ub_smoe": [[], 0, 1, 9, 4],
+    "zero2": [[*ZERO2, *WARMUP], 8],
+    "bf16": [BF16, 8],
+    "bf16_zero2": [[*BF16, *ZERO2], 8],
+    "fedadam": [["merge.server_optimizer=adam", "merge.server_lr=0.01", "lora.attention=true"], 8, 6],
+    "momentum_sgd": [["deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
+    "flame": [["method=flame"], 8],
+    "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8, 6],
+    "flora_bf16": [["method=flora", *BF16], 8, 6],
+    "flexlora_reset": [["method=flexlora"], 8, 6],
+}
+
+# (round, serial of the checkpoint): in the first evaluation twice, in a round, and in the one after that was whole
+STOPS = [(0, 1), (0, 2), (1, 3), (2, 5)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    arguments = {"config": CONFIG, "overrides": [*SHORT, *CLIENTS], "variants": VARIANTS, "folder": str(folder)}
+    return folder, run_ranks(folder, 3, "tests.support.scenarios:stopped_and_resumed", arguments, timeout=900)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_bits_are_those_of_a_job_that_was_never_stopped(name, results):
+    folder, ranks = results
+    whole, resumed = records(folder / name), records(folder / f"{name}-resumed")
+    assert [r["round"] for r in resumed] == [0, 1, 2, 3]
+    assert [r["metrics"] for r in resumed] == [r["metrics"] for r in whole]
+    checked = 0
+    for result in ranks:
+        for key in [key for key in result if key.startswith(f"{name}/")]:
+            np.testing.assert_array_equal(result[key.replace(name, f"{name}-resumed", 1)], result[key], err_msg=key)
+            checked += 1
+    assert checked > 3 * 20
+
+
+@pytest.mark.parametrize("name", ["ub_smoe", "flora_bf16"])
+def test_it_learned_something(name, results):
+    """Else the bits would be equal anyway."""
+    losses = [r["metrics"]["eval/loss"] for r in records(results[0] / name)]
+    assert len(set(losses)) == 4 and losses[-1] < losses[0]
+
+
+def test_stops_fell_where_they_should(results):
+    """The variant stopped four times."""
+    checkpoints = results[0] / "ub_smoe-resumed" / "checkpoints"
+    assert list(results[1][0]["stops/ub_smoe"]) == [
+        f"stopped in round {number} of 3, saved to {checkpoints / f'{serial:06d}-within-round-{number}'}"
+        for number, serial in STOPS
+    ]
+
+
+def test_seconds_of_a_round_hold_those_before_the_stop(results):
+    """Client a had taken all its steps of round 2 when b was stopped."""
+    folder = results[0] / "ub_smoe-resumed"
+    manifest = json.loads((folder / "checkpoints" / "000005-within-round-2" / "manifest.json").read_text())
+    before = manifest["clients"]["a"]
+    assert before["steps"] == 3 and before["seconds"] > 0.01
+    assert records(folder)[2]["seconds"]["seconds_local/a"] > before["seconds"]
+
+
+def test_hetlora_did_prune(results):
+    last = records(results[0] / "hetlora")[-1]["metrics"]
+    assert last["lora_rank/b"] < 8
+    assert json.loads((results[0] / "hetlora-resumed" / "config.json").read_text())["method"] == "hetlora"

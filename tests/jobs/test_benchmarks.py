@@ -1,0 +1,55 @@
+"""Benchmarks run, print what machines can read, and check their own answers; no times are tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.slow
+SMALL = ["--hidden", "32", "--experts", "8", "--repeats", "1", "--json"]
+COMMANDS = {
+    "moe_block": (
+        1,
+        ["--width", "16", "--tokens", "48", "--k", "2", "--threads", "1", "--routing", "uniform", "zipf", *SMALL],
+        {"floor", "separate", "ubsmoe", "hf_eager", "hf_grouped_mm", "hf_base", "deepspeed"},
+    ),
+    "train_step": (
+        1,
+        ["--layers", "1", "--tokens", "64", "--k", "1", "2", *SMALL],
+        {"ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora", "hf_peft"},
+    ),
+    "pseudo_gradient": (
+        1,
+        ["--sizes", "builtin", "--tokens", "256", "--repeats", "1", "--json"],
+        {"none", "expert_mean", "token_weighted", "linearised"},
+    ),
+    "loading": (1, ["--gigabytes", "0.8", "--expert-parallel", "1", "--json"], {"ubsmoe", "transformers"}),
+    "exchange": (
+        3,
+        ["--megabytes", "1", "--repeats", "1", "--json"],
+        {"memcpy", "ubsmoe", "ubsmoe-mpi", "owners", "owners-mpi", "owners-bf16", "allreduce", "model", "projection"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_benchmark_runs(name):
+    ranks, arguments, implementations = COMMANDS[name]
+    script = [f"benchmarks/{name}.py", *arguments]
+    command = [sys.executable, *script]
+    if ranks > 1:
+        mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+        command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", *script]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {record["impl"] for record in records} - {"flower"} == implementations
+    assert all(record["bench"] == name and record["ms"] > 0 for record in records)
+    assert all(record["ratio"] > 0 for record in records if record["impl"] != "projection")
+    if name == "loading":  # a bound on memory, not on time; no part of the checkpoint is in memory twice
+        assert 1 <= next(record["ratio"] for record in records if record["impl"] == "ubsmoe") < 1.2

@@ -1,0 +1,251 @@
+"""Jobs that are asked to stop, killed, damaged, late or given nonsense; real processes and real signals."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.support.jobs import TRAIN, TWO_CLIENTS, Job, records, train
+from ubsmoe_ds.adapters.adapter import read_adapter
+from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
+
+pytestmark = pytest.mark.slow
+SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", TWO_CLIENTS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A job that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    code, output = train(*SHORT, f"output={out}", "checkpoint.keep=3")
+    assert code == 0, output
+    return out / "tiny"
+
+
+def same_as(whole, folder) -> None:
+    assert [r["metrics"] for r in records(folder)] == [r["metrics"] for r in records(whole)]
+    first, second = (read_adapter(path / "adapter") for path in (whole, folder))
+    assert first.facts == second.facts and first.state.keys() == second.state.keys()
+    assert all(torch.equal(value, second.state[key]) for key, value in first.state.items())
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the command", "SIGUSR1 to one rank", "SIGKILL to the command"])
+def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "overwrite=false"]
+    job = Job(command, tmp_path / "log", FAULT="slow@1")
+    job.wait_for("round   1/3")
+    time.sleep(0.3)
+    if how == "SIGUSR1 to one rank":
+        os.kill(job.rank_pids()[2], signal.SIGUSR1)
+    elif how == "SIGTERM to the command":
+        job.process.terminate()
+    else:  # which ends without a word, but mpiexec asks the ranks to stop
+        job.process.kill()
+    assert job.end(60) == (-9 if how.startswith("SIGKILL") else 75), job.output
+    last = [line for line in job.output.splitlines() if line.strip()][-1]
+    assert last.startswith("stopped in round 2 of 3, saved to") and last.endswith("--resume auto goes on from there")
+    assert "Abort" not in job.output and "error" not in job.output
+    assert [r["round"] for r in records(tmp_path / "tiny")] == [0, 1]
+    code, output = train(*SHORT, f"output={tmp_path}", "overwrite=false", "--resume", "auto")
+    assert code == 0 and "goes on from" in output, output
+    same_as(whole, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("how", ["a second signal", "the grace time"])
+def test_what_ends_it_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
+    """A rank hangs, so that the job never gets to a step boundary."""
+    grace = [] if how == "a second signal" else ["checkpoint.grace_s=1"]
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", *grace]
+    job = Job(command, tmp_path / "log", FAULT="hang@0:6")
+    job.wait_for("hanging")
+    start = time.monotonic()
+    job.process.terminate()
+    if how == "a second signal":
+        time.sleep(SAME_SIGNAL_SECONDS + 1)
+        assert job.process.poll() is None, job.output
+        job.process.terminate()
+    assert job.end(60) == 143, job.output
+    assert time.monotonic() - start < 15
+    if how == "a second signal":
+        return  # going on is the same
+    code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
+    assert code == 0 and "goes on from" in output and "round-1" in output, output
+    same_as(whole, tmp_path / "tiny")
+
+
+def test_a_killed_rank_is_named_and_the_next_job_goes_on(whole, tmp_path):
+    job = Job([sys.executable, TRAIN, *SHORT, f"output={tmp_path}"], tmp_path / "log")
+    job.wait_for("round   1/3")
+    time.sleep(0.5)
+    start = time.monotonic()
+    os.kill(job.rank_pids()[2], signal.SIGKILL)
+    assert job.end(60) not in (0, 75), job.output
+    assert time.monotonic() - start < 20
+    (line,) = [line for line in job.output.splitlines() if line.endswith(" was killed")]
+    assert line.startswith("error: client ") and "client 'b', rank 1 of 2 (job rank 2)" in line
+    code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
+    assert code == 0, output
+    same_as(whole, tmp_path / "tiny")
+
+
+def test_restarts_go_on_by_themselves(whole, tmp_path):
+    """Killed before the first checkpoint, and again after one."""
+    command = [sys.executable, TRAIN, *SHORT, f"output={tmp_path}", "--restarts", "2"]
+    job = Job(command, tmp_path / "log")
+    for text in ("tiny: ", "round   2/3"):
+        job.wait_for(text)
+        os.kill(job.rank_pids()[1], signal.SIGKILL)
+    assert job.end(240) == 0, job.output
+    assert "restart 1 of 2" in job.output and "restart 2 of 2" in job.output
+    same_as(whole, tmp_path / "tiny")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path):
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    path = tmp_path / "tiny" / "checkpoints" / "000003-round-3" / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
+    assert code == 0, output
+    assert output.count("warning: checkpoint") == 1 and "rank-00001.safetensors does not have its checksum" in output
+    assert "goes on from" in output and "000002-round-2" in output
+    same_as(whole, tmp_path / "tiny")
+
+
+REFUSED = {
+    "another method": (["method=topk"], "error: --resume: dmr.enabled is False, but True in"),
+    "other rows": (["data.rows=150"], "error: --resume: data.rows is 150, but 200"),
+    "no such checkpoint": (["--resume", "{tmp}/none"], "none is no whole checkpoint; use auto"),
+    "a branch that was left": (["--resume", "{tmp}/tiny/checkpoints/left-000001-round-1"], "in a folder of its own"),
+    "another run's folder": (["name=other"], "holds another run"),
+    "elsewhere, into another's": (["--resume", "{tmp}/tiny/checkpoints/000001-round-1", "name=other"], "already holds"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_go_on_is_refused_and_nothing_is_touched(name, whole, tmp_path):
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    kept = tmp_path / "tiny" / "checkpoints"
+    subprocess.run(["cp", "-r", str(kept / "000001-round-1"), str(kept / "left-000001-round-1")], check=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changes, message = REFUSED[name]
+    changes = [text.replace("{tmp}", str(tmp_path)) for text in changes]
+    code, output = train(*SHORT, f"output={tmp_path}", "overwrite=false", "--resume", "auto", *changes)
+    assert code == 2 and message in output and output.count("error:") == 1 and "Traceback" not in output, output
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
+    """From 3 ranks to 2 and from expert parallelism to ZeRO 2: equal but for the order of sums."""
+    for folder in ("same", "other"):
+        (tmp_path / folder).mkdir()
+        subprocess.run(["cp", "-r", str(whole), str(tmp_path / folder / "tiny")], check=True)
+    other = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0}]"
+    changes = [other, "deepspeed.zero_optimization.stage=2", "train.rounds=4"]
+    code, output = train(*SHORT, f"output={tmp_path / 'other'}", *changes, "--resume", "auto")
+    assert code == 0, output
+    code, output = train(*SHORT, f"output={tmp_path / 'same'}", "train.rounds=4", "--resume", "auto")
+    assert code == 0, output
+    same, moved = (records(tmp_path / folder / "tiny") for folder in ("same", "other"))
+    assert len(same) == 5
+    for first, second in zip(same, moved, strict=True):
+        for key in ("eval/loss", "train/loss"):
+            if key in first["metrics"]:
+                assert second["metrics"][key] == pytest.approx(first["metrics"][key], rel=1e-3)
+
+
+def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
+    """With no round left, what it writes is what it has read: the same bits, sharded otherwise."""
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    other = "clients=[{name: a, budget: 0.5, ranks: 2, expert_parallel: 2}, {name: b, budget: 1.0}]"
+    changes = [other, "deepspeed.zero_optimization.stage=2", f"output={tmp_path}"]
+    code, output = train(*SHORT, *changes, "--resume", "auto")
+    assert code == 0 and "goes on from" in output, output
+    same_as(whole, tmp_path / "tiny")
+
+
+def test_a_late_client_merges_what_it_has(tmp_path):
+    """Client a takes two seconds a step: by the deadline it has done some of four; its weight: see test_server.py."""
+    changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
+    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
+    assert job.end() == 0, job.output
+    metrics, seconds = (records(tmp_path / "tiny")[-1][part] for part in ("metrics", "seconds"))
+    assert 0 < metrics["steps/a"] < 4 and metrics["steps/b"] == 4
+    # b waits meanwhile, and that is no work of its own
+    assert seconds["seconds_wait/b"] > 2 > seconds["seconds_wait/a"]
+    assert seconds["seconds_local/a"] > seconds["seconds_local/b"] + 2
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["clients"][0]["loss_after"] < summary["clients"][0]["loss_before"]
+
+
+ZERO = "deepspeed.zero_optimization.stage"
+BAD_STEPS = {
+    "fp32": (3, [], False),
+    "sits out": (0, [], True),
+    "zero 2": (3, [f"{ZERO}=2"], False),
+    "bf16 sits out": (0, ["deepspeed.bf16.enabled=true"], True),
+    "bf16 zero 1": (3, ["deepspeed.bf16.enabled=true", f"{ZERO}=1"], False),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
+    """DeepSpeed skips some such steps itself, in ways that differ between its optimisers."""
+    limit, changes, out = BAD_STEPS[name]
+    changes = [*changes, f"output={tmp_path}", f"train.max_bad_steps={limit}", "train.rounds=2"]
+    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="nan@2:2")
+    assert job.end() == 0, job.output
+    warning = "warning: round 1: client 'b' skipped 1 steps with NaN or Inf"
+    assert f"{warning}{'; it sits the round out' if out else ''}\n" in job.output
+    found = [r["metrics"] for r in records(tmp_path / "tiny")]
+    assert [m["bad_steps/b"] for m in found[1:]] == [1, 0] and [m["bad_steps/a"] for m in found[1:]] == [0, 0]
+    assert [m["steps/b"] for m in found[1:]] == ([1, 4] if out else [3, 4])
+    assert all(m["refused_units/b"] == 0 for m in found[1:]) and found[-1]["eval/loss"] < found[0]["eval/loss"]
+    assert all(math.isfinite(value) for m in found for value in m.values())
+
+
+def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(whole, tmp_path):
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    folder = tmp_path / "tiny" / "checkpoints"
+    code, output = train(*SHORT, f"output={tmp_path}", "--resume", str(folder / "000001-round-1"))
+    assert code == 0 and "000001-round-1" in output, output
+    same_as(whole, tmp_path / "tiny")
+    branches = {f"{left}{name}" for left in ("", "left-") for name in ("000002-round-2", "000003-round-3")}
+    assert {path.name for path in folder.iterdir()} == branches
+
+
+def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):
+    """Killed before the old run is overwritten: its checkpoints are another run's."""
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
+    job = Job([sys.executable, TRAIN, *SHORT, f"output={tmp_path}", "--restarts", "1"], tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while 1 not in job.rank_pids() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(job.rank_pids()[1], signal.SIGKILL)
+    assert job.end() == 0, job.output
+    assert "restart 1 of 1" in job.output and "goes on from" not in job.output
+    same_as(whole, tmp_path / "tiny")
+
+
+def test_a_full_disk_ends_the_job_and_leaves_the_checkpoint_before(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk")
+    try:
+        code, output = train(*SHORT, f"output={disk}")
+        assert code == 2, output
+        assert output.count("error: checkpoint: ") == 1 and "make room there" in output and "Traceback" not in output
+        kept = [path.name for path in (disk / "tiny" / "checkpoints").glob("[0-9]*")]
+        assert kept == ["000001-round-1"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

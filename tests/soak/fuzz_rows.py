@@ -1,0 +1,91 @@
+"""Fuzz of rows: JSON lines, and what a path to them may turn out to be."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.soak.fuzz_cases import DAMAGES, TEXTS, VALUES, Surface, damaged, mutations, reads_only
+from ubsmoe_ds.data.sources import evaluation_rows
+
+ROW = {
+    "task": "t",
+    "id": "1",
+    "instruction": "Which?",
+    "answer": "the correct answer is b",
+    "question": "Which?",
+    "choices": ["one", "two"],
+    "labels": ["a", "b"],
+    "label": 1,
+}
+GOOD = json.dumps(ROW).encode()
+LINES = [
+    b"",
+    b"   ",
+    b"\r",
+    b"null",
+    b"[]",
+    b"\xff\xfe",
+    b"\x00",
+    GOOD[:-1],
+    GOOD + GOOD,
+    GOOD[:-1] + b', "label": 0}',
+    GOOD[:-1] + b', "more": NaN}',
+    GOOD[:-1] + b', "more": ' + b"9" * 6000 + b"}",
+    GOOD.replace(b": 1}", b": true}"),
+    GOOD.replace(b": 1}", b": NaN}"),
+    GOOD.replace(b": 1}", b": 1e999}"),
+    GOOD.replace(b": 1}", b": -1}"),
+    GOOD.replace(b"Which?", b"\\ud800"),
+    GOOD.replace(b"Which?", b"\\u0000"),
+    GOOD.replace(b"Which?", b"W" * 2**20),
+    GOOD.replace(b"Which?", b"W" * 2**25),
+    b"[" * 100_000,
+    b"x" * 2**25,
+    b'{"task": ' * 5000 + b"1" + b"}" * 5000,
+]
+
+
+def _read(path: Path) -> None:
+    source = f"jsonl:{path}"
+    for form in ("instruction", "cloze"):
+        for row in evaluation_rows(source, None, 0, form):
+            json.dumps(row, allow_nan=False).encode()
+            "".join(map(str, (row["task"], row["instruction"], row["answer"], *row["labels"]))).encode()
+
+
+def check_lines(lines: list[bytes], folder: Path) -> bool:
+    (folder / "rows.jsonl").write_bytes(b"\n".join(lines))
+    return reads_only(lambda: _read(folder / "rows.jsonl"), folder, ["rows.jsonl"])
+
+
+def check_row(row: Any, folder: Path) -> bool:
+    return check_lines([json.dumps(row).encode()], folder)
+
+
+def check_path(name: str, folder: Path) -> bool:
+    """What stands at the path: nothing, a folder, a pipe, a device, a link."""
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "rows").write_bytes(GOOD)
+    for link, target in {"link": "rows", "loop": "loop", "dead": "nothing", "to_pipe": "pipe"}.items():
+        (folder / link).symlink_to(target)
+    path = name if name.startswith("/") else f"{folder}/{name}"
+    return reads_only(lambda: evaluation_rows(f"jsonl:{path}", None, 0), folder, ["data"])
+
+
+PATHS = ["folder", "pipe", "link", "loop", "dead", "to_pipe", "rows/below", "rows", "x" * 300, "a\x00b", "a\nb"]
+DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/tty", "/", "/proc/self/mem"]
+LINE = st.one_of(
+    st.just(GOOD),
+    st.sampled_from(LINES),
+    st.binary(max_size=20),
+    DAMAGES.map(lambda how: damaged(GOOD, *how)),
+)
+SURFACES = [
+    Surface("row", mutations(ROW, most=2, values=st.one_of(VALUES, TEXTS)), check_row, share=1.5),
+    Surface("rows", st.lists(LINE, max_size=4), check_lines, share=1),
+    Surface("rows_path", st.one_of(st.sampled_from(PATHS + DEVICES), TEXTS), check_path, share=0.2),
+]

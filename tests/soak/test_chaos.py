@@ -1,0 +1,28 @@
+"""A short version of the soaks in chaos.py."""
+
+import pytest
+
+from tests.soak import chaos
+
+pytestmark = pytest.mark.slow
+
+
+def test_five_kills_leave_no_trace(tmp_path):
+    assert chaos.soak(tmp_path, kills=5, seed=0).startswith("5 kills in ")
+
+
+@pytest.mark.skipif(not chaos.OPEN_MPI.exists(), reason="no Open MPI: see tests/cluster/test_survival.py")
+def test_survivors_of_two_kills_end_by_themselves(tmp_path):
+    assert chaos.soak_survivors(tmp_path, kills=2, seed=1).endswith("the survivors ended every one")
+
+
+def test_a_difference_would_be_found(tmp_path):
+    """The comparison itself: a round twice, another number, a round that was saved and ran again."""
+    for name, text in (("whole", '{"round": 0, "metrics": {}}\n'), ("broken", '{"round": 0, "metrics": {"x": 1}}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    with pytest.raises(chaos.Failure, match="rounds \\[0\\]"):
+        chaos.compare(tmp_path / "whole", tmp_path / "broken")
+    for name in ("000001-round-3", "000002-within-round-5"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+        assert chaos.last_saved(tmp_path / "run") == {"000001-round-3": 3, "000002-within-round-5": 4}[name]

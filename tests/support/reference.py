@@ -1,0 +1,232 @@
+"""Slow and plain second implementations: one process, no DeepSpeed, loops over tokens and experts."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.support import tiny
+from ubsmoe_ds.client.engine import client_spec
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.batches import steps
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
+from ubsmoe_ds.models.conversion import load
+from ubsmoe_ds.moe.layer import UBSMoE
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
+
+
+def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
+    """The model of the first client with all experts in this process."""
+    config = exp.clients[0].model_copy(update={"expert_parallel": 1, "ranks": 1})
+    return load(exp.model_dir, client_spec(exp, config, 0)).train()
+
+
+def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM]:
+    """`count` steps of the first client as a plain loop; (mean answer losses, gradient norms, the model)."""
+    model = whole_model(exp)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = exp.deepspeed.optimizer["params"]
+    optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.0, eps=options["eps"])
+    batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
+    seen = watch(model.layers)
+    if exp.pseudo_gradient.estimator == "linearised":
+        calibrate(exp, model, seen)
+    losses, norms = [], []
+    for _ in range(count):
+        tokens = next(batches).micro[0]
+        logits = model(tokens.input_ids, tokens.used, tokens.position_A)
+        loss = F.cross_entropy(logits, tokens.target_A)
+        total = loss + exp.lora.prune_penalty * tail_penalty(model, keep=exp.lora.rank - 1)
+        (total + model.auxiliary_loss(exp.dmr.penalty, exp.router.aux_loss)).backward()
+        norms.append(float(torch.stack([p.grad.norm() for p in trained.values()]).norm()))
+        clip = exp.deepspeed.gradient_clipping
+        factor = min(1.0, clip / (norms[-1] + 1e-6)) if clip else 1.0
+        pseudo = pseudo_gradients(exp, model, seen)
+        for p in trained.values():
+            p.grad.mul_(factor)
+        for parameter, gradient in pseudo:
+            parameter.grad.add_(gradient * factor)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, model
+
+
+def _keep(record: dict[str, Tensor], module: UBSMoE, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    record["x"] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+    record["used"] = module.used_token.reshape(-1)
+    output.register_hook(lambda grad: record.__setitem__("delta", grad.reshape(-1, grad.shape[-1])))
+
+
+def watch(layers: list[UBSMoE]) -> list[dict[str, Tensor]]:
+    """Records of each layer's input and output gradient, filled in anew by every forward and backward pass."""
+    records: list[dict[str, Tensor]] = [{} for _ in layers]
+    for record, layer in zip(records, layers, strict=True):
+        layer.register_forward_hook(partial(_keep, record))
+    return records
+
+
+def base_weights(model: UBSMoEForCausalLM) -> dict[str, Tensor]:
+    """Copies of the experts' frozen weights, named like the LoRA factors beside them."""
+    return {
+        f"hf.model.layers.{index}.mlp.deepspeed_moe.experts.{name}_weight": weight.clone()
+        for index, layer in enumerate(model.layers)
+        for name, weight in layer.experts.base().items()
+    }
+
+
+def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> list:
+    """(parameter, pseudo-gradient) of every LoRA factor, token by token."""
+    estimator, rho = exp.pseudo_gradient.estimator, exp.rho(exp.clients[0])
+    found = []
+    for layer, record in zip(model.layers, seen, strict=True):
+        if estimator == "none":
+            continue
+        functions = [token_weighted, expert_mean, dense_oracle, linearised]
+        function = next(f for f in functions if f.__name__ == estimator)
+        gradients = function(layer, record, rho)
+        found += [(p, gradients[id(p)]) for pair in layer.experts.factors().values() for p in pair]
+    return found
+
+
+def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    """(p, active experts, their weights) of one token."""
+    gate = layer.gate
+    s_E = gate.wg.weight.detach() @ x_D
+    m_E = s_E.clone()
+    if gate.phi_range is not None:
+        for i in s_E.argsort(descending=True)[: gate.candidates]:
+            m_E[i] += gate.phi.detach()[i]
+    p_E = torch.exp(m_E - m_E.max())
+    p_E /= p_E.sum()
+    active = p_E.argsort(descending=True)[: gate.k].tolist()
+    weights = p_E[active]
+    if gate.modulate == "selection":
+        weights = torch.softmax(s_E, 0)[active]
+        p_E = torch.softmax(s_E, 0)
+    return p_E, active, weights / weights.sum() if gate.normalize else weights
+
+
+def _expert(layer: UBSMoE, j: int) -> dict[str, Tensor]:
+    """Effective weights W + s B A of expert j, and its A and B."""
+    e = layer.experts
+    found = {}
+    for name in PROJECTIONS:
+        A, B = (f.detach()[j] for f in e.factors()[name])
+        found |= {name: e.base()[name][j] + e.scaling * B @ A, f"A_{name}": A, f"B_{name}": B}
+    return found
+
+
+def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
+    """The formulas of the docstring, one token and one inactive expert at a time."""
+    factors, s = layer.experts.factors(), layer.experts.scaling
+    out = {id(p): torch.zeros_like(p) for pair in factors.values() for p in pair}
+    for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
+        if not used:
+            continue
+        p_E, active, weights = route(layer, x)
+        gamma = weights / weights.sum()
+        hbar = vgate = vup = 0.0
+        for g_j, j in zip(gamma, active, strict=True):
+            w = _expert(layer, j)
+            g, u = w["gate"] @ x, w["up"] @ x
+            h = F.silu(g) * u
+            sig = torch.sigmoid(g)
+            back = w["down"].T @ delta
+            hbar = hbar + g_j * h
+            vgate = vgate + g_j * back * sig * (1 + g * (1 - sig)) * u
+            vup = vup + g_j * back * F.silu(g)
+        for i in set(range(len(p_E))) - set(active):
+            c, w = rho * p_E[i], _expert(layer, i)
+            out[id(factors["down"][1])][i] += s * c * torch.outer(delta, w["A_down"] @ hbar)
+            out[id(factors["down"][0])][i] += s * c * torch.outer(w["B_down"].T @ delta, hbar)
+            for name, v in (("gate", vgate), ("up", vup)):
+                out[id(factors[name][1])][i] += s * c * torch.outer(v, w[f"A_{name}"] @ x)
+                out[id(factors[name][0])][i] += s * c * torch.outer(w[f"B_{name}"].T @ v, x)
+    return out
+
+
+def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
+    """HetLoRA's penalty, one expert at a time."""
+    total = torch.zeros(())
+    for layer in model.layers:
+        for A, B in layer.experts.factors().values():
+            for e in range(len(A)):
+                total = total + B[e][:, keep:].norm() * A[e][keep:].norm()
+    return total
+
+
+def slopes(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dh/dg, dh/du) of one token, by autograd."""
+    g, u = g.clone().requires_grad_(), u.clone().requires_grad_()
+    h = F.silu(g) * u
+    return h.detach(), *torch.autograd.grad(h.sum(), [g, u])
+
+
+def calibrate(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> None:
+    """Moments of each expert over the tokens of the first two steps that chose it, token by token."""
+    batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
+    values: list[list[list]] = [[[] for _ in range(layer.num_experts)] for layer in model.layers]
+    for _ in range(2):
+        tokens = next(batches).micro[0]
+        model(tokens.input_ids, tokens.used, tokens.position_A)
+        for layer, record, found in zip(model.layers, seen, values, strict=True):
+            for x, used in zip(record["x"], record["used"], strict=True):
+                for j in route(layer, x)[1] if used else []:
+                    w = _expert(layer, j)
+                    found[j].append(torch.stack(slopes(w["gate"] @ x, w["up"] @ x)))
+    for layer, found in zip(model.layers, values, strict=True):
+        width = layer.experts.base()["gate"].shape[1]
+        means = [torch.stack(f).mean(0) if f else torch.zeros(3, width) for f in found]
+        layer.experts.moments = Moments(*torch.stack(means, dim=1))
+
+
+def linearised(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
+    """The first-order model's gradient, one token and one inactive expert at a time."""
+    factors, s, base = layer.experts.factors(), layer.experts.scaling, layer.experts.base()
+    out = {id(p): torch.zeros_like(p) for pair in factors.values() for p in pair}
+    for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
+        if not used:
+            continue
+        p_E, active, _ = route(layer, x)
+        for i in set(range(len(p_E))) - set(active):
+            c, w = rho * p_E[i], _expert(layer, i)
+            mu, slope_gate, slope_up = (part[i] for part in layer.experts.moments)
+            out[id(factors["down"][1])][i] += s * c * torch.outer(delta, w["A_down"] @ mu)
+            out[id(factors["down"][0])][i] += s * c * torch.outer(w["B_down"].T @ delta, mu)
+            back = base["down"][i].T @ delta
+            for name, slope in (("gate", slope_gate), ("up", slope_up)):
+                out[id(factors[name][1])][i] += s * c * torch.outer(slope * back, w[f"A_{name}"] @ x)
+                out[id(factors[name][0])][i] += s * c * torch.outer(w[f"B_{name}"].T @ (slope * back), x)
+    return out
+
+
+def expert_mean(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
+    """g_i = [sum_x c_i] [sum_j g_j] / [sum_j sum_x a_j p_j]."""
+    pseudo, active_mass = torch.zeros(layer.num_experts), 0.0
+    for x, used in zip(record["x"], record["used"], strict=True):
+        if used:
+            p_E, active, _ = route(layer, x)
+            active_mass += float(p_E[active].sum())
+            for i in set(range(len(p_E))) - set(active):
+                pseudo[i] += rho * p_E[i]
+    factors = [p for pair in layer.experts.factors().values() for p in pair]
+    return {id(p): (pseudo / active_mass).view(-1, 1, 1) * p.grad.sum(0, keepdim=True) for p in factors}
+
+
+def dense_oracle(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
+    """Autograd through the inactive experts, one token and one expert at a time."""
+    leaves = {n: [f.detach().clone().requires_grad_() for f in pair] for n, pair in layer.experts.factors().items()}
+    base, s = layer.experts.base(), layer.experts.scaling
+    total = torch.zeros(())
+    for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
+        if not used:
+            continue
+        p_E, active, _ = route(layer, x)
+        for i in set(range(len(p_E))) - set(active):
+            w = {n: base[n][i] + s * B[i] @ A[i] for n, (A, B) in leaves.items()}
+            total = total + rho * p_E[i] * delta @ (w["down"] @ (F.silu(w["gate"] @ x) * (w["up"] @ x)))
+    total.backward()
+    live = layer.experts.factors()
+    return {id(p): leaf.grad for n in PROJECTIONS for p, leaf in zip(live[n], leaves[n], strict=True)}

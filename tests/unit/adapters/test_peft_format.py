@@ -1,0 +1,187 @@
+"""Adapters in PEFT's format: by hand, by PEFT itself on transformers' models, and there and back."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.unit.models.test_causal_lm import FAMILIES, ids_and_mask, saved_family
+from ubsmoe_ds.adapters import peft_format
+from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+
+RANK, ALPHA = 2, 6.0
+
+
+def trained(folder, attention=True):
+    """A loaded model whose adapters, routers and phi are no longer those of its base, and its state in our names."""
+    model = load(folder, UBSMoESpec(k=3, candidates=8, lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention))
+    torch.manual_seed(3)
+    state = {}
+    for index, decoder in enumerate(model.decoders):
+        if hasattr(decoder.mlp, "experts"):
+            for name, pair in decoder.mlp.experts.factors().items():
+                for factor, value in zip("AB", pair, strict=True):
+                    state[f"layers.{index}.experts.{name}.lora_{factor}"] = value
+            state[f"layers.{index}.router.weight"] = decoder.mlp.gate.wg.weight
+        for name in peft_format.ATTENTION if attention else ():
+            linear = getattr(decoder.self_attn, name)
+            state |= {f"layers.{index}.attention.{name}.lora_{f}": getattr(linear, f"lora_{f}") for f in "AB"}
+    for value in state.values():
+        value.data.normal_(0, 0.2)
+    return model.eval(), {name: value.detach().clone() for name, value in state.items()}
+
+
+def save(folder, state, **changes):
+    facts = {"k": "3"}
+    peft_format.save(folder, state, **({"rank": RANK, "alpha": ALPHA, "base_model": "base", "facts": facts} | changes))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_our_logits(family, attention, tmp_path):
+    hf = saved_family(family, tmp_path / "base")
+    model, state = trained(tmp_path / "base", attention)
+    save(tmp_path / "adapter", state)
+    peft = PeftModel.from_pretrained(hf, tmp_path / "adapter").eval()
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        ours, theirs = model(ids, used), peft(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - base).abs().max() > 0.1  # the adapter does something
+
+
+def test_there_and_back_is_equal_to_the_bit(tmp_path):
+    saved_family("qwen3_moe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    state["layers.0.phi"] = torch.randn(8)
+    save(tmp_path / "adapter", state)
+    back, rank, alpha = peft_format.read(tmp_path / "adapter", num_experts=8)
+    assert (rank, alpha) == (RANK, ALPHA) and set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "ubsmoe.safetensors",
+    ]
+
+
+def test_gate_and_up_become_one_adapter_by_hand():
+    """E = 2, R = 1, D = 2, F = 1: A is the experts' rows, gate then up; B rank by rank, a diagonal each expert."""
+    state = {
+        "layers.0.experts.gate.lora_A": torch.tensor([[[1.0, 2.0]], [[5.0, 6.0]]]),
+        "layers.0.experts.up.lora_A": torch.tensor([[[3.0, 4.0]], [[7.0, 8.0]]]),
+        "layers.0.experts.gate.lora_B": torch.tensor([[[10.0]], [[30.0]]]),
+        "layers.0.experts.up.lora_B": torch.tensor([[[20.0]], [[40.0]]]),
+        "layers.0.experts.down.lora_A": torch.tensor([[[1.0]], [[2.0]]]),
+        "layers.0.experts.down.lora_B": torch.tensor([[[3.0], [4.0]], [[5.0], [6.0]]]),
+    }
+    found = peft_format.to_peft(state)
+    prefix = "base_model.model.model.layers.0.mlp.experts."
+    assert found[prefix + "base_layer.lora_A.weight"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert found[prefix + "base_layer.lora_B.weight"].tolist() == [[10, 30, 0, 0], [0, 0, 20, 40]]
+    assert found[prefix + "lora_A.weight"].tolist() == [[1], [2]]
+    assert found[prefix + "lora_B.weight"].tolist() == [[3, 5], [4, 6]]
+
+
+def test_adapters_that_peft_trained_come_in(tmp_path):
+    """PEFT's own adapter, saved by PEFT, gives its logits in our model; gate and up share an A there."""
+    hf = saved_family("olmoe", tmp_path / "base")
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=[peft_format.GATE_UP, peft_format.DOWN],
+    )
+    peft = get_peft_model(hf, lora).eval()
+    torch.manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    peft.save_pretrained(tmp_path / "adapter")
+    state, rank, _ = peft_format.read(tmp_path / "adapter", num_experts=8)
+    assert rank == RANK
+    assert {name.split(".", 2)[2].rsplit(".", 1)[0] for name in state} == {
+        "experts.gate",
+        "experts.up",
+        "experts.down",
+        "attention.q_proj",
+        "attention.v_proj",
+    }
+    model = load_trained(read_adapter(tmp_path / "adapter", str(tmp_path / "base")))
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        assert (model(ids, used) - peft(input_ids=ids).logits).abs().max() < 1e-4
+        assert (
+            model(ids, used) - AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
+        ).abs().max() > 0.1
+    weights = dict(peft.named_parameters())
+    inside = "base_model.model.model.layers.1.mlp.experts."
+    A, B = (weights[f"{inside}lora_{factor}.default.weight"] for factor in "AB")
+    delta_EDF = torch.einsum("ore,eri->eoi", B.view(16, RANK, 8), A.view(8, RANK, 12))
+    ours = state["layers.1.experts.down.lora_B"] @ state["layers.1.experts.down.lora_A"]
+    torch.testing.assert_close(ours, delta_EDF)
+
+
+def test_foreign_and_damaged_adapters_are_named(tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"adapter: tensor 'base_model.model.lm_head.lora_A.weight' is none"):
+        peft_format.from_peft({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, 8, RANK)
+    mixed = peft_format.to_peft(state)
+    mixed["base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"].fill_(1.0)
+    with pytest.raises(UserError, match="mixes gate and up"):
+        peft_format.from_peft(mixed, 8, RANK)
+    with pytest.raises(UserError, match="cannot be read"):
+        peft_format.read(tmp_path / "nothing", 8)
+    save(tmp_path / "adapter", state)
+    weights = tmp_path / "adapter" / peft_format.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="cannot be read"):
+        peft_format.read(tmp_path / "adapter", 8)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_adapters_run_on_weights_in_bf16(attention, tmp_path):
+    """Adapters stay fp32 beside them; the logits are those of fp32 but for what bf16 cannot tell."""
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base", attention)
+    save(tmp_path / "adapter", state, base_model=str(tmp_path / "base"))
+    adapter = read_adapter(tmp_path / "adapter")
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        exact, rounded = (load_trained(adapter, dtype)(ids, used) for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (exact - rounded).abs().mean() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1, 2])]
+)
+def test_adapters_that_change_more_than_lora_does_are_refused(key, value, tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state)
+    path = tmp_path / "adapter" / peft_format.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"adapter_config.json', {key} is "):
+        peft_format.read(tmp_path / "adapter", 8)
+
+
+def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state, base_model="allenai/OLMoE-1B-7B-0924")
+    sidecar = tmp_path / "adapter" / peft_format.SIDECAR
+    save_file(load_file(sidecar), sidecar, metadata={"k": "2", "base_model": "/gone"})
+    with pytest.raises(UserError, match="adapter' is of '/gone', no folder here; use --base FOLDER"):
+        read_adapter(tmp_path / "adapter")
+    sidecar.unlink()
+    with pytest.raises(
+        UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
+    ):
+        read_adapter(tmp_path / "adapter")

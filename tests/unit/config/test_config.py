@@ -1,0 +1,192 @@
+"""The experiment file: what is derived from it, and one clear line for everything that is wrong with it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import tiny
+from tests.support.ranks import REPO
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.experiment import ClientConfig, Experiment
+from ubsmoe_ds.config.loading import load_experiment
+
+
+def load(*overrides):
+    return load_experiment("ds_configs/tiny.yaml", overrides)
+
+
+def test_the_demo_is_valid_and_complete():
+    exp = load()
+    assert exp.world_size == 6 and exp.num_experts == 16 and exp.k_max == 8 and exp.candidates == 16
+    assert [exp.active_experts(client) for client in exp.clients] == [2, 4, 6, 8]
+    assert exp.rho(exp.clients[0]) == 1 - 2 / 16
+
+
+@pytest.mark.parametrize(
+    ("budget", "k_max", "expected"),
+    [(0.25, 8, 2), (0.5, 8, 4), (1.0, 8, 8), (0.1, 8, 1), (0.3, 10, 3), (0.7, 10, 7), (0.29, 100, 29), (0.99, 8, 7)],
+)
+def test_active_experts_by_hand(budget, k_max, expected):
+    """floor(K_max * beta), at least 1; 0.29 * 100 is 28.999... in binary and still means 29."""
+    raw = tiny.experiment("unused", [{"budget": budget}]).model_dump() | {"num_experts": 128, "k_max": k_max}
+    exp = Experiment.model_validate(raw)
+    assert exp.active_experts(exp.clients[0]) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.floats(0.001, 1.0), st.integers(1, 64))
+def test_active_experts_rule(budget, k_max):
+    raw = tiny.experiment("unused", [{"budget": budget}]).model_dump() | {"num_experts": 64, "k_max": k_max}
+    exp = Experiment.model_validate(raw)
+    k = exp.active_experts(exp.clients[0])
+    assert 1 <= k <= k_max and (k <= k_max * budget + 1e-6 or k == 1) and k > k_max * budget - 1
+
+
+def test_overrides_reach_every_depth():
+    exp = load("train.rounds=3", "clients.1.budget=0.75", "deepspeed.zero_optimization.stage=2", "dmr.enabled=false")
+    assert exp.train.rounds == 3 and exp.clients[1].budget == 0.75
+    assert exp.deepspeed.zero_stage == 2 and not exp.dmr.enabled
+
+
+WRONG = {
+    "unknown key": (["train.epochs=3"], "train.epochs: unknown key (value 3)"),
+    "more survivors than clients": (["min_clients=9"], "min_clients: 9 exceeds the 4 clients"),
+    "unknown section": (["optimiser.lr=1"], "optimiser: unknown key"),
+    "unknown client key": (["clients.0.k=2"], "clients.0.k: unknown key"),
+    "budget 0": (["clients.0.budget=0"], "clients.0.budget: 0 is not valid: Input should be greater than 0"),
+    "budget 1.5": (
+        ["clients.2.budget=1.5"],
+        "clients.2.budget: 1.5 is not valid: Input should be less than or equal to 1",
+    ),
+    "budget nan": (["clients.2.budget=.nan"], "clients.2.budget: nan is not valid"),
+    "text for a number": (["train.rounds=many"], "train.rounds: 'many' is not valid"),
+    "experts not divisible": (
+        ["clients.3.ranks=3", "clients.3.expert_parallel=3", "deepspeed.train_batch_size=24"],
+        "clients.3.expert_parallel: 3 does not divide the model's 16 experts",
+    ),
+    "ranks not whole groups": (
+        ["clients.2.ranks=3", "deepspeed.train_batch_size=24"],
+        "ranks 3, not a multiple of its expert_parallel 2",
+    ),
+    "zero 3": (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization: stage 3 is not one of 0, 1, 2"),
+    "typo in the json": (["deepspeed.gradient_cliping=1.0"], "deepspeed.gradient_cliping: unknown key"),
+    "no optimiser": (["deepspeed.optimizer={}"], "deepspeed.optimizer: type None must name an optimiser"),
+    "offload": (
+        ["deepspeed.zero_optimization={stage: 1, offload_optimizer: {device: cpu}}"],
+        "offload_optimizer is not supp",
+    ),
+    "another json": (["deepspeed=none.json"], "none.json: cannot be read"),
+    "fp16": (["deepspeed.fp16.enabled=true"], "deepspeed.fp16: enabled true is not supported"),
+    "k_max above experts": (["model.k_max=17"], "model.k_max: 17 exceeds the model's 16 experts"),
+    "candidates below k_max": (
+        ["dmr.candidates=7"],
+        "dmr.candidates: 7 (N_p) must lie between K_max 8 and the 16 experts",
+    ),
+    "candidates above experts": (["dmr.candidates=17"], "dmr.candidates: 17 (N_p) must lie between"),
+    "phi range": (["dmr.phi_min=2.0"], "dmr: phi_min 2.0 must be below phi_max 1.0"),
+    "same name twice": (["clients.1.name=phone"], "clients: name 'phone' appears more than once"),
+    "path in a name": (["name=../x"], "name: '../x' is not valid"),
+    "batch does not split": (["deepspeed.train_batch_size=15"], "train_batch_size: 15 is not a multiple of ranks 2 x"),
+    "estimator": (["pseudo_gradient.estimator=magic"], "pseudo_gradient.estimator: 'magic' is not valid"),
+    "rho": (["pseudo_gradient.rho=dense"], "pseudo_gradient.rho"),
+    "source": (["data.source=csv:x"], "data.source: 'csv:x' is not valid"),
+    "no equals sign": (["train.rounds"], "override 'train.rounds': must read key.sub=value"),
+    "no such client": (["clients.9.budget=1"], "override 'clients.9.budget=1'"),
+    "into a number": (["seed.x=1"], "override 'seed.x=1'"),
+    "derived key": (["num_experts=4"], "num_experts: is read from the model's folder"),
+    "no such model": (["model.path=/nowhere"], "/nowhere/config.json: cannot be read"),
+    "not built in": (["model.path=builtin:big"], "model.path: 'builtin:big' is not built in"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_get_one_line(name):
+    overrides, expected = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    message = str(caught.value)
+    assert expected in message, message
+    assert "\n" not in message
+
+
+def test_files_that_are_no_experiments(tmp_path):
+    for text, expected in (
+        ("[1, 2]", "must hold key: value pairs"),
+        ("a: [", "is not valid YAML"),
+        ("!!python/object:os.x {}", "is not valid YAML"),
+    ):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match="bad.yaml") as caught:
+            load_experiment(path)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_experiment(tmp_path / "missing.yaml")
+
+
+def test_the_ready_made_configs_are_valid(tmp_path):
+    """OLMoE-1B-7B's with a folder in the place of the hub's."""
+    facts = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    exp = load_experiment("ds_configs/olmoe_1b_7b.yaml", [f"model.path={tmp_path}"])
+    assert exp.world_size == 8 and [exp.active_experts(client) for client in exp.clients] == [2, 4, 6, 8]
+    assert exp.deepspeed.use_bf16 and exp.candidates == 16 and exp.train.save_every == 5
+    other = load_experiment("ds_configs/teleqna.yaml")
+    assert other.data.partition == "by_task" and other.world_size == 4
+
+
+def test_other_model_families_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="model_type 'llama'; supported: olmoe, mixtral"):
+        load(f"model.path={tmp_path}")
+
+
+def test_models_without_experts_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    with pytest.raises(UserError, match="num_experts is None, not a number"):
+        load(f"model.path={tmp_path}")
+
+
+def test_deepspeed_json_is_beside_the_yaml(tmp_path):
+    raw = yaml.safe_load(Path("ds_configs/tiny.yaml").read_text())
+    (tmp_path / "exp.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match="tiny.json: cannot be read"):
+        load_experiment(tmp_path / "exp.yaml")
+
+
+def test_settings_cannot_change_after_loading():
+    client = ClientConfig(name="a", budget=0.5)
+    with pytest.raises(ValueError, match="frozen"):
+        client.budget = 1.0
+
+
+def test_models_of_the_hub_come_from_its_cache(tmp_path):
+    """As a machine without network sees it: what is cached is found, and what is not is refused in one line."""
+    cached = tmp_path / "hub" / "models--org--small"
+    commit = "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "config.json").write_text("{}")
+    script = (
+        "import sys; from ubsmoe_ds.models.hub import model_folder; from ubsmoe_ds.base.errors import UserError\n"
+        "try: print(model_folder(sys.argv[1]))\nexcept UserError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    expected = {
+        "hub:org/small": str(cached / "snapshots" / commit),
+        "hub:org/small@main": str(cached / "snapshots" / commit),
+        "hub:org/other": "model.path: 'hub:org/other' cannot be had (",
+        "hub:not a name": "model.path: 'hub:not a name' cannot be had (",
+    }
+    for path, beginning in expected.items():
+        command = [sys.executable, "-c", script, path]
+        printed = subprocess.check_output(command, env=environment, text=True, cwd=REPO)
+        assert printed.startswith(beginning) and printed.count("\n") == 1

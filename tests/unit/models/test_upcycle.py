@@ -1,0 +1,122 @@
+"""Dense models made mixtures of experts: exact where it must be, better where repair and recovery say so."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.upcycle import recover, split, upcycle
+
+VOCAB = 31
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | heads | changes))).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)  # far from linear
+    return model
+
+
+def text(rows=64, length=24, seed=1):
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, k):
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = k
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_upcycled_model_says_what_the_dense_one_says_for_every_k(tied, tmp_path):
+    """In memory, from its files through transformers, and through our own reader."""
+    dense, ids = llama(tie_word_embeddings=tied), text(3)
+    model = upcycle(dense, experts=4, k=2)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = load(tmp_path, UBSMoESpec(k=2, candidates=4)).eval()
+    with torch.no_grad():
+        expected = dense(input_ids=ids).logits
+    assert again.config.model_type == "mixtral" and again.config.num_experts_per_tok == 2
+    for k in range(1, 5):
+        torch.testing.assert_close(logits(model, ids, k), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(again, ids, k), expected, atol=1e-4, rtol=1e-4)
+        ours.set_active_experts(k)
+        with torch.no_grad():
+            found = ours(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_upcycling_keeps_the_precision_and_tokens_that_are_none(tmp_path):
+    """Without a word of it a Mixtral would end texts at its own token 2."""
+    dense = llama(eos_token_id=None, bos_token_id=None).bfloat16()
+    upcycle(dense, experts=2, k=1).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert (again.config.eos_token_id, again.config.bos_token_id, again.dtype) == (None, None, torch.bfloat16)
+    assert torch.equal(again.model.layers[0].mlp.experts.down_proj[1], dense.model.layers[0].mlp.down_proj.weight)
+
+
+def test_a_split_model_with_equal_weights_and_all_experts_is_the_dense_one():
+    """Without spread of the router every weight is 1 / E; with K = E nothing is left out, so nothing needs repair."""
+    dense, ids = llama(), text(3)
+    model, report = split(dense, text(), experts=4, shared=8, ks=[4], router_std=1e-6)
+    assert max(report.error_before) < 1e-8
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, ids, 4), dense(input_ids=ids).logits, atol=2e-3, rtol=1e-3)
+
+
+def test_a_split_model_is_read_like_any_other(tmp_path):
+    ids = text(3)
+    model, _ = split(llama(), text(), experts=4, shared=8, ks=[1, 2, 4])
+    model.save_pretrained(tmp_path)
+    ours = load(tmp_path, UBSMoESpec(k=2, candidates=4)).eval()
+    with torch.no_grad():
+        found = ours(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(found, logits(model, ids, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_the_neurons_that_matter_are_shared():
+    dense = llama(num_hidden_layers=1)
+    mlp = dense.model.layers[0].mlp
+    mlp.down_proj.weight.data.mul_(0.01)
+    mlp.down_proj.weight.data[:, [3, 17]] *= 10_000
+    model, _ = split(dense, text(), experts=2, shared=2, ks=[1, 2])
+    kept = model.model.layers[0].mlp.shared_expert.gate_proj.weight
+    rows = {tuple(row.tolist()) for row in kept}
+    assert rows == {tuple(mlp.gate_proj.weight[n].tolist()) for n in (3, 17)}
+
+
+def test_repair_and_recovery_bring_a_split_model_nearer():
+    """Error of the layers by repair; divergence from the dense model by training, on text not seen."""
+    dense, unseen = llama(), text(16, seed=9)
+    model, report = split(dense, text(), experts=4, shared=8, ks=[1, 2, 4])
+    assert all(after < 0.9 * before for before, after in zip(*report, strict=True))
+
+    def divergence(k):
+        with torch.no_grad():
+            wanted = dense(input_ids=unseen).logits.log_softmax(-1)
+        found = logits(model, unseen, k).log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    before = [divergence(k) for k in (1, 2, 4)]
+    steps = list(recover(model, dense, [text(16, seed=s) for s in range(60)], ks=[1, 2, 4], lr=3e-3))
+    assert [k for k, _ in steps[:4]] == [1, 2, 4, 1]
+    after = [divergence(k) for k in (1, 2, 4)]
+    assert sum(after) < 0.8 * sum(before) and after[0] < 0.8 * before[0], (before, after)
+    assert model.model.layers[0].mlp.gate.top_k == 4
+
+
+def test_what_cannot_be_prepared_is_named():
+    with pytest.raises(UserError, match="has mlp_bias true"):
+        upcycle(llama(mlp_bias=True), 2, 1)
+    with pytest.raises(UserError, match="40 - 9 neurons cannot be dealt to 4 experts"):
+        split(llama(), text(2), experts=4, shared=9, ks=[1])
+    with pytest.raises(UserError, match="'olmoe'; a dense model of the family 'llama'"):
+        from tests.support import tiny
+
+        upcycle(tiny.hf_model(), 2, 1)

@@ -1,0 +1,213 @@
+"""Re-execution, hosts, devices and precision: what is refused, and with which words."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from mpi4py import MPI
+
+from tests.support import tiny
+from tests.support.ranks import run_ranks
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.launching import launchers, relaunch
+from ubsmoe_ds.mpi import world
+
+
+@pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
+def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
+    started = []
+
+    def popen(command, env, **_):
+        started.append((command, env))
+        return SimpleNamespace(poll=lambda: code, wait=lambda: code)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    for name in launchers.RENDEZVOUS_VARIABLES:
+        monkeypatch.setenv(name, "0")
+    assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == code
+    ((command, environment),) = started
+    assert command[0].endswith("mpiexec")
+    assert command[1:] == ["-n", "6", sys.executable, "-u", "-m", "mpi4py", "launch/train.py", "train.rounds=1"]
+    assert not set(launchers.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
+
+
+def test_only_processes_of_this_host_are_watched(tmp_path):
+    """Where hosts share the temporary folder a rank of another has a number that may be any process of this one."""
+    environment = {relaunch.PARENT_SPEAKS: str(tmp_path)}
+    relaunch.sign_in(environment, "a rank here")  # nobody watches from there
+    (tmp_path / relaunch.WATCHED_FROM).write_text("another boot 4026531836")
+    relaunch.sign_in(environment, "a rank of another host")
+    assert [path.name for path in tmp_path.iterdir()] == [relaunch.WATCHED_FROM]
+    (tmp_path / relaunch.WATCHED_FROM).write_text(relaunch._process_table())
+    relaunch.sign_in(environment, "a rank here")
+    assert (tmp_path / str(os.getpid())).read_text() == "a rank here"
+
+
+@pytest.mark.parametrize(("writes", "code"), [(True, 0), (False, 1)])
+def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypatch):
+    """Its mpiexec ends with 0 when it has lost all hosts with ranks."""
+    found: set[tuple] = set()
+
+    def popen(command, env, **_):
+        found.update({("summary.json", 7)} if writes else set())
+        return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(found)) == code
+
+
+@pytest.mark.parametrize(
+    ("restarts", "codes", "left_by_first", "resumes"),
+    [
+        (0, [9], True, [False]),
+        (2, [9, 0], True, [False, True]),  # what the first attempt has saved is gone on from
+        (2, [9, 9, 9], False, [False, False, False]),  # the only checkpoint there is, is an earlier run's
+        (2, [75], True, [False]),  # asked to stop, and the like: not started again
+        (2, [2], True, [False]),
+    ],
+)
+def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeypatch):
+    commands, checkpoints = [], {("000001-round-1", 17)}
+
+    def popen(command, env, **_):
+        code = codes[len(commands)]
+        commands.append(command)
+        if code != 9:  # not killed
+            relaunch.sign_off(env, code)
+        if left_by_first:
+            checkpoints.add(("000001-round-1", 18))
+        return SimpleNamespace(poll=lambda: code, wait=lambda: code)
+
+    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
+    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
+    assert found == codes[-1]
+    assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
+
+
+def test_no_mpiexec_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(relaunch.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="mpiexec: not found beside python or on PATH; install the wheel `mpich`"):
+        relaunch.relaunch("launch/train.py", [], 6)
+
+
+def fake_world(clients: list[int], rank: int = 0):
+    """With the clients of the ranks on this host that see the same devices, and this rank's place among them."""
+
+    def gather(_, found):
+        found[:] = clients
+
+    same = SimpleNamespace(size=len(clients), rank=rank, Allgather=gather)
+    return SimpleNamespace(host_comm=SimpleNamespace(Split=lambda **_: same), rank=0, client=0)
+
+
+@pytest.mark.parametrize(
+    ("sharers", "rank", "devices", "oversubscribe", "local"),
+    [
+        (6, 5, 0, False, "9"),
+        (6, 5, 8, False, "5"),
+        (6, 5, 4, True, "1"),
+        (6, 5, 1, True, "0"),
+        (1, 0, 1, False, "0"),  # a launcher that shows each rank a device of its own
+    ],
+)
+def test_ranks_get_the_device_of_their_place_on_the_host(sharers, rank, devices, oversubscribe, local, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
+    world.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
+    assert world.os.environ["LOCAL_RANK"] == local
+
+
+def test_too_few_devices_are_refused_with_the_arithmetic():
+    exp = tiny.experiment("unused", [{"budget": 1.0}])
+    with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
+        world.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
+    exp = tiny.experiment("unused", [{"budget": 1.0}, {"budget": 1.0, "ranks": 2}], oversubscribe=True)
+    with pytest.raises(UserError, match="'c1' has 2 ranks for 1 accelerators.*cannot share a device"):
+        world.check_devices(exp, fake_world([0, 1, 1]), ["a"])
+
+
+def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkeypatch):
+    """Two of its four ranks are here, beside another client's."""
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
+    world.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
+    assert world.os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(("survives", "expected"), [("1", world.RanksLost), ("", MPI.Exception)])
+def test_an_error_that_may_hide_a_death_counts_as_one_where_jobs_survive_them(survives, expected, monkeypatch):
+    def fail():
+        raise MPI.Exception(MPI.ERR_OTHER)
+
+    monkeypatch.setenv(world.SURVIVES, survives)
+    with pytest.raises(expected):
+        world.wait_quietly(SimpleNamespace(Test=fail))
+
+
+def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    from ubsmoe_ds.client.engine import Client
+
+    monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
+    exp = tiny.experiment("unused", [{"budget": 1.0}], deepspeed=tiny.deepspeed(bf16=True))
+    with pytest.raises(UserError, match="deepspeed.bf16.enabled: true, but .* has no bfloat16; set it to false"):
+        Client(exp, exp.clients[0], 0)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
+    """Rank 0 may run on cores 0 - 7, rank 1 on 0 - 3, rank 2 on core 9 alone, rank 3 on 0 - 3 and 10 - 11."""
+    sets = [[*range(8)], [*range(4)], [9], [*range(4), 10, 11]]
+    found = run_ranks(tmp_path, 4, "tests.support.scenarios:fair_cores", {"sets": sets})
+    assert [int(rank["cores"]) for rank in found] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """Four ranks started on two hosts in turn, as `-ppn 1` does; client a has two ranks, b and c have one."""
+    return run_ranks(tmp_path_factory.mktemp("joined"), 4, "tests.support.scenarios:joined", {})
+
+
+@pytest.mark.slow
+def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
+    """So a is on one host all the same."""
+    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in joined] == [
+        (0, 0, 0),
+        (2, 1, 0),
+        (1, 0, 1),
+        (3, 2, 0),
+    ]
+    ports = [int(r["port"]) for r in joined]
+    assert ports[0] == ports[2] and len(set(ports)) == 3, "clients of a host need ports of their own"
+
+
+@pytest.mark.slow
+def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(joined):
+    """Two see the same two devices, and two one each; then the first two see one, which is too few."""
+    assert [int(rank["local_of_two"]) for rank in joined] == [0, 0, 1, 0]
+    assert [int(rank["local_of_one"]) for rank in joined] == [-1, 0, -1, 0]
+
+
+@pytest.mark.slow
+def test_a_client_on_several_hosts_meets_where_all_its_ranks_have_been(joined):
+    assert len({(str(r["address"]), int(r["meeting_port"])) for r in joined}) == 1
+    assert not str(joined[0]["address"]).startswith("127."), "no other host reaches a loopback address"
+    assert all(str(r["interface"]) for r in joined)
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_reach_each_other_are_said(joined):
+    """The only interface that is allowed does not exist, so there is no address to try."""
+    for rank in joined:
+        assert str(rank["error"]).startswith("rendezvous: no address of the client's first host (it has none)")
+        assert "GLOO_SOCKET_IFNAME" in str(rank["error"])

@@ -1,0 +1,254 @@
+"""Tables worked by hand from made-up run folders, and pictures of them."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.config.methods import PRESETS
+from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
+from ubsmoe_ds.studies import comparison
+
+CONFIG = "ds_configs/compare_tiny.yaml"
+TWO = "clients=[{name: poor, budget: 0.5}, {name: rich, budget: 1.0}]"
+LOSS = {"topk": (0.30, 0.40, 0.50), "ub_smoe": (0.29, 0.37, 0.45)}  # by seed; the second client's is 0.1 less
+
+
+def finish(exp: Experiment, loss: float) -> None:
+    """Leave the folder that a finished run leaves.
+
+    The client at place i has loss - 0.1 i, accuracy 1 - that, and 0.01 more of it normalised by length.
+    """
+    names, rounds = [client.name for client in exp.clients], exp.train.rounds
+    rows = [
+        {"client": name, "flops_ratio": 0.25 * (i + 1), "step_time_ratio": 0.3 * (i + 1)}
+        | {"loss_before": 0.9, "accuracy_before": 0.1}
+        | {"loss_after": loss - 0.1 * i, "accuracy_after": 1 - (loss - 0.1 * i)}
+        for i, name in enumerate(names)
+    ]
+    records = []
+    for number in range(rounds + 1):
+        metrics = {f"megabytes_sent/{name}": 1.5 * (i + 1) for i, name in enumerate(names)} if number else {}
+        if number:
+            metrics["utilisation/cv"] = 0.5 - 0.1 * number
+        if number % exp.evaluation.every == 0 or number == rounds:
+            metrics |= {"eval/loss": loss + rounds - number, "eval/accuracy": 0.5, "eval/utilisation_cv": 0.1 * number}
+            metrics |= {f"eval_{view}/accuracy_norm_all": 1.01 - loss + 0.1 * i for i, view in enumerate(exp.views)}
+        seconds = {f"seconds_local/{name}": 2.0 * (i + 1) for i, name in enumerate(names)} if number else {}
+        records.append({"round": number, "metrics": metrics, "seconds": seconds})
+    exp.run_dir.mkdir(parents=True, exist_ok=True)
+    (exp.run_dir / "config.json").write_text(exp.model_dump_json(indent=2))
+    (exp.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (exp.run_dir / "summary.json").write_text(json.dumps({"clients": rows, "utilisation_cv_after": 0.2}))
+
+
+def made_up(folder: Path, clients: str = TWO, methods: tuple[str, ...] = ("ub_smoe", "topk"), seeds: int = 3) -> list:
+    """Finished runs with the losses of `LOSS`."""
+    runs = []
+    for method in methods:
+        for seed in range(seeds):
+            own = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}", "train.rounds=3"]
+            exp = load_experiment(CONFIG, [clients, *own, "evaluation.every=2"])
+            finish(exp, LOSS.get(method, (0.6, 0.6, 0.6))[seed])
+            runs.append(comparison.Run(method, seed, exp))
+    return runs
+
+
+def test_one_row_per_client_with_sums_over_rounds(tmp_path):
+    clients, _ = comparison.collect(made_up(tmp_path, methods=("topk", "flexlora")))
+    assert len(clients) == 2 * 3 * 2
+    assert clients.iloc[3].to_dict() == {
+        "method": "topk",
+        "seed": 1,
+        "client": "rich",
+        "budget": 1.0,
+        "k": 8,
+        "lora_rank": 8,
+        "loss_before": 0.9,
+        "loss": pytest.approx(0.3),
+        "accuracy_before": 0.1,
+        "accuracy": pytest.approx(0.7),
+        "accuracy_norm": pytest.approx(0.71),
+        "flops_ratio": 0.5,
+        "step_time_ratio": 0.6,
+        "megabytes_sent": 9.0,  # 3 rounds x 3.0
+        "local_seconds": 12.0,  # 3 rounds x 4.0
+    }
+    # a budget cuts down experts or LoRA ranks
+    assert clients[["k", "lora_rank"]].values.tolist()[::6] == [[4, 8], [8, 4]]
+
+
+def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
+    _, rounds = comparison.collect(made_up(tmp_path, methods=("topk",)))
+    first = rounds[rounds["seed"] == 0]
+    assert list(first["round"]) == [0, 1, 2, 3]
+    nan = math.nan  # round 1 was not evaluated, round 0 not trained
+    assert list(first["loss"]) == pytest.approx([3.3, nan, 1.3, 0.3], nan_ok=True)
+    assert list(first["utilisation_cv"]) == pytest.approx([0.0, nan, 0.2, 0.3], nan_ok=True)
+    assert list(first["training_utilisation_cv"]) == pytest.approx([nan, 0.4, 0.3, 0.2], nan_ok=True)
+    assert list(rounds.columns) == ["method", "seed", "round", *comparison.OF_ROUND]
+
+
+def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
+    found = comparison.by_budget(comparison.collect(made_up(tmp_path))[0])
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10, 3))  # of 0.3 0.4 0.5
+    assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08, 3))  # of 0.29 0.37 0.45
+    assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08, 3))
+
+
+def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
+    three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
+    found = comparison.by_budget(comparison.collect(made_up(tmp_path, three))[0])
+    # a and c: loss and loss - 0.2, so on average 0.1 less; their distance is no spread between seeds
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10, 3))
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0], "topk")
+    assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
+    assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02, 3))  # of -0.01 -0.03 -0.05
+
+
+def test_markdown(tmp_path):
+    lines = comparison.markdown(comparison.collect(made_up(tmp_path))[0], "headline").splitlines()
+    assert lines[0] == "headline"
+    results = [line for line in lines if line.startswith("| `")]
+    assert results == [
+        "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
+        "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
+        "| `ub_smoe` | 64.0 ± 8.0 | 74.0 ± 8.0 |",
+        "| `topk` | 61.0 ± 10.0 | 71.0 ± 10.0 |",
+        "| `ub_smoe` | -0.0300 ± 0.0200 | -0.0300 ± 0.0200 |",
+        "| `topk` | +0.0300 ± 0.0200 | +0.0300 ± 0.0200 |",
+    ]
+    assert all(line.count("|") == lines[4].count("|") for line in lines[4:8])
+
+
+def test_markdown_of_one_seed_or_without_the_baseline(tmp_path):
+    clients, _ = comparison.collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1))
+    text = comparison.markdown(clients, "headline")
+    assert "| `flora` | 0.6000 | 40.0 | 0.5000 | 50.0 |" in text and "nan" not in text and "paired" not in text
+
+
+def test_pictures_show_every_method(tmp_path):
+    methods = tuple(PRESETS)
+    figure = comparison.picture(*comparison.collect(made_up(tmp_path, methods=methods)), methods)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(methods)
+    accuracy, end, loss, cv = figure.axes
+    assert len(accuracy.containers) == len(end.containers) == len(loss.lines) == len(cv.lines) == len(methods) >= 10
+    assert len({(line.get_color(), line.get_marker()) for line in loss.lines}) == len(methods)
+    topk = methods.index("topk")
+    assert list(loss.lines[topk].get_ydata()) == pytest.approx([3.4, 1.4, 0.4])  # the mean of three seeds
+    assert list(cv.lines[topk].get_xdata()) == [1, 2, 3]  # round 0 is before training
+    assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
+    assert list(end.containers[topk][0].get_ydata()) == pytest.approx([0.4, 0.3])
+    assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
+
+
+def test_finished_runs_are_of_the_weights_and_rows_that_are_there(tmp_path):
+    """By content: a model split or trained anew has the same names and sizes."""
+    (run,) = made_up(tmp_path / "runs", methods=("topk",), seeds=1)
+    comparison.check_inputs([run])  # a run that does not say
+    summary = run.exp.run_dir / "summary.json"
+    known = json.loads(summary.read_text())
+    inputs = {"model_digest": model_digest(run.exp.model_dir), "data_digest": data_digest(run.exp)}
+    summary.write_text(json.dumps(known | inputs))
+    comparison.check_inputs([run])
+    for name, what in {"model_digest": "weights", "data_digest": "rows"}.items():
+        summary.write_text(json.dumps(known | inputs | {name: "0" * 32}))
+        with pytest.raises(UserError, match=f"topk-0 holds a finished run with other {what} than there are now"):
+            comparison.check_inputs([run])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    digests = set()
+    for value in (0, 1):
+        (folder / "model.safetensors").write_bytes(bytes([value]) * 2**20)
+        digests.add(model_digest(folder))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("lines", ["", '{"round": 1, "metrics": {}, "seconds": {}}\n', '{"round": 1'])
+def test_damaged_run_is_named(tmp_path, lines):
+    runs = made_up(tmp_path, methods=("topk",), seeds=1)
+    (runs[0].exp.run_dir / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="topk-0 is damaged .*Error.*remove the folder"):
+        comparison.collect(runs)
+
+
+def test_machine(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\n" * 2)
+    gpu = tmp_path / "driver" / "nvidia" / "gpus" / "0000:01:00.0"
+    gpu.mkdir(parents=True)
+    (gpu / "information").write_text("Model: \t\t Some GPU\nIRQ: 1\n")
+    cores = f"{len(os.sched_getaffinity(0))} cores of "
+    assert machine(tmp_path).startswith(f"{cores}Some CPU @ 2 GHz, Some GPU, Python 3.")
+    elsewhere = machine(tmp_path / "none")
+    assert elsewhere.startswith(cores) and ", torch " in elsewhere
+
+
+def test_machines_are_those_of_the_runs(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=3)
+    for run, name in zip(runs, ("2 cores of A", "8 cores of B", "2 cores of A"), strict=True):
+        path = run.exp.run_dir / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": name}))
+    assert comparison.machines(runs) == "2 cores of A; 8 cores of B"
+    finish(runs[1].exp, 0.5)  # as runs were before they said so
+    assert comparison.machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
+
+
+def lose_the_last(run: comparison.Run) -> None:
+    path = run.exp.run_dir / "summary.json"
+    summary = json.loads(path.read_text())
+    lost = summary["clients"].pop()["client"]
+    path.write_text(json.dumps(summary | {"lost_in_round": {lost: 2}}))
+
+
+def test_a_lost_client_has_no_end(tmp_path):
+    runs = made_up(tmp_path, methods=("topk",), seeds=1)
+    lose_the_last(runs[0])
+    clients, _ = comparison.collect(runs)
+    assert clients.set_index("client").loss.isna().to_dict() == {"poor": False, "rich": True}
+    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 30.0 |" in comparison.markdown(clients, "headline")
+
+
+def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_left_counted(tmp_path):
+    """Or the mean of seed 1 would be of other clients than that of the other seeds."""
+    three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
+    runs = made_up(tmp_path, three)
+    lose_the_last(next(run for run in runs if (run.method, run.seed) == ("topk", 1)))
+    clients, _ = comparison.collect(runs)
+    found = comparison.by_budget(clients)
+    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
+    assert tuple(found.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
+    text = comparison.markdown(clients, "headline")
+    assert "| `topk` | 0.3000 ± 0.1414 (n = 2) | 70.0 ± 14.1 (n = 2) | 0.3000 ± 0.1000 | 70.0 ± 10.0 |" in text
+    assert "| `ub_smoe` | -0.0300 ± 0.0283 (n = 2) | -0.0300 ± 0.0200 |" in text  # of -0.01 -0.05
+
+
+def test_a_client_that_came_back_sent_nothing_meanwhile(tmp_path):
+    (run,) = made_up(tmp_path, methods=("topk",), seeds=1)
+    path = run.exp.run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    del records[2]["metrics"]["megabytes_sent/rich"], records[2]["seconds"]["seconds_local/rich"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rich = comparison.collect([run])[0].iloc[1]
+    assert (rich["megabytes_sent"], rich["local_seconds"]) == (6.0, 8.0)  # of two rounds of three
+
+
+def test_what_a_label_does_not_say_is_told(tmp_path):
+    def departures(label: str, *overrides: str) -> list[str]:
+        return comparison.departures(comparison.Run(label, 0, load_experiment(CONFIG, [f"method={label}", *overrides])))
+
+    assert departures("topk") == departures("ub_smoe") == departures("flora", "dmr.enabled=false") == []
+    assert departures("topk", "dmr.enabled=true", "dmr.zeta=0.5") == ["dmr.enabled=True (not False)"]
+    assert departures("flora", "merge.rule=florist", "lora.alpha=8.0") == ["merge.rule=florist (not flora)"]
+    exp = load_experiment(CONFIG, ["method=ub_smoe", "dmr.enabled=false", "pseudo_gradient.tokens_per_expert=8"])
+    found = comparison.departures(comparison.Run("ub_smoe-no_dmr", 0, exp))
+    assert found == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]

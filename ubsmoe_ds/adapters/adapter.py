@@ -1,0 +1,223 @@
+"""The adapters that a run leaves behind, the whole's and each client's, and models made of them."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ubsmoe_ds.adapters import peft_format
+from ubsmoe_ds.adapters.merged import check_complete
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import replace_files, require_regular
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import DataConfig
+from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.models.hub import model_folder
+from ubsmoe_ds.models.weights import read_tensors
+from ubsmoe_ds.moe.gate import RESCALE
+
+FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
+FORMAT = "ubsmoe_ds.adapter.2"
+WEIGHTS = "weights.safetensors"  # in place of an adapter where weights themselves have changed
+
+
+def save_adapter(
+    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, rank: int, scaling: float, k: int
+) -> None:
+    """Write a folder as `peft_format` does; under FLoRA, whose adapters go into the weights, all in one file of ours.
+
+    Args:
+        exp: the experiment.
+        folder: to write to.
+        state: see `UnitStore.full_state`.
+        rank: LoRA rank of the state.
+        scaling: what B A is multiplied with; written as alpha = scaling * rank.
+        k: active experts it is meant for.
+    """
+    path = exp.model.path
+    is_name = path.startswith(("hub:", "builtin:"))
+    facts = {
+        "format": FORMAT,
+        "base_model": exp.model.path if is_name else str(exp.model_dir.resolve()),
+        "method": exp.method,
+        "k": str(k),
+        "k_max": str(exp.k_max),
+        "candidates": str(exp.candidates),
+        "modulate": exp.dmr.modulate,
+        "gate_rescale": exp.router.gate_rescale,
+        "gamma": str(exp.router.gamma),
+        "data_format": exp.data.format,
+        "max_length": str(exp.data.max_length),
+    }
+    if exp.merge.rule == "flora":
+        replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
+        return
+    base, _, revision = path.removeprefix("hub:").partition("@")
+    if not path.startswith("hub:"):
+        base, revision = str(exp.model_dir.resolve()), ""
+    alpha = scaling * rank
+    peft_format.save(folder, state, rank=rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None)
+
+
+class Adapter(NamedTuple):
+    """What `read_adapter` found: `state` in our names, scaling of B A, the base's folder, and the sidecar's facts."""
+
+    state: dict[str, Tensor]
+    rank: int
+    scaling: float
+    base: Path
+    facts: dict[str, str]
+
+
+def read_adapter(folder: Path, base: str | None = None) -> Adapter:
+    """A folder that `save_adapter` wrote, or PEFT with the same targets.
+
+    Args:
+        folder: of the adapter.
+        base: as `model.path`; None: the model it was trained on.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    whole = folder / WEIGHTS
+    merged = os.path.lexists(whole)
+    facts = _facts(folder)
+    path = model_folder(base or _base_of(folder, facts))
+    family, config = read_facts(path)
+    if merged:
+        return Adapter(read_tensors(whole), 0, 0.0, path, facts)
+    state, rank, alpha = peft_format.read(folder, config[family.num_experts])
+    return Adapter(state, rank, alpha / rank, path, facts)
+
+
+def asked_as(folder: Path) -> tuple[str, int]:
+    """How an adapter's training put questions: (data.format, data.max_length); the defaults where it does not say.
+
+    Raises:
+        UserError: as `read_adapter`.
+    """
+    facts, default = _facts(folder), DataConfig()
+    form = facts.get("data_format", default.format)
+    if form not in ("instruction", "cloze"):
+        raise _wrong_fact("data_format", form, "instruction or cloze")
+    return form, _whole(facts, "max_length", default.max_length, 8, 10**9 - 1)
+
+
+def _facts(folder: Path) -> dict[str, str]:
+    """What `save_adapter` wrote beside the tensors; none where there is no such file, as in PEFT's own adapters."""
+    path = folder / (WEIGHTS if os.path.lexists(folder / WEIGHTS) else peft_format.SIDECAR)
+    if not os.path.lexists(path):
+        return {}
+    try:
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            facts = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter: {str(path)!r} cannot be read ({getattr(error, 'strerror', error)})") from error
+    if "k" not in facts or facts.get("format", FORMAT) != FORMAT:
+        raise UserError(f"adapter: {str(path)!r} has the format {facts.get('format')!r}, not {FORMAT!r}; save it again")
+    return facts
+
+
+def _base_of(folder: Path, facts: Mapping[str, str]) -> str:
+    """The model that the adapter was trained on, as `model.path`."""
+    base = facts.get("base_model")
+    if not base:
+        return _base_of_peft(folder)
+    if not base.startswith(("hub:", "builtin:")) and not Path(base).is_dir():
+        raise UserError(f"adapter: {str(folder)!r} is of {base!r}, no folder here; use --base FOLDER")
+    return base
+
+
+def _base_of_peft(folder: Path) -> str:
+    base = peft_format.read_config(folder / peft_format.CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"adapter: {str(folder / peft_format.CONFIG)!r} names no base model ({base!r}); use --base")
+    if not Path(base).is_dir():
+        raise UserError(
+            f"adapter: {str(folder / peft_format.CONFIG)!r} is of {base!r}, no folder here; use --base FOLDER, or "
+            f"--base hub:{base} if it is a model of the hub"
+        )
+    return base
+
+
+def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
+    """The base model with the adapter on it, all experts on this rank, for evaluation.
+
+    Args:
+        adapter: see `read_adapter`. Without our facts, as of PEFT's own adapters, it is plain Top-K at the config's K.
+        dtype: of the frozen weights.
+
+    Raises:
+        UserError: if the adapter has a tensor that the model has no place for.
+    """
+    state = adapter.state
+    spec = _spec(adapter)
+    model = load(adapter.base, spec, dtype)
+    places = model.named_state()
+    for name, value in state.items():
+        if adapter.rank == 0 and name.endswith((".lora_A", ".lora_B")):
+            continue  # FLoRA has merged them
+        if name not in places or places[name].shape != value.shape:
+            raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
+        places[name].data.copy_(value)
+    if adapter.facts:
+        check_complete(state, places)
+    return model.eval()
+
+
+def _spec(adapter: Adapter) -> UBSMoESpec:
+    """How the adapter was trained. Without our facts it is plain Top-K at the config's K.
+
+    Raises:
+        UserError: naming the fact that cannot be.
+    """
+    facts, state = adapter.facts, adapter.state
+    family, config = read_facts(adapter.base)
+    experts, rank = config[family.num_experts], max(adapter.rank, 1)
+    k_max = _whole(facts, "k_max", config["num_experts_per_tok"], 1, experts)
+    gamma = facts.get("gamma", "0.5")
+    if not _is_number(gamma):
+        raise _wrong_fact("gamma", gamma, "a number, at least 0")
+    for name, values in {"modulate": ("weights", "selection"), "gate_rescale": ("none", "learned", *RESCALE)}.items():
+        if facts.get(name, values[0]) not in values:
+            raise _wrong_fact(name, facts[name], f"one of {', '.join(values)}")
+    k = _whole(facts, "k", k_max, 1, experts)
+    return UBSMoESpec(
+        k=k,
+        candidates=_whole(facts, "candidates", experts, max(k, k_max), experts),
+        lora_rank=rank,
+        lora_alpha=adapter.scaling * rank,
+        lora_attention=any(".attention." in name for name in state),
+        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
+        modulate=facts.get("modulate", "weights"),
+        gate_rescale=facts.get("gate_rescale", "none"),
+        gamma=float(gamma),
+        k_max=k_max,
+    )
+
+
+def _whole(facts: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = facts.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise _wrong_fact(name, text, f"{least} to {most}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def _wrong_fact(name: str, value: str, right: str) -> UserError:
+    return UserError(f"adapter: its {peft_format.SIDECAR} says {name} {value!r}, must be {right}; save it again")

@@ -1,0 +1,129 @@
+"""A checkpoint with an adapter merged into it: plain weights that any program for its family reads.
+
+It computes what the adapter does with PEFT: phi and the gate's rescaling have no place in it. One shard is in memory at
+a time. Shapes: E experts, R LoRA rank, O x I a projection's weight.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import new_folder, require_new, require_regular
+from ubsmoe_ds.models.families import Family, read_facts
+from ubsmoe_ds.models.weights import Checkpoint
+
+
+def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path, *, whole: bool) -> None:
+    """Write the base model with W + scaling B A for W, in the precision it is stored in, and the trained routers.
+
+    Args:
+        base: checkpoint folder; its other files (config, tokenizer) are copied.
+        state: in our names, see `federation/units.py`; whole weights (FLoRA's) replace the base's.
+        scaling: alpha / R.
+        out: a new or empty folder.
+        whole: whether what one layer has in the state all must have; PEFT may have adapted some layers only.
+
+    Raises:
+        UserError: if `out` is in use, the base cannot be read, or the state is not one of this base, or not whole.
+    """
+    require_new(out, "--merge")
+    family, _ = read_facts(base)
+    checkpoint = Checkpoint(base)
+    if whole:
+        owners = {_own_name(name, family)[0] for name in checkpoint.names} - {""}
+        check_complete(state, [f"{own}.{ending}" for own in owners for ending in ("weight", "lora_A", "lora_B")])
+    used: set[str] = set()
+    with new_folder(out, "--merge") as unfinished:
+        for name in checkpoint.files:
+            save_file(_merged_shard(base / name, family, state, scaling, used), unfinished / name, {"format": "pt"})
+        for path in sorted(base.iterdir()):
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copy(path, unfinished / path.name)
+        left = sorted(name for name in state if name not in used and not name.endswith((".phi", ".scale")))
+        if left:
+            raise UserError(
+                f"merge: {str(base)!r} has no weight for {len(left)} tensors of the adapter, first {left[0]!r}"
+            )
+
+
+def check_complete(state: Mapping[str, Tensor], places: Iterable[str]) -> None:
+    """That what one layer has, all layers of that kind have: a part that is lost would pass for one never trained.
+
+    Args:
+        state: of an adapter, in our names.
+        places: what the base has a place for, in our names.
+
+    Raises:
+        UserError: naming a tensor that is missing.
+    """
+    kinds = {name.split(".", 2)[2] for name in state} - {"scale"}  # a client's own, so not in the whole's
+    for name in sorted(places):
+        if name.split(".", 2)[2] in kinds and name not in state:
+            raise UserError(f"adapter: tensor {name!r} is missing, which other layers have; save it again")
+
+
+def _merged_shard(
+    path: Path, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
+) -> dict[str, Tensor]:
+    merged = {}
+    try:
+        require_regular(path)
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                merged[name] = _merged_tensor(name, shard.get_tensor(name), family, state, scaling, used)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"merge: {str(path)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return merged
+
+
+def _merged_tensor(
+    name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
+) -> Tensor:
+    own, expert = _own_name(name, family)
+    if f"{own}.weight" in state:  # a router, or what FLoRA merged
+        used |= {f"{own}.weight", f"{own}.lora_A", f"{own}.lora_B"}
+        value = _of_expert(state[f"{own}.weight"], expert, own)
+        _check_fit(name, weight, value.shape)
+        return value.to(weight.dtype).contiguous()
+    if f"{own}.lora_A" not in state:
+        return weight
+    used |= {f"{own}.lora_A", f"{own}.lora_B"}
+    A, B = (_of_expert(state[f"{own}.lora_{factor}"].float(), expert, own) for factor in "AB")
+    _check_fit(name, weight, (B.shape[0], A.shape[1]))
+    return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
+
+
+def _of_expert(value: Tensor, expert: int | None, own: str) -> Tensor:
+    if expert is not None and expert >= len(value):
+        raise UserError(
+            f"merge: the adapter's {own!r} has {len(value)} experts, the base has more; name its own --base"
+        )
+    return value if expert is None else value[expert]
+
+
+def _check_fit(name: str, weight: Tensor, shape: Sequence[int]) -> None:
+    if [*weight.shape] != [*shape]:
+        raise UserError(
+            f"merge: tensor {name!r} of the base has the shape {[*weight.shape]}, the adapter {[*shape]}; "
+            "name the base that it was trained on"
+        )
+
+
+def _own_name(name: str, family: Family) -> tuple[str, int | None]:
+    """(our name of a checkpoint's tensor, without its ending; the expert if it is one's)."""
+    projections = {family.gate: "gate", family.up: "up", family.down: "down"}
+    expert = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.experts\.(\d+)\.(\w+)\.weight", name)
+    if expert and expert[3] in projections:
+        return f"{expert[1]}.experts.{projections[expert[3]]}", int(expert[2])
+    router = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.gate\.weight", name)
+    if router:
+        return f"{router[1]}.router", None
+    attention = re.fullmatch(r"model\.(layers\.\d+)\.self_attn\.(\w+)\.weight", name)
+    return (f"{attention[1]}.attention.{attention[2]}", None) if attention else ("", None)

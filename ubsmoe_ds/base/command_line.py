@@ -1,0 +1,57 @@
+"""What the commands share: a mistake in an option is one line and exit code 2, like every other mistake of a user."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
+
+MOST = 2**31 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its own way of ending the program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage on several lines.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}; see --help")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """For `type=`: a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 20):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """For `type=`: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def carry_out(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0

@@ -1,0 +1,174 @@
+"""Files as users name them: read with bounds, and written whole or not at all.
+
+What is read may be anything: a pipe, a device, gigabytes, or nested until the stack is full. What is written may not
+fit. Readers raise OSError or ValueError, so that each caller can say whose file it was; writers raise UserError.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from ubsmoe_ds.base.errors import UserError
+
+MOST_BYTES = 64 * 2**20  # of a JSON; the index of a large checkpoint has a few MB
+
+
+def require_regular(path: Path) -> None:
+    """That a path leads to a regular file, which can be read without waiting and has an end.
+
+    Raises:
+        OSError: with a `strerror` for people.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no path holds a NUL") from error
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "Is a directory")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open for reading; see `require_regular`."""
+    require_regular(path)
+    return path.open("rb")
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """A whole text file in UTF-8.
+
+    Raises:
+        OSError: see `require_regular`.
+        ValueError: for more than `most` bytes, or another encoding.
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"more than {most} bytes")
+    return data.decode()
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file; see `parse_json`."""
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON, of which nothing is dropped in silence.
+
+    Raises:
+        ValueError: also for a key that stands twice in an object, NaN, Infinity, and nesting that is too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def finite_or_null(value: Any) -> Any:
+    """For JSON, which has no word for NaN and Inf: the same with None in their places."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite_or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """A full disk, a missing permission and the like become one line that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors hides the system's error in its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"{str(path)!r} cannot be written ({reason}); free space there or choose another") from error
+
+
+def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files of a folder, which is made: under other names first, so that a failure leaves the earlier ones whole.
+
+    Args:
+        folder: of the files.
+        contents: what writes each file, by its name.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    with writes(folder), _made(folder):
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
+            for name, write in contents.items():
+                write(Path(unfinished) / name)
+            for name in contents:
+                (Path(unfinished) / name).replace(folder / name)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there within the block; if it is new and the block fails, it goes again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def require_new(folder: Path, option: str) -> None:
+    """That a folder can be made: it is not there yet, or empty.
+
+    Raises:
+        UserError: naming the option.
+    """
+    with writes(folder):
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise UserError(f"{option}: {str(folder)!r} is in use; name a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[Path]:
+    """A folder that is there complete or not at all: what the block writes to the yielded path appears at its end.
+
+    Args:
+        folder: where it is wanted, see `require_new`.
+        option: that names it, for the error.
+
+    Raises:
+        UserError: if it is in use or cannot be written.
+    """
+    require_new(folder, option)
+    with writes(folder):
+        whole = folder.resolve()
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = whole.parent / f".unfinished-{os.getpid()}-{whole.name[:100]}"
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            unfinished.replace(whole)  # takes the place of an empty folder
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,278 @@
+"""Checkpoints on disk: written by all ranks in parallel, whole or not at all, and verified before they are used.
+
+A checkpoint is a folder `checkpoints/000007-round-12`, 000007 a serial number. Each rank writes one safetensors file of
+pieces, named stretches of flat tensors, so that a job of another layout can read exactly what it needs. The manifest
+(JSON) holds the checksum of every file and of itself. All is written to a temporary folder, synced, then renamed.
+
+This file knows files only: what a federation puts into a checkpoint is in federation/state.py.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import read_json, require_regular
+
+FORMAT = "ubsmoe_ds.checkpoint.storage.1"
+FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
+HASHED_AT_ONCE = 2**22  # bytes
+RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+
+
+class Piece(NamedTuple):
+    """Elements from `offset` on of the flat tensor `name`; `kind` and `owner` tell tensors of one name apart."""
+
+    kind: str
+    owner: str
+    name: str
+    offset: int
+    value: Tensor
+
+
+class Damaged(Exception):  # noqa: N818  # no error of this program
+    """Why a checkpoint cannot be used, in one line."""
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, the newest first; half-written ones are none."""
+    found = (path for path in (run_dir / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9][0-9]-*") if path.is_dir())
+    return sorted(found, key=serial_of, reverse=True)
+
+
+def serial_of(folder: Path) -> int:
+    """The serial number that a checkpoint's name begins with."""
+    return int(folder.name.partition("-")[0])
+
+
+def set_aside_newer(run_dir: Path, folder: Path) -> None:
+    """Rename the checkpoints that are newer than the one that a run goes on from: their branch has been left.
+
+    Raises:
+        OSError: where they cannot be renamed.
+    """
+    if folder.parent.resolve() != (run_dir / FOLDER).resolve():
+        return
+    for leaving in folders(run_dir):
+        if serial_of(leaving) > serial_of(folder):
+            names = (f"{LEFT}{leaving.name}{f'-{number}' if number else ''}" for number in itertools.count())
+            leaving.rename(next(path for path in map(leaving.with_name, names) if not path.exists()))
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's file in a checkpoint."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def begin(run_dir: Path, serial: int) -> Path:
+    """An empty temporary folder for a checkpoint; what an interrupted one left behind is removed. One rank calls it."""
+    parent = run_dir / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = temporary(run_dir, serial)
+    folder.mkdir()
+    return folder
+
+
+def named(run_dir: Path, serial: int, label: str) -> Path:
+    """Where a checkpoint is once it is complete."""
+    return run_dir / FOLDER / f"{serial:06d}-{label}"
+
+
+def temporary(run_dir: Path, serial: int) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return run_dir / FOLDER / f"{TEMPORARY}{serial:06d}"
+
+
+def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[int, bytes]:
+    """Write and sync a rank's file.
+
+    Returns:
+        (its bytes, its SHA-256).
+
+    Raises:
+        OSError, SafetensorError: as for a full disk.
+    """
+    tensors = {
+        f"{piece.kind}|{piece.owner}|{piece.name}|{piece.offset}": piece.value.detach().reshape(-1).cpu().clone()
+        for piece in pieces
+    }
+    path = folder / rank_file(rank)
+    save_file(tensors, path)
+    _sync(path)
+    return path.stat().st_size, _sha256(path)
+
+
+def commit(
+    run_dir: Path,
+    serial: int,
+    label: str,
+    files: Mapping[str, tuple[int, bytes]],
+    content: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the manifest, give the checkpoint its name, and remove all but the newest `keep`. One rank calls it.
+
+    Args:
+        run_dir: the run's folder.
+        serial: of this checkpoint.
+        label: what its folder's name says beside the serial.
+        files: bytes and SHA-256 of each rank's file, all of them written.
+        content: what else the manifest holds; JSON types only.
+        keep: checkpoints to leave.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: as for a full disk.
+    """
+    source, target = temporary(run_dir, serial), named(run_dir, serial, label)
+    listed = {name: {"bytes": size, "sha256": digest.hex()} for name, (size, digest) in files.items()}
+    manifest = {"format": FORMAT, "files": listed, **content}
+    manifest["sha256"] = _digest(manifest)
+    (source / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(source / MANIFEST)
+    _sync(source)
+    source.rename(target)
+    _sync(target.parent)
+    for old in folders(run_dir)[keep:]:
+        going = temporary(run_dir, serial_of(old))
+        old.rename(going)  # half-removed it must not be taken for a checkpoint
+        shutil.rmtree(going, ignore_errors=True)  # the new one is whole; what will not go now goes before the next
+    return target
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, its own checksum verified.
+
+    Raises:
+        Damaged: if it is missing, unreadable or changed.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise Damaged(f"{MANIFEST} is not of format {FORMAT}")
+    if manifest.get("sha256") != _digest({key: value for key, value in manifest.items() if key != "sha256"}):
+        raise Damaged(f"{MANIFEST} does not have its checksum")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        RANK_FILE.fullmatch(name) and isinstance(files[name], dict) for name in files
+    ):
+        raise Damaged(f"{MANIFEST} does not list the files of ranks")  # a name must not lead out of the folder
+    return manifest
+
+
+def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        Damaged: if it is missing or differs.
+    """
+    path = folder / name
+    try:
+        require_regular(path)
+        if path.stat().st_size != expected.get("bytes"):
+            raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {expected.get('bytes')}")
+        if _sha256(path).hex() != expected.get("sha256"):
+            raise Damaged(f"{name} does not have its checksum")
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+
+
+class Reader:
+    """The pieces of a verified checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        names: its files.
+
+    Raises:
+        UserError: if a file is none of ours in spite of its checksum.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder = folder
+        self._files = {}
+        self._index: dict[tuple[str, str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        for name in names:
+            try:
+                file = self._files[name] = safe_open(folder / name, framework="pt")
+                for key in file.keys():  # noqa: SIM118  # a file of tensors is no mapping
+                    kind, owner, tensor, offset = key.split("|")
+                    numel = file.get_slice(key).get_shape()[0]
+                    self._index[kind, owner, tensor].append((int(offset), numel, name, key))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise UserError(f"checkpoint: {folder / name} cannot be read ({error}); use an older one") from error
+
+    def has(self, kind: str, owner: str, name: str) -> bool:
+        """Whether there is any piece of this tensor."""
+        return (kind, owner, name) in self._index
+
+    def kinds(self, prefix: str) -> list[str]:
+        """All kinds that begin so."""
+        return sorted({kind for kind, _, _ in self._index if kind.startswith(prefix)})
+
+    def read(self, kind: str, owner: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """Elements [start, start + numel) of a tensor, from however many pieces; numel None: all from `start` on.
+
+        Raises:
+            UserError: if the pieces do not cover them.
+        """
+        if numel is None:
+            known = self._index.get((kind, owner, name), [])
+            numel = max((offset + size for offset, size, *_ in known), default=start) - start
+        parts, reached = [], start
+        for offset, value in self.overlaps(kind, owner, name, start, numel):
+            if offset <= reached < offset + len(value):
+                parts.append(value[reached - offset :])
+                reached = offset + len(value)
+        if reached < start + numel or not parts:
+            raise UserError(
+                f"checkpoint: {self.folder} has no {kind} of {name!r} of {owner!r} from element {reached} on; it is of "
+                "another model or config"
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def overlaps(self, kind: str, owner: str, name: str, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
+        """(offset, values) of what there is of elements [start, start + numel), in order."""
+        for offset, size, file, key in sorted(self._index.get((kind, owner, name), [])):
+            first, end = max(offset, start), min(offset + size, start + numel)
+            if first < end:
+                yield first, self._files[file].get_slice(key)[first - offset : end - offset]
+
+
+def _sha256(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.digest()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """To the disk: a file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

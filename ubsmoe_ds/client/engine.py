@@ -1,0 +1,309 @@
+"""One federated client: its DeepSpeed engine, its local steps, and what it counts. Knows nothing of other clients.
+
+Shapes: L layers, E experts, A answer positions, V vocabulary.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.client.gradients import GradientHook
+from ubsmoe_ds.config.experiment import ClientConfig, Experiment
+from ubsmoe_ds.data.batches import StepBatch, Tokens
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.moments import ExpertMoments
+
+ADAMS = ("adam", "adamw")
+
+
+class LocalStats(NamedTuple):
+    """One rank's local steps: sums, so that ranks add up; the norms are of the whole client, summed over steps."""
+
+    nll: float
+    answer_tokens: float
+    used_tokens: float
+    dropped_routes: float
+    routed_routes: float
+    real_norm: float
+    pseudo_norm: float
+    steps: float
+    bad_steps: float
+
+
+@dataclass
+class LocalProgress:
+    """How far a client's local steps of a round have come on one rank; counts of routes are the gates' own.
+
+    steps: taken or skipped; bad_steps: skipped, for NaN or Inf; sums: fp64 on the CPU: answer loss, answer tokens,
+    used tokens, norm of the real gradient, norm of the pseudo-gradient, over the steps that were taken.
+    deadline: on the monotonic clock; seconds: of the steps so far, before a checkpoint too.
+    """
+
+    steps: int = 0
+    bad_steps: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    deadline: float | None = None
+    seconds: float = 0.0
+
+
+def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
+    """What conversion needs to know of one rank of one client."""
+    return UBSMoESpec(
+        k=exp.active_experts(config),
+        candidates=exp.candidates,
+        lora_rank=exp.lora_rank(config),
+        full_rank=exp.lora.rank,
+        lora_alpha=exp.lora.alpha,
+        lora_attention=exp.lora.attention,
+        router_trainable=exp.router.trainable,
+        capacity_factor=config.capacity_factor,
+        min_capacity=exp.model.min_capacity,
+        phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
+        modulate=exp.dmr.modulate,
+        gate_rescale=exp.router.gate_rescale,
+        gamma=exp.router.gamma,
+        k_max=exp.k_max,
+        expert_parallel=config.expert_parallel,
+        expert_rank=client_rank % config.expert_parallel,
+        seed=exp.seed,
+    )
+
+
+def engine_config(exp: Experiment) -> dict[str, Any]:
+    """The DeepSpeed JSON as DeepSpeed gets it: progress lines off, and clipping off where it would be wrong."""
+    config = exp.deepspeed.model_dump(exclude_none=True)
+    config.setdefault("steps_per_print", 2**31)
+    if exp.deepspeed.zero_stage == 0:
+        config["gradient_clipping"] = 0.0  # see GradientHook
+    optimizer = config["optimizer"]
+    if str(optimizer.get("type", "")).lower() in ADAMS:
+        # DeepSpeed's own Adam is compiled at start; torch's needs no compiler and is as fast for adapters
+        optimizer["params"] = {"torch_adam": True, **optimizer.get("params", {})}
+    return config
+
+
+class Client:
+    """A client's engine on one of its ranks; the rendezvous variables are set (see `world.join`).
+
+    Args:
+        exp: the experiment.
+        config: this client's section.
+        client_rank: this rank's place in the client.
+        verbose: let DeepSpeed print.
+    """
+
+    def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
+        self.exp, self.config = exp, config
+        self.k = exp.active_experts(config)
+        self.rank = exp.lora_rank(config)  # pruning lowers it
+        self.device = torch.device(get_accelerator().current_device_name())
+        if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
+            raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
+        torch.manual_seed(exp.seed)
+        self.spec = client_spec(exp, config, client_rank)
+        self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
+        self.hf_config = self.model.hf.config
+        with _deepspeed_output(verbose):
+            self.engine, *_ = deepspeed.initialize(
+                model=self.model,
+                model_parameters=[p for p in self.model.parameters() if p.requires_grad],
+                config=engine_config(exp),
+            )
+        estimator = exp.pseudo_gradient.estimator
+        tokens, moment_share = exp.pseudo_gradient.tokens_per_expert, exp.pseudo_gradient.moment_share
+        self.collector = None
+        if estimator != "none":
+            collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
+            self.collector = collector.attach()
+        self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
+        self.gradient_hook = GradientHook(
+            self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
+        )
+
+    def begin_round(self) -> LocalProgress:
+        """Before the first local step of a round."""
+        if self.exp.train.optimizer_state == "reset":
+            self.reset_optimizer()
+        self.reset_counts()
+        return LocalProgress()
+
+    def train(self, batches: Iterator[StepBatch], local: LocalProgress, count: int, stop: Callable[[], bool]) -> None:
+        """Take local steps, from where `local` stands; the sums stay on the device until the end.
+
+        Args:
+            batches: the steps to come.
+            local: brought up to date.
+            count: of steps that make a round.
+            stop: whether to stop before the next step, the same on all ranks of the client; see also
+                `train.max_bad_steps`.
+        """
+        self.engine.train()
+        self.model.set_active_experts(self.k)
+        sums = local.sums.to(self.device)
+        while local.steps < count and not self.is_out(local) and not stop():
+            batch = next(batches)
+            nll = self.step(batch)
+            local.steps += 1
+            if self.gradient_hook.skipped:
+                local.bad_steps += 1
+                continue
+            answers = sum(len(tokens.target_A) for tokens in batch.micro)
+            sums[0] += nll
+            # numbers go along with the kernels; a tensor of them would be waited for
+            for place, value in enumerate((answers, batch.used_tokens, *self.gradient_hook.norms), start=1):
+                sums[place] += value
+        local.sums = sums.cpu()
+
+    def is_out(self, local: LocalProgress) -> bool:
+        """Whether the client had so many bad steps that it sits the round out."""
+        return local.bad_steps > self.exp.train.max_bad_steps
+
+    def local_stats(self, local: LocalProgress) -> LocalStats:
+        """What this rank's local steps of the round come to."""
+        nll, answers, used, real_norm, pseudo_norm = local.sums.tolist()
+        dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
+        routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
+        steps, bad = local.steps, local.bad_steps
+        return LocalStats(nll, answers, used, dropped, routed, real_norm, pseudo_norm, steps - bad, bad)
+
+    def step(self, batch: StepBatch) -> Tensor:
+        """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""
+        if self.collector is not None:
+            self.collector.reset()
+        total = torch.zeros((), device=self.device)
+        for number, tokens in enumerate(batch.micro):
+            loss, nll = self._loss(self.engine, tokens.to(self.device), batch)
+            self.engine.backward(loss)
+            if number == len(batch.micro) - 1:
+                self.gradient_hook.prepare()
+            self.engine.step()
+            total += nll
+        return total
+
+    def _loss(self, model: Any, tokens: Tokens, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """(loss for backward, summed answer loss).
+
+        The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together;
+        DeepSpeed averages over both, hence the factor. So the gradient does not depend on the client's layout.
+        """
+        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A)
+        nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
+        loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
+        penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
+        loss = loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss)
+        if self.exp.lora.prune_penalty and self.tail_start < self.rank:
+            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self.tail_start)
+        return loss, nll.detach()
+
+    @property
+    def tail_start(self) -> int:
+        """The rank from which on self-pruning sees a tail: floor(gamma r), at least the smallest rank allowed."""
+        return max(self.exp.lora.prune_min_rank, int(self.exp.lora.prune_gamma * self.rank))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
+        """Sum up moments over `count` steps' rows without training, so that the first round has some."""
+        assert self.moments is not None
+        self.engine.train()
+        self.model.set_active_experts(self.k)
+        self.reset_counts()
+        self.moments.start(every=1)  # few tokens, and only once
+        for _ in range(count):
+            for tokens in next(batches).micro:
+                self.model(*tokens.to(self.device)[:3])
+
+    def reset_counts(self) -> None:
+        """Start counting routed tokens anew, and with them the moments."""
+        for layer in self.model.layers:
+            layer.gate.reset_counts()
+        if self.moments is not None:
+            self.moments.start()
+
+    def routed_counts(self) -> Tensor:
+        """Tokens that this rank routed to each expert, and its tokens in the last column, [L, E + 1] int64, CPU."""
+        gates = [layer.gate for layer in self.model.layers]
+        return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
+
+    def pseudo_mass(self) -> Tensor:
+        """Sum over this rank's tokens of the weight that pseudo-gradients gave each expert, [L, E] fp64, CPU."""
+        return torch.stack([layer.gate.pseudo_E for layer in self.model.layers]).double().cpu()
+
+    def recover(self) -> None:
+        """After NaN or Inf, once the shared state is back: forget moments, and learned scales that went astray."""
+        self.reset_optimizer()
+        for layer in self.model.layers:
+            if layer.gate.scale is not None and not bool(torch.isfinite(layer.gate.scale).all()):
+                self.gradient_hook.masters.write(layer.gate.scale, torch.ones_like(layer.gate.scale))
+
+    def reset_optimizer(self) -> None:
+        """Forget moments and step counts in place, so that ZeRO's views of them stay valid."""
+        for state in self.engine.basic_optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tokens, k: int) -> Tensor:
+        """Evaluation logits [A, V] with k active experts and nothing dropped."""
+        self.engine.eval()
+        self.model.set_active_experts(k)
+        return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
+
+    def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
+        """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""
+        if ks[0] == ks[1]:
+            return 1.0, 1.0  # nothing to compare
+        self.engine.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        seconds: dict[int, list[float]] = {k: [] for k in ks}
+        if self.collector is not None:
+            self.collector.reset()
+        for _ in range(repeats + 1):
+            for k in ks:
+                self.model.set_active_experts(k)
+                get_accelerator().synchronize()
+                start = time.perf_counter()
+                loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)
+                torch.autograd.grad(loss, trained, allow_unused=True)
+                if self.collector is not None:
+                    self.collector.reduce()
+                get_accelerator().synchronize()
+                seconds[k].append(time.perf_counter() - start)
+        first, second = (statistics.median(seconds[k][1:]) for k in ks)
+        return first, second
+
+
+def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
+    """Initialise this client's torch world."""
+    # on the CPU DeepSpeed would compile this at start (40-85 s, a compiler); a killed build hangs all later runs
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_accelerator:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    with _deepspeed_output(verbose):
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo"
+        )
+
+
+@contextlib.contextmanager
+def _deepspeed_output(verbose: bool) -> Iterator[None]:
+    """DeepSpeed prints as well as logs while it sets up; both are kept back unless asked for."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.INFO if verbose else logging.ERROR)
+    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
+        yield

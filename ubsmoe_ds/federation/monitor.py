@@ -1,0 +1,203 @@
+"""What a person sees of a run: one line a round, TensorBoard, `metrics.jsonl`, and the table at the end.
+
+Only rank 0 of the job has a monitor that writes. Shapes: L layers, E experts.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
+from ubsmoe_ds.client.engine import LocalStats
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching.run_folder import create_run_folder
+
+# dark blue - teal - yellow, linear between the stops
+HEAT = np.array([[0.17, 0.11, 0.33], [0.13, 0.37, 0.55], [0.12, 0.63, 0.53], [0.99, 0.91, 0.15]])
+CELL = 12  # pixels
+RECORD = "metrics.jsonl"
+
+
+class Monitor:
+    """Opens the run's folder, which must be free (see `run_folder.py`).
+
+    Args:
+        exp: the experiment, whose `rounds` sets the ETA.
+        go_on_from: the round that a checkpoint goes on from; what was recorded of it and of later ones is dropped.
+        config: to write beside the record; None: of `exp`.
+    """
+
+    def __init__(self, exp: Experiment, go_on_from: int | None = None, config: Mapping[str, Any] | None = None) -> None:
+        self.exp, self.folder = exp, exp.run_dir
+        if go_on_from is None:
+            create_run_folder(exp)
+        text = json.dumps(config or exp.model_dump(mode="json"), indent=2) + "\n"
+        replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
+        self.console = Console()
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=go_on_from)
+        kept = recorded_rounds(self.folder / RECORD, before=go_on_from or 0)
+        self.rounds = len(kept)  # on record so far, from an earlier monitor
+        replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
+        self._record = (self.folder / RECORD).open("a", encoding="utf-8")
+        self._start, self._first = time.perf_counter(), go_on_from or 0
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        print(text, flush=True)
+
+    def round(
+        self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float], utilisation_LE: Tensor | None
+    ) -> None:
+        """Record one round; number 0 is the state before training.
+
+        Args:
+            number: 0 to rounds.
+            metrics: scalars by "group/name", the same on every run of the same seed and layout.
+            seconds: wall times by name, kept apart from the metrics because they never repeat.
+            utilisation_LE: global utilisation of the round.
+        """
+        record = {"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}
+        line = json.dumps(finite_or_null(record)) + "\n"
+        with writes(self.folder / RECORD):
+            self._record.write(line)
+            self._record.flush()
+            os.fsync(self._record.fileno())
+        for name, value in (*metrics.items(), *seconds.items()):
+            self._writer.add_scalar(name, value, number)
+        if utilisation_LE is not None:
+            self._writer.add_image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
+        self._writer.flush()
+        self.say(self._progress(number, metrics, seconds))
+
+    def refused(self, number: int, units: Mapping[str, Sequence[str]]) -> None:
+        """Name the units of which a client's update held NaN or Inf.
+
+        Args:
+            number: of the round.
+            units: names of units by client.
+        """
+        for client, names in units.items():
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
+            self._writer.add_text(f"refused/{client}", ", ".join(names), number)
+
+    def bad_steps(
+        self, number: int, clients: Sequence[str], stats: Sequence[LocalStats], worked_C: Sequence[float]
+    ) -> None:
+        """Name the clients whose gradients held NaN or Inf.
+
+        Args:
+            number: of the round.
+            clients, stats: all of them, and what their local steps came to.
+            worked_C: which part of its round each did; 0: it sits the round out.
+        """
+        for client, one, worked in zip(clients, stats, worked_C, strict=True):
+            if one.bad_steps:
+                what = f"skipped {int(one.bad_steps)} steps with NaN or Inf"
+                what += "; it sits the round out" if worked == 0 else ""
+                self.say(f"warning: round {number}: client {client!r} {what}")
+                self._writer.add_text(f"bad_steps/{client}", what, number)
+
+    def lost(self, number: int, clients: Sequence[str], left: int) -> None:
+        """Name the clients that are lost for the rest of the job.
+
+        Args:
+            number: of the round under way.
+            clients: that a rank of has died.
+            left: how many go on.
+        """
+        for client in clients:
+            self.say(f"warning: round {number}: client {client!r} is lost (a rank of it died); {left} clients go on")
+            self._writer.add_text(f"lost/{client}", f"in round {number}; {left} clients go on", number)
+        self._writer.add_scalar("clients/alive", left, number)
+        self._writer.flush()
+
+    def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
+        """Write `summary.json` and print it as a table."""
+        summary = {"clients": rows, **totals}
+        text = json.dumps(finite_or_null(summary), indent=2) + "\n"
+        replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
+        self._record.close()
+        self._writer.close()
+        self.console.print(summary_table(rows, totals))
+        self.say(f"written to {self.folder}; tensorboard --logdir {self.folder}")
+
+    def _progress(self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+        loss, accuracy = metrics.get("eval/loss"), metrics.get("eval/accuracy")
+        state = (
+            f"eval loss {loss:.4f}  accuracy {100 * accuracy:5.1f} %"
+            if loss is not None and accuracy is not None
+            else "not evaluated"
+        )
+        if number == 0:
+            self._start, self._first = time.perf_counter(), 1  # set-up does not count towards the ETA
+            return f"before       {state}"
+        elapsed = time.perf_counter() - self._start
+        left = elapsed / (number - self._first + 1) * (self.exp.train.rounds - number)
+        train_loss = metrics.get("train/loss", math.nan)
+        return (
+            f"round {number:3d}/{self.exp.train.rounds}  {state}  train loss {train_loss:.4f}  "
+            f"{metrics['exchange/megabytes']:.1f} MB  {seconds['seconds/round']:.1f} s  ETA {_clock(left)}"
+        )
+
+
+def recorded_rounds(path: Path, before: int) -> list[str]:
+    """Lines of a run's record of the rounds before the given one; what a killed job left half-written is dropped."""
+    kept: list[str] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                number = json.loads(line)["round"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if number >= before or not line.endswith("\n"):
+                break
+            kept.append(line)
+    return kept
+
+
+def heat_map(value_LE: Tensor) -> Tensor:
+    """[3, L * CELL, E * CELL] picture of a matrix, dark = 0, bright = its largest value."""
+    value = value_LE.numpy()
+    scaled = value / max(float(value.max()), 1e-12) * (len(HEAT) - 1)
+    low = np.clip(scaled.astype(int), 0, len(HEAT) - 2)
+    part = (scaled - low)[..., None]
+    colour = HEAT[low] * (1 - part) + HEAT[low + 1] * part
+    return torch.from_numpy(np.kron(colour, np.ones((CELL, CELL, 1)))).permute(2, 0, 1).float()
+
+
+def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:
+    """The end of a run at a glance."""
+    before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
+    table = Table(title=f"utilisation CV {before:.3f} -> {after:.3f}", title_justify="left")
+    for heading in ("client", "K", "rank", "FLOPs %", "step time %", "loss", "accuracy %"):
+        table.add_column(heading, justify="left" if heading == "client" else "right")
+    for row in rows:
+        table.add_row(
+            row["client"],
+            str(row["k"]),
+            str(row["lora_rank"]),
+            f"{100 * row['flops_ratio']:.1f}",
+            f"{100 * row['step_time_ratio']:.1f}",
+            f"{row['loss_before']:.4f} -> {row['loss_after']:.4f}",
+            f"{100 * row['accuracy_before']:.1f} -> {100 * row['accuracy_after']:.1f}",
+        )
+    for client, number in totals["lost_in_round"].items():
+        table.add_row(client, "", "", "", "", f"lost in round {number}", "")
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

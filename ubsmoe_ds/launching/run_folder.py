@@ -1,0 +1,121 @@
+"""The folder a run writes to: refused if it holds another run, before anything is started or written."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.experiment import Experiment
+
+FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
+ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
+CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints/.tmp-*")
+
+
+def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
+    """Writes nothing.
+
+    Args:
+        exp: the experiment.
+        resuming: whether the run may go on with what the folder holds; then it must be its own.
+
+    Raises:
+        UserError: if the folder holds files and may not be used, or is no folder.
+    """
+    folder = exp.run_dir
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output: {folder} is a file; choose another folder with output=... or name=...")
+        # a job that was killed while it made the folder leaves hidden files at most
+        if not folder.exists() or exp.overwrite or all(path.name.startswith(".") for path in folder.iterdir()):
+            return
+    except OSError as error:
+        raise UserError(
+            f"output: {folder} cannot be used ({error.strerror}); choose another with output=..."
+        ) from error
+    if resuming and _matching(folder, CHECKPOINTS[:1]):
+        return  # whether they are of this experiment is seen when they are read
+    if not resuming or (folder / "summary.json").exists():
+        raise UserError(
+            f"output: {folder} already holds a run; go on with it by --resume auto if it has checkpoints, or set "
+            "name=..., output=... or overwrite=true"
+        )
+    if _method_and_model(folder / "config.json") != (exp.method, exp.model.path, exp.name):
+        raise UserError(f"output: {folder} holds another run; set name=..., output=... or overwrite=true")
+
+
+def goes_on(exp: Experiment, resume: str | None) -> bool:
+    """Whether a job that resumes goes on in its own folder, and not with a checkpoint from elsewhere in a new one.
+
+    Args:
+        exp: the experiment.
+        resume: "auto", a checkpoint's folder, or None.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is of a branch that the run has left.
+    """
+    if resume is None or resume == "auto":
+        return resume is not None
+    if not (Path(resume) / "manifest.json").is_file():
+        raise UserError(f"--resume: {resume} is no whole checkpoint; use auto, or another folder")
+    own = exp.run_dir.resolve() in Path(resume).resolve().parents
+    if own and Path(resume).resolve().name.startswith("left-"):
+        raise UserError(
+            f"--resume: {resume} was left when the run went on from an older one, and the record is of its new branch; "
+            "go on with it in a folder of its own, name=..."
+        )
+    return own
+
+
+def _method_and_model(path: Path) -> tuple[str, str, str] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config["method"], config["model"]["path"], config["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def create_run_folder(exp: Experiment) -> None:
+    """Make the folder; the files of an earlier run, which `check_run_folder` has allowed to go, go, and only those.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        exp.run_dir.mkdir(parents=True, exist_ok=True)
+        forget_checkpoints(exp)  # first: without records of its own a checkpoint must not be gone on from
+        for old in _matching(exp.run_dir, (*FILES, *ADAPTERS)):
+            old.unlink()
+        for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # the inner ones first
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        probe = exp.run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output: {exp.run_dir} cannot be written ({error.strerror}); choose another with output=..."
+        ) from error
+
+
+def checkpoints(exp: Experiment) -> set[tuple]:
+    """What tells the checkpoints in the run's folder from others, earlier ones of the same name too."""
+    return {(path.name, path.stat().st_ino) for path in _matching(exp.run_dir, CHECKPOINTS[:1])}
+
+
+def summary(exp: Experiment) -> set[tuple]:
+    """What tells the summary in the run's folder, the last thing that a run writes, from an earlier one."""
+    return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in _matching(exp.run_dir, ["summary.json"])}
+
+
+def forget_checkpoints(exp: Experiment) -> None:
+    """Remove the checkpoints of a run; half-removed they are none."""
+    for old in _matching(exp.run_dir, CHECKPOINTS[:1]):
+        old.rename(old.with_name(f".tmp-{old.name}"))
+    for old in _matching(exp.run_dir, CHECKPOINTS):
+        shutil.rmtree(old)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]

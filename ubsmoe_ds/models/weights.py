@@ -1,0 +1,155 @@
+"""A Hugging Face checkpoint folder read tensor by tensor, so that a rank never holds what it does not keep.
+
+safetensors only: nothing in the folder is executed or unpickled.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import read_json, require_regular
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # else it is quantised, or no weight
+PLAIN = "use weights in float32, float16 or bfloat16"
+MAPPED_BYTES = 64 * 2**20  # pages of a mapped file count as this process's memory: let go of them that often
+
+
+class Checkpoint:
+    """The tensors of a folder by name.
+
+    Args:
+        folder: with `model.safetensors`, or its shards and their index.
+
+    Raises:
+        UserError: here and in every method; it names the file, and the tensor where there is one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: safe_open | None = None
+        self._open_name = ""
+        self._read_bytes = 0
+        if (folder / INDEX).is_file():
+            self._files = self._index()
+        elif (folder / SINGLE).is_file():
+            self._files = dict.fromkeys(self._handle(SINGLE, "").keys(), SINGLE)
+        else:
+            pickled = next(iter(sorted(path.name for path in folder.glob("*.bin"))), None)
+            hint = f"; {pickled} may run code when read: save the model as safetensors" if pickled else ""
+            raise UserError(f"model.path: {str(folder)!r} has neither {SINGLE} nor {INDEX}{hint}")
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors."""
+        return sorted(set(self._files.values()))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors."""
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def require(self, names: Collection[str]) -> None:
+        """Refuse a folder that lacks some of these."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise UserError(f"model.path: {str(self.folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
+
+    def require_shapes(self, shapes: Mapping[str, Collection[int]]) -> None:
+        """Refuse other shapes before memory is taken for these, which might be any that config.json says."""
+        self.require(shapes)
+        for name, shape in shapes.items():
+            try:
+                found = self._handle(self._files[name], name).get_slice(name).get_shape()
+            except SafetensorError as error:
+                raise self._unreadable(self._files[name], name, error) from error
+            if [*found] != [*shape]:
+                raise UserError(
+                    f"model.path: in {str(self.folder / self._files[name])!r}, tensor {name!r} has the shape "
+                    f"{[*found]}, config.json asks for {[*shape]}"
+                )
+
+    def refuse_others(self, prefix: str, known: Collection[str]) -> None:
+        """Refuse tensors of layers that would be left out: config.json is of another model."""
+        for name in self._files:
+            if name.startswith(prefix) and name not in known and "rotary_emb" not in name:
+                raise UserError(
+                    f"model.path: in {str(self.folder / self._files[name])!r}, tensor {name!r} has no place in the "
+                    "model that config.json describes"
+                )
+
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Copy a tensor, in whatever precision it is stored, to where it is kept, of the same shape."""
+        self.require_shapes({name: target.shape})
+        file = self._files[name]
+        try:
+            value = self._handle(file, name).get_tensor(name)
+        except SafetensorError as error:
+            raise self._unreadable(file, name, error) from error
+        if value.dtype not in FLOATS:
+            raise UserError(f"model.path: in {str(self.folder / file)!r}, tensor {name!r} is {value.dtype}; {PLAIN}")
+        target.copy_(value)
+        self._read_bytes += value.numel() * value.element_size()
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        try:
+            index = read_json(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards ({error})") from error
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards (weight_map is missing)")
+        for name, file in files.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+                raise UserError(f"model.path: in {str(path)!r}, {name!r} is in {file!r}, no safetensors file beside it")
+        for name, file in files.items():
+            if not (self.folder / file).is_file():
+                raise UserError(f"model.path: {str(self.folder / file)!r} is missing; it should hold {name!r}")
+        return files
+
+    def _handle(self, file: str, name: str) -> safe_open:
+        if self._opened is not None and file == self._open_name and self._read_bytes <= MAPPED_BYTES:
+            return self._opened
+        self._opened = None  # unmaps what was read before the next file is mapped
+        try:
+            self._opened = safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(file, name, error) from error
+        self._open_name, self._read_bytes = file, 0
+        return self._opened
+
+    def _unreadable(self, file: str, name: str, error: Exception) -> UserError:
+        tensor = f" (for tensor {name!r})" if name else ""
+        reason = " ".join(str(error).split())[:200]
+        return UserError(f"model.path: {str(self.folder / file)!r} cannot be read{tensor}: {reason}; copy it again")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a small file, such as an adapter: plain numbers, each finite.
+
+    Raises:
+        UserError: naming the file, and the tensor where there is one.
+    """
+    try:
+        require_regular(path)
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        pickled = next(iter(sorted(other.name for other in path.parent.glob("*.bin"))), None)
+        hint = f"; {pickled} may run code when read: save it as safetensors" if pickled else ""
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"adapter: {str(path)!r} cannot be read ({reason}){hint}") from error
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS:
+            raise UserError(f"adapter: in {str(path)!r}, tensor {name!r} is {value.dtype}; {PLAIN}")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"adapter: in {str(path)!r}, tensor {name!r} holds NaN or Inf; use an earlier adapter")
+    return tensors

@@ -1,0 +1,172 @@
+"""Where the ranks of a client meet: an address of its first rank that all others have reached, and a free port there.
+
+A host has several addresses, and not all lead to it from elsewhere: a name may stand for the loopback address in
+/etc/hosts, and containers give every host the same bridge. So addresses are tried, not guessed.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+
+from ubsmoe_ds.base.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+TRY_SECONDS = 3.0  # to reach an address
+MOST_ADDRESSES = 32
+MOST_BYTES = 4096  # of what a rank tells the others
+PORT_TRIES = 100
+FIRST_PORT, SYSTEM_PORTS = 16384, 32768  # between them nobody is given a port by chance, unless set otherwise
+INTERFACES = "GLOO_SOCKET_IFNAME"  # of gloo: names with commas between
+
+
+class Meeting(NamedTuple):
+    """For MASTER_ADDR and MASTER_PORT; and the interface of this rank's host that leads there, "" if none is known."""
+
+    address: str
+    port: int
+    interface: str
+
+
+def meet(client_comm: Any, everybody: Any, one_host: bool) -> Meeting:
+    """Agree on a meeting place (a collective over the client, and over the job).
+
+    Args:
+        client_comm: communicator of the client.
+        everybody: of the job. Ports are held until all clients have theirs, so that they differ on a host.
+        one_host: whether the client is on one host; then it meets on the loopback interface.
+
+    Raises:
+        UserError: on every rank of the job, if no address of some client's first rank is reached by all its others.
+    """
+    with closing(_Listener()) if client_comm.rank == 0 else nullcontext() as listener:
+        offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
+        port, token, addresses = share(client_comm, offer)[0]
+        with ThreadPoolExecutor(max_workers=MOST_ADDRESSES) as pool:
+            tried = list(pool.map(lambda address: _reach(address, port, token), addresses))
+        reached = np.array(share(client_comm, [interface is not None for interface in tried]), dtype=bool).all(axis=0)
+        problem = "" if reached.any() else ", ".join(addresses) or "it has none"
+        problems = [each for each in share(everybody, problem) if each]
+    if problems:
+        raise UserError(
+            f"rendezvous: no address of the client's first host ({problems[0]}) is reached from all its hosts; open "
+            f"the network between them, or set {INTERFACES} to the interface that joins them"
+        )
+    chosen = int(reached.argmax())
+    return Meeting(addresses[chosen], port, tried[chosen] or "")
+
+
+def share(comm: Any, value: Any) -> list[Any]:
+    """What each rank of a communicator tells all others, as JSON (a collective).
+
+    Raises:
+        ValueError: for more than `MOST_BYTES`.
+    """
+    text = json.dumps(value).encode()
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"a message of {len(text)} bytes; {MOST_BYTES} are the most")
+    given = np.frombuffer(text.ljust(MOST_BYTES), dtype=np.uint8)
+    found = np.empty((comm.size, MOST_BYTES), dtype=np.uint8)
+    comm.Allgather(given, found)
+    return [json.loads(row.tobytes()) for row in found]
+
+
+class _Listener:
+    """Holds a free port on all interfaces and answers whoever comes with a token, which tells it from other hosts.
+
+    The port is none that the system gives to outgoing connections: it is taken again only when rows have been read.
+    """
+
+    def __init__(self) -> None:
+        both = socket.has_dualstack_ipv6()
+        listen = partial(
+            socket.create_server,
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=both,
+        )
+        self.server = _on_free_port(listen)
+        self.port, self.token = int(self.server.getsockname()[1]), secrets.token_hex(8)
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                connection, _ = self.server.accept()
+                with connection:
+                    connection.sendall(self.token.encode())
+            except OSError:
+                if self.server.fileno() < 0:
+                    return
+
+    def close(self) -> None:
+        """Free the port."""
+        self.server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self.server.close()
+
+
+def _on_free_port(listen: Callable[[tuple[str, int]], socket.socket]) -> socket.socket:
+    """A server on a port of our own choice; if all those tried are taken, on any."""
+    for _ in range(PORT_TRIES):
+        with suppress(OSError):
+            return listen(("", secrets.choice(range(FIRST_PORT, _first_system_port()))))
+    return listen(("", 0))
+
+
+def _first_system_port() -> int:
+    """From which on the system gives ports to outgoing connections."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = SYSTEM_PORTS
+    return max(first, FIRST_PORT + 1)
+
+
+def _reach(address: str, port: int, token: str) -> str | None:
+    """The interface through which the listener is reached at an address; None if it is not."""
+    try:
+        with socket.create_connection((address, port), timeout=TRY_SECONDS) as connection:
+            if connection.recv(len(token), socket.MSG_WAITALL) != token.encode():
+                return None
+            return interface_of(connection.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _addresses(one_host: bool) -> list[str]:
+    """Those of this host that may be reached: of interfaces that are up, in the order of the system; IPv4 first."""
+    if one_host:
+        return [LOOPBACK]
+    asked = [name for name in os.environ.get(INTERFACES, "").split(",") if name]
+    found = [(family, address) for name, family, address in all_addresses() if not asked or name in asked]
+    return [address for _, address in sorted(found, key=lambda pair: pair[0] != socket.AF_INET)][:MOST_ADDRESSES]
+
+
+def all_addresses() -> Iterator[tuple[str, int, str]]:
+    """(interface, family, address) of this host, but those that lead nowhere else."""
+    states = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            ours = entry.family in (socket.AF_INET, socket.AF_INET6)
+            local = entry.address.startswith(("127.", "::1", "fe80:", "169.254."))
+            if ours and not local and name in states and states[name].isup:
+                yield name, entry.family, entry.address
+
+
+def interface_of(address: str) -> str:
+    """Name of this host's interface that has the address; "" if none has."""
+    plain = address.removeprefix("::ffff:")
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == plain for entry in addresses):
+            return name
+    return ""

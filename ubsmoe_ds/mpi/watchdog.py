@@ -1,0 +1,133 @@
+"""A job on several hosts ends when one of them is cut off: who is on which host, and how ranks then end.
+
+What the launchers do with a host that they cannot reach, found by trying: after Abort MPICH's mpiexec ends at once with
+its code, but ranks on the other side of the cut live on; they have to end themselves, and then their daemon does too.
+Open MPI's daemons wait for each other for ever, or where TCP gives a connection up end with any code, 0 too, and leave
+ranks behind; so there each host's daemon is ended by force, and ranks never outlive theirs.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from ubsmoe_ds.base.errors import EXIT_FAILURE
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching.relaunch import end_with_parent, sign_off
+from ubsmoe_ds.mpi.heartbeat import Heartbeat, Host, open_socket
+from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses, share
+from ubsmoe_ds.mpi.world import World, abort
+
+ABORT_SECONDS = 3.0  # for the launcher to end this rank
+OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
+BETWEEN = 3  # processes between such a daemon and a rank, at most: what starts a container, a script
+
+
+def watch(exp: Experiment, world: World) -> Heartbeat | None:
+    """Start to watch the other hosts (a collective); None on ranks that do not: all but the first of each host.
+
+    Nobody does on one host, nor where the job goes on without ranks that die: there the first rank of a host may.
+    """
+    first_of = {host: world.hosts.index(host) for host in world.hosts}  # in the order of their first ranks
+    if len(first_of) == 1 or world.survives:
+        return None
+    if _open_mpi_daemon() is not None:
+        end_with_parent(signal.SIGKILL)
+    here = world.hosts[world.rank]
+    speaks = first_of[here] == world.rank
+    own_socket = open_socket() if speaks else None
+    told: dict[str, Any] = {"pid": os.getpid(), "counted_in": Path("/proc/self/ns/pid").stat().st_ino}
+    if own_socket is not None:
+        told |= {"addresses": _addresses(), "port": own_socket.getsockname()[1], "token": secrets.token_hex(16)}
+    everybody = share(world.comm, told)
+    if own_socket is None:
+        return None
+    hosts = [
+        Host(_describe(exp, world, host), tuple(everybody[first]["addresses"]), everybody[first]["port"])
+        for host, first in first_of.items()
+    ]
+    others = _handles(
+        other["pid"]
+        for rank, other in enumerate(everybody)
+        # in a container of its own a rank's process has another number here; its launcher has to end it
+        if world.hosts[rank] == here and rank != world.rank and other["counted_in"] == told["counted_in"]
+    )
+    token = bytes.fromhex(everybody[0]["token"])
+    me = list(first_of).index(here)
+    return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(_end, others))
+
+
+def _handles(pids: Iterable[int]) -> list[int]:
+    """Of these processes, those that can be had; the launcher has to end the others."""
+    found = []
+    for pid in pids:
+        # neither kernels before 5.3 nor a Python built on one have it, old containers forbid it
+        with contextlib.suppress(OSError, AttributeError):
+            found.append(os.pidfd_open(pid))
+    return found
+
+
+def _addresses() -> list[str]:
+    """Of this host; those of the interfaces that the user chose for gloo come first."""
+    started_with = psutil.Process().environ()  # the variable may have been set since then, for the client's own world
+    chosen = started_with.get(INTERFACES, "").split(",")
+    found = sorted(all_addresses(), key=lambda entry: (entry[0] not in chosen, entry[1] != socket.AF_INET))
+    return [address for _, _, address in found][:MOST_ADDRESSES]
+
+
+def _describe(exp: Experiment, world: World, host: str) -> str:
+    """host n1 (client 'b', job ranks 2 3)"""
+    ranks = [rank for rank, other in enumerate(world.hosts) if other == host]
+    names = [repr(exp.clients[client].name) for client in sorted({world.client_of[rank] for rank in ranks})]
+    clients, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
+    return f"host {host} ({clients} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _end(others: Sequence[int], cut_off: bool) -> NoReturn:
+    """End all ranks of this host, and where it can be reached the job; called in the heartbeat's thread.
+
+    Args:
+        others: pidfds of the other ranks here.
+        cut_off: whether the first host is out of reach, and with it perhaps whatever else would end them.
+    """
+    sign_off(os.environ, EXIT_FAILURE)
+    daemon = _open_mpi_daemon()
+    if daemon is not None:
+        with contextlib.suppress(OSError):  # it has just ended
+            os.kill(daemon, signal.SIGKILL)
+    else:
+        if cut_off:  # first, as MPICH's Abort ends this process at once; else its code is the job's, not theirs
+            _kill(others)
+        threading.Thread(target=abort, args=[EXIT_FAILURE], daemon=True).start()
+        time.sleep(ABORT_SECONDS)
+    _kill(others)
+    os._exit(EXIT_FAILURE)
+
+
+def _kill(handles: Iterable[int]) -> None:
+    for handle in handles:
+        with contextlib.suppress(OSError):  # it has ended, or this is forbidden; this thread has more to do
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+
+def _open_mpi_daemon() -> int | None:
+    """The process that started this rank, if it is Open MPI's."""
+    try:
+        parents = psutil.Process().parents()[: BETWEEN + 1]
+        return next((parent.pid for parent in parents if parent.name() in OPEN_MPI_DAEMONS), None)
+    except psutil.Error:  # one of them has just ended
+        return None
