@@ -45,7 +45,7 @@ Way = Callable[[np.ndarray], np.ndarray]
 
 def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[dict[str, Way], int]:
     """Name -> function from this client's update to the weighted mean; bytes that a rank sends."""
-    units = [Unit(f"e{u}", numel // UNITS, expert=u % 64) for u in range(UNITS)]
+    units = [Unit(f"e{u}", "router", numel // UNITS, expert=u % 64) for u in range(UNITS)]
     layouts = [ClientLayout(rank, 1, 1) for rank in range(comm.size)]
     owner = owners(units, 1, comm.size)
     weight_C1 = torch.full((comm.size, 1), 1 / comm.size)

@@ -159,7 +159,7 @@ def _exchange_in(
     comm = MPI.COMM_WORLD
     firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
     placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
-    listed = [Unit(name, numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
+    listed = [Unit(name, "lora" if lora else "router", numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
     owner, memory = owners(listed, 4, comm.size), SharedMemory.of_job(comm)
     assert memory is not None

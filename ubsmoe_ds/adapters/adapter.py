@@ -57,7 +57,7 @@ def save_adapter(
         "data_format": exp.data.format,
         "max_length": str(exp.data.max_length),
     }
-    if exp.merge.rule == "flora":
+    if exp.merge.row.stacking:
         replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
         return
     base, _, revision = path.removeprefix("hub:").partition("@")

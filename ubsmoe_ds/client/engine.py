@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.gradients import GradientHook
-from ubsmoe_ds.config.experiment import ClientConfig, Experiment
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
@@ -110,7 +111,6 @@ class Client:
     def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
         self.exp, self.config = exp, config
         self.k = exp.active_experts(config)
-        self.rank = exp.lora_rank(config)  # pruning lowers it
         self.device = torch.device(get_accelerator().current_device_name())
         if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
@@ -130,6 +130,7 @@ class Client:
         if estimator != "none":
             collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
             self.collector = collector.attach()
+        self._tail = self._tail_of(None)
         self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
         self.gradient_hook = GradientHook(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
@@ -142,16 +143,25 @@ class Client:
         self.reset_counts()
         return LocalProgress()
 
-    def train(self, batches: Iterator[StepBatch], local: LocalProgress, count: int, stop: Callable[[], bool]) -> None:
-        """Take local steps, from where `local` stands; the sums stay on the device until the end.
+    def train(
+        self,
+        batches: Iterator[StepBatch],
+        local: LocalProgress,
+        count: int,
+        stop: Callable[[], bool],
+        lora_rank: int | None = None,
+    ) -> None:
+        """Take local steps from where `local` stands; the sums stay on the device until the end.
 
         Args:
             batches: the steps to come.
             local: brought up to date.
-            count: of steps that make a round.
+            count: steps that make a round.
             stop: whether to stop before the next step, the same on all ranks of the client; see also
                 `train.max_bad_steps`.
+            lora_rank: the client's current LoRA rank, whose tail self-pruning penalises; None: the first.
         """
+        self._tail = self._tail_of(lora_rank)
         self.engine.train()
         self.model.set_active_experts(self.k)
         sums = local.sums.to(self.device)
@@ -206,14 +216,15 @@ class Client:
         loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
         loss = loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss)
-        if self.exp.lora.prune_penalty and self.tail_start < self.rank:
-            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self.tail_start)
+        if self._tail is not None:
+            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self._tail)
         return loss, nll.detach()
 
-    @property
-    def tail_start(self) -> int:
-        """The rank from which on self-pruning sees a tail: floor(gamma r), at least the smallest rank allowed."""
-        return max(self.exp.lora.prune_min_rank, int(self.exp.lora.prune_gamma * self.rank))
+    def _tail_of(self, lora_rank: int | None) -> int | None:
+        """Return the first rank of the tail that self-pruning penalises; None: nothing is penalised."""
+        lora_rank = lora_rank or self.exp.lora_rank(self.config)
+        start = tail_start(self.exp.lora, lora_rank)
+        return start if self.exp.lora.prune_penalty and start < lora_rank else None
 
     @torch.no_grad()
     def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
@@ -238,10 +249,6 @@ class Client:
         """Tokens that this rank routed to each expert, and its tokens in the last column, [L, E + 1] int64, CPU."""
         gates = [layer.gate for layer in self.model.layers]
         return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
-
-    def pseudo_mass(self) -> Tensor:
-        """Sum over this rank's tokens of the weight that pseudo-gradients gave each expert, [L, E] fp64, CPU."""
-        return torch.stack([layer.gate.pseudo_E for layer in self.model.layers]).double().cpu()
 
     def recover(self) -> None:
         """After NaN or Inf, once the shared state is back: forget moments, and learned scales that went astray."""
@@ -286,6 +293,11 @@ class Client:
                 seconds[k].append(time.perf_counter() - start)
         first, second = (statistics.median(seconds[k][1:]) for k in ks)
         return first, second
+
+
+def tail_start(config: LoraConfig, lora_rank: int) -> int:
+    """Return the rank from which on HetLoRA's self-pruning sees a tail: floor(gamma r), at least 1."""
+    return max(1, int(config.prune_gamma * lora_rank))
 
 
 def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
