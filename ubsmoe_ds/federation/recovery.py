@@ -8,8 +8,8 @@ from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.federation.build import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
+from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.ulfm import recover
-from ubsmoe_ds.mpi.world import RanksLost
 
 
 def run(federation: Federation) -> None:
