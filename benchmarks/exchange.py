@@ -36,7 +36,7 @@ from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
 from ubsmoe_ds.aggregation.rules import fedavg
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 from ubsmoe_ds.base.memory import keep_freed_memory
-from ubsmoe_ds.mpi.world import wait_quietly
+from ubsmoe_ds.mpi.collectives import wait_quietly
 
 UNITS = 192  # 64 experts, 3 projections
 OLMOE_MEGABYTES = 302  # 16 layers x 64 experts x 3 projections x rank 8 x (2048 + 1024) elements of fp32

@@ -10,8 +10,9 @@ from ubsmoe_ds.base.memory import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.relaunch import sign_in
 from ubsmoe_ds.mpi import ulfm, watchdog
+from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.preemption import StopRequests
-from ubsmoe_ds.mpi.world import RanksLost, World, check_devices
+from ubsmoe_ds.mpi.world import World, check_devices
 
 
 class Ending(NamedTuple):

@@ -96,6 +96,21 @@ def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
         return {"cores": np.array(world_module._fair_cores(comm))}
 
 
+def gathered(lengths: list[int]) -> dict[str, Any]:
+    """Every rank's text as each rank has gathered it; rank r contributes `lengths[r]` characters."""
+    from mpi4py import MPI
+
+    from ubsmoe_ds.mpi.collectives import gather_json
+
+    rank = MPI.COMM_WORLD.rank
+    values = gather_json(MPI.COMM_WORLD, {"rank": rank, "text": "é" * lengths[rank], "third": rank / 3})
+    return {
+        "ranks": np.array([value["rank"] for value in values]),
+        "lengths": np.array([len(value["text"]) for value in values]),
+        "thirds": np.array([value["third"] for value in values]),
+    }
+
+
 def joined() -> dict[str, Any]:
     """A rank's place in a job on two hosts, its device, and where it meets others."""
     from mpi4py import MPI

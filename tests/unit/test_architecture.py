@@ -26,6 +26,7 @@ LAYERS = [
 ]
 KNOWS_MPI = {
     "mpi.start",
+    "mpi.collectives",
     "mpi.world",
     "mpi.preemption",
     "mpi.ulfm",

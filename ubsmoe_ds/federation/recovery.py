@@ -10,7 +10,8 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.build import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.mpi.ulfm import recover
-from ubsmoe_ds.mpi.world import RanksLost, World
+from ubsmoe_ds.mpi.collectives import RanksLost
+from ubsmoe_ds.mpi.world import World
 
 
 def run(federation: Federation) -> None:

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import EXIT_TERMINATED
 from ubsmoe_ds.launching.relaunch import STOP_SIGNALS
-from ubsmoe_ds.mpi.world import DEATHS, RanksLost
+from ubsmoe_ds.mpi.collectives import DEATHS, RanksLost
 
 SAME_SIGNAL_SECONDS = 2.0  # a launcher and its process group may bring one signal twice
 

@@ -17,7 +17,8 @@ import numpy as np
 from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.mpi.world import DEATHS, POLL_SECONDS, RECOVERING, SURVIVES, World
+from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS, SURVIVES
+from ubsmoe_ds.mpi.world import RECOVERING, World
 
 LAST_ONE_SECONDS = 0.3  # mpiexec ends with the first exit code that is not 0: its rank leaves after the others
 NOTICE_SECONDS = 3.0  # until the death of another rank is known here

@@ -24,8 +24,9 @@ import psutil
 from ubsmoe_ds.base.errors import EXIT_FAILURE
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.relaunch import end_with_parent, sign_off
+from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.heartbeat import Heartbeat, Host, open_socket
-from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses, share
+from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.mpi.world import World, abort
 
 ABORT_SECONDS = 3.0  # for the launcher to end this rank
@@ -49,7 +50,7 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     told: dict[str, Any] = {"pid": os.getpid(), "counted_in": Path("/proc/self/ns/pid").stat().st_ino}
     if own_socket is not None:
         told |= {"addresses": _addresses(), "port": own_socket.getsockname()[1], "token": secrets.token_hex(16)}
-    everybody = share(world.comm, told)
+    everybody = gather_json(world.comm, told)
     if own_socket is None:
         return None
     hosts = [

@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,56 +21,13 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.launchers import check_size
 from ubsmoe_ds.launching.placement import job_order, place
-from ubsmoe_ds.mpi.rendezvous import INTERFACES, meet, share
+from ubsmoe_ds.mpi.collectives import DEATHS, MOVE_SECONDS, POLL_SECONDS, RanksLost, gather_json, move, wait_quietly
+from ubsmoe_ds.mpi.rendezvous import INTERFACES, meet
 
-POLL_SECONDS = 0.001  # while waiting for other ranks to arrive
-MOVE_SECONDS = 0.00002  # while data moves: each test moves a piece, a longer sleep would starve the transfer
 MESSAGE_SECONDS = 0.3
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
 NAME_BYTES = 256  # of a host's name
-SURVIVES = "OMPI_MCA_mpi_ft_enable"  # set by Open MPI's mpiexec --with-ft ulfm
-DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
-
-
-class RanksLost(Exception):  # noqa: N818  # no defect: what survivors do then is in survival.py
-    """Other ranks of the job have died; only an MPI that was started to survive that says so."""
-
-
-def wait_quietly(request: MPI.Request, longest_sleep: float = POLL_SECONDS) -> None:
-    """Wait without spinning: MPICH's own wait burns a core, which slower clients on the same host need.
-
-    The longer it has waited the longer it sleeps, so that ranks that arrive together go on together.
-
-    Raises:
-        RanksLost: if a rank that takes part has died. Whoever handles it keeps the exception: buffers that MPI may
-            still write to live as long as its traceback.
-    """
-    start = time.perf_counter()
-    try:
-        while not request.Test():
-            waited = time.perf_counter() - start
-            time.sleep(min(max(waited / 8, MOVE_SECONDS), longest_sleep))
-    except MPI.Exception as error:
-        if error.Get_error_class() in DEATHS or _may_be_a_death(error):
-            raise RanksLost(str(error)) from error
-        raise
-
-
-def _may_be_a_death(error: MPI.Exception) -> bool:
-    """Open MPI says "other" of a collective that was about to begin its next round when a rank died."""
-    return error.Get_error_class() == MPI.ERR_OTHER and os.environ.get(SURVIVES) == "1"
-
-
-def move(comm: MPI.Intracomm, start: Callable[[], MPI.Request]) -> None:
-    """Wait for every rank, then carry out a collective that moves data (a collective).
-
-    Args:
-        comm: of the ranks that take part.
-        start: begins the collective, such as `lambda: comm.Iallreduce(...)`.
-    """
-    wait_quietly(comm.Ibarrier())
-    wait_quietly(start(), MOVE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -207,7 +164,7 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         MASTER_PORT=str(meeting.port),
     )
     crosses = client_comm.rank == 0 and len(set(places[number])) > 1
-    told = share(comm, [number, f"{meeting.address} ({meeting.interface})"] if crosses else None)
+    told = gather_json(comm, [number, f"{meeting.address} ({meeting.interface})"] if crosses else None)
     if meeting.interface:
         os.environ.setdefault(INTERFACES, meeting.interface)  # gloo's own guess is what the host's name stands for
     return World(

@@ -11,7 +11,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.launching import launchers, relaunch
-from ubsmoe_ds.mpi import world
+from ubsmoe_ds.mpi import collectives, world
 
 
 @pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
@@ -143,14 +143,14 @@ def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkey
     assert world.os.environ["LOCAL_RANK"] == "1"
 
 
-@pytest.mark.parametrize(("survives", "expected"), [("1", world.RanksLost), ("", MPI.Exception)])
+@pytest.mark.parametrize(("survives", "expected"), [("1", collectives.RanksLost), ("", MPI.Exception)])
 def test_an_error_that_may_hide_a_death_counts_as_one_where_jobs_survive_them(survives, expected, monkeypatch):
     def fail():
         raise MPI.Exception(MPI.ERR_OTHER)
 
-    monkeypatch.setenv(world.SURVIVES, survives)
+    monkeypatch.setenv(collectives.SURVIVES, survives)
     with pytest.raises(expected):
-        world.wait_quietly(SimpleNamespace(Test=fail))
+        collectives.wait_quietly(SimpleNamespace(Test=fail))
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
