@@ -123,7 +123,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     tokenizer = read_tokenizer(exp.model_dir, read_config(exp.model_dir).vocab_size)
     examples, _ = encode(rows, tokenizer, exp.data.max_length)
     start_deepspeed(bool(devices), verbose=False)
-    client = Client(exp, exp.clients[0], place.client_rank)
+    client = Client(exp, exp.clients[0], place.group_rank)
     size, micro = exp.deepspeed.train_batch_size, exp.deepspeed.gradient_accumulation_steps
     pad, seed = tokenizer.pad_token_id, (exp.seed, 0)
     return client, partial(

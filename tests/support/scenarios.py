@@ -48,14 +48,14 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     found: dict[str, Any] = {}
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
-        client = Client(exp, exp.clients[0], world.client_rank)
+        client = Client(exp, exp.clients[0], world.group_rank)
         client.engine.train()
         all_batches = partial(
             steps,
             tiny.examples(),
             batch_size=8,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
+            rank=world.group_rank,
             ranks=ranks,
             pad=0,
             seed=(exp.seed, 0),
@@ -122,7 +122,7 @@ def joined() -> dict[str, Any]:
     found: dict[str, Any] = {
         "rank": world.rank,
         "client": world.client,
-        "client_rank": world.client_rank,
+        "group_rank": world.group_rank,
         "port": int(os.environ["MASTER_PORT"]),
         "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),
         "local_of_one": _local_rank(exp, world, [["a"], ["a"], ["c"], ["d"]]),
@@ -174,7 +174,10 @@ def _exchange_in(
     comm = MPI.COMM_WORLD
     firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
     placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
-    listed = [Unit(name, "lora" if lora else "router", numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
+    listed = [
+        Unit(name, "lora" if lora else "router", numel, expert, tuple(lora) if lora else None)
+        for name, numel, expert, lora in units
+    ]
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
     owner, memory = owners(listed, 4, comm.size), SharedMemory.of_job(comm)
     assert memory is not None
@@ -252,7 +255,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
         config = exp.clients[world.client]
-        client = Client(exp, config, world.client_rank)
+        client = Client(exp, config, world.group_rank)
         flora = exp.merge.rule == "flora"
         store = UnitStore(
             client.model, client.gradient_hook.masters, rank=client.rank, dmr=exp.dmr.enabled, stacking=flora
@@ -266,7 +269,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         server.start(exchange.collect(store.shared.numpy(), exact=True))
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
-                value = _local_value(key, world.client, parameter, config, world.client_rank)
+                value = _local_value(key, world.client, parameter, config, world.group_rank)
                 if variant.get("broken") == [world.client, key]:
                     value.view(-1)[0] = float("nan")
                 client.gradient_hook.masters.write(parameter, value)

@@ -108,7 +108,7 @@ class CheckpointManager:
 
     def _pieces(self, client: Client, store: UnitStore, server: Server, local: LocalProgress) -> list[storage.Piece]:
         """What this rank writes."""
-        rank, first_client = self.world.client_rank, self.world.client == 0
+        rank, first_client = self.world.group_rank, self.world.client == 0
         keeps = self.exp.train.optimizer_state == "keep" or local.steps > 0
         found = [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
         if first_client or not self._common:
@@ -120,7 +120,7 @@ class CheckpointManager:
     def _clients_table(self, progress: Progress, local: LocalProgress) -> np.ndarray:
         """[clients, 4]: steps taken in the run; in this round, bad ones, seconds they took (a collective)."""
         table = np.zeros((len(self.exp.clients), 4))
-        if self.world.client_rank == 0:
+        if self.world.group_rank == 0:
             table[self.world.client] = [progress.steps_taken, local.steps, local.bad_steps, local.seconds]
         return self.world.sum(table)
 
@@ -248,7 +248,7 @@ class CheckpointManager:
             return progress, LocalProgress()
         state.restore_client(client, reader)
         local = LocalProgress(own.steps, own.bad_steps, seconds=own.seconds)
-        state.restore_rank(client, self.world.client_rank, local, reader, own.layout)
+        state.restore_rank(client, self.world.group_rank, local, reader, own.layout)
         return progress, local
 
 

@@ -46,7 +46,7 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     rows, evaluation = load_site(exp.data, source, exp.seed)
     # whole numbers below 2^53 are exact in the sums
     known = np.zeros((len(exp.clients), 1 + DIGEST_BYTES))
-    if world.client_rank == 0:
+    if world.group_rank == 0:
         known[world.client] = [len(rows), *bytes.fromhex(digest([*rows, *evaluation]))]
     known = world.sum(known)
     return ClientRows(rows, known[:, 0].astype(int).tolist(), evaluation, digest(known[:, 1:].astype(int).tolist()))

@@ -71,7 +71,7 @@ def build(
         check_run_folder(exp, own)
     texts = _texts(exp, rows)
     start_deepspeed(on_accelerator, verbose)
-    client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
+    client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
     release_freed_memory()
     store = UnitStore(
         client.model,
@@ -128,7 +128,7 @@ def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
 def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Found | None) -> None:
     """Open the run's folder, on the rank that writes, and say what is about to run."""
     exp, world = federation.exp, federation.world
-    cut_prompts = world.sum(np.array([texts.cut if world.client_rank == 0 else 0.0]))[0]
+    cut_prompts = world.sum(np.array([texts.cut if world.group_rank == 0 else 0.0]))[0]
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
@@ -138,7 +138,7 @@ def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Fo
     }
     federation.monitor = _open_monitor(exp, found)
     met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
-    placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
+    placed = "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *met])
     for line in (_headline(exp, federation.client), placed, *_warnings(exp, cuts)):
         federation.monitor.say(line)
 
@@ -151,7 +151,7 @@ def _batches(exp: Experiment, world: World, texts: _Texts) -> Callable[[int], It
             texts.examples,
             batch_size=exp.deepspeed.train_batch_size,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
+            rank=world.group_rank,
             ranks=exp.clients[world.client].ranks,
             pad=texts.pad,
             seed=(exp.seed, world.client),

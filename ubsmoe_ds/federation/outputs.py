@@ -76,7 +76,7 @@ class Outputs:
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
         state, own = self.store.full_state(), self._own_scales()
-        if self.world.client_rank == 0:
+        if self.world.group_rank == 0:
             self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
         self.world.barrier()
 
@@ -109,7 +109,7 @@ class Outputs:
             if number == self.world.client:
                 part = self._timed(batch)
                 own, full = self.client.step_seconds(part, (self.client.k, self.exp.k_max), TIMING_REPEATS)
-                if self.world.client_rank == 0:
+                if self.world.group_rank == 0:
                     table_C2[number] = own / full, len(part.micro[0].input_ids)
         return self.world.sum(table_C2)[first_C]
 
@@ -117,13 +117,13 @@ class Outputs:
         """What a client's steps are measured with (a collective over it)."""
         share, device = self.client.k / self.exp.k_max, self.client.device
         more = peak_bytes(device) * (1 / share - 1)  # at most: what does not grow with K is in it
-        short = self.world.any_of_client(more > room_bytes(device, self.client.config.ranks))
+        short = self.world.any_of_group(more > room_bytes(device, self.client.config.ranks))
         return first_rows(batch, share) if short else batch
 
     def _peak_memory(self) -> np.ndarray:
         """Of each client the bytes that the fullest of its ranks has held at most (a collective over the job)."""
         table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
-        table_CR[self.world.client, self.world.client_rank] = peak_bytes(self.client.device)
+        table_CR[self.world.client, self.world.group_rank] = peak_bytes(self.client.device)
         return self.world.sum(table_CR).max(axis=1)
 
     def _summary(

@@ -193,7 +193,7 @@ def test_a_client_without_room_for_all_experts_is_timed_on_fewer_rows(room, rows
     monkeypatch.setattr(outputs, "room_bytes", lambda *_: room)
     client = SimpleNamespace(k=2, device=torch.device("cpu"), config=SimpleNamespace(ranks=1))
     own = SimpleNamespace(
-        exp=SimpleNamespace(k_max=8), client=client, world=SimpleNamespace(any_of_client=lambda flag: flag)
+        exp=SimpleNamespace(k_max=8), client=client, world=SimpleNamespace(any_of_group=lambda flag: flag)
     )
     batch = next(steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0,)))
     assert len(outputs.Outputs._timed(own, batch).micro[0].input_ids) == rows
