@@ -27,6 +27,7 @@ LAYERS = [
 KNOWS_MPI = {
     "mpi.start",
     "mpi.collectives",
+    "mpi.exits",
     "mpi.world",
     "mpi.preemption",
     "mpi.ulfm",

@@ -8,7 +8,6 @@ imported: if one is missing, DeepSpeed takes all of COMM_WORLD.
 """
 
 import os
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +20,9 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.launchers import check_size
 from ubsmoe_ds.launching.placement import job_order, place
-from ubsmoe_ds.mpi.collectives import DEATHS, MOVE_SECONDS, POLL_SECONDS, RanksLost, gather_json, move, wait_quietly
+from ubsmoe_ds.mpi.collectives import MOVE_SECONDS, RanksLost, gather_json, move, wait_quietly
 from ubsmoe_ds.mpi.rendezvous import INTERFACES, meet
 
-MESSAGE_SECONDS = 0.3
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
 NAME_BYTES = 256  # of a host's name
@@ -101,41 +99,6 @@ def _any(comm: MPI.Comm, flag: bool) -> bool:
 def started_rank() -> int:
     """The number this process was started with, for messages before there is a `World`."""
     return MPI.COMM_WORLD.rank
-
-
-def everybody() -> MPI.Intracomm:
-    """All ranks that were started."""
-    return MPI.COMM_WORLD
-
-
-def all_ranks_failed(seconds: float = 10.0) -> bool:
-    """Whether every rank of the job calls this within the time: then all can leave quietly with the same code.
-
-    The job's own messages travel on a duplicate of COMM_WORLD, so that this barrier cannot meet one of theirs.
-    """
-    deadline = time.monotonic() + seconds
-    try:
-        reached = MPI.COMM_WORLD.Ibarrier()
-        while not reached.Test():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_SECONDS)
-    except MPI.Exception as error:
-        if error.Get_error_class() not in DEATHS:
-            raise
-        return False
-    return True
-
-
-def finish() -> None:
-    """End MPI on every rank of the job together: then their exit codes stand, and nobody has to be ended by force."""
-    MPI.Finalize()
-
-
-def abort(code: int) -> None:
-    """End every rank of the job now; used when one rank fails and the others cannot know."""
-    time.sleep(MESSAGE_SECONDS)  # MPICH ends mpiexec's own forwarding too, and would lose this rank's last words
-    MPI.COMM_WORLD.Abort(code)
 
 
 def join(exp: Experiment, script: str, arguments: list[str]) -> World:
