@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.aggregation.units import UnitStore
-from ubsmoe_ds.base.memory import peak_bytes, room_bytes
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.client.engine import Client
+from ubsmoe_ds.client.peak_memory import peak_bytes, room_bytes
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch, first_rows
 from ubsmoe_ds.data.fingerprint import machine, model_digest

@@ -17,7 +17,7 @@ from tests.support import tiny
 from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.memory import host_room_bytes
+from ubsmoe_ds.client.peak_memory import host_room_bytes
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.batches import steps
 from ubsmoe_ds.federation import outputs

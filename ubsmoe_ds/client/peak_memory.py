@@ -1,49 +1,16 @@
-"""How the C library hands out memory in a training process, and how much of it a process has held."""
+"""How much memory a process has held."""
 
-import ctypes
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
-HELD_BYTES = 2**31 - 1  # the largest value an int takes
-TOP_PAD_BYTES = 64 * 2**20
+import torch
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep large freed buffers for the next step instead of asking the kernel for fresh, zeroed pages.
-
-    A training step frees and asks for the same buffers over and over; page faults on them can take as long as the
-    products that fill them. The process keeps its peak size. Call it before the first large allocation.
-
-    Returns:
-        Whether the C library is one that can be told so.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: HELD_BYTES, M_TOP_PAD: TOP_PAD_BYTES}
-    return all([mallopt(name, value) == 1 for name, value in settings.items()])
-
-
-def release_freed_memory() -> None:
-    """Give back to the system what lies freed, such as the leftovers of loading a model."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
-
-
-def peak_bytes(device: "torch.device") -> int:
-    """The most that this process has held at a time: of an accelerator's memory for tensors, else resident."""
+def peak_bytes(device: torch.device) -> int:
+    """Return this process's peak in bytes: an accelerator's memory for tensors, on the CPU resident memory."""
     if device.type != "cpu":
         from deepspeed.accelerator import get_accelerator
 
@@ -52,12 +19,10 @@ def peak_bytes(device: "torch.device") -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes
 
 
-def room_bytes(device: "torch.device", ranks: int) -> int:
+def room_bytes(device: torch.device, ranks: int) -> int:
     """What each of some ranks might take beyond its peak: of its own accelerator, or of the host that they share."""
     if device.type == "cpu":
         return host_room_bytes() // ranks
-    import torch
-
     free, _ = torch.cuda.mem_get_info(device)  # of all processes, and without what the context takes
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
 
