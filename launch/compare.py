@@ -12,6 +12,9 @@ and writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import json
 import os

@@ -12,6 +12,9 @@ one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data 
 interrupted, 143 stopped before it was saved.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import os
 import sys
