@@ -35,8 +35,8 @@ from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES
-from ubsmoe_ds.launching.relaunch import PARENT_SPEAKS
 from ubsmoe_ds.launching.run_folder import check_run_folder, forget_checkpoints
+from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.studies import comparison
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,9 +30,11 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.launching import launchers, relaunch
+from ubsmoe_ds.launching import launchers
 from ubsmoe_ds.launching.placement import place, read_hostfile
+from ubsmoe_ds.launching.relaunch import relaunch
 from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_on, summary
+from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off
 
 DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
@@ -69,7 +71,7 @@ def main() -> int:
         exp = load_experiment(options.config, options.overrides)
         if not inside:
             return start(exp, arguments, options)
-        if options.hostfile is not None and relaunch.PARENT_SPEAKS not in os.environ:
+        if options.hostfile is not None and PARENT_SPEAKS not in os.environ:
             raise UserError(
                 f"--hostfile: {options.hostfile} is for a job that is not under mpiexec yet; give it to mpiexec"
             )
@@ -91,7 +93,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         slots = read_hostfile(options.hostfile)
         used = Counter(host for client in place(exp.clients, slots) for host in client)
         hosts = {host: used[host] for host in slots if used[host]}
-    return relaunch.relaunch(
+    return relaunch(
         sys.argv[0],
         arguments,
         exp.world_size,
@@ -138,7 +140,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
             report(error)
         return exits.end_after_error(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
-        if speaks and relaunch.PARENT_SPEAKS not in os.environ:
+        if speaks and PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
         return exits.end_after_error(EXIT_INTERRUPTED, survives, together=False)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
@@ -151,7 +153,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         return exits.end_after_error(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
         print(ending.message, file=sys.stderr, flush=True)
-    relaunch.sign_off(os.environ, ending.code)
+    sign_off(os.environ, ending.code)
     return exits.end_together(ending.world.comm, ending.code, survives)
 
 

@@ -8,7 +8,7 @@ import torch
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.launching.relaunch import sign_in
+from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
 from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.preemption import StopRequests

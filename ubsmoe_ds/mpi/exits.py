@@ -37,7 +37,8 @@ import psutil
 from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_TERMINATED
-from ubsmoe_ds.launching.relaunch import end_with_parent, sign_off
+from ubsmoe_ds.launching.sign_in import sign_off
+from ubsmoe_ds.launching.supervisor import end_with_parent
 from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS
 
 ALL_FAILED_SECONDS = 10.0  # for all ranks to report an error that all of them have

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from ubsmoe_ds.launching.relaunch import STOP_SIGNALS
+from ubsmoe_ds.launching.supervisor import STOP_SIGNALS
 from ubsmoe_ds.mpi.collectives import DEATHS, RanksLost
 from ubsmoe_ds.mpi.exits import end_now
 
