@@ -33,45 +33,66 @@ def check_survivable(environment: Mapping[str, str]) -> None:
 
 
 def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]]:
-    """The world of the clients that are whole; ranks of the others leave here. Every survivor calls it.
+    """Return the world of the whole groups; ranks of broken groups leave the job here. Every remaining rank calls it.
 
     Args:
-        world: in which somebody died.
+        world: the one in which a rank died.
         derived: other communicators over it, on which ranks may wait.
 
     Returns:
-        (the new world, positions in the old list of clients that are lost).
+        (the new world, positions in the old list of the clients that are lost).
     """
     for comm in (*derived, world.comm):
-        comm.Revoke()  # whoever waits on it wakes up
+        comm.Revoke()  # wakes whoever waits on it
     _gather_quietly(world.comm)
     alive = world.comm
     while True:
         alive = MPI.Intracomm(alive.Shrink())
-        places = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
-        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(places)})
-        stays = world.client not in lost
-        agreed, found = 1, None
-        try:
-            found = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
-        except MPI.Exception:
-            agreed = 0
-        try:
-            agreed = alive.Agree(agreed)
-        except MPI.Exception:
-            agreed = 0
+        old_ranks = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
+        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(old_ranks)})
+        stays = world.group_of[world.rank] not in lost
+        agreed, whole = _split_off_whole_groups(alive, stays)
         if agreed:
             break
-        alive.Revoke()  # somebody died meanwhile: once more
-    if not stays or found is None:
+        alive.Revoke()  # another rank died meanwhile: once more
+    if not stays or whole is None:
         leave_job()
-    kept = [client for client in range(max(world.group_of) + 1) if client not in lost]
-    left = [old for old in places if world.group_of[old] in kept]
-    group_of = tuple(kept.index(world.group_of[old]) for old in left)
-    hosts = tuple(world.hosts[old] for old in left)
-    meetings = tuple(world.meetings[client] for client in kept)
-    client = kept.index(world.client)
-    return replace(world, comm=found, group_of=group_of, client=client, hosts=hosts, meetings=meetings), lost
+    return _without(world, lost, whole, old_ranks), lost
+
+
+def _split_off_whole_groups(alive: MPI.Intracomm, stays: bool) -> tuple[bool, MPI.Intracomm | None]:
+    """Return whether all remaining ranks have made the communicator of those that stay, and it (a collective)."""
+    agreed, comm = 1, None
+    try:
+        comm = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
+    except MPI.Exception:
+        agreed = 0
+    try:
+        agreed = alive.Agree(agreed)
+    except MPI.Exception:
+        agreed = 0
+    return bool(agreed), comm
+
+
+def _without(world: World, lost: Sequence[int], comm: MPI.Intracomm, old_ranks: Sequence[int]) -> World:
+    """Return the world of the groups that are left, numbered anew.
+
+    Args:
+        world: the old one.
+        lost: numbers of the broken groups.
+        comm: of the ranks that are left.
+        old_ranks: ranks in the old world that are alive, those of broken groups too.
+    """
+    kept = [group for group in range(max(world.group_of) + 1) if group not in lost]
+    left = [old for old in old_ranks if world.group_of[old] in kept]
+    return replace(
+        world,
+        comm=comm,
+        group_of=tuple(kept.index(world.group_of[old]) for old in left),
+        client=kept.index(world.client),
+        hosts=tuple(world.hosts[old] for old in left),
+        meetings=tuple(world.meetings[group] for group in kept),
+    )
 
 
 def _gather_quietly(comm: MPI.Comm) -> None:
