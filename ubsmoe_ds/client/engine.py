@@ -7,8 +7,6 @@ import contextlib
 import io
 import logging
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -269,29 +267,6 @@ class Client:
         self.engine.eval()
         self.model.set_active_experts(k)
         return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
-
-    def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
-        """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""
-        if ks[0] == ks[1]:
-            return 1.0, 1.0  # nothing to compare
-        self.engine.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        seconds: dict[int, list[float]] = {k: [] for k in ks}
-        if self.collector is not None:
-            self.collector.reset()
-        for _ in range(repeats + 1):
-            for k in ks:
-                self.model.set_active_experts(k)
-                get_accelerator().synchronize()
-                start = time.perf_counter()
-                loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)
-                torch.autograd.grad(loss, trained, allow_unused=True)
-                if self.collector is not None:
-                    self.collector.reduce()
-                get_accelerator().synchronize()
-                seconds[k].append(time.perf_counter() - start)
-        first, second = (statistics.median(seconds[k][1:]) for k in ks)
-        return first, second
 
 
 def tail_start(config: LoraConfig, lora_rank: int) -> int:

@@ -23,15 +23,15 @@ from ubsmoe_ds.checkpoint.state import replicate
 from ubsmoe_ds.client.engine import Client, LocalProgress, start_deepspeed
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
-from ubsmoe_ds.data.shares import ClientRows, client_rows
+from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.client_rows import ClientRows, client_rows
+from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.federation.aggregator import Aggregator, ExchangeFactory
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.launching.placement import describe
 from ubsmoe_ds.launching.run_folder import check_run_folder, goes_on
 from ubsmoe_ds.models.cost import trainable_parameters
-from ubsmoe_ds.models.hf_config import check_length, check_window, model_shape, read_config
-from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.models.hf_config import check_window, model_shape
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -84,7 +84,7 @@ def build(
         stacking=exp.merge.row.stacking,
         seed=exp.seed,
     )
-    batches_from = _batches(exp, world, texts)
+    batches_from = _batches(world, texts)
     if client.moments is not None and found is None:
         client.calibrate(batches_from(0), CALIBRATION_STEPS)
     exchange_for, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
@@ -121,17 +121,15 @@ class _Texts(NamedTuple):
     examples: Sequence[Example]
     cut: int
     evaluator: Evaluator
-    pad: int
+    encoder: Encoder
 
 
 def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
-    config = read_config(exp.model_dir)
-    tokenizer = read_tokenizer(exp.model_dir, config.vocab_size)
-    check_length(config, exp.data.max_length, "data.max_length")
-    examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
-    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
-    check_window(config, evaluator.longest)
-    return _Texts(examples, cut, evaluator, tokenizer.pad_token_id)
+    encoder = read_encoder(exp)
+    examples, cut = encoder.encode(rows.training)
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    check_window(encoder.model, evaluator.longest)
+    return _Texts(examples, cut, evaluator, encoder)
 
 
 def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: FoundCheckpoint | None) -> None:
@@ -152,20 +150,11 @@ def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Fo
         federation.monitor.say(line)
 
 
-def _batches(exp: Experiment, world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]]:
+def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]]:
     """Number of a step -> that step of this rank's client and all that follow."""
 
     def batches_from(first: int) -> Iterator[StepBatch]:
-        return steps(
-            texts.examples,
-            batch_size=exp.deepspeed.train_batch_size,
-            micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
-            ranks=exp.clients[world.client].ranks,
-            pad=texts.pad,
-            seed=(exp.seed, world.client),
-            first=first,
-        )
+        return texts.encoder.steps(texts.examples, world.client, world.client_rank, first)
 
     return batches_from
 

@@ -117,6 +117,11 @@ class Monitor:
         self._writer.add_scalar("clients/alive", left, number)
         self._writer.flush()
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return the record of every round so far, earlier jobs of a resumed run included."""
+        text = (self.folder / RECORD).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
         summary = {"clients": rows, **totals}
@@ -174,8 +179,9 @@ def heat_map(value_LE: Tensor) -> Tensor:
 def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:
     """The end of a run at a glance."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
-    table = Table(title=f"utilisation CV {before:.3f} -> {after:.3f}", title_justify="left")
-    for heading in ("client", "K", "rank", "FLOPs %", "step time %", "loss", "accuracy %"):
+    title = f"utilisation CV {before:.3f} -> {after:.3f}"
+    table = Table(title=title, title_justify="left", collapse_padding=True)  # fits the 80 columns of a log file
+    for heading in ("client", "K", "rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for row in rows:
         table.add_row(
@@ -183,12 +189,13 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
             str(row["k"]),
             str(row["lora_rank"]),
             f"{100 * row['flops_ratio']:.1f}",
-            f"{100 * row['step_time_ratio']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds_per_step']:.2f}",
             f"{row['loss_before']:.4f} -> {row['loss_after']:.4f}",
             f"{100 * row['accuracy_before']:.1f} -> {100 * row['accuracy_after']:.1f}",
         )
     for client, number in totals["lost_in_round"].items():
-        table.add_row(client, "", "", "", "", f"lost in round {number}", "")
+        table.add_row(client, "", "", "", "", "", f"lost in round {number}", "")
     return table
 
 
