@@ -120,7 +120,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     encoder = read_encoder(exp)
     examples, _ = encoder.encode(rows)
     start_deepspeed(bool(devices), verbose=False)
-    client = Client(exp, exp.clients[0], place.client_rank)
+    client = Client(exp, exp.clients[0], place.group_rank)
     return client, partial(encoder.steps, examples, 0)
 
 

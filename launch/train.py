@@ -115,7 +115,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
             ulfm.check_survivable(os.environ)
         joined = world.join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp, joined.rank), joined.rank == 0
-        speaks_for_client = joined.client_rank == 0
+        speaks_for_client = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:
         if speaks:

@@ -70,7 +70,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:
-        if world.survives and ulfm.is_client_broken(world):
+        if world.survives and ulfm.is_group_broken(world):
             ulfm.leave()  # the error is only that another rank of this client is gone
         raise
     _leave_together(federation.world)

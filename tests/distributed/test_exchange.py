@@ -127,10 +127,10 @@ def test_exchange_equals_numpy(name, tmp_path):
     results = run_ranks(tmp_path, size, "tests.support.scenarios:exchange", arguments | {"payloads": list(TOLERANCE)})
     rank = 0
     for client, (ranks, ep, sent_rank, back_rank) in enumerate(layouts):
-        for client_rank in range(ranks):
+        for group_rank in range(ranks):
             held = []
             for unit, numel, expert, lora in units:
-                if expert is not None and expert // (experts // ep) != client_rank % ep:
+                if expert is not None and expert // (experts // ep) != group_rank % ep:
                     continue
                 total = np.full(_elements(numel, lora, back_rank or sent_rank), client, dtype=np.float64)
                 for other, (_, _, other_rank, _) in enumerate(layouts):

@@ -64,7 +64,7 @@ def test_the_same_rows_from_sites_are_the_same_run(files, tmp_path):
 
 
 def of_client(exp: Experiment, number: int):
-    return client_rows(exp, SimpleNamespace(client=number, client_rank=0, comm=MPI.COMM_SELF))
+    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, comm=MPI.COMM_SELF))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):

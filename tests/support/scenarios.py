@@ -48,14 +48,14 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     found: dict[str, Any] = {}
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
-        client = Client(exp, exp.clients[0], world.client_rank)
+        client = Client(exp, exp.clients[0], world.group_rank)
         client.engine.train()
         all_batches = partial(
             steps,
             tiny.examples(),
             batch_size=8,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
+            rank=world.group_rank,
             ranks=ranks,
             pad=0,
             seed=(exp.seed, 0),
@@ -122,7 +122,7 @@ def joined() -> dict[str, Any]:
     found: dict[str, Any] = {
         "rank": world.rank,
         "client": world.client,
-        "client_rank": world.client_rank,
+        "group_rank": world.group_rank,
         "port": int(os.environ["MASTER_PORT"]),
         "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),
         "local_of_one": _local_rank(exp, world, [["a"], ["a"], ["c"], ["d"]]),
@@ -255,7 +255,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
         config = exp.clients[world.client]
-        client = Client(exp, config, world.client_rank)
+        client = Client(exp, config, world.group_rank)
         flora, lora_rank = exp.merge.row.stacking, exp.lora_rank(config)
         masters = client.gradient_hook.masters
         store = UnitStore(client.model, masters, lora_rank=lora_rank, dmr=exp.dmr.enabled, stacking=flora)
@@ -268,7 +268,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         server.start(exchange.collect(store.shared.numpy(), exact=True))
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
-                value = _local_value(key, world.client, parameter, config, world.client_rank)
+                value = _local_value(key, world.client, parameter, config, world.group_rank)
                 if variant.get("broken") == [world.client, key]:
                     value.view(-1)[0] = float("nan")
                 client.gradient_hook.masters.write(parameter, value)

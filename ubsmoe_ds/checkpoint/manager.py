@@ -128,7 +128,7 @@ class CheckpointManager:
 
     def _pieces(self, client: Client, store: UnitStore, server: Server, local: LocalProgress) -> list[storage.Piece]:
         """Collect what this rank writes."""
-        rank, first_client = self.world.client_rank, self.world.client == 0
+        rank, first_client = self.world.group_rank, self.world.client == 0
         keeps = self.exp.train.optimizer_state == "keep" or local.steps > 0
         pieces = [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
         if first_client or not self._one_shared_state:
@@ -145,7 +145,7 @@ class CheckpointManager:
     def _clients(self, server: Server, progress: Progress, local: LocalProgress) -> dict[str, dict[str, Any]]:
         """Gather each client's entry of the manifest from its first rank, by name (a collective)."""
         counts = None
-        if self.world.client_rank == 0:
+        if self.world.group_rank == 0:
             counts = [self.world.client, progress.steps_taken, local.steps, local.bad_steps, local.seconds]
         entries = {}
         for client, taken, steps, bad, seconds in filter(None, gather_json(self.world.comm, counts)):
@@ -267,7 +267,7 @@ class CheckpointManager:
             return progress, LocalProgress()
         state.restore_client(client, reader)
         local = LocalProgress(saved.steps, saved.bad_steps, seconds=saved.seconds)
-        state.restore_rank(client, self.world.client_rank, local, reader, saved.layout)
+        state.restore_rank(client, self.world.group_rank, local, reader, saved.layout)
         return progress, local
 
 

@@ -30,10 +30,10 @@ NORMS = slice(3, None)  # of `LocalProgress.sums`
 Layout = Sequence[int]  # a client's ranks and expert parallelism
 
 
-def client_pieces(client: Client, client_rank: int, with_optimizer: bool) -> Iterator[Piece]:
+def client_pieces(client: Client, group_rank: int, with_optimizer: bool) -> Iterator[Piece]:
     """This rank's part of its client's weights and optimiser state."""
     owner = client.config.name
-    for name, parameter, fragment in _written_here(client, client_rank):
+    for name, parameter, fragment in _written_here(client, group_rank):
         master, start, offset, numel = fragment
         place = _offset(client, parameter) + offset
         yield Piece("weight", owner, name, place, master.view(-1)[start : start + numel])
@@ -49,7 +49,7 @@ def client_pieces(client: Client, client_rank: int, with_optimizer: bool) -> Ite
                 )
             elif place == 0:  # a number that is the same for all elements, such as the step
                 yield Piece(f"scalar.{key}", owner, name, 0, torch.as_tensor(value))
-    if client_rank == 0:
+    if group_rank == 0:
         for key, values in _schedule(client).items():
             yield Piece(f"schedule.{key}", owner, "state", 0, torch.tensor(values, dtype=torch.float64))
 
@@ -118,27 +118,27 @@ def _offset(client: Client, parameter: nn.Parameter) -> int:
     return parameter.numel() * client.spec.expert_rank if is_moe_param(parameter) else 0
 
 
-def _written_here(client: Client, client_rank: int) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
+def _written_here(client: Client, group_rank: int) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
     """Fragments that this rank writes: under ZeRO its own; whole masters once, by the first ranks that hold them."""
     for name, parameter in _trained(client):
         fragment = client.gradient_hook.masters.fragment(parameter)
         first_holders = client.config.expert_parallel if is_moe_param(parameter) else 1
-        if fragment is not None and (hasattr(parameter, "_hp_mapping") or client_rank < first_holders):
+        if fragment is not None and (hasattr(parameter, "_hp_mapping") or group_rank < first_holders):
             yield name, parameter, fragment
 
 
-def shared_pieces(store: UnitStore, lora_rank: int, owner: str, client_rank: int, with_base: bool) -> Iterator[Piece]:
+def shared_pieces(store: UnitStore, lora_rank: int, owner: str, group_rank: int, with_base: bool) -> Iterator[Piece]:
     """Yield the shared state, and under FLoRA the frozen weights that it has changed.
 
     Args:
         store: this rank's.
         lora_rank: the client's current one.
         owner: whose they are in the checkpoint.
-        client_rank: this rank's place; of ranks that hold the same the first writes it.
+        group_rank: this rank's place; of ranks that hold the same the first writes it.
         with_base: whether this client, whose frozen weights are those of all, writes them.
     """
     for block, value in store.parts(store.shared, lora_rank):
-        if client_rank >= block.holders:
+        if group_rank >= block.holders:
             continue
         yield Piece("shared", owner, block.name, block.first * (len(value) // block.rows), value)
         if store.stacking and with_base and block.base is not None:
@@ -247,37 +247,37 @@ def _starts(server: Server, units: Sequence[Unit]) -> list[int]:
     return [starts[segment.units[0].name] for segment in server.segments]
 
 
-def rank_pieces(client: Client, client_rank: int, local: LocalProgress) -> Iterator[Piece]:
+def rank_pieces(client: Client, group_rank: int, local: LocalProgress) -> Iterator[Piece]:
     """This rank's generators, and what it has counted in the round under way."""
     owner = client.config.name
-    yield Piece(f"random.cpu.{client_rank}", owner, "state", 0, torch.get_rng_state())
+    yield Piece(f"random.cpu.{group_rank}", owner, "state", 0, torch.get_rng_state())
     if client.device.type != "cpu":
-        yield Piece(f"random.device.{client_rank}", owner, "state", 0, get_accelerator().get_rng_state())
+        yield Piece(f"random.device.{group_rank}", owner, "state", 0, get_accelerator().get_rng_state())
     for name, first, value in _counts(client, local):
-        yield Piece(f"count.{client_rank}", owner, name, first, value)
+        yield Piece(f"count.{group_rank}", owner, name, first, value)
 
 
-def restore_rank(client: Client, client_rank: int, local: LocalProgress, reader: Reader, layout: Layout) -> None:
+def restore_rank(client: Client, group_rank: int, local: LocalProgress, reader: Reader, layout: Layout) -> None:
     """The way back.
 
     Args:
         client: this rank's.
-        client_rank: its place.
+        group_rank: its place.
         local: whose sums are set.
         reader: of the checkpoint.
         layout: that the client had when it was written.
     """
     owner, ranks = client.config.name, layout[0]
-    twin = client_rank % ranks
+    twin = group_rank % ranks
     torch.set_rng_state(reader.read(f"random.cpu.{twin}", owner, "state"))
     if client.device.type != "cpu" and reader.has(f"random.device.{twin}", owner, "state"):
         get_accelerator().set_rng_state(reader.read(f"random.device.{twin}", owner, "state"))
-    sources = [client_rank]
+    sources = [group_rank]
     if list(layout) != [client.config.ranks, client.config.expert_parallel]:
-        sources = list(range(ranks)) if client_rank < client.config.expert_parallel else []
+        sources = list(range(ranks)) if group_rank < client.config.expert_parallel else []
     for name, first, held in _counts(client, local):
         of_experts = name.endswith(EXPERT_SUMS)
-        taken = sources if of_experts or client_rank == 0 or sources == [client_rank] else []
+        taken = sources if of_experts or group_rank == 0 or sources == [group_rank] else []
         total = torch.zeros_like(held).view(-1)
         for source in taken:
             total += _stretch(reader, f"count.{source}", owner, name, first, len(total)).to(total)

@@ -60,7 +60,7 @@ class LocalProgress:
     seconds: float = 0.0
 
 
-def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
+def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMoESpec:
     """What conversion needs to know of one rank of one client."""
     return UBSMoESpec(
         k=exp.active_experts(config),
@@ -77,7 +77,7 @@ def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSM
         gate_rescale=exp.router.gate_rescale,
         k_max=exp.k_max,
         expert_parallel=config.expert_parallel,
-        expert_rank=client_rank % config.expert_parallel,
+        expert_rank=group_rank % config.expert_parallel,
         seed=exp.seed,
     )
 
@@ -101,18 +101,18 @@ class Client:
     Args:
         exp: the experiment.
         config: this client's section.
-        client_rank: this rank's place in the client.
+        group_rank: this rank's place in the client.
         verbose: let DeepSpeed print.
     """
 
-    def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
+    def __init__(self, exp: Experiment, config: ClientConfig, group_rank: int, verbose: bool = False) -> None:
         self.exp, self.config = exp, config
         self.k = exp.active_experts(config)
         self.device = torch.device(get_accelerator().current_device_name())
         if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
         torch.manual_seed(exp.seed)
-        self.spec = client_spec(exp, config, client_rank)
+        self.spec = client_spec(exp, config, group_rank)
         self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         with _deepspeed_output(verbose):

@@ -40,7 +40,7 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
         return ClientRows(rows.of_client(world.client), counts, rows.evaluation, rows.digest)
     training, evaluation = site_rows(exp, world.client)
     site = None  # the first rank of each client speaks for it
-    if world.client_rank == 0:
+    if world.group_rank == 0:
         site = [world.client, len(training), digest([*training, *evaluation])]
     sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
     digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]

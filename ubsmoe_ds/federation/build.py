@@ -74,7 +74,7 @@ def build(
         check_run_folder(exp, own)
     texts = _texts(exp, rows)
     start_deepspeed(on_accelerator, verbose)
-    client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
+    client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
     release_freed_memory()
     store = UnitStore(
         client.model,
@@ -135,7 +135,7 @@ def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
 def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: FoundCheckpoint | None) -> None:
     """Open the run's folder, on the rank that writes, and say what is about to run."""
     exp, world = federation.exp, federation.world
-    cut_prompts = world.sum(np.array([texts.cut if world.client_rank == 0 else 0.0]))[0]
+    cut_prompts = world.sum(np.array([texts.cut if world.group_rank == 0 else 0.0]))[0]
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
@@ -145,7 +145,7 @@ def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Fo
     }
     federation.monitor = _open_monitor(exp, found)
     met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
-    placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
+    placed = "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *met])
     for line in (_headline(exp, federation.client), placed, *_warnings(exp, cuts)):
         federation.monitor.say(line)
 
@@ -154,7 +154,7 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     """Number of a step -> that step of this rank's client and all that follow."""
 
     def batches_from(first: int) -> Iterator[StepBatch]:
-        return texts.encoder.steps(texts.examples, world.client, world.client_rank, first)
+        return texts.encoder.steps(texts.examples, world.client, world.group_rank, first)
 
     return batches_from
 

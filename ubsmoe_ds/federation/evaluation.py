@@ -32,7 +32,7 @@ def evaluate_part(
     view = views.index(view_of_client[world.client])
     sharers = [c for c, name in enumerate(view_of_client) if name == views[view]]
     ranks = [(c, r) for c in sharers for r in range(exp.clients[c].ranks)]
-    worker = ranks.index((world.client, world.client_rank))
+    worker = ranks.index((world.client, world.group_rank))
     sums_G = np.zeros((len(views), len(evaluator.tasks), len(FIELDS)))
     counts_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
     client.reset_counts()

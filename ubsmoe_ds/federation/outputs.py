@@ -70,7 +70,7 @@ class Outputs:
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
         state, own = self.aggregator.store.full_state(self.aggregator.lora_rank), self._own_scales()
-        if self.world.client_rank == 0:
+        if self.world.group_rank == 0:
             self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
         self.world.barrier()
 
@@ -91,7 +91,7 @@ class Outputs:
     def _peak_memory(self) -> np.ndarray:
         """Of each client the bytes that the fullest of its ranks has held at most (a collective over the job)."""
         table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
-        table_CR[self.world.client, self.world.client_rank] = peak_bytes(self.client.device)
+        table_CR[self.world.client, self.world.group_rank] = peak_bytes(self.client.device)
         return self.world.sum(table_CR).max(axis=1)
 
     def _summary(

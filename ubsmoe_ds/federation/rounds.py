@@ -94,7 +94,7 @@ class Federation:
 
         def stop() -> bool:
             late = self.local.steps > 0 and time.monotonic() > deadline
-            return self.world.any_of_client(late or self.stop.poll())
+            return self.world.any_of_group(late or self.stop.poll())
 
         batches = self.batches_from(self.progress.steps_taken)
         self.client.train(batches, self.local, train.local_steps, stop, self.aggregator.lora_rank)
@@ -139,7 +139,7 @@ class Federation:
             return None
 
         def stop() -> bool:
-            return self.world.any_of_client(self.stop.poll())
+            return self.world.any_of_group(self.stop.poll())
 
         part = evaluate_part(self.exp, self.world, self.client, self.evaluator, stop)
         self._stop_if_asked()
@@ -150,7 +150,7 @@ class Federation:
     def _record(self, evaluated: dict[str, float] | None) -> None:
         """Complete the round: save adapters where due, then write its record."""
         number, every = self.progress.round, self.exp.train.save_every
-        stages = self.stopwatch.seconds if self.world.client_rank == 0 else {}
+        stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
             Outputs(self.exp, self.world, self.client, self.aggregator).save_adapters(number)
@@ -186,7 +186,7 @@ class Federation:
         """Return (each client's sums, metrics, wall times) of all clients (a collective)."""
         stages = self.stopwatch.seconds
         seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
-        if self.world.client_rank > 0:  # norms and steps are the client's, times are its first rank's
+        if self.world.group_rank > 0:  # norms and steps are the client's, times are its first rank's
             stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds = RoundSeconds(*np.zeros(len(seconds)))
         table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent])

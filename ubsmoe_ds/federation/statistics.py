@@ -49,7 +49,7 @@ def gather(
     """
     counts_LX = client.routed_counts().double()
     table = np.zeros((len(weights), counts_LX.numel() + 3))
-    first = world.client_rank == 0
+    first = world.group_rank == 0
     flags = [not finite, lora_rank if first else 0, worked if first else 0]
     table[world.client] = [*counts_LX.reshape(-1).tolist(), *flags]
     table = world.sum(table)

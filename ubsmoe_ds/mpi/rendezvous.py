@@ -37,23 +37,23 @@ class Meeting(NamedTuple):
     interface: str
 
 
-def meet(client_comm: Any, everybody: Any, one_host: bool) -> Meeting:
+def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
     """Agree on a meeting place (a collective over the client, and over the job).
 
     Args:
-        client_comm: communicator of the client.
+        group_comm: communicator of the client.
         everybody: of the job. Ports are held until all clients have theirs, so that they differ on a host.
         one_host: whether the client is on one host; then it meets on the loopback interface.
 
     Raises:
         UserError: on every rank of the job, if no address of some client's first rank is reached by all its others.
     """
-    with closing(_Listener()) if client_comm.rank == 0 else nullcontext() as listener:
+    with closing(_Listener()) if group_comm.rank == 0 else nullcontext() as listener:
         offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
-        port, token, addresses = gather_json(client_comm, offer)[0]
+        port, token, addresses = gather_json(group_comm, offer)[0]
         with ThreadPoolExecutor(max_workers=MOST_ADDRESSES) as pool:
             tried = list(pool.map(lambda address: _reach(address, port, token), addresses))
-        answers = gather_json(client_comm, [interface is not None for interface in tried])
+        answers = gather_json(group_comm, [interface is not None for interface in tried])
         reached = np.array(answers, dtype=bool).all(axis=0)
         problem = "" if reached.any() else ", ".join(addresses) or "it has none"
         problems = [each for each in gather_json(everybody, problem) if each]

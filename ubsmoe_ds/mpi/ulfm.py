@@ -53,7 +53,7 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
     while True:
         alive = MPI.Intracomm(alive.Shrink())
         places = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
-        lost = sorted({world.client_of[old] for old in set(range(world.comm.size)) - set(places)})
+        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(places)})
         stays = world.client not in lost
         agreed, found = 1, None
         try:
@@ -69,13 +69,13 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
         alive.Revoke()  # somebody died meanwhile: once more
     if not stays or found is None:
         leave()
-    kept = [client for client in range(max(world.client_of) + 1) if client not in lost]
-    left = [old for old in places if world.client_of[old] in kept]
-    client_of = tuple(kept.index(world.client_of[old]) for old in left)
+    kept = [client for client in range(max(world.group_of) + 1) if client not in lost]
+    left = [old for old in places if world.group_of[old] in kept]
+    group_of = tuple(kept.index(world.group_of[old]) for old in left)
     hosts = tuple(world.hosts[old] for old in left)
     meetings = tuple(world.meetings[client] for client in kept)
     client = kept.index(world.client)
-    return replace(world, comm=found, client_of=client_of, client=client, hosts=hosts, meetings=meetings), lost
+    return replace(world, comm=found, group_of=group_of, client=client, hosts=hosts, meetings=meetings), lost
 
 
 def _gather_quietly(comm: MPI.Comm) -> None:
@@ -98,13 +98,13 @@ def _gather_quietly(comm: MPI.Comm) -> None:
             return
 
 
-def is_client_broken(world: World) -> bool:
+def is_group_broken(world: World) -> bool:
     """Whether a rank of this rank's own client has died; its death may be known a little later than its silence."""
     word = np.zeros(1, dtype=np.int32)
     deadline = time.monotonic() + NOTICE_SECONDS
     try:
-        waiting = world.client_comm.Irecv(word, source=MPI.ANY_SOURCE)  # nobody sends: it fails when somebody dies
-        while world.client_comm.size > 1 and time.monotonic() < deadline:
+        waiting = world.group_comm.Irecv(word, source=MPI.ANY_SOURCE)  # nobody sends: it fails when somebody dies
+        while world.group_comm.size > 1 and time.monotonic() < deadline:
             waiting.Test()
             time.sleep(POLL_SECONDS)
     except MPI.Exception as error:

@@ -89,7 +89,7 @@ def _addresses() -> list[str]:
 def _describe(exp: Experiment, world: World, host: str) -> str:
     """host n1 (client 'b', job ranks 2 3)"""
     ranks = [rank for rank, other in enumerate(world.hosts) if other == host]
-    names = [repr(exp.clients[client].name) for client in sorted({world.client_of[rank] for rank in ranks})]
+    names = [repr(exp.clients[client].name) for client in sorted({world.group_of[rank] for rank in ranks})]
     clients, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
     return f"host {host} ({clients} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
 

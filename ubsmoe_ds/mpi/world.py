@@ -35,10 +35,10 @@ class World:
     """Where this rank stands: in the job, in its client, and on its host."""
 
     comm: MPI.Intracomm
-    client_comm: MPI.Comm
-    client_of: tuple[int, ...]  # each rank of the job: its client's position in the config's list
+    group_comm: MPI.Comm
+    group_of: tuple[int, ...]  # each rank of the job: its client's position in the config's list
     client: int  # this rank's
-    client_rank: int
+    group_rank: int
     hosts: tuple[str, ...]  # each rank of the job: the name of its host
     meetings: tuple[str, ...]  # each client: where its ranks meet if they are on several hosts, else ""
     host_comm: MPI.Comm  # of the ranks on this host
@@ -53,8 +53,8 @@ class World:
     @property
     def places(self) -> list[list[str]]:
         """Hosts of each client's ranks."""
-        found: list[list[str]] = [[] for _ in range(max(self.client_of) + 1)]
-        for client, host in zip(self.client_of, self.hosts, strict=True):
+        found: list[list[str]] = [[] for _ in range(max(self.group_of) + 1)]
+        for client, host in zip(self.group_of, self.hosts, strict=True):
             found[client].append(host)
         return found
 
@@ -83,9 +83,9 @@ class World:
         """Whether it is true on some rank of the job (a collective)."""
         return _any(self.comm, flag)
 
-    def any_of_client(self, flag: bool) -> bool:
+    def any_of_group(self, flag: bool) -> bool:
         """Whether it is true on some rank of this client (a collective over it)."""
-        return flag if self.client_comm.size == 1 else _any(self.client_comm, flag)
+        return flag if self.group_comm.size == 1 else _any(self.group_comm, flag)
 
     def barrier(self) -> None:
         """Wait for every rank, leaving the cores to those that still work."""
@@ -153,26 +153,26 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
     comm = MPI.Intracomm(started.Split(key=order.index(started.rank)))
     owners = [number for number, client in enumerate(exp.clients) for _ in range(client.ranks)]
     number = owners[comm.rank]
-    client_comm = comm.Split(color=number, key=comm.rank)
+    group_comm = comm.Split(color=number, key=comm.rank)
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    meeting = meet(client_comm, comm, one_host=len(set(places[number])) == 1)
+    meeting = meet(group_comm, comm, one_host=len(set(places[number])) == 1)
     os.environ.update(
-        RANK=str(client_comm.rank),
-        WORLD_SIZE=str(client_comm.size),
+        RANK=str(group_comm.rank),
+        WORLD_SIZE=str(group_comm.size),
         LOCAL_RANK=str(host_comm.rank),
         MASTER_ADDR=meeting.address,
         MASTER_PORT=str(meeting.port),
     )
-    crosses = client_comm.rank == 0 and len(set(places[number])) > 1
+    crosses = group_comm.rank == 0 and len(set(places[number])) > 1
     told = gather_json(comm, [number, f"{meeting.address} ({meeting.interface})"] if crosses else None)
     if meeting.interface:
         os.environ.setdefault(INTERFACES, meeting.interface)  # gloo's own guess is what the host's name stands for
     return World(
         comm=comm,
-        client_comm=client_comm,
-        client_of=tuple(owners),
+        group_comm=group_comm,
+        group_of=tuple(owners),
         client=number,
-        client_rank=client_comm.rank,
+        group_rank=group_comm.rank,
         hosts=tuple(host_of[number] for number in order),
         meetings=tuple(dict(filter(None, told)).get(c, "") for c in range(len(exp.clients))),
         host_comm=host_comm,

@@ -181,7 +181,7 @@ def joined(tmp_path_factory):
 @pytest.mark.slow
 def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
     """So a is on one host all the same."""
-    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in joined] == [
+    assert [(int(r["rank"]), int(r["client"]), int(r["group_rank"])) for r in joined] == [
         (0, 0, 0),
         (2, 1, 0),
         (1, 0, 1),
