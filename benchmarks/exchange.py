@@ -35,7 +35,7 @@ from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
 from ubsmoe_ds.aggregation.rules import fedavg
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
-from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.mpi.collectives import wait_quietly
 
 UNITS = 192  # 64 experts, 3 projections

@@ -9,6 +9,9 @@ The moments of `linearised` are pooled over the K of the experiment's clients, a
 Exit codes: 0 done, 2 a mistake in config or data.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import shlex
 import sys

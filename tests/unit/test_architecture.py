@@ -27,6 +27,7 @@ LAYERS = [
 KNOWS_MPI = {
     "mpi.start",
     "mpi.collectives",
+    "mpi.exits",
     "mpi.world",
     "mpi.preemption",
     "mpi.ulfm",
@@ -34,7 +35,7 @@ KNOWS_MPI = {
     "aggregation.shared_memory",
 }
 # a mistake in a config, a hostfile or rows is reported before seconds of imports
-FREE_OF_TORCH = ("base.e", "base.f", "base.c", "config", "launching", "data.s", "data.partition", "models.hub")
+FREE_OF_TORCH = ("base", "config", "launching", "data.s", "data.partition", "models.hub")
 HEAVY = {"torch", "deepspeed", "transformers"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()

@@ -14,7 +14,7 @@ from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.shared_memory import SHARED_FOLDER, SharedMemory
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.files import writes
-from ubsmoe_ds.base.memory import release_freed_memory
+from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.manager import CheckpointManager, FoundCheckpoint

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
-from ubsmoe_ds.base.memory import peak_bytes
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.client.engine import Client
+from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.fingerprint import machine, model_digest

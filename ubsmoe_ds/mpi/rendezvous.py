@@ -41,7 +41,7 @@ def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
     """Agree on a meeting place (a collective over the client, and over the job).
 
     Args:
-        group_comm: communicator of the client.
+        group_comm: communicator of the group.
         everybody: of the job. Ports are held until all clients have theirs, so that they differ on a host.
         one_host: whether the client is on one host; then it meets on the loopback interface.
 

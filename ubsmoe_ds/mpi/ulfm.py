@@ -5,22 +5,18 @@ an exit code or by Abort, only one that is ended by a signal or leaves with code
 after a death; so ranks end by `leave`, `end` and `die` alone. Shrink spins until the last survivor comes, Iagree not.
 """
 
-import os
-import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS, SURVIVES
+from ubsmoe_ds.mpi.exits import leave_job
 from ubsmoe_ds.mpi.world import RECOVERING, World
 
-LAST_ONE_SECONDS = 0.3  # mpiexec ends with the first exit code that is not 0: its rank leaves after the others
 NOTICE_SECONDS = 3.0  # until the death of another rank is known here
 
 
@@ -68,7 +64,7 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
             break
         alive.Revoke()  # somebody died meanwhile: once more
     if not stays or found is None:
-        leave()
+        leave_job()
     kept = [client for client in range(max(world.group_of) + 1) if client not in lost]
     left = [old for old in places if world.group_of[old] in kept]
     group_of = tuple(kept.index(world.group_of[old]) for old in left)
@@ -110,37 +106,3 @@ def is_group_broken(world: World) -> bool:
     except MPI.Exception as error:
         return error.Get_error_class() in DEATHS
     return False
-
-
-def leave() -> NoReturn:
-    """Go, without harm to the others."""
-    _flush()
-    os._exit(0)
-
-
-def end(comm: MPI.Comm, code: int) -> NoReturn:
-    """End the job with a code; every rank that is left calls it."""
-    request = comm.Ibarrier()
-    try:
-        while not request.Test():
-            time.sleep(POLL_SECONDS)
-    except MPI.Exception as error:
-        if error.Get_error_class() not in DEATHS:
-            raise
-    _flush()
-    if comm.rank == 0:
-        time.sleep(LAST_ONE_SECONDS)
-        os._exit(code)
-    os._exit(0)
-
-
-def die() -> NoReturn:
-    """After an error in this rank alone: so that the others see it."""
-    _flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()

@@ -8,7 +8,6 @@ imported: if one is missing, DeepSpeed takes all of COMM_WORLD.
 """
 
 import os
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +20,9 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.launchers import check_size
 from ubsmoe_ds.launching.placement import job_order, place
-from ubsmoe_ds.mpi.collectives import DEATHS, MOVE_SECONDS, POLL_SECONDS, RanksLost, gather_json, move, wait_quietly
+from ubsmoe_ds.mpi.collectives import MOVE_SECONDS, RanksLost, gather_json, move, wait_quietly
 from ubsmoe_ds.mpi.rendezvous import INTERFACES, meet
 
-MESSAGE_SECONDS = 0.3
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 MOST_CORES = 8192  # of a host
 NAME_BYTES = 256  # of a host's name
@@ -36,11 +34,11 @@ class World:
 
     comm: MPI.Intracomm
     group_comm: MPI.Comm
-    group_of: tuple[int, ...]  # each rank of the job: its client's position in the config's list
-    client: int  # this rank's
+    group_of: tuple[int, ...]  # each rank of the job: its group's number
+    client: int  # position in the config's list of the client that this group trains: today its number
     group_rank: int
     hosts: tuple[str, ...]  # each rank of the job: the name of its host
-    meetings: tuple[str, ...]  # each client: where its ranks meet if they are on several hosts, else ""
+    meetings: tuple[str, ...]  # each group: where its ranks meet if they are on several hosts, else ""
     host_comm: MPI.Comm  # of the ranks on this host
     cores: int  # this rank's share of those it may run on, at least 1
     survives: bool = False  # whether the job goes on when ranks die
@@ -51,8 +49,8 @@ class World:
         return self.comm.rank
 
     @property
-    def places(self) -> list[list[str]]:
-        """Hosts of each client's ranks."""
+    def group_hosts(self) -> list[list[str]]:
+        """Hosts of each group's ranks."""
         found: list[list[str]] = [[] for _ in range(max(self.group_of) + 1)]
         for client, host in zip(self.group_of, self.hosts, strict=True):
             found[client].append(host)
@@ -84,7 +82,7 @@ class World:
         return _any(self.comm, flag)
 
     def any_of_group(self, flag: bool) -> bool:
-        """Whether it is true on some rank of this client (a collective over it)."""
+        """Whether it is true on some rank of this group (a collective over it)."""
         return flag if self.group_comm.size == 1 else _any(self.group_comm, flag)
 
     def barrier(self) -> None:
@@ -101,41 +99,6 @@ def _any(comm: MPI.Comm, flag: bool) -> bool:
 def started_rank() -> int:
     """The number this process was started with, for messages before there is a `World`."""
     return MPI.COMM_WORLD.rank
-
-
-def everybody() -> MPI.Intracomm:
-    """All ranks that were started."""
-    return MPI.COMM_WORLD
-
-
-def all_ranks_failed(seconds: float = 10.0) -> bool:
-    """Whether every rank of the job calls this within the time: then all can leave quietly with the same code.
-
-    The job's own messages travel on a duplicate of COMM_WORLD, so that this barrier cannot meet one of theirs.
-    """
-    deadline = time.monotonic() + seconds
-    try:
-        reached = MPI.COMM_WORLD.Ibarrier()
-        while not reached.Test():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_SECONDS)
-    except MPI.Exception as error:
-        if error.Get_error_class() not in DEATHS:
-            raise
-        return False
-    return True
-
-
-def finish() -> None:
-    """End MPI on every rank of the job together: then their exit codes stand, and nobody has to be ended by force."""
-    MPI.Finalize()
-
-
-def abort(code: int) -> None:
-    """End every rank of the job now; used when one rank fails and the others cannot know."""
-    time.sleep(MESSAGE_SECONDS)  # MPICH ends mpiexec's own forwarding too, and would lose this rank's last words
-    MPI.COMM_WORLD.Abort(code)
 
 
 def join(exp: Experiment, script: str, arguments: list[str]) -> World:

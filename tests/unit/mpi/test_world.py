@@ -10,7 +10,7 @@ from mpi4py import MPI
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.launching import launchers, relaunch
+from ubsmoe_ds.launching import launchers, relaunch, sign_in, supervisor
 from ubsmoe_ds.mpi import collectives, world
 
 
@@ -22,9 +22,9 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
         started.append((command, env))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     for name in launchers.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
     assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == code
@@ -36,13 +36,13 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
 
 def test_only_processes_of_this_host_are_watched(tmp_path):
     """Where hosts share the temporary folder a rank of another has a number that may be any process of this one."""
-    environment = {relaunch.PARENT_SPEAKS: str(tmp_path)}
-    relaunch.sign_in(environment, "a rank here")  # nobody watches from there
-    (tmp_path / relaunch.WATCHED_FROM).write_text("another boot 4026531836")
-    relaunch.sign_in(environment, "a rank of another host")
-    assert [path.name for path in tmp_path.iterdir()] == [relaunch.WATCHED_FROM]
-    (tmp_path / relaunch.WATCHED_FROM).write_text(relaunch._process_table())
-    relaunch.sign_in(environment, "a rank here")
+    environment = {sign_in.PARENT_SPEAKS: str(tmp_path)}
+    sign_in.sign_in(environment, "a rank here")  # nobody watches from there
+    (tmp_path / sign_in.WATCHED_FROM).write_text("another boot 4026531836")
+    sign_in.sign_in(environment, "a rank of another host")
+    assert [path.name for path in tmp_path.iterdir()] == [sign_in.WATCHED_FROM]
+    (tmp_path / sign_in.WATCHED_FROM).write_text(sign_in.process_table())
+    sign_in.sign_in(environment, "a rank here")
     assert (tmp_path / str(os.getpid())).read_text() == "a rank here"
 
 
@@ -55,9 +55,9 @@ def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypat
         found.update({("summary.json", 7)} if writes else set())
         return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(found)) == code
 
 
@@ -78,14 +78,14 @@ def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeyp
         code = codes[len(commands)]
         commands.append(command)
         if code != 9:  # not killed
-            relaunch.sign_off(env, code)
+            sign_in.sign_off(env, code)
         if left_by_first:
             checkpoints.add(("000001-round-1", 18))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
     assert found == codes[-1]
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
