@@ -23,22 +23,29 @@ from ubsmoe_ds.config.sections import ClientConfig
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 DERIVED = ("num_experts", "k_max")  # read from the model folder
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", NoneType: "`null`", dict: "mapping"}
+KINDS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    dict: "mapping",
+    bool: "`true`, `false`",
+    NoneType: "`null`",
+}
 
 HEAD = """# Configuration
 
 <!-- Written by `python -m ubsmoe_ds.config.reference --write` from ubsmoe_ds/config/. Edit the fields there. -->
 
-An experiment is one YAML file, such as `ds_configs/tiny.yaml`. It is checked once, before any process starts: an unknown
-key, a wrong type or a value out of range ends the command with one line that names key, value and remedy, and exit code 2.
+An experiment is one YAML file, such as `ds_configs/tiny.yaml`. It is checked once, before any process starts. An
+unknown key, a wrong type or a value out of range ends the command with one line (key, value, remedy) and exit code 2.
 
 - **Only `name`, `clients` and `deepspeed` must be given.** Every other key has a default.
-- **Any key can be overridden** on the command line: `train.rounds=20`, `clients.0.budget=0.5`, `'merge={rule: median}'`. The
-  value is YAML; items of a list go by position.
+- **Any key can be overridden** on the command line: `train.rounds=20`, `clients.0.budget=0.5`. The value is YAML;
+  items of a list go by position.
 - **Paths** are relative to the working folder. Only the name of the DeepSpeed JSON is relative to the YAML.
-- **`method` is a preset** that is laid under everything else ([methods](methods.md)). Where it sets a key, the table says so and
-  gives the value of the default method; a key that you set yourself wins. Leave such keys out of a YAML that you compare
-  methods with.
+- **`method` is a preset** that is laid under everything else ([methods](methods.md)). Where presets set a key, the
+  table gives the value of the default method. A key that you set yourself wins; leave such keys out of a YAML that
+  you compare methods with.
 - `num_experts` and `k_max` are read from the model folder and cannot be set; use `model.k_max`.
 """
 

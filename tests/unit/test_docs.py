@@ -1,0 +1,223 @@
+"""README and docs say nothing that does not exist: links, paths, commands, config keys; and their examples run."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from tests.support.ranks import REPO
+from tests.unit.test_architecture import LAYERS
+from ubsmoe_ds.config import reference
+from ubsmoe_ds.config.experiment import Experiment
+
+PAGES = ["README.md", "CONTRIBUTING.md", "slurm/README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
+TOP = "ubsmoe_ds|launch|tests|benchmarks|ds_configs|slurm|results|docs"
+PATH = re.compile(rf"(?<![\w./-])(?:{TOP})/[\w./-]*\w/?")
+WRITTEN = ("--out", "--write")  # options whose value need not exist yet
+FILES = {"py", "md", "yaml", "json", "jsonl", "safetensors", "csv", "toml", "cfg"}  # `model.safetensors` is no key
+# options of other programs come before the script
+COMMAND = re.compile(r"(?<!\S)(?:\S*/)?(launch/\w+\.py|slurm/train\.sbatch|slurm/compare\.sbatch)(?!\S)(.*)")
+RUN_BY = {"slurm/train.sbatch": "launch/train.py", "slurm/compare.sbatch": "launch/compare.py"}
+NO_PARSER = "launch/harness.py"  # lm-evaluation-harness has its own
+
+
+def text_of(page: str) -> str:
+    return (REPO / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """Fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def inline(page: str) -> list[str]:
+    """Inline code of a page."""
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def command_lines(page: str) -> Iterator[tuple[str, str]]:
+    """(script, what follows it) of every command, from blocks and from inline code; comments and pipes are cut off."""
+    lines = [line for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *inline(page)]:
+        match = COMMAND.search(line)
+        if match:
+            yield match[1], re.split(r"\s#|[|);>]", match[2])[0]
+
+
+def anchors(page: str) -> set[str]:
+    """Names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        goal = ((REPO / page).parent / path).resolve() if path else REPO / page
+        assert goal.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(goal.relative_to(REPO))), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    text = re.sub(rf"(?:{'|'.join(WRITTEN)}) \S+", "", text_of(page))
+    for path in PATH.findall(text):
+        assert (REPO / path).exists(), f"{page}: {path}"
+    for name in inline(page):
+        if re.fullmatch(r"[\w/]+\.py", name) and not name.startswith(tuple(f"{top}/" for top in TOP.split("|"))):
+            known = [*(REPO / "ubsmoe_ds").rglob("*.py"), *(REPO / "tests").rglob("*.py")]
+            assert any(str(path).endswith(f"/{name}") for path in known), f"{page}: {name}"
+
+
+@cache
+def options(script: str, subcommand: str = "") -> set[str]:
+    """Options of a command, as its own parser prints them."""
+    parse = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        parse([*([subcommand] if subcommand else []), "--help"])
+    usage = printed.getvalue().replace(importlib.import_module(parse.__module__).__doc__ or "", "")
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", usage))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_their_options(page):
+    for name, rest in command_lines(page):
+        script = RUN_BY.get(name, name)
+        assert (REPO / name).exists(), f"{page}: {name}"
+        if script == NO_PARSER:
+            continue
+        words = shlex.split(rest.replace("'", ""))
+        subcommand = words[0] if script == "launch/prepare.py" and words else ""
+        for word in words:
+            if word.startswith("-"):
+                assert word.split("=")[0] in options(script, subcommand), f"{page}: {name} {word}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z_ -]+):", text_of("Makefile"), re.MULTILINE))
+    known = {name for line in targets for name in line.split()}
+    lines = [line for block in blocks(page) for line in block.splitlines()]
+    for line in [*lines, *inline(page)]:
+        match = re.match(r"(?:\w+=\S+ )*make ([a-z -]+)", line)
+        for target in match[1].split() if match else []:
+            assert target in known, f"{page}: make {target}"
+
+
+def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Class of a section or of the items of a list; None for a plain key."""
+    kind = model.model_fields[name].annotation
+    return next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def check_key(key: str, where: str) -> None:
+    """Follow `merge.rule`, `clients.0.budget` or `clients[].source` through the sections."""
+    model: type[BaseModel] | None = Experiment
+    for part in key.replace("[]", "").split("."):
+        if model is None:  # inside of a mapping, such as DeepSpeed's optimizer
+            return
+        if part.isdecimal():
+            continue
+        assert part in model.model_fields, f"{where}: {key}"
+        model = section_of(model, part)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_keys_exist(page):
+    sections = [name for name in Experiment.model_fields if section_of(Experiment, name)]
+    for code in inline(page):
+        key = code.split("=")[0].split(":")[0]
+        dotted = re.fullmatch(r"[a-z_]+(?:\[\])?(?:\.\w+)+", key)
+        if dotted and key.split(".")[0].removesuffix("[]") in sections and key.split(".")[-1] not in FILES:
+            check_key(key, page)
+    for name, rest in command_lines(page):
+        for word in rest.split() if name != NO_PARSER else []:
+            if re.match(r"[a-z_.0-9]+=", word):
+                check_key(word.split("=")[0], page)
+
+
+def check_mapping(value: dict[str, Any], model: type[BaseModel], where: str) -> None:
+    """Check the keys of a part of an experiment, whatever is missing in it."""
+    for name, inner in value.items():
+        assert name in model.model_fields, f"{where}: {name}"
+        section = section_of(model, name)
+        for part in inner if isinstance(inner, list) else [inner]:
+            if section is not None and isinstance(part, dict):
+                check_mapping(part, section, where)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_yaml_blocks_have_known_keys(page):
+    for block in blocks(page, "yaml"):
+        check_mapping(yaml.safe_load(block), Experiment, page)
+
+
+def test_the_experiment_of_the_readme_is_valid():
+    (block,) = blocks("README.md", "yaml")
+    raw = yaml.safe_load(block)
+    exp = Experiment.model_validate(raw | {"num_experts": 64, "k_max": 8})
+    assert [exp.active_experts(client) for client in exp.clients] == [2, 8]  # as its comments say
+    for started in ("--ntasks=", "mpiexec -n "):
+        assert f"{started}{exp.world_size} " in text_of("README.md")
+
+
+def test_the_page_of_config_keys_is_up_to_date():
+    written = reference.PAGE.read_text(encoding="utf-8")
+    assert reference.page() == written, "run python -m ubsmoe_ds.config.reference --write"
+
+
+def test_pages_can_be_read_in_minutes():
+    assert len(text_of("README.md").splitlines()) <= 200
+    for page in PAGES:
+        if page.startswith("docs/"):
+            assert 60 <= len(text_of(page).splitlines()) <= 200, page
+
+
+def test_architecture_lists_the_folders_in_their_order():
+    table = re.search(r"^\| folder of .*?\n\n", text_of("docs/architecture.md"), re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\| `(\w+)`", table[0], re.MULTILINE) == LAYERS
+
+
+def test_the_glossary_is_short():
+    glossary = text_of("docs/architecture.md").partition("## Glossary")[2]
+    words = re.findall(r"^\| (?!word|---)([^|]+) \|", glossary, re.MULTILINE)
+    assert 10 <= len(words) <= 20 and len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (test_links_lead_somewhere, "[a](docs/nowhere.md)"),
+        (test_links_lead_somewhere, "[a](docs/architecture.md#nowhere)"),
+        (test_paths_exist, "see `ubsmoe_ds/nowhere.py`"),
+        (test_paths_exist, "see `moe/nowhere.py`"),
+        (test_commands_have_their_options, "```\npython launch/train.py --nowhere\n```"),
+        (test_commands_have_their_options, "`python launch/prepare.py upcycle --tokens 3`"),
+        (test_make_targets_exist, "`make nowhere`"),
+        (test_config_keys_exist, "`merge.nowhere`"),
+        (test_config_keys_exist, "`clients.0.nowhere=3`"),
+        (test_config_keys_exist, "```\ndeepspeed launch/train.py train.nowhere=3\n```"),
+        (test_yaml_blocks_have_known_keys, "```yaml\nclients: [{nowhere: 1}]\n```"),
+    ],
+)
+def test_each_check_can_fail(check, text, monkeypatch):
+    monkeypatch.setattr("tests.unit.test_docs.text_of", lambda page: text if page == "README.md" else _read(page))
+    with pytest.raises(AssertionError, match="nowhere|--tokens"):
+        check("README.md")
+
+
+_read = text_of
