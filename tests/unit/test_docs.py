@@ -9,14 +9,21 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, get_args
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
+from tests.support import tiny
 from tests.support.ranks import REPO
 from tests.unit.test_architecture import LAYERS
+from ubsmoe_ds.aggregation.layout import Unit
+from ubsmoe_ds.aggregation.server import Server, Usage
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config import reference
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.models.families import read_facts
 
 PAGES = ["README.md", "CONTRIBUTING.md", "slurm/README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
 TOP = "ubsmoe_ds|launch|tests|benchmarks|ds_configs|slurm|results|docs"
@@ -55,7 +62,8 @@ def command_lines(page: str) -> Iterator[tuple[str, str]]:
 
 def anchors(page: str) -> set[str]:
     """Names of a page's headings in links, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -196,6 +204,55 @@ def test_the_glossary_is_short():
     glossary = text_of("docs/architecture.md").partition("## Glossary")[2]
     words = re.findall(r"^\| (?!word|---)([^|]+) \|", glossary, re.MULTILINE)
     assert 10 <= len(words) <= 20 and len(set(words)) == len(words)
+
+
+def add_examples(page: str, section: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Add the examples of a section to the modules that their first lines name; return what is left, the tests."""
+    text = re.search(rf"^## {section}$(.*?)(?=^## |\Z)", text_of(page), re.MULTILINE | re.DOTALL)
+    tests: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text[1], re.MULTILINE | re.DOTALL):
+        path, _, table = re.match(r"# (\S+?\.py)(: one row of )?(\w+)?\n", block).groups()
+        assert (REPO / path).exists(), path
+        if path.startswith("tests/"):
+            exec(block, tests)
+            continue
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        if table:
+            for name, row in eval("{" + block + "}", dict(vars(module))).items():
+                monkeypatch.setitem(getattr(module, table), name, row)
+            continue
+        before = dict(vars(module))
+        exec(block, vars(module))
+        for name in vars(module).keys() - before.keys():
+            value = vars(module).pop(name)
+            monkeypatch.setattr(module, name, value, raising=False)  # so that it is gone after the test
+    return {name: test for name, test in tests.items() if name.startswith("test_")}
+
+
+def test_the_example_of_a_merge_rule(monkeypatch):
+    (by_hand,) = add_examples("docs/extending.md", "A merge rule", monkeypatch).values()
+    by_hand()
+    exp = tiny.experiment("unused", [{"budget": 0.5}, {"budget": 0.5}], merge={"rule": "sign_vote"})
+    server = Server(exp, [Unit("layers.0.experts.0.gate", "lora", expert=0, lora=(3, 4))], [0.25, 0.75])
+    server.start([np.zeros(21, dtype=np.float32)] * 2)
+    usage = Usage(torch.ones(2, 1, 8, dtype=torch.float64), torch.full((1, 8), 0.25))
+    replies = server.merge([np.full(21, value, dtype=np.float32) for value in (-4.0, 8.0)], usage, exp.lora_ranks)
+    for reply in replies:
+        np.testing.assert_array_equal(reply, np.full(21, 7.0))  # + wins; 0.25 * 4 + 0.75 * 8
+
+
+def test_the_example_of_a_model_family(monkeypatch, tmp_path):
+    (logits,) = add_examples("docs/extending.md", "A model family", monkeypatch).values()
+    logits(tmp_path)
+    with pytest.raises(UserError, match="model_type 'mellum'; supported"):
+        monkeypatch.undo()
+        read_facts(tmp_path)
+
+
+def test_the_example_of_a_method(monkeypatch):
+    add_examples("docs/extending.md", "A method", monkeypatch)
+    exp = tiny.experiment("unused", [{"budget": 0.5}], method="topk_median")
+    assert exp.merge.rule == "median" and not exp.dmr.enabled
 
 
 @pytest.mark.parametrize(

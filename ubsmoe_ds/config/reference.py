@@ -17,11 +17,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.methods import PRESETS
 from ubsmoe_ds.config.sections import ClientConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 DERIVED = ("num_experts", "k_max")  # read from the model folder
+CHOICES = {"method": tuple(PRESETS), "merge.rule": tuple(RULES)}  # names in tables, which a type does not list
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 KINDS = {
     int: "whole number",
@@ -75,7 +77,8 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:
     rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        values = _values(field.annotation, field.metadata)
+        kind = Literal[*CHOICES[prefix + name]] if prefix + name in CHOICES else field.annotation
+        values = _values(kind, field.metadata)
         meaning = " ".join((field.description or "").split()).replace("|", r"\|")
         rows.append(f"| `{name}` | {values} | {_default(prefix + name, field)} | {meaning} |")
     return "\n".join(rows) + "\n"
