@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import re
-import shlex
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, get_args
@@ -29,9 +28,11 @@ PAGES = ["README.md", "CONTRIBUTING.md", "slurm/README.md", *(f"docs/{p.name}" f
 TOP = "ubsmoe_ds|launch|tests|benchmarks|ds_configs|slurm|results|docs"
 PATH = re.compile(rf"(?<![\w./-])(?:{TOP})/[\w./-]*\w/?")
 WRITTEN = ("--out", "--write")  # options whose value need not exist yet
-FILES = {"py", "md", "yaml", "json", "jsonl", "safetensors", "csv", "toml", "cfg"}  # `model.safetensors` is no key
+# `model.safetensors` is no key
+FILES = {"py", "sbatch", "md", "yaml", "json", "jsonl", "safetensors", "csv", "toml", "cfg"}
 # options of other programs come before the script
-COMMAND = re.compile(r"(?<!\S)(?:\S*/)?(launch/\w+\.py|slurm/train\.sbatch|slurm/compare\.sbatch)(?!\S)(.*)")
+SCRIPT = r"(?:launch|benchmarks|tests/soak)/\w+\.py|slurm/\w+\.sbatch"
+COMMAND = re.compile(rf"(?<!\S)(?:\S*/)?({SCRIPT})(?!\S)(.*)")
 RUN_BY = {"slurm/train.sbatch": "launch/train.py", "slurm/compare.sbatch": "launch/compare.py"}
 NO_PARSER = "launch/harness.py"  # lm-evaluation-harness has its own
 
@@ -84,15 +85,18 @@ def test_paths_exist(page):
     text = re.sub(rf"(?:{'|'.join(WRITTEN)}) \S+", "", text_of(page))
     for path in PATH.findall(text):
         assert (REPO / path).exists(), f"{page}: {path}"
+    folders = TOP.split("|")
+    known = [f"/{path.relative_to(REPO)}" for top in folders for path in (REPO / top).rglob("*.py")]
     for name in inline(page):
-        if re.fullmatch(r"[\w/]+\.py", name) and not name.startswith(tuple(f"{top}/" for top in TOP.split("|"))):
-            known = [*(REPO / "ubsmoe_ds").rglob("*.py"), *(REPO / "tests").rglob("*.py")]
-            assert any(str(path).endswith(f"/{name}") for path in known), f"{page}: {name}"
+        if re.fullmatch(r"[\w/]+\.py", name):
+            assert any(path.endswith(f"/{name}") for path in known), f"{page}: {name}"
 
 
 @cache
 def options(script: str, subcommand: str = "") -> set[str]:
-    """Options of a command, as its own parser prints them."""
+    """Options of a command, as its own parser prints them; of benchmarks and soaks, as their source names them."""
+    if not script.startswith("launch/"):
+        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/common.py")))
     parse = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
@@ -105,10 +109,9 @@ def options(script: str, subcommand: str = "") -> set[str]:
 def test_commands_have_their_options(page):
     for name, rest in command_lines(page):
         script = RUN_BY.get(name, name)
-        assert (REPO / name).exists(), f"{page}: {name}"
         if script == NO_PARSER:
             continue
-        words = shlex.split(rest.replace("'", ""))
+        words = rest.split()
         subcommand = words[0] if script == "launch/prepare.py" and words else ""
         for word in words:
             if word.startswith("-"):
@@ -264,6 +267,7 @@ def test_the_example_of_a_method(monkeypatch):
         (test_paths_exist, "see `moe/nowhere.py`"),
         (test_commands_have_their_options, "```\npython launch/train.py --nowhere\n```"),
         (test_commands_have_their_options, "`python launch/prepare.py upcycle --tokens 3`"),
+        (test_commands_have_their_options, "`python tests/soak/fuzz.py --nowhere`"),
         (test_make_targets_exist, "`make nowhere`"),
         (test_config_keys_exist, "`merge.nowhere`"),
         (test_config_keys_exist, "`clients.0.nowhere=3`"),
