@@ -28,8 +28,7 @@ from ubsmoe_ds.base.command_line import Parser, whole
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
-from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import load_rows
+from ubsmoe_ds.data.shares import check_rows
 from ubsmoe_ds.launching import launchers
 from ubsmoe_ds.launching.placement import place, read_hostfile
 from ubsmoe_ds.launching.relaunch import relaunch
@@ -87,7 +86,8 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         UserError: for what can be found wrong before.
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
-    check_files(exp, goes_on(exp, options.resume))
+    check_run_folder(exp, goes_on(exp, options.resume))
+    check_rows(exp)
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)
@@ -103,16 +103,6 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         saved=partial(checkpoints, exp),
         finished=partial(summary, exp),
     )
-
-
-def check_files(exp: Experiment, resuming: bool) -> None:
-    """What can be found wrong before a process is started: the run's folder, rows, and how they are dealt."""
-    check_run_folder(exp, resuming)
-    if exp.clients[0].source is not None:
-        return  # the rows of a site may not be here
-    if not exp.data.source.startswith("hub:"):
-        train, _ = load_rows(exp.data, exp.seed)
-        partition([row["task"] for row in train], exp.clients, exp.data, exp.seed)
 
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:

@@ -252,21 +252,20 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     from ubsmoe_ds.federation.build import plan_exchanges
 
     found: dict[str, Any] = {}
-    used_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
+    routed_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
         config = exp.clients[world.client]
         client = Client(exp, config, world.group_rank)
-        flora = exp.merge.rule == "flora"
-        store = UnitStore(
-            client.model, client.gradient_hook.masters, rank=client.rank, dmr=exp.dmr.enabled, stacking=flora
-        )
+        flora, lora_rank = exp.merge.row.stacking, exp.lora_rank(config)
+        masters = client.gradient_hook.masters
+        store = UnitStore(client.model, masters, lora_rank=lora_rank, dmr=exp.dmr.enabled, stacking=flora)
         weights = np.array([c.share for c in exp.clients]) / sum(c.share for c in exp.clients)
-        plan, owned = plan_exchanges(exp, world, store)
+        exchange_for, owned = plan_exchanges(exp, world, store)
         server = Server(exp, owned, weights.tolist())
         server.target = 0.4
-        replies = [sum(server.ranks)] * len(clients) if flora else server.ranks
-        exchange = plan(server.ranks, replies)
+        replies = [sum(server.lora_ranks)] * len(clients) if flora else server.lora_ranks
+        exchange = exchange_for(server.lora_ranks, replies)
         server.start(exchange.collect(store.shared.numpy(), exact=True))
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
@@ -274,9 +273,10 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
                 if variant.get("broken") == [world.client, key]:
                     value.view(-1)[0] = float("nan")
                 client.gradient_hook.masters.write(parameter, value)
-        usage = Usage(used_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), used_CLE).float())
-        merged = server.merge(exchange.collect(store.updates().numpy()), usage, server.ranks)
-        store.apply(torch.from_numpy(exchange.distribute(merged)), replies[world.client], round_number=1)
+        usage = Usage(routed_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), routed_CLE).float())
+        merged = server.merge(exchange.collect(store.updates(lora_rank).numpy()), usage, server.lora_ranks)
+        reply = torch.from_numpy(exchange.distribute(merged))
+        store.apply(reply, lora_rank, replies[world.client], round_number=1)
         found[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
@@ -287,7 +287,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         if flora:
             frozen = reference.base_weights(client.model)
             found |= {f"{name}/value/{key}": weight.float().numpy() for key, weight in frozen.items()}
-        for key, full in store.full_state().items():
+        for key, full in store.full_state(lora_rank).items():
             found[f"{name}/full/{key}"] = full.numpy()
         client.engine.destroy()
     torch.distributed.destroy_process_group()
@@ -314,7 +314,7 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
             found[f"{name}/base/{projection}"] = weight.detach().numpy()
-        found[f"{name}/rank"] = np.array(federation.store.rank)
+        found[f"{name}/rank"] = np.array(federation.aggregator.lora_rank)
         federation.client.engine.destroy()
         world.barrier()
     torch.distributed.destroy_process_group()

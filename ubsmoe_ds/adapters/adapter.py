@@ -53,7 +53,6 @@ def save_adapter(
         "candidates": str(exp.candidates),
         "modulate": exp.dmr.modulate,
         "gate_rescale": exp.router.gate_rescale,
-        "gamma": str(exp.router.gamma),
         "data_format": exp.data.format,
         "max_length": str(exp.data.max_length),
     }

@@ -22,7 +22,9 @@ def next_rank(store: UnitStore, update: Tensor, lora_rank: int, tail_start: int)
     if tail_start >= lora_rank:
         return lora_rank
     shared, current = store.shared, store.shared + update
-    norms = torch.tensor([tail_norm(store, flat, lora_rank, tail_start) for flat in (shared, current)], dtype=torch.float64)
+    norms = torch.tensor(
+        [tail_norm(store, flat, lora_rank, tail_start) for flat in (shared, current)], dtype=torch.float64
+    )
     norms = norms.to(next(store.model.parameters()).device)
     dist.all_reduce(norms)
     before, after = norms.tolist()

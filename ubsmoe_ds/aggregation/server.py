@@ -192,9 +192,7 @@ class Server:
             return self._step_phi(segment, merged_N, sent_N, self._held[number], usage)
         return self.optimizers[number].step(merged_N, sent_N) * sent_N
 
-    def _step_phi(
-        self, segment: Segment, mean_N: Tensor, sent_N: Tensor, held_C: list[Tensor], usage: Usage
-    ) -> Tensor:
+    def _step_phi(self, segment: Segment, mean_N: Tensor, sent_N: Tensor, held_C: list[Tensor], usage: Usage) -> Tensor:
         """Take DMR's server step on phibar = held + mean update; none where no client's utilisation counts."""
         if self.target == 0:
             return torch.zeros_like(mean_N)
@@ -242,9 +240,7 @@ def unit_weights(config: MergeConfig, weight_C: Tensor, units: Sequence[Unit], u
     of_expert = [(u, unit.layer, unit.expert) for u, unit in enumerate(units) if unit.expert is not None]
     if config.row.by_utilisation and of_expert:
         place, layer, expert = (list(part) for part in zip(*of_expert, strict=True))
-        weight_CU[:, place] = rules.activation_weight(
-            weight_C, usage.routed_CLE[:, layer, expert], config.temperature
-        )
+        weight_CU[:, place] = rules.activation_weight(weight_C, usage.routed_CLE[:, layer, expert], config.temperature)
     return weight_CU
 
 

@@ -8,7 +8,7 @@ because each round ends with merging them into the frozen weights.
 Shapes: E local experts, R LoRA rank, m x n a projection's weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch

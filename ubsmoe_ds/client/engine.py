@@ -75,7 +75,6 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
         phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
         modulate=exp.dmr.modulate,
         gate_rescale=exp.router.gate_rescale,
-        gamma=exp.router.gamma,
         k_max=exp.k_max,
         expert_parallel=config.expert_parallel,
         expert_rank=group_rank % config.expert_parallel,

@@ -90,7 +90,7 @@ class Experiment(Section):
         return self.dmr.candidates or min(2 * self.k_max, self.num_experts)
 
     def active_experts(self, client: ClientConfig) -> int:
-        """Return K_c = max(1, floor(K_max beta)) [paper; the clamp to 1 is ours]; K_max where budgets scale LoRA ranks."""
+        """Return K_c = max(1, floor(K_max beta)) [paper; clamp to 1: ours]; K_max where budgets scale LoRA ranks."""
         return _share(self.k_max, client.budget) if self.budget_scales == "experts" else self.k_max
 
     def lora_rank(self, client: ClientConfig) -> int:
@@ -111,7 +111,9 @@ class Experiment(Section):
         Clients of one K hold the same model after a merge and share the view "k4". A client has a view of its own, by
         its name, where it learns something for itself alone or has its own LoRA rank.
         """
-        own_model = self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
+        own_model = (
+            self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
+        )
         return [client.name if own_model else f"k{self.active_experts(client)}" for client in self.clients]
 
     def rho(self, client: ClientConfig) -> float:
@@ -195,7 +197,9 @@ def _merge_problems(exp: Experiment) -> list[str]:
             f"{names(elementwise=False)}"
         )
     if exp.lora.prune_penalty and exp.merge.row.stacking:
-        problems.append(f"lora.prune_penalty: {rule} starts its adapters anew each round, there is no rank to prune; set 0")
+        problems.append(
+            f"lora.prune_penalty: {rule} starts its adapters anew each round, there is no rank to prune; set 0"
+        )
     if not elementwise and exp.merge.clip_norm is not None:
         problems.append(
             f"merge.clip_norm: {exp.merge.clip_norm} does not go with merge.rule {rule!r}, which merges factors, not "

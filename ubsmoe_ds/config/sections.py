@@ -121,7 +121,8 @@ class PseudoGradientConfig(Section):
     """Universal Pseudo-Gradient (paper, in words); moe/pseudo_gradient.py has the estimators."""
 
     estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = Field(
-        "none", description="how the gradient of experts that were not activated is estimated; dense_oracle: for studies"
+        "none",
+        description="how gradients of experts that were not activated are estimated; dense_oracle: for studies",
     )
     rho: Literal["sparsity"] | Positive = Field("sparsity", description="its scale; sparsity: 1 - K_c / experts")
     tokens_per_expert: PositiveInt | None = Field(
@@ -183,7 +184,8 @@ class DataConfig(Section):
     )
     eval_source: RowSource | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
     format: Literal["instruction", "cloze"] = Field(
-        "instruction", description="instruction: the prompt of the row; cloze: the question, answered by a choice's text"
+        "instruction",
+        description="instruction: the row's prompt; cloze: the question, answered by a choice's text",
     )
     partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
     alpha: Positive = Field(0.5, description="of the Dirichlet; small is unequal")
@@ -227,12 +229,14 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """Evaluation on all evaluation rows, once for each distinct client model."""
 
-    every: PositiveInt = Field(1, description="rounds between evaluations; the first state and the last round are always")
+    every: PositiveInt = Field(
+        1, description="rounds between evaluations; the first state and the last round always are"
+    )
     batch_size: PositiveInt = Field(16, description="rows that a rank takes at a time")
 
 
 class DeepSpeedConfig(Section):
-    """The DeepSpeed JSON: keys that this program relies on, and keys that it passes on as they are (null: not given)."""
+    """The DeepSpeed JSON: keys that this program relies on, and keys that it passes on (null: not given)."""
 
     train_batch_size: PositiveInt = Field(description="rows of one optimiser step of a client, over all its ranks")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches of a step")

@@ -8,7 +8,6 @@ that a job that survives the death of ranks does a merge on all of them or on no
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
+from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.run_folder import create_run_folder
@@ -56,19 +57,10 @@ class Monitor:
         """A line for the person at the terminal."""
         print(text, flush=True)
 
-    def round(
-        self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float], utilisation_LE: Tensor | None
-    ) -> None:
-        """Record one round; number 0 is the state before training.
-
-        Args:
-            number: 0 to rounds.
-            metrics: scalars by "group/name", the same on every run of the same seed and layout.
-            seconds: wall times by name, kept apart from the metrics because they never repeat.
-            utilisation_LE: global utilisation of the round.
-        """
-        record = {"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}
-        line = json.dumps(finite_or_null(record)) + "\n"
+    def round(self, record: Record) -> None:
+        """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""
+        number, metrics, seconds, utilisation_LE = record
+        line = json.dumps(finite_or_null({"round": number, "metrics": metrics, "seconds": seconds})) + "\n"
         with writes(self.folder / RECORD):
             self._record.write(line)
             self._record.flush()
@@ -88,6 +80,8 @@ class Monitor:
             units: names of units by client.
         """
         for client, names in units.items():
+            if not names:
+                continue
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
             self._writer.add_text(f"refused/{client}", ", ".join(names), number)

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
-from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.fingerprint import machine, model_digest
+from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.metrics import measured_speed
 from ubsmoe_ds.models.cost import flops_per_token
 from ubsmoe_ds.models.hf_config import model_shape
@@ -30,16 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one rank; every rank of the job calls its methods.
-
-    ranks: LoRA rank of each client as it is now.
-    """
+    """Writes what a run leaves; every rank of the job calls its methods."""
 
     exp: Experiment
     world: World
     client: Client
-    store: UnitStore
-    ranks: Sequence[int]
+    aggregator: Aggregator
 
     def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data_digest: str) -> None:
         """Write the adapters, `summary.json` and the table (a collective over the job).
@@ -73,15 +69,15 @@ class Outputs:
         """
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
-        state, own = self.store.full_state(), self._own_scales()
+        state, own = self.aggregator.store.full_state(self.aggregator.lora_rank), self._own_scales()
         if self.world.group_rank == 0:
             self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
         self.world.barrier()
 
     def _write_adapters(self, folder: Path, state: dict[str, Tensor], own: dict[str, Tensor], scaling: float) -> None:
-        save = partial(save_adapter, self.exp, rank=self.store.rank, scaling=scaling)
+        save = partial(save_adapter, self.exp, rank=self.aggregator.lora_rank, scaling=scaling)
         save(folder / CLIENTS / self.client.config.name, state | own, k=self.client.k)
-        if self.world.client == int(np.argmax(self.ranks)):
+        if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)
 
     def _own_scales(self) -> dict[str, Tensor]:
@@ -106,7 +102,7 @@ class Outputs:
         shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
         full = flops_per_token(shape, self.exp.k_max, context)
         rows = []
-        for config, rank, peak in zip(self.exp.clients, self.ranks, peak_C, strict=True):
+        for config, rank, peak in zip(self.exp.clients, self.aggregator.server.lora_ranks, peak_C, strict=True):
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}

@@ -9,8 +9,8 @@ from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.build import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
-from ubsmoe_ds.mpi.ulfm import recover
 from ubsmoe_ds.mpi.collectives import RanksLost
+from ubsmoe_ds.mpi.ulfm import recover
 from ubsmoe_ds.mpi.world import World
 
 

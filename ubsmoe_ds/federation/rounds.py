@@ -109,7 +109,9 @@ class Federation:
             raise Preempted(f"stopped in round {self.progress.round} of {self.exp.train.rounds}, saved to {folder}")
 
     def _save(self) -> Path:
-        folder = self.checkpoints.save(self.client, self.aggregator, self.progress, self.local)
+        folder = self.checkpoints.save(
+            self.client, self.aggregator.store, self.aggregator.server, self.progress, self.local
+        )
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
         return folder

@@ -108,7 +108,7 @@ def test_an_expert_that_nobody_used(rule):
     held = [np.zeros_like(a) for a in arrays(ranks, 0, listed)]
     updates = arrays(ranks, 1, listed)
     use = usage(2)
-    use.used_CLE[:, :, 1] = 0
+    use.routed_CLE[:, :, 1] = 0
     replies, _ = merged(experiment(ranks, rule=rule), listed, held, updates, use)
     unused = replies[0][42:84] if rule == "flora" else replies[0][21:42]
     assert (unused == 0).all() == (rule == "activation")
@@ -211,7 +211,7 @@ def test_pruned_client_gets_its_first_ranks_back(rule):
     whole = held[1][:21] + replies[1][:21]
     expected = np.concatenate([whole[:12].reshape(3, N)[:2].ravel(), whole[12:].reshape(M, 3)[:, :2].ravel()])
     np.testing.assert_allclose(cut + replies[0][:14], expected, atol=1e-5)
-    assert server.ranks == [3, 3], "the caller sets them, once every rank has its reply"
+    assert server.lora_ranks == [3, 3], "the caller sets them, once every rank has its reply"
 
 
 @settings(max_examples=25, deadline=None)
@@ -252,8 +252,8 @@ def test_the_cheaper_way_of_linear_rules_gives_the_same(options):
     owner.start(held)
     other.start(held)
     use = usage(3)
-    use.used_CLE[:] = torch.rand(3, 1, 8, generator=torch.Generator().manual_seed(0))
-    use.used_CLE[:, :, 1] = 0
+    use.routed_CLE[:] = torch.rand(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    use.routed_CLE[:, :, 1] = 0
     sizes = torch.tensor([unit.size(3) for unit in listed])
     for round_number in range(2):
         updates = arrays(ranks, 1 + round_number, listed)
@@ -272,4 +272,4 @@ NOT_LINEAR = [{"rule": "median"}, {"clip_norm": 1.0}, {"rule": "flexlora"}]
 @pytest.mark.parametrize("options", [*LINEAR, *NOT_LINEAR])
 def test_which_rules_are_linear(options):
     server = new_server(experiment([3], **options), units(), [1.0])
-    assert server.is_linear == (options in LINEAR)
+    assert server.config.is_linear == (options in LINEAR)
