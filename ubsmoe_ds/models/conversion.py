@@ -24,9 +24,9 @@ from ubsmoe_ds.models.causal_lm import (
 )
 from ubsmoe_ds.models.families import FAMILIES, Family
 from ubsmoe_ds.models.hf_config import read_config, unusable
-from ubsmoe_ds.models.weights import Checkpoint
+from ubsmoe_ds.models.weights import WeightFiles
 from ubsmoe_ds.moe.experts import StackedExperts
-from ubsmoe_ds.moe.gate import UBSMoEGate
+from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
 from ubsmoe_ds.moe.layer import UBSMoE
 
 Fill = Callable[[dict[str, Tensor], int], None]  # copies the experts from a first one on to where `base` points
@@ -34,26 +34,21 @@ Fill = Callable[[dict[str, Tensor], int], None]  # copies the experts from a fir
 
 @dataclass(frozen=True)
 class UBSMoESpec:
-    """What conversion adds to a checkpoint; see `config.py` for the meaning and checks of each value."""
+    """What conversion adds to a model; `config/sections.py` says what the values mean and checks them.
 
-    k: int
-    candidates: int
+    gate: settings of every layer's gate.
+    full_rank: LoRA rank of the shared adapters, of which this client's are the first part; None: `lora_rank`.
+    expert_parallel, expert_rank: ranks that share the experts, and this rank's position among them.
+    """
+
+    gate: GateConfig
     lora_rank: int = 8
-    full_rank: int | None = (
-        None  # rank of the whole, of which this client's adapters are the first part; None: the same
-    )
+    full_rank: int | None = None
     lora_alpha: float = 16.0
     lora_attention: bool = False
     router_trainable: bool = True
-    capacity_factor: float | None = None
-    min_capacity: int = 4
-    phi_range: tuple[float, float] | None = (-1.0, 1.0)
-    modulate: str = "weights"
-    gate_rescale: str = "none"
-    gamma: float = 0.5
-    k_max: int | None = None  # None: k
     expert_parallel: int = 1
-    expert_rank: int = 0  # position of this rank in its expert group
+    expert_rank: int = 0
     seed: int = 0
 
 
@@ -64,7 +59,7 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     the base model.
 
     Args:
-        folder: config.json and safetensors; see `Checkpoint`.
+        folder: config.json and safetensors; see `WeightFiles`.
         spec: what is added.
         dtype: of the frozen weights.
 
@@ -73,21 +68,21 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     """
     config = read_config(folder)
     family = FAMILIES[config.model_type]
-    checkpoint = Checkpoint(folder)
-    _check_sizes(checkpoint, config, family)
+    files = WeightFiles(folder)
+    _check_sizes(files, config, family)
     hf = _with_one_expert(config, family, dtype)
     setattr(hf.config, family.num_experts, getattr(config, family.num_experts))
     hf.config.num_experts_per_tok = config.num_experts_per_tok
     plain, blocks = _parts(hf)
     routers = {prefix: f"{prefix.removesuffix('mlp.')}{family.block}.gate.weight" for prefix in blocks}
     for name, parameter in plain.items():
-        checkpoint.read_into(parameter.data, name)
+        files.read_into(parameter.data, name)
     for prefix, block in blocks.items():
         block.gate.weight = nn.Parameter(
             torch.empty(getattr(config, family.num_experts), config.hidden_size, dtype=dtype)
         )
-        checkpoint.read_into(block.gate.weight.data, routers[prefix])
-    return _replace_blocks(hf, family, spec, lambda prefix: _from_files(checkpoint, family, prefix))
+        files.read_into(block.gate.weight.data, routers[prefix])
+    return _replace_blocks(hf, family, spec, lambda prefix: _from_files(files, family, prefix))
 
 
 def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> PreTrainedModel:
@@ -108,12 +103,12 @@ def _parts(hf: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, Any]
     return {name: p for name, p in hf.named_parameters() if not _is_replaced(name, blocks)}, blocks
 
 
-def _check_sizes(checkpoint: Checkpoint, config: PreTrainedConfig, family: Family) -> None:
+def _check_sizes(files: WeightFiles, config: PreTrainedConfig, family: Family) -> None:
     """That the files hold what config.json describes, all of it and in its shapes, before memory is taken for it."""
-    folder, layers = checkpoint.folder, config.num_hidden_layers
+    folder, layers = files.folder, config.num_hidden_layers
     if not isinstance(layers, int) or layers < 1:
         raise UserError(f"model.path: in {str(folder / 'config.json')!r}, num_hidden_layers is {layers!r}, a number")
-    checkpoint.require([f"model.layers.{layers - 1}.input_layernorm.weight"])
+    files.require([f"model.layers.{layers - 1}.input_layernorm.weight"])
     try:
         with torch.device("meta"):
             plain, blocks = _parts(_with_one_expert(config, family, torch.float32))
@@ -129,8 +124,8 @@ def _check_sizes(checkpoint: Checkpoint, config: PreTrainedConfig, family: Famil
         shapes[f"{block}.gate.weight"] = torch.Size((experts, config.hidden_size))
         shapes |= {f"{block}.experts.0.{name}.weight": torch.Size(size) for name, size in sizes.items()}
         others |= {f"{block}.experts.{e}.{name}.weight" for e in range(experts) for name in sizes}
-    checkpoint.require_shapes(shapes)
-    checkpoint.refuse_others("model.layers.", shapes.keys() | others)
+    files.require_shapes(shapes)
+    files.refuse_others("model.layers.", shapes.keys() | others)
 
 
 def convert(hf: PreTrainedModel, spec: UBSMoESpec) -> UBSMoEForCausalLM:
@@ -186,20 +181,7 @@ def convert_block(
     """One MoE block of transformers -> `UBSMoE` holding this rank's experts, which `fill` brings; None: the block."""
     family = FAMILIES[config.model_type]
     num_experts, width = getattr(config, family.num_experts), getattr(config, family.width)
-    gate = UBSMoEGate(
-        config.hidden_size,
-        num_experts,
-        spec.k,
-        candidates=spec.candidates,
-        capacity_factor=spec.capacity_factor,
-        min_capacity=spec.min_capacity,
-        normalize=family.normalizes(config.to_dict()),
-        phi_range=spec.phi_range,
-        modulate=spec.modulate,
-        rescale=spec.gate_rescale,
-        gamma=spec.gamma,
-        k_max=spec.k_max,
-    )
+    gate = UBSMoEGate(config.hidden_size, num_experts, spec.gate, normalize=family.normalizes(config.to_dict()))
     gate.wg.weight.data.copy_(block.gate.weight)
     gate.wg.weight.requires_grad_(spec.router_trainable)
     count = num_experts // spec.expert_parallel
@@ -231,7 +213,7 @@ def _from_memory(block: Any) -> Fill:
     return fill
 
 
-def _from_files(checkpoint: Checkpoint, family: Family, prefix: str) -> Fill:
+def _from_files(files: WeightFiles, family: Family, prefix: str) -> Fill:
     """From a checkpoint, which has a tensor for each projection of each expert."""
     inside = f"{prefix.removesuffix('mlp')}{family.block}.experts"
 
@@ -242,8 +224,8 @@ def _from_files(checkpoint: Checkpoint, family: Family, prefix: str) -> Fill:
             for e in range(len(base["down"]))
             for name in stored
         }
-        checkpoint.require(list(places))
+        files.require(list(places))
         for name, place in places.items():
-            checkpoint.read_into(place, name)
+            files.read_into(place, name)
 
     return fill

@@ -13,13 +13,16 @@ from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.gate import GateConfig
 
 RANK, ALPHA = 2, 6.0
 
 
 def trained(folder, attention=True):
     """A loaded model whose adapters, routers and phi are no longer those of its base, and its state in our names."""
-    model = load(folder, UBSMoESpec(k=3, candidates=8, lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention))
+    model = load(
+        folder, UBSMoESpec(GateConfig(k=3, candidates=8), lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention)
+    )
     torch.manual_seed(3)
     state = {}
     for index, decoder in enumerate(model.decoders):
@@ -185,3 +188,21 @@ def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
         UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
     ):
         read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "fact, message",
+    [
+        ({"gate_rescale": "power", "gamma": "0.5"}, "gate_rescale 'power', which is no longer supported; only none and"),
+        ({"gate_rescale": "sum_to_one"}, "gate_rescale 'sum_to_one', which is no longer supported"),
+        ({"gate_rescale": "ratio"}, "gate_rescale 'ratio', which is no longer supported"),
+        ({"modulate": "both"}, "modulate 'both', must be weights or selection"),
+    ],
+)
+def test_an_adapter_with_an_unknown_gate_is_refused(fact, message, tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state, base_model=str(tmp_path / "base"), facts={"k": "3"} | fact)
+    with pytest.raises(UserError, match=f"adapter: its ubsmoe.safetensors says {message}") as raised:
+        read_adapter(tmp_path / "adapter")
+    assert "\n" not in str(raised.value)

@@ -19,6 +19,7 @@ from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
 from ubsmoe_ds.models.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
+from ubsmoe_ds.moe.gate import GateConfig
 
 FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
 
@@ -31,7 +32,7 @@ def parts():
     rows.append(rows[0] | {"labels": ["blue", "a dog", "two cats"], "answer": "so it is a dog then", "label": 1})
     rows.append(rows[1] | {"labels": ["answer12", "answer1", "answer123"], "answer": "answer1", "label": 1})
     rows.append(rows[2] | {"labels": ["six of them", "six"], "answer": "six of them", "label": 0})
-    model = load(FOLDER, UBSMoESpec(k=8, candidates=16)).eval()
+    model = load(FOLDER, UBSMoESpec(GateConfig(k=8, candidates=16))).eval()
 
     def logits(tokens, k):
         model.set_active_experts(k)
@@ -90,7 +91,7 @@ def test_one_pass_a_batch_holds_all_options(parts):
 
 def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(parts):
     """Not one that is only shorter than the row, which has all answers."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8)))
     ids = torch.tensor([[2, 3, 4, 5]])
     branch_BS = torch.tensor([[0, 0, 1, 2]])  # 2 3 4 and 2 3 5
     with torch.no_grad():
@@ -211,7 +212,7 @@ def test_lowest_budget_halves_the_flops_of_olmoe():
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_trainable_parameters_are_counted(attention):
-    spec = UBSMoESpec(k=2, candidates=8, lora_rank=3, lora_attention=attention)
+    spec = UBSMoESpec(GateConfig(k=2, candidates=8), lora_rank=3, lora_attention=attention)
     hf = tiny.hf_model(num_key_value_heads=1)
     shape = model_shape(hf.config, lora_rank=3, lora_attention=attention)
     model = convert(hf, spec)

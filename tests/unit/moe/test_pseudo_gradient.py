@@ -16,6 +16,7 @@ from ubsmoe_ds.models.conversion import UBSMoESpec, convert
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.pseudo_gradient import (
     PROJECTIONS,
     ExpertTokens,
@@ -186,7 +187,7 @@ def test_a_gradient_that_is_not_finite_does_not_end_the_draw():
 
 def test_linearised_equals_the_loop_over_tokens():
     """Of the tiny model's layers, every LoRA factor, with random moments: within 1e-5."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
         for _, B in layer.experts.factors().values():
@@ -249,7 +250,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             one = weight.data[:1].clone()
             weight.data.copy_(one + noise * one.std() * torch.randn(weight.shape, generator=generator))
-    model = convert(hf, UBSMoESpec(k=k, candidates=16, lora_rank=4, lora_alpha=8.0, seed=seed)).train()
+    model = convert(hf, UBSMoESpec(GateConfig(k=k, candidates=16), lora_rank=4, lora_alpha=8.0, seed=seed)).train()
     for layer in model.layers:
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.01, generator=generator)
@@ -286,7 +287,7 @@ def test_token_weighted_is_exact_for_equal_experts():
     for block in hf.model.layers:
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             weight.data.copy_(weight.data[:1].expand_as(weight))
-    model = convert(hf, UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(hf, UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         for A, B in layer.experts.factors().values():
             A.data.copy_(A.data[:1].expand_as(A))
@@ -305,7 +306,7 @@ def test_token_weighted_is_exact_for_equal_experts():
 
 
 def test_evaluation_and_frozen_passes_collect_nothing():
-    model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     collector = PseudoGradientCollector(model.layers, "token_weighted", 1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     with torch.no_grad():
@@ -317,7 +318,7 @@ def test_evaluation_and_frozen_passes_collect_nothing():
 @pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted", "linearised"])
 def test_a_steps_graph_is_freed(estimator):
     """The hook that reports a layer's gradients hangs on the graph it reads: it must not keep it alive."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.ones(3, 8, 12))
     collector = PseudoGradientCollector(model.layers, estimator, 1.0).attach()
