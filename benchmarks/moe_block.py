@@ -84,7 +84,14 @@ def ubsmoe(shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Module:
     """This project's block."""
     gate = GateConfig(k, min(2 * k, shape.experts), capacity_factor=1.0 if dropping else None, phi_range=None)
     spec = UBSMoESpec(gate, lora_rank=RANK, lora_alpha=ALPHA, router_trainable=False)
-    return convert_block(base_block(shape, k, zipf), config(shape, k), spec, torch.Generator().manual_seed(0))
+    block = base_block(shape, k, zipf)
+
+    def fill(base: dict[str, Tensor], first: int) -> None:
+        gate_EFD, up_EFD = block.experts.gate_up_proj.chunk(2, dim=1)
+        for name, value in {"gate": gate_EFD, "up": up_EFD, "down": block.experts.down_proj}.items():
+            base[name].copy_(value)
+
+    return convert_block(block, config(shape, k), spec, torch.Generator().manual_seed(0), fill)
 
 
 def hugging_face(shape: Shape, k: int, zipf: bool, implementation: str) -> nn.Module:

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests.support import tiny
+from tests.support.conversion import convert
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import PackedRow, encode
 from ubsmoe_ds.federation.monitor import CELL, heat_map
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.models.hub import BUILTIN_MODELS

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests.support import tiny
+from tests.support.conversion import convert
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import LoraLinear
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.weights import WeightFiles
 from ubsmoe_ds.moe.gate import GateConfig
 

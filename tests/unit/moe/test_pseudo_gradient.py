@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests.support import reference, tiny
+from tests.support.conversion import convert
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert
+from ubsmoe_ds.models.conversion import UBSMoESpec
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
