@@ -27,6 +27,7 @@ from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.moments import ExpertMoments
+from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
 
 ADAMS = ("adam", "adamw")
 
@@ -131,7 +132,8 @@ class Client:
             collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
             self.collector = collector.attach()
         self._tail = self._tail_of(None)
-        self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
+        needs_moments = estimator != "none" and ESTIMATORS[estimator].moments
+        self.moments = ExpertMoments(self.model.layers, moment_share) if needs_moments else None
         self.gradient_hook = GradientHook(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )
