@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.gate import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS, EXPERTS, VOCABULARY = 16, 64, 50304  # of OLMoE-1B-7B
@@ -77,7 +78,7 @@ def measure(folder: Path, implementation: str, expert_parallel: int, options: ar
     dtype = DTYPES[options.dtype]
     before, start = resident("VmRSS"), time.perf_counter()
     if implementation == "ubsmoe":
-        spec = UBSMoESpec(k=8, candidates=16, expert_parallel=expert_parallel)
+        spec = UBSMoESpec(GateConfig(k=8, candidates=16), expert_parallel=expert_parallel)
         model: torch.nn.Module = load(folder, spec, dtype)
     else:
         from transformers import OlmoeForCausalLM

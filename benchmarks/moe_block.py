@@ -35,6 +35,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.models.conversion import UBSMoESpec, convert_block
+from ubsmoe_ds.moe.gate import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, ALPHA = 8, 16.0
@@ -81,16 +82,16 @@ def tokens_of(shape: Shape, count: int) -> Tensor:
 
 def ubsmoe(shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Module:
     """This project's block."""
-    spec = UBSMoESpec(
-        k=k,
-        candidates=min(2 * k, shape.experts),
-        lora_rank=RANK,
-        lora_alpha=ALPHA,
-        router_trainable=False,
-        phi_range=None,
-        capacity_factor=1.0 if dropping else None,
-    )
-    return convert_block(base_block(shape, k, zipf), config(shape, k), spec, torch.Generator().manual_seed(0))
+    gate = GateConfig(k, min(2 * k, shape.experts), capacity_factor=1.0 if dropping else None, phi_range=None)
+    spec = UBSMoESpec(gate, lora_rank=RANK, lora_alpha=ALPHA, router_trainable=False)
+    block = base_block(shape, k, zipf)
+
+    def fill(base: dict[str, Tensor], first: int) -> None:
+        gate_EFD, up_EFD = block.experts.gate_up_proj.chunk(2, dim=1)
+        for name, value in {"gate": gate_EFD, "up": up_EFD, "down": block.experts.down_proj}.items():
+            base[name].copy_(value)
+
+    return convert_block(block, config(shape, k), spec, torch.Generator().manual_seed(0), fill)
 
 
 def hugging_face(shape: Shape, k: int, zipf: bool, implementation: str) -> nn.Module:

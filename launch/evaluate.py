@@ -150,6 +150,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     from ubsmoe_ds.models.families import FAMILIES
     from ubsmoe_ds.models.hf_config import read_config
     from ubsmoe_ds.models.hub import model_folder
+    from ubsmoe_ds.moe.gate import GateConfig
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     if options.adapter is not None:
@@ -159,7 +160,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     folder = model_folder(options.model)
     config = read_config(folder)
     k, experts = config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type].num_experts)
-    return load_base(folder, UBSMoESpec(k=k, candidates=experts, phi_range=None), dtype), folder, k
+    gate = GateConfig(k=k, candidates=experts, phi_range=None)
+    return load_base(folder, UBSMoESpec(gate), dtype), folder, k
 
 
 if __name__ == "__main__":

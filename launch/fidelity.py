@@ -89,7 +89,7 @@ def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd
     tables: list[pd.DataFrame] = []
     biases: list[pd.DataFrame] = []
     for k in ks:
-        measured = fidelity.measure(client, rows(first=steps), k, fidelity.ESTIMATORS, batches)
+        measured = fidelity.measure(client, rows(first=steps), k, fidelity.COMPARED, batches)
         tables.append(fidelity.summary(measured, k))
         biases.append(fidelity.bias(measured, k))
     return pd.concat(tables, ignore_index=True), pd.concat(biases, ignore_index=True)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
 
-ESTIMATORS = ("none", "expert_mean", "token_weighted", "linearised", "dense_oracle")
+COMPARED = ("none", *ESTIMATORS)  # "none": the real gradient at K experts alone
 
 
 class Measured(NamedTuple):
