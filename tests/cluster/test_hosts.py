@@ -1,6 +1,6 @@
-"""Jobs on several hosts, which are network namespaces here: the same metrics as on one, and an end when one is cut off.
+"""Jobs on several hosts (network namespaces here) give the metrics of one host, and end when a host is cut off.
 
-The hosts' own names stand for 127.0.1.1 in their /etc/hosts, as Debian writes it, and each has a bridge 172.17.0.1.
+In /etc/hosts a host's own name resolves to 127.0.1.1, as Debian writes it, and each host has a bridge 172.17.0.1.
 """
 
 import os
@@ -22,21 +22,21 @@ MPICH = Path(sys.executable)
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
-PRIVATE = Path("/dev/shm")  # each host's own
+PRIVATE = Path("/dev/shm")  # each host has its own
 TIMEOUT = 5  # host_timeout_s
 WAY_OUT = 15  # seconds after it until nothing is left, on a busy machine
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _machine():
-    """Looked at when a test runs, not when they are collected."""
+    """Skip where the machine cannot have hosts; checked when a test runs, not at collection."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Metrics of the job on one host."""
+    """Return the metrics of the job on one host."""
     out = tmp_path_factory.mktemp("whole")
     code, output = train(*SHORT, CLIENTS, f"output={out}")
     assert code == 0, output
@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
 
 
 def hostfile(hosts: Hosts) -> str:
-    """Of 4 ranks on them."""
+    """Write a hostfile with 4 slots in all; return its path."""
     path = hosts.folder / "hostfile"
     path.write_text("".join(f"{name} slots={4 // len(hosts.names)}\n" for name in hosts.names))
     return str(path)
@@ -65,12 +65,12 @@ def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
         assert job.end() == 0, job.output
         received = [hosts.received(name) - old for name, old in zip(hosts.names, before, strict=True)]
     assert LAYOUTS[count] in job.output and "warning" not in job.output, job.output
-    found = records(tmp_path / "tiny")
-    assert [record["metrics"] for record in found] == whole  # to the bit, though sums travel by messages here
-    # what merging sends in all, by MPI; what a rank sends to itself needs no cable
-    merged = 1e6 * sum(record["metrics"].get("exchange/megabytes", 0) for record in found)
+    rounds = records(tmp_path / "tiny")
+    assert [record["metrics"] for record in rounds] == whole  # to the bit, although sums travel in messages here
+    # all bytes that merging sends by MPI; those that a rank sends to itself need no cable
+    merged = 1e6 * sum(record["metrics"].get("exchange/megabytes", 0) for record in rounds)
     assert min(received) > merged / 4 > 0
-    # a host gets more than all of that only if its client's own world (gloo) uses the cable too
+    # a host receives more than that only if its group's own world (gloo) uses the cable too
     assert (min(received) > merged) == (count == 4), received
 
 
@@ -100,19 +100,19 @@ def test_clients_at_uneven_sites_give_the_metrics_of_one_host(tmp_path):
     assert "placement: n1: a 1; n0: b 2" in job.output and "warning" not in job.output, job.output
     code, output = train(*options("whole", tmp_path, ""))
     assert code == 0, output
-    found, expected = ([record["metrics"] for record in records(tmp_path / name)] for name in ("sites", "whole"))
-    assert found == expected and len(found) > 1
+    actual, expected = ([record["metrics"] for record in records(tmp_path / name)] for name in ("sites", "whole"))
+    assert actual == expected and len(actual) > 1
 
 
 def by_mpiexec(hosts: Hosts) -> list[str]:
-    """A user's own mpiexec of MPICH."""
+    """Return the user's own command with MPICH's mpiexec."""
     each = 4 // len(hosts.names)
     where = ",".join(f"{name}:{each}" for name in hosts.names)
     return ["mpiexec", "-hosts", where, "-n", "4", sys.executable, "-u", "-m", "mpi4py", TRAIN]
 
 
 def by_open_mpi(hosts: Hosts) -> list[str]:
-    """The plain command under Open MPI."""
+    """Return the plain command under Open MPI."""
     return [str(OPEN_MPI), TRAIN, "--hostfile", hostfile(hosts)]
 
 
@@ -149,8 +149,8 @@ def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tm
 
 
 @pytest.mark.parametrize(("python", "cut"), [(MPICH, "n0"), (MPICH, "n2"), (OPEN_MPI, "n0"), (OPEN_MPI, "n2")])
-def test_of_three_hosts_all_end(python, cut, tmp_path):
-    """The host of mpiexec, and another; whatever the launcher makes of it, the user reads which host it is."""
+def test_all_of_three_hosts_end(python, cut, tmp_path):
+    """Cut off the host of mpiexec, or another; whatever the launcher does, the user reads which host is lost."""
     if not python.exists():
         pytest.skip("no Open MPI: see tests/cluster/test_survival.py")
     where = ["--bind-to", "none", "--allow-run-as-root", "-x", "PYTHONPATH"] if python == OPEN_MPI else []
@@ -176,5 +176,5 @@ def test_of_three_hosts_all_end(python, cut, tmp_path):
         finally:
             job.kill()
         lines = {line for line in job.output.splitlines() if line.startswith("error: ")}
-        named = "n1" if cut == "n0" else cut  # from where the user sits
+        named = "n1" if cut == "n0" else cut  # as seen from the host where the user is
         assert len(lines) == 1 and lines.pop().startswith(f"error: host {named} (client"), job.output

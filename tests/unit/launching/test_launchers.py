@@ -1,4 +1,4 @@
-"""What has started a process: known by its environment, and refused with the command that works."""
+"""Launchers are recognised by the environment, and wrong launches are refused with the command that works."""
 
 import socket
 import subprocess
@@ -102,8 +102,8 @@ def test_the_right_size_is_not_refused():
     launchers.check_size({"PMI_SIZE": "6"}, 6, "MPICH 5.0.2", "t.py", [], CLIENTS)
 
 
-def asks(rank: socket.socket, manager: socket.socket, answer: bytes) -> bytes:
-    """What a rank hears when it asks how long values may be."""
+def ask(rank: socket.socket, manager: socket.socket, answer: bytes) -> bytes:
+    """Return the answer that a rank gets when it asks how long values may be."""
     rank.sendall(b"cmd=get_maxes\n")
     assert manager.recv(100) == b"cmd=get_maxes\n"
     manager.sendall(answer)
@@ -111,17 +111,17 @@ def asks(rank: socket.socket, manager: socket.socket, answer: bytes) -> bytes:
 
 
 def test_values_are_shorter_while_mpi_starts():
-    """1,024 is what Slurm allows and cannot read; what allows less is obeyed."""
+    """Slurm allows 1,024 characters and cannot read them; a smaller limit is kept."""
     answer = b"cmd=maxes rc=0 kvsname_max=256 keylen_max=64 vallen_max=%d\n"
     rank, slurm = socket.socketpair()
     with rank, slurm:
         with start._short_values(rank.fileno()):
-            assert asks(rank, slurm, answer % 1024) == answer % 900
-            assert asks(rank, slurm, answer % 512) == answer % 512
-        assert asks(rank, slurm, answer % 1024) == answer % 1024
+            assert ask(rank, slurm, answer % 1024) == answer % 900
+            assert ask(rank, slurm, answer % 512) == answer % 512
+        assert ask(rank, slurm, answer % 1024) == answer % 1024
 
 
-# The first message between two ranks, whose sender then waits for the receiver without calling MPI.
+# The first message between two ranks; its sender then waits for the receiver without calling MPI.
 FIRST_MESSAGE = """
 import os, sys, time
 from pathlib import Path
@@ -142,7 +142,7 @@ print("arrived" if arrived.exists() else "left behind", flush=True)
 
 
 def test_a_first_message_arrives_while_its_sender_waits_elsewhere(tmp_path):
-    """As if each rank were on a host of its own, where shared memory does not do. With libfabric it does not arrive."""
+    """As if each rank were on a host of its own, without shared memory. With libfabric the message does not arrive."""
     (tmp_path / "first.py").write_text(FIRST_MESSAGE)
     command = ["mpiexec", "-n", "2", sys.executable, str(tmp_path / "first.py"), str(tmp_path / "arrived")]
     apart = clean_environment() | {"MPIR_CVAR_NOLOCAL": "1"}

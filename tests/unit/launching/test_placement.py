@@ -1,4 +1,4 @@
-"""Clients on hosts: worked by hand, against trying everything, and what is refused."""
+"""Clients on hosts: worked examples, comparison with exhaustive search, and refusals."""
 
 from collections import Counter
 from itertools import product
@@ -19,7 +19,7 @@ def client(name: str, ranks: int, expert_parallel: int = 1, hosts: list[str] | N
 @pytest.mark.parametrize(
     ("clients", "slots", "line"),
     [
-        # in the order of the config c would be on both
+        # placed in the order of the config, c would be on both hosts
         ([client("a", 1), client("b", 1), client("c", 2, 2), client("d", 2)], [3, 3], "n0: a 1, c 2; n1: b 1, d 2"),
         # filling the largest first would split the last client: 4 + 4, 3 + 3, 3, 3
         (
@@ -27,9 +27,9 @@ def client(name: str, ranks: int, expert_parallel: int = 1, hosts: list[str] | N
             [10, 10],
             "n0: a 4, c 3, d 3; n1: b 4, e 3, f 3",
         ),
-        # one must be on both hosts: that which has no experts to exchange
+        # one client must be on both hosts: the one without experts to exchange
         ([client("a", 2, 2), client("b", 2), client("c", 2, 2)], [3, 3], "n0: a 2, b 1; n1: b 1, c 2"),
-        # larger than a host: whole expert groups
+        # larger than a host: split into whole expert-parallel groups
         ([client("a", 8, 4), client("b", 2)], [5, 5], "n0: a 4, b 1; n1: a 4, b 1"),
         ([client("a", 8, 8)], [4, 4], "n0: a 4; n1: a 4; expert parallelism of a crosses hosts"),
         # uneven hosts
@@ -77,7 +77,7 @@ def test_many_clients_are_placed_at_once():
 
 
 def test_ranks_are_numbered_by_client_wherever_they_were_started():
-    """Started in turn on two hosts; a client of 2 on each, so 0 2 and 1 3."""
+    """Ranks are started on two hosts in turn; each host gets a client of 2 ranks, so 0 2 and 1 3."""
     clients = [client("a", 2), client("b", 2)]
     assert job_order(place(clients, {"n0": 2, "n1": 2}), ["n0", "n1", "n0", "n1"]) == [0, 2, 1, 3]
 
@@ -110,7 +110,7 @@ def test_a_domain_may_be_left_out(pinned, host):
     ],
 )
 def test_a_name_of_several_hosts_is_refused(pinned, hosts, message):
-    """A site's data may be nowhere else."""
+    """The site's data may exist only on that host."""
     with pytest.raises(UserError, match=message):
         place([client("a", 1, 1, [pinned])], dict.fromkeys(hosts, 1))
 
@@ -118,7 +118,7 @@ def test_a_name_of_several_hosts_is_refused(pinned, hosts, message):
 @given(data=st.data(), slots=st.lists(st.integers(1, 3), min_size=1, max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_pinned_clients_are_placed_wherever_they_can_be(data, slots):
-    """They can be if no hosts are the only ones for more ranks than they have slots (Hall)."""
+    """A placement exists if no set of hosts is the only choice of more ranks than it has slots (Hall's theorem)."""
     hosts = {f"n{n}": count for n, count in enumerate(slots)}
     pins = st.lists(st.sampled_from(list(hosts)), min_size=1, unique=True)
     shapes = data.draw(
@@ -176,6 +176,6 @@ def test_bad_hostfiles_are_refused(tmp_path, text, message):
         read_hostfile(path)
 
 
-def test_a_hostfile_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_hostfile_is_refused(tmp_path):
     with pytest.raises(UserError, match="--hostfile: .*none cannot be read"):
         read_hostfile(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Hosts that fall silent: heartbeats over loopback, with short times."""
+"""Hosts fall silent: heartbeats over loopback, with short times."""
 
 import os
 import signal
@@ -19,18 +19,18 @@ from ubsmoe_ds.mpi.heartbeat import ANSWER, BEAT, BEATS, Heartbeat, Host, open_s
 pytestmark = pytest.mark.alone
 TOKEN = b"0123456789abcdef"
 TIMEOUT = 0.6
-SECONDS = 5.0  # for what must happen; what must not gets several timeouts
+SECONDS = 5.0  # for events that must happen; those that must not get several timeouts
 
 
 class Net:
-    """Heartbeats of several hosts in one process, and what each has said of lost ones."""
+    """Heartbeats of several hosts in one process, and the lines that each has said about lost hosts."""
 
     def __init__(self, count: int, addresses: tuple[str, ...] = ("127.0.0.1",), timeout: float = TIMEOUT) -> None:
         sockets = [open_socket() for _ in range(count)]
         self.hosts = [Host(f"host n{n}", addresses, each.getsockname()[1]) for n, each in enumerate(sockets)]
         self.said: list[list[str]] = [[] for _ in range(count)]
         self.ended: set[int] = set()
-        self.cut_off: set[int] = set()  # of these, from the first
+        self.cut_off: set[int] = set()  # those that ended because they are cut off from the first
         self.beating = {
             n: Heartbeat(each, n, self.hosts, TOKEN, timeout, self.said[n].append, partial(self._end, n))
             for n, each in enumerate(sockets)
@@ -45,7 +45,7 @@ class Net:
             self.beating.pop(number).close()
 
     def wait_for(self, *numbers: int) -> None:
-        """Until these have ended."""
+        """Wait until these hosts have ended."""
         deadline = time.monotonic() + SECONDS
         while not self.ended >= set(numbers):
             assert time.monotonic() < deadline, (self.ended, self.said)
@@ -80,7 +80,7 @@ def test_the_silent_host_is_named_once_and_the_others_are_told(net):
 
 
 def test_without_the_first_host_each_of_the_others_ends(net):
-    """The second says so first; where it is there, its launcher ends the rest before they speak."""
+    """The second host says so first; its launcher, where it still runs, ends the rest before they speak."""
     hosts = net(3)
     hosts.stop(0)
     hosts.wait_for(1)
@@ -106,7 +106,7 @@ def test_hosts_that_end_together_lose_nobody(net):
 
 
 def test_where_no_datagram_passes_there_is_a_warning_and_no_alarm(net):
-    hosts = net(3, addresses=("192.0.2.1",))  # documentation's own; nobody is there
+    hosts = net(3, addresses=("192.0.2.1",))  # an address reserved for documentation; nobody answers
     time.sleep(3 * TIMEOUT)
     assert not hosts.ended
     (line,) = hosts.said[0]

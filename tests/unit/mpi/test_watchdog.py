@@ -1,4 +1,4 @@
-"""How the ranks of a host end when another is lost, whatever starts and surrounds them."""
+"""The ranks of a host end when another host is lost, whatever starts and surrounds them."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ SECONDS = 30
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """A process, and all that holds its output, until they have ended."""
+    """Run a process until it, and all that hold its output, have ended."""
     environment = clean_environment() | environment
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=SECONDS)
 
@@ -44,7 +44,7 @@ ADDRESSES = """
 import os, socket
 from ubsmoe_ds.mpi import watchdog
 watchdog.all_addresses = lambda: [(name, socket.AF_INET, name) for name in ("ib0", "eth0", "eth1")]
-os.environ[watchdog.INTERFACES] = "eth1"  # as a client's rendezvous does
+os.environ[watchdog.INTERFACES] = "eth1"  # as `join` does for the group
 print(*watchdog._addresses())
 """
 
@@ -66,7 +66,7 @@ exits.end_host(pidfds, cut_off=True)
 
 
 def test_on_a_host_that_is_cut_off_the_other_ranks_end_first():
-    """Nobody else may be there to end them; the process that is left would hold the output."""
+    """Nobody else may be able to end them; a process that is left would hold the output."""
     ended = run(sys.executable, "-c", ENDING)
     assert (ended.stdout, ended.returncode) == ("started\n", EXIT_FAILURE)
 
@@ -75,8 +75,8 @@ def test_a_container_between_does_not_hide_open_mpi(tmp_path):
     shown = f"{sys.executable} -c 'from ubsmoe_ds.mpi import exits; print(exits.open_mpi_daemon())'"
     daemon, starter = tmp_path / "prted", tmp_path / "starter"
     for script, command in ((daemon, f"echo $$; {starter}"), (starter, shown)):
-        script.write_text(f"#!/bin/sh\n{command}\ntrue\n")  # with more to do, the shell stays
+        script.write_text(f"#!/bin/sh\n{command}\ntrue\n")  # the shell has more to do, so it stays
         script.chmod(0o755)
-    pid, found = run(str(daemon)).stdout.split()
-    assert found == pid
+    pid, reported = run(str(daemon)).stdout.split()
+    assert reported == pid
     assert run(str(starter)).stdout == "None\n"

@@ -1,4 +1,4 @@
-"""Re-execution, hosts, devices and precision: what is refused, and with which words."""
+"""The script starts itself under mpiexec; ranks find their hosts, devices and cores; wrong set-ups are refused."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from ubsmoe_ds.launching import launchers, relaunch, sign_in, supervisor
 from ubsmoe_ds.mpi import collectives, join
 
 
-@pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
+@pytest.mark.parametrize("code", [7, 0])  # 0 counts although no rank has signed in: all are on other hosts
 def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
     started = []
 
@@ -35,9 +35,9 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
 
 
 def test_only_processes_of_this_host_are_watched(tmp_path):
-    """Where hosts share the temporary folder a rank of another has a number that may be any process of this one."""
+    """Hosts may share the temporary folder; the process id of another host's rank may be any process of this one."""
     environment = {sign_in.PARENT_SPEAKS: str(tmp_path)}
-    sign_in.sign_in(environment, "a rank here")  # nobody watches from there
+    sign_in.sign_in(environment, "a rank here")  # no process supervises from there
     (tmp_path / sign_in.WATCHED_FROM).write_text("another boot 4026531836")
     sign_in.sign_in(environment, "a rank of another host")
     assert [path.name for path in tmp_path.iterdir()] == [sign_in.WATCHED_FROM]
@@ -48,30 +48,30 @@ def test_only_processes_of_this_host_are_watched(tmp_path):
 
 @pytest.mark.parametrize(("writes", "code"), [(True, 0), (False, 1)])
 def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypatch):
-    """Its mpiexec ends with 0 when it has lost all hosts with ranks."""
-    found: set[tuple] = set()
+    """Open MPI's mpiexec ends with 0 when it has lost all hosts with ranks."""
+    summaries: set[tuple] = set()
 
     def popen(command, env, **_):
-        found.update({("summary.json", 7)} if writes else set())
+        summaries.update({("summary.json", 7)} if writes else set())
         return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
 
     monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
     monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
-    assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(found)) == code
+    assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(summaries)) == code
 
 
 @pytest.mark.parametrize(
     ("restarts", "codes", "left_by_first", "resumes"),
     [
         (0, [9], True, [False]),
-        (2, [9, 0], True, [False, True]),  # what the first attempt has saved is gone on from
-        (2, [9, 9, 9], False, [False, False, False]),  # the only checkpoint there is, is an earlier run's
+        (2, [9, 0], True, [False, True]),  # the second attempt goes on from what the first has saved
+        (2, [9, 9, 9], False, [False, False, False]),  # the only checkpoint is an earlier run's
         (2, [75], True, [False]),  # asked to stop, and the like: not started again
         (2, [2], True, [False]),
     ],
 )
-def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeypatch):
+def test_a_job_that_died_starts_again(restarts, codes, left_by_first, resumes, monkeypatch):
     commands, checkpoints = [], {("000001-round-1", 17)}
 
     def popen(command, env, **_):
@@ -86,12 +86,12 @@ def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeyp
     monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
     monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
-    found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
-    assert found == codes[-1]
+    code = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
+    assert code == codes[-1]
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
 
 
-def test_no_mpiexec_is_said(monkeypatch, tmp_path):
+def test_a_missing_mpiexec_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(relaunch.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -100,10 +100,10 @@ def test_no_mpiexec_is_said(monkeypatch, tmp_path):
 
 
 def fake_world(clients: list[int], rank: int = 0):
-    """With the clients of the ranks on this host that see the same devices, and this rank's place among them."""
+    """A world whose host has these clients' ranks, all with the same devices; `rank` is this rank's place there."""
 
-    def gather(_, found):
-        found[:] = clients
+    def gather(_, received):
+        received[:] = clients
 
     same = SimpleNamespace(size=len(clients), rank=rank, Allgather=gather)
     return SimpleNamespace(host_comm=SimpleNamespace(Split=lambda **_: same), rank=0, client=0)
@@ -136,7 +136,7 @@ def test_too_few_devices_are_refused_with_the_arithmetic():
 
 
 def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkeypatch):
-    """Two of its four ranks are here, beside another client's."""
+    """Two of the client's four ranks are on this host, beside another client's."""
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
     join.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
@@ -168,19 +168,19 @@ def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
 def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
     """Rank 0 may run on cores 0 - 7, rank 1 on 0 - 3, rank 2 on core 9 alone, rank 3 on 0 - 3 and 10 - 11."""
     sets = [[*range(8)], [*range(4)], [9], [*range(4), 10, 11]]
-    found = run_ranks(tmp_path, 4, "tests.support.scenarios:fair_cores", {"sets": sets})
-    assert [int(rank["cores"]) for rank in found] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
+    ranks = run_ranks(tmp_path, 4, "tests.support.scenarios:fair_cores", {"sets": sets})
+    assert [int(rank["cores"]) for rank in ranks] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
-    """Four ranks started on two hosts in turn, as `-ppn 1` does; client a has two ranks, b and c have one."""
+    """Four ranks started on two hosts in turn, as by `-ppn 1`; client a has two ranks, b and c have one."""
     return run_ranks(tmp_path_factory.mktemp("joined"), 4, "tests.support.scenarios:joined", {})
 
 
 @pytest.mark.slow
 def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
-    """So a is on one host all the same."""
+    """Client a is on one host although its ranks were not started one after the other."""
     assert [(int(r["rank"]), int(r["client"]), int(r["group_rank"])) for r in joined] == [
         (0, 0, 0),
         (2, 1, 0),
@@ -193,7 +193,7 @@ def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
 
 @pytest.mark.slow
 def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(joined):
-    """Two see the same two devices, and two one each; then the first two see one, which is too few."""
+    """Two ranks see the same two devices, and two see one each; then the first two share one, which is too few."""
     assert [int(rank["local_of_two"]) for rank in joined] == [0, 0, 1, 0]
     assert [int(rank["local_of_one"]) for rank in joined] == [-1, 0, -1, 0]
 
@@ -206,8 +206,8 @@ def test_a_client_on_several_hosts_meets_where_all_its_ranks_have_been(joined):
 
 
 @pytest.mark.slow
-def test_hosts_that_do_not_reach_each_other_are_said(joined):
-    """The only interface that is allowed does not exist, so there is no address to try."""
+def test_hosts_that_do_not_reach_each_other_are_reported(joined):
+    """The only allowed interface does not exist, so there is no address to try."""
     for rank in joined:
         assert str(rank["error"]).startswith("rendezvous: no address of the client's first host (it has none)")
         assert "GLOO_SOCKET_IFNAME" in str(rank["error"])
