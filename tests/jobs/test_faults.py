@@ -175,7 +175,7 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
 
 
 def test_a_late_client_merges_what_it_has(tmp_path):
-    """Client a takes two seconds a step, so it has done some of its four steps by the deadline (weight: test_server.py)."""
+    """Client a takes two seconds a step, so it has done some of four steps by the deadline (weight: test_server.py)."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
     job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
     assert job.end() == 0, job.output
