@@ -86,7 +86,7 @@ def check_inputs(runs: Iterable[Run]) -> None:
             continue
         key = f"{exp.data.model_dump_json()} {exp.seed}"
         if exp.model_dir not in models:
-            models[exp.model_dir] = model_digest(exp.model_dir)
+            models[exp.model_dir] = model_digest(exp.weights_dir)
         if key not in rows:
             rows[key] = data_digest(exp)
         now = {"model_digest": models[exp.model_dir], "data_digest": rows[key]}
