@@ -106,9 +106,9 @@ def single_client(exp: Experiment) -> Experiment:
 def start(exp: Experiment) -> tuple[Any, Any]:
     """(client, function from first step to its batches) of a one-client experiment in this process."""
     from ubsmoe_ds import run
-    from ubsmoe_ds.mpi import world
+    from ubsmoe_ds.mpi.join import join
 
-    place = world.join(exp, sys.argv[0], sys.argv[1:])
+    place = join(exp, sys.argv[0], sys.argv[1:])
     devices = run.choose_accelerator(exp)
     import datasets
     from transformers.utils import logging as transformers_logging

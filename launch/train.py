@@ -113,14 +113,15 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
 
     start_mpi(os.environ)  # not in the process of mpiexec
     from ubsmoe_ds import run
-    from ubsmoe_ds.mpi import exits, ulfm, world
+    from ubsmoe_ds.mpi import exits, ulfm
+    from ubsmoe_ds.mpi.join import join, started_rank
 
     survives = exp.fault_tolerance == "shrink"
-    who, speaks, speaks_for_client = f"rank {world.started_rank()}", launchers.is_first(os.environ), True
+    who, speaks, speaks_for_client = f"rank {started_rank()}", launchers.is_first(os.environ), True
     try:
         if survives:
             ulfm.check_survivable(os.environ)
-        joined = world.join(exp, sys.argv[0], arguments)
+        joined = join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp, joined.rank), joined.rank == 0
         speaks_for_client = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)

@@ -11,8 +11,9 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
 from ubsmoe_ds.mpi.collectives import RanksLost
+from ubsmoe_ds.mpi.join import check_devices
 from ubsmoe_ds.mpi.preemption import StopRequests
-from ubsmoe_ds.mpi.world import World, check_devices
+from ubsmoe_ds.mpi.world import World
 
 
 class Ending(NamedTuple):

@@ -16,9 +16,10 @@ import torch
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.mpi import world as world_module
+from ubsmoe_ds.mpi import join as join_module
+from ubsmoe_ds.mpi.join import join
 from ubsmoe_ds.mpi.rendezvous import meet
-from ubsmoe_ds.mpi.world import World, join
+from ubsmoe_ds.mpi.world import World
 
 
 def enter(exp: Experiment) -> World:
@@ -93,7 +94,7 @@ def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
 
     comm = MPI.COMM_WORLD
     with mock.patch("os.sched_getaffinity", return_value=set(sets[comm.rank])):
-        return {"cores": np.array(world_module._fair_cores(comm))}
+        return {"cores": np.array(join_module._fair_cores(comm))}
 
 
 def gathered(lengths: list[int]) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def joined() -> dict[str, Any]:
     from mpi4py import MPI
 
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in (2, 1, 1)])
-    with mock.patch.object(world_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
+    with mock.patch.object(join_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
         world = join(exp, "train.py", [])
     assert world.hosts == ("n0", "n0", "n1", "n1") and not any(world.meetings)
     found: dict[str, Any] = {
@@ -141,7 +142,7 @@ def joined() -> dict[str, Any]:
 def _local_rank(exp: Experiment, world: World, seen: list[list[str]]) -> int:
     """LOCAL_RANK where each rank of the job sees its list of devices; -1 where they are too few."""
     try:
-        world_module.check_devices(exp, world, seen[world.rank])
+        join_module.check_devices(exp, world, seen[world.rank])
     except UserError:
         return -1
     return int(os.environ["LOCAL_RANK"])

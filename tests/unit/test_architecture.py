@@ -28,6 +28,7 @@ KNOWS_MPI = {
     "mpi.start",
     "mpi.collectives",
     "mpi.exits",
+    "mpi.join",
     "mpi.world",
     "mpi.preemption",
     "mpi.ulfm",

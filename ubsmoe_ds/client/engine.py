@@ -100,7 +100,7 @@ def engine_config(exp: Experiment) -> dict[str, Any]:
 
 
 class Client:
-    """A client's engine on one of its ranks; the rendezvous variables are set (see `world.join`).
+    """A client's engine on one of its ranks; the rendezvous variables are set (see mpi/join.py).
 
     Args:
         exp: the experiment.

@@ -55,6 +55,13 @@ def move(comm: MPI.Comm, start: Callable[[], MPI.Request]) -> None:
     wait_quietly(start(), MOVE_SECONDS)
 
 
+def any_true(comm: MPI.Comm, flag: bool) -> bool:
+    """Return whether the flag is true on some rank of `comm` (a collective)."""
+    mine, largest = np.array([flag], dtype=np.int32), np.zeros(1, dtype=np.int32)
+    wait_quietly(comm.Iallreduce(mine, largest, op=MPI.MAX))
+    return bool(largest[0])
+
+
 def gather_json(comm: MPI.Comm, value: Any) -> list[Any]:
     """Gather a small value of every rank on every rank, as JSON (a collective).
 

