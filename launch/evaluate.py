@@ -161,7 +161,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     config = read_config(folder)
     k, experts = config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type].num_experts)
     gate = GateConfig(k=k, candidates=experts, phi_range=None)
-    return load_base(folder, UBSMoESpec(gate), dtype), folder, k
+    return load_base(model_folder(options.model, weights=True), UBSMoESpec(gate), dtype), folder, k
 
 
 if __name__ == "__main__":

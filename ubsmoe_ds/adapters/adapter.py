@@ -89,12 +89,12 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     merged = os.path.lexists(whole)
     facts = _facts(folder)
     _check_gate(facts)
-    path = model_folder(base or _base_of(folder, facts))
-    family, config = read_facts(path)
+    name = base or _base_of(folder, facts)
+    family, config = read_facts(model_folder(name))
     if merged:
-        return Adapter(read_tensors(whole), 0, 0.0, path, facts)
+        return Adapter(read_tensors(whole), 0, 0.0, model_folder(name, weights=True), facts)
     state, rank, alpha = peft_format.read(folder, config[family.num_experts])
-    return Adapter(state, rank, alpha / rank, path, facts)
+    return Adapter(state, rank, alpha / rank, model_folder(name, weights=True), facts)
 
 
 def asked_as(folder: Path) -> tuple[str, int]:

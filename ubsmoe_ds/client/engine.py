@@ -117,7 +117,7 @@ class Client:
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
         torch.manual_seed(exp.seed)
         self.spec = client_spec(exp, config, group_rank)
-        self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
+        self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         with _deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
