@@ -1,12 +1,12 @@
-"""A soak: the tiny job is killed at random moments and resumed until it is done, and must end like one left in peace.
+"""A soak test: kill the tiny job at random moments and resume it until it is done; it must end like an undisturbed one.
 
     python tests/soak/chaos.py --kills 100 --seed 0        # a random rank gets SIGKILL (a tenth: all are asked to stop)
-    python tests/soak/chaos.py --kills 20 --seed 0 --ulfm    # the others go on; needs Open MPI (README)
+    python tests/soak/chaos.py --kills 20 --seed 0 --ulfm    # the others go on; needs Open MPI (make openmpi)
 
-Without --ulfm several jobs are done one after the other, each killed a few times, until there were so many kills; each
-must have the bits of the unbroken one: metrics of every round, each recorded once, and the adapter. No round that was
-saved may run again. With --ulfm the survivors must end by themselves, with every round recorded once and a lower loss.
-Exit codes: 0 all was as it should be, 1 something was not.
+Without --ulfm jobs run one after the other, each killed a few times, until that many kills are done. Each must have the
+bits of the undisturbed job: metrics of every round, each recorded once, and the adapter. No round that was saved may
+run again. With --ulfm the remaining ranks must finish by themselves, with every round recorded once and a lower loss.
+Exit codes: 0 success, 1 a failed expectation.
 """
 
 import argparse
@@ -31,22 +31,23 @@ SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
 OPEN_MPI = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
-KILLS_A_JOB = 10  # then one is left to end
-STARTING = 0.15  # share of the kills that come before the job has begun with its rounds
-ASKING = 0.1  # share of kills that are a request to stop
+KILLS_A_JOB = 10  # then the job may end
+STARTING = 0.15  # share of the kills that come before the first round
+ASKING = 0.1  # share of the kills that are requests to stop
 
 
 class Failure(Exception):  # noqa: N818
-    """What was not as it should be."""
+    """An expectation that failed."""
 
 
-def expect(condition: bool, what: str) -> None:
+def expect(condition: bool, message: str) -> None:
+    """Raise `Failure` with the message unless the condition holds."""
     if not condition:
-        raise Failure(what)
+        raise Failure(message)
 
 
 def last_saved(folder: Path) -> int:
-    """Rounds that are saved for good: those before the one that the newest checkpoint goes on from."""
+    """Return the last round that is saved completely: the newest checkpoint goes on after it; -1 if there is none."""
     names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
     if not names:
         return -1
@@ -55,7 +56,7 @@ def last_saved(folder: Path) -> int:
 
 
 def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
-    """Wait for a random moment, then kill a random rank or ask all to stop; what was done."""
+    """Wait for a random moment, then kill a random rank or ask all to stop; return what was done."""
     try:
         if chance.random() < STARTING:
             time.sleep(chance.uniform(0, 6))
@@ -79,7 +80,7 @@ def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
 
 
 def broken_run(out: Path, chance: random.Random, kills: int) -> int:
-    """One run with up to so many kills; returns how many hit it."""
+    """Repeat one run until it succeeds, with up to `kills` kills; return how many hit it."""
     command = [sys.executable, TRAIN, *SHORT, CLIENTS, f"output={out}", "--resume", "auto"]
     hits, attempt = 0, 0
     while True:
@@ -98,16 +99,17 @@ def broken_run(out: Path, chance: random.Random, kills: int) -> int:
 
 
 def compare(whole: Path, broken: Path) -> None:
-    """Bit for bit."""
-    expected, found = records(whole), records(broken)
-    expect([r["round"] for r in found] == list(range(ROUNDS + 1)), f"rounds {[r['round'] for r in found]} in {broken}")
-    expect([r["metrics"] for r in found] == [r["metrics"] for r in expected], f"other metrics in {broken}")
+    """Check that both runs have the same records and the same adapter, bit for bit."""
+    expected, actual = records(whole), records(broken)
+    rounds = [r["round"] for r in actual]
+    expect(rounds == list(range(ROUNDS + 1)), f"rounds {rounds} in {broken}")
+    expect([r["metrics"] for r in actual] == [r["metrics"] for r in expected], f"other metrics in {broken}")
     first, second = read_adapter(whole / "adapter").state, read_adapter(broken / "adapter").state
     expect(all(torch.equal(value, second[key]) for key, value in first.items()), f"another adapter in {broken}")
 
 
 def soak(folder: Path, kills: int, seed: int) -> str:
-    """Resumed jobs; returns a line to report."""
+    """Kill and resume jobs; return a line to report."""
     chance = random.Random(seed)
     whole = Job([sys.executable, TRAIN, *SHORT, CLIENTS, f"output={folder / 'whole'}"], folder / "whole.log")
     expect(whole.end(300) == 0, whole.output)
@@ -117,11 +119,11 @@ def soak(folder: Path, kills: int, seed: int) -> str:
         out = folder / f"broken-{runs}"
         hits += broken_run(out, chance, min(KILLS_A_JOB, kills - hits))
         compare(folder / "whole" / "tiny", out / "tiny")
-    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: all bit-equal to the unbroken run"
+    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: all bit-equal to the undisturbed run"
 
 
-def soak_survivors(folder: Path, kills: int, seed: int) -> str:
-    """Jobs that shrink: two clients at most are killed in each; returns a line to report."""
+def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
+    """Kill ranks of at most two clients in each job, which must shrink and go on; return a line to report."""
     chance, hits, runs = random.Random(seed), 0, 0
     path = os.pathsep.join([str(OPEN_MPI.parent), os.environ["PATH"]])
     while hits < kills:
@@ -151,15 +153,16 @@ def soak_survivors(folder: Path, kills: int, seed: int) -> str:
         expect(bool(killed), f"no rank was there to be killed: {job.log}\n{job.output}")
         hits += len(killed)
         print(f"{out.name}: killed ranks {killed}, exit code {code}", flush=True)
-        found = records(out / "tiny")
+        rounds = records(out / "tiny")
         expect(code == 0, f"exit code {code}: {job.log}\n{job.output}")
-        expect([r["round"] for r in found] == list(range(ROUNDS + 1)), f"rounds {[r['round'] for r in found]} in {out}")
-        expect(found[-1]["metrics"]["eval/loss"] < found[0]["metrics"]["eval/loss"], f"nothing learned in {out}")
-    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: the survivors ended every one"
+        numbers = [r["round"] for r in rounds]
+        expect(numbers == list(range(ROUNDS + 1)), f"rounds {numbers} in {out}")
+        expect(rounds[-1]["metrics"]["eval/loss"] < rounds[0]["metrics"]["eval/loss"], f"nothing learned in {out}")
+    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: the remaining ranks ended every one"
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -167,7 +170,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         try:
-            report = (soak_survivors if options.ulfm else soak)(Path(folder), options.kills, options.seed)
+            report = (soak_shrinking if options.ulfm else soak)(Path(folder), options.kills, options.seed)
         except Failure as failure:
             print(f"FAILED: {failure}", flush=True)
             return 1

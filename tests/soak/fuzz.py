@@ -1,12 +1,12 @@
-"""Bad input never costs anything: hostile files, options and disks against every surface that a user touches.
+"""Check that bad input does no harm: hostile files, options and disks against every surface that a user touches.
 
     python tests/soak/fuzz.py --cases 10000 --seed 0
     python tests/soak/fuzz.py --cases 300 --only rows adapter
 
 A case is accepted, or refused by `UserError`: one short line that names the thing. All else is a violation: any other
 exception, a line that names nothing, a file written or lost, code that was run, a case that takes `SECONDS` or more, or
-one that takes much memory. Exit code 1 if there was one. The cases depend on the seed alone; `test_fuzz.py` runs
-some of them.
+one that takes much memory. Exit code 1 if there was a violation. The cases depend on the seed alone; `test_fuzz.py`
+runs some of them.
 """
 
 import argparse
@@ -31,31 +31,31 @@ if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.soak.fuzz_cases import Surface, Violation  # noqa: E402 - the path must be known first
+from tests.soak.fuzz_cases import Surface, Violation  # noqa: E402 - needs the path above
 
-SECONDS = 30  # of the clock, on a machine that may be busy and imports in the first case
+SECONDS = 30  # wall clock; the machine may be busy, and the first case imports
 MEGABYTES = 512
 SHOWN = 1500  # characters of a case
 
 
-class Found(NamedTuple):
-    """A kind of violation: how often it was seen, and the first case."""
+class Kind(NamedTuple):
+    """One kind of violation: how often it occurred, its message, and the first case."""
 
     count: int
-    what: str
+    message: str
     case: str
 
 
 class Tally(NamedTuple):
-    """What became of a surface's cases; violations by the place in the code."""
+    """Results of a surface's cases; kinds of violations by the place in the code that they come from."""
 
     cases: int
     accepted: int
     refused: int
-    found: dict[str, Found]
+    kinds: dict[str, Kind]
 
     def line(self, name: str, seconds: float) -> str:
-        violations = sum(found.count for found in self.found.values())
+        violations = sum(kind.count for kind in self.kinds.values())
         return (
             f"{name:12s} {self.cases:6d} cases  {self.accepted:6d} accepted  {self.refused:6d} refused  "
             f"{violations:4d} violations  {seconds:6.1f} s"
@@ -63,15 +63,15 @@ class Tally(NamedTuple):
 
 
 def run_surface(surface: Surface, cases: int, seed_number: int) -> Tally:
-    """Generate and check.
+    """Generate cases and check them.
 
     Args:
-        surface: what to try.
-        cases: at most; fewer where there are no more different ones.
-        seed_number: of the cases.
+        surface: the one to try.
+        cases: their largest number; fewer are run where there are no more different ones.
+        seed_number: determines the cases.
     """
     verdicts = {True: 0, False: 0}
-    found: dict[str, Found] = {}
+    kinds: dict[str, Kind] = {}
 
     @seed(seed_number)
     @settings(
@@ -89,12 +89,12 @@ def run_surface(surface: Surface, cases: int, seed_number: int) -> Tally:
                     verdicts[surface.check(case, folder)] += 1
             except (Exception, SystemExit) as error:
                 key = _place(error)
-                earlier = found.get(key, Found(0, f"{type(error).__name__}: {str(error)[:SHOWN]}", repr(case)[:SHOWN]))
-                found[key] = earlier._replace(count=earlier.count + 1)
+                earlier = kinds.get(key, Kind(0, f"{type(error).__name__}: {str(error)[:SHOWN]}", repr(case)[:SHOWN]))
+                kinds[key] = earlier._replace(count=earlier.count + 1)
 
     check()
-    total = sum(verdicts.values()) + sum(one.count for one in found.values())
-    return Tally(total, verdicts[True], verdicts[False], found)
+    total = sum(verdicts.values()) + sum(kind.count for kind in kinds.values())
+    return Tally(total, verdicts[True], verdicts[False], kinds)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def _case_folder() -> Iterator[Path]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """A case that hangs is interrupted; one that took much memory is found out."""
+    """Interrupt a case that hangs; raise `Violation` for one that took much memory."""
 
     def too_long(number: int, frame: object) -> None:
         raise Violation(f"took more than {SECONDS} s")
@@ -127,7 +127,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """Where in the project's own code an error came from, so that like violations are counted as one."""
+    """Return the place in the project's code that an error came from, so that like violations count as one kind."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT / "ubsmoe_ds"))]
     frames = frames or [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT))]
     where = f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else "outside"
@@ -135,7 +135,7 @@ def _place(error: BaseException) -> str:
 
 
 def surfaces() -> dict[str, Surface]:
-    """All of them, by name."""
+    """Return all surfaces by name."""
     from transformers.utils import logging as transformers_logging
 
     from tests.soak import fuzz_checkpoints, fuzz_commands, fuzz_config, fuzz_models, fuzz_rows, fuzz_writers
@@ -147,25 +147,24 @@ def surfaces() -> dict[str, Surface]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; returns the exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="of all surfaces together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="names of surfaces")
     options = parser.parse_args(arguments)
-    found = {name: one for name, one in surfaces().items() if not options.only or name in options.only}
-    whole = sum(surface.share for surface in found.values())
+    chosen = {name: surface for name, surface in surfaces().items() if not options.only or name in options.only}
+    whole = sum(surface.share for surface in chosen.values())
     failed = 0
-    for name, surface in found.items():
+    for name, surface in chosen.items():
         start = time.perf_counter()
         cases = max(1, round(options.cases * surface.share / whole))
         tally = run_surface(surface, cases, options.seed)
         print(tally.line(name, time.perf_counter() - start), flush=True)
-        for place, one in tally.found.items():
-            failed += one.count
-            print(
-                f"  VIOLATION {place} ({one.count} times): {one.what}\n    --only {name}, case {one.case}", flush=True
-            )
+        for place, kind in tally.kinds.items():
+            failed += kind.count
+            print(f"  VIOLATION {place} ({kind.count} times): {kind.message}", flush=True)
+            print(f"    --only {name}, case {kind.case}", flush=True)
     print(f"{failed} violations" if failed else "no violation")
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""What surfaces of the fuzz share: the verdict on an answer, hostile values, and mutations of nested documents."""
+"""Shared by all surfaces of the fuzz: verdicts on answers, hostile values, and mutations of nested documents."""
 
 import copy
 from collections.abc import Callable, Collection
@@ -13,15 +13,15 @@ LONGEST = 700  # characters of a refusal
 Path_ = tuple[str | int, ...]
 
 
-class Violation(Exception):  # noqa: N818 - it is what it is called
-    """What must not happen did."""
+class Violation(Exception):  # noqa: N818
+    """Something happened that must not."""
 
 
 class Surface(NamedTuple):
-    """Something that users touch.
+    """A part of the program that takes users' input.
 
     name: for --only
-    cases: what to try
+    cases: inputs to try
     check: (case, an empty folder) -> accepted (True) or refused (False); raises for a violation
     share: of the cases, relative to the other surfaces
     """
@@ -33,7 +33,7 @@ class Surface(NamedTuple):
 
 
 def accepts(call: Callable[[], object], names: Collection[str] = ()) -> bool:
-    """Whether the call takes its input; a refusal must be one line that holds one of `names`."""
+    """Return whether the call accepts its input; a refusal must be one line that holds one of `names`."""
     try:
         call()
     except UserError as error:
@@ -43,7 +43,7 @@ def accepts(call: Callable[[], object], names: Collection[str] = ()) -> bool:
 
 
 def check_line(line: str, names: Collection[str] = ()) -> None:
-    """That a refusal is fit for a terminal."""
+    """Raise `Violation` unless a refusal is one short printable line that holds one of `names`."""
     if len(line.splitlines()) != 1 or not line.isprintable():
         raise Violation(f"refusal is not one printable line: {line[:200]!r}")
     if len(line) > LONGEST:
@@ -53,7 +53,7 @@ def check_line(line: str, names: Collection[str] = ()) -> None:
 
 
 def reads_only(call: Callable[[], object], folder: Path, names: Collection[str] = ()) -> bool:
-    """As `accepts`, and that nothing in the folder changed: so no code of a file was run that leaves `marker` there."""
+    """Return what `accepts` does; check that nothing in the folder changed, so that no code of a file left a marker."""
     before = snapshot(folder)
     answer = accepts(call, names)
     changed = before.items() ^ snapshot(folder).items()
@@ -63,7 +63,7 @@ def reads_only(call: Callable[[], object], folder: Path, names: Collection[str] 
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Every file with its bytes, every folder and other thing with its kind."""
+    """Return every file of the folder with its bytes, and every other entry with its kind."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else path.is_dir()
         for path in sorted(folder.rglob("*"))
@@ -71,7 +71,7 @@ def snapshot(folder: Path) -> dict[str, object]:
 
 
 class Bomb:
-    """Unpickling one leaves a file: what a pickled model must never get to do."""
+    """An object that leaves a file when it is unpickled, which a pickled model must never get to do."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -98,18 +98,18 @@ VALUES = st.recursive(
 
 
 def places(document: Any, path: Path_ = ()) -> list[Path_]:
-    """Every key and list item of a nested document, by its path."""
+    """Return the path of every key and list item of a nested document."""
     items = document.items() if isinstance(document, dict) else enumerate(document)
-    found: list[Path_] = []
+    paths: list[Path_] = []
     for key, value in items:
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(value, dict | list):
-            found += places(value, (*path, key))
-    return found
+            paths += places(value, (*path, key))
+    return paths
 
 
 def mutate(document: Any, path: Path_, how: str, value: Any) -> Any:
-    """A copy with one change at a path: replaced, removed, renamed, wrapped in a list, or an unknown key beside."""
+    """Return a copy with one change at a path: replace, remove, rename, wrap in a list, or add an unknown key beside."""
     changed = copy.deepcopy(document)
     parent = changed
     for key in path[:-1]:
@@ -130,7 +130,7 @@ def mutate(document: Any, path: Path_, how: str, value: Any) -> Any:
 
 
 def mutations(document: Any, most: int = 2, values: st.SearchStrategy[Any] = VALUES) -> st.SearchStrategy[Any]:
-    """Strategy of the document with a few changes."""
+    """Return a strategy that makes the document with a few changes."""
     hows = st.sampled_from(["replace"] * 4 + ["remove", "rename", "wrap", "add"])
 
     @st.composite
@@ -146,7 +146,7 @@ def mutations(document: Any, most: int = 2, values: st.SearchStrategy[Any] = VAL
 
 
 def damaged(data: bytes, where: tuple[int, int], how: str, byte: int) -> bytes:
-    """Bytes with one of the ways in which files go bad: a place is (numerator, denominator 10,000) of the length."""
+    """Return the bytes damaged as files get damaged; a place is given in 1/10,000 of the length."""
     at = len(data) * where[0] // 10_000
     end = max(at, len(data) * where[1] // 10_000)
     if how == "flip":

@@ -1,6 +1,6 @@
-"""Fuzz of checkpoints: damaged ones must be passed over by name, and what is left must be what was written.
+"""Fuzz of checkpoints: a damaged one must be named and skipped, and values that are read must be those written.
 
-A damaged checkpoint has an older whole one behind it, which must be found instead; if that is damaged too, a refusal.
+A damaged checkpoint has an older whole one behind it, which must be used instead; if that is damaged too, a refusal.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ CLIENT = {"layout": [1, 1], "lora_rank": 3, "steps_taken": 4, "steps": 0, "bad_s
 
 
 def _keeper(run_dir: Path) -> CheckpointManager:
-    """Of a job of one rank, whose collectives need no MPI."""
+    """Return the checkpoint manager of a job of one rank, whose collectives need no MPI."""
     exp = tiny.experiment("unused", [{"budget": 0.5}], output=str(run_dir.parent), name=run_dir.name)
     alone = mock.Mock(rank=0, comm=mock.Mock(size=1))
     alone.sum = np.asarray
@@ -39,7 +39,7 @@ def _keeper(run_dir: Path) -> CheckpointManager:
 
 @functools.cache
 def _written() -> Path:
-    """A run with two checkpoints."""
+    """Make a run with two checkpoints; return its folder."""
     run_dir = Path(tempfile.mkdtemp(prefix="fuzz-checkpoints-")) / "test"
     content = {
         "progress": Progress().saved(),
@@ -56,24 +56,24 @@ def _written() -> Path:
 
 
 def _look(run_dir: Path, both: bool, touched: bool) -> bool:
-    """Find the newest whole one and read it: accepted if that is the newest of all."""
+    """Find the newest whole checkpoint and read it; return whether it is the newest of all."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        found = _keeper(run_dir).find("auto")
-    if found is None:
+        chosen = _keeper(run_dir).find("auto")
+    if chosen is None:
         raise Violation("found nothing, which would start the run anew")
-    if not torch.equal(found.reader.read("weight", "c0", "w"), WEIGHT):
-        raise Violation(f"{found.folder} holds other values than were written")
-    newest = found.folder.name.startswith("000002")
+    if not torch.equal(chosen.reader.read("weight", "c0", "w"), WEIGHT):
+        raise Violation(f"{chosen.folder} holds other values than were written")
+    newest = chosen.folder.name.startswith("000002")
     if newest == bool(said.getvalue()) or (not newest and "000002-round-2 is damaged" not in said.getvalue()):
-        raise Violation(f"{found.folder}, said: {said.getvalue()!r}")
+        raise Violation(f"{chosen.folder}, said: {said.getvalue()!r}")
     if both and touched and not newest:
-        raise Violation(f"{found.folder} is damaged too")
+        raise Violation(f"{chosen.folder} is damaged too")
     return newest
 
 
 def check(case: tuple[str, tuple, bool], folder: Path) -> bool:
-    """A file of the newest checkpoint, or of both, is damaged."""
+    """Damage a file of the newest checkpoint, or of both."""
     name, how, both = case
     run_dir = folder / "test"
     shutil.copytree(_written(), run_dir)
@@ -82,16 +82,16 @@ def check(case: tuple[str, tuple, bool], folder: Path) -> bool:
         path = run_dir / storage.FOLDER / number / name
         path.write_bytes(damaged(path.read_bytes(), *how))
     touched = damaged(whole, *how) != whole
-    found: list[bool] = []
-    if not accepts(lambda: found.append(_look(run_dir, both, touched)), ["damaged"]):
+    newest: list[bool] = []
+    if not accepts(lambda: newest.append(_look(run_dir, both, touched)), ["damaged"]):
         return False
-    if not found[0] and not touched:
+    if not newest[0] and not touched:
         raise Violation("refused what is whole")
-    return found[0]
+    return newest[0]
 
 
 def check_manifest(manifest: Any, folder: Path) -> bool:
-    """A manifest of any content with a right checksum: what a hostile hand can write, not what damage can do."""
+    """Write a manifest of any content with a right checksum, as a hostile hand could, and damage could not."""
     run_dir = folder / "test"
     shutil.copytree(_written(), run_dir)
     if isinstance(manifest, dict):
@@ -99,9 +99,9 @@ def check_manifest(manifest: Any, folder: Path) -> bool:
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         manifest = {**body, "sha256": digest}
     (run_dir / storage.FOLDER / "000002-round-2" / storage.MANIFEST).write_text(json.dumps(manifest))
-    found: list[bool] = []
+    newest: list[bool] = []
     names = ["damaged", "--resume", "checkpoint"]
-    return accepts(lambda: found.append(_look(run_dir, both=False, touched=True)), names) and found[0]
+    return accepts(lambda: newest.append(_look(run_dir, both=False, touched=True)), names) and newest[0]
 
 
 def _manifest() -> dict:

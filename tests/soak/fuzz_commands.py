@@ -1,4 +1,4 @@
-"""Fuzz of the commands' options, each command in this process as a shell would start it."""
+"""Fuzz of the commands' options; each command runs in this process as if a shell had started it."""
 
 import atexit
 import contextlib
@@ -46,7 +46,7 @@ GOOD_LINES = {
 
 @cache
 def prepared() -> Path:
-    """A folder with `moe` and its `adapter`, `dense`, both with a tokenizer, and rows."""
+    """Make a folder with `moe` and its `adapter`, `dense`, both with a tokenizer, and rows; return it."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-commands-"))
     atexit.register(shutil.rmtree, folder)
     tiny.hf_model(vocab_size=VOCABULARY).save_pretrained(folder / "moe")
@@ -65,7 +65,7 @@ def prepared() -> Path:
 
 
 def arguments_of(name: str) -> st.SearchStrategy[list[str]]:
-    """Good command lines, made worse."""
+    """Return a strategy that damages good command lines."""
 
     @st.composite
     def worse(draw: st.DrawFn) -> list[str]:
@@ -83,7 +83,7 @@ def arguments_of(name: str) -> st.SearchStrategy[list[str]]:
 
 
 def run_in_process(module: ModuleType, call: Callable[[], int], name: str, line: Sequence[str]) -> tuple[int, str]:
-    """(exit code, what went to stderr) of a command."""
+    """Run a command; return (exit code, its stderr)."""
     errors = io.StringIO()
     before = sys.argv
     sys.argv = [f"launch/{name}.py", *line]
@@ -118,7 +118,7 @@ def checker(module: ModuleType, name: str) -> Callable[[list[str], Path], bool]:
 
 
 def _verdict(code: int, errors: str, name: str) -> bool:
-    if code == 0 or (name == "compare" and code == 1):  # its jobs fail here
+    if code == 0 or (name == "compare" and code == 1):  # its jobs cannot run here
         return True
     if code != 2:
         raise Violation(f"exit code {code}: {errors[-300:]!r}")

@@ -1,4 +1,4 @@
-"""Fuzz of the experiment: the YAML, the DeepSpeed JSON beside it, overrides, and what names are made of."""
+"""Fuzz of the experiment: the YAML, the DeepSpeed JSON beside it, overrides, and characters of names."""
 
 import json
 from pathlib import Path
@@ -33,11 +33,11 @@ NAMED += [
     ": is nested",
     "the number is too large",
     "must be a finite number",
-]  # after a key, which may be any
+]  # follow any key
 
 
 def is_sound(path: Path, overrides: tuple[str, ...] = ()) -> None:
-    """Load; what is accepted must be plain JSON (a run writes it down) and stay in its folder."""
+    """Load an experiment; an accepted one must be plain JSON, because a run writes it, and stay in its folder."""
     exp = load_experiment(path, overrides)
     recorded = exp.model_dump_json()
     json.loads(recorded, parse_constant=lambda text: _no(f"{text} was accepted"))
@@ -55,7 +55,7 @@ def _yaml(document: Any) -> bytes:
 
 
 def check_document(document: Any, folder: Path) -> bool:
-    """An experiment whose values are changed, the DeepSpeed section within it."""
+    """Check an experiment with changed values, those of its DeepSpeed section included."""
     (folder / "exp.yaml").write_bytes(_yaml(document))
     return reads_only(lambda: is_sound(folder / "exp.yaml"), folder, NAMED)
 
@@ -67,7 +67,7 @@ def check_json(document: Any, folder: Path) -> bool:
 
 
 def check_bytes(data: bytes, folder: Path) -> bool:
-    """A file that may be no experiment, or no YAML."""
+    """Check a file that may not be an experiment, or not YAML."""
     (folder / "exp.yaml").write_bytes(data.replace(b"MARKER", str(folder / "marker").encode()))
     (folder / "tiny.json").write_text(TINY_JSON, encoding="utf-8")
     answer = reads_only(lambda: is_sound(folder / "exp.yaml"), folder, NAMED)
@@ -82,7 +82,7 @@ def check_overrides(overrides: tuple[str, ...], folder: Path) -> bool:
 
 
 def _laughs(depth: int, merge: bool) -> bytes:
-    """Billion laughs: each line is ten times the one before."""
+    """Return YAML of the "billion laughs" kind: each line expands to ten times the one before."""
     lines = ["a0: &a0 {x: lol}"]
     for n in range(1, depth):
         inner = ", ".join([f"*a{n - 1}"] * 10)

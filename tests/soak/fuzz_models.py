@@ -1,4 +1,4 @@
-"""Fuzz of adapters and model folders: damaged bytes, other tensors, hostile configs, and files that are no files."""
+"""Fuzz of adapters and model folders: damaged bytes, other tensors, hostile configs, and paths that are not files."""
 
 import atexit
 import json
@@ -40,7 +40,7 @@ SPEC = UBSMoESpec(GateConfig(k=3, candidates=8), lora_rank=RANK, lora_alpha=6.0,
 
 @cache
 def prepared() -> Path:
-    """A folder with `single` and `sharded`, a random model in one file and in shards, and `adapter`, on the first."""
+    """Make `single` and `sharded`, a random model in one file and in shards, and its `adapter`; return their folder."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
     atexit.register(shutil.rmtree, folder)
     model = tiny.hf_model()
@@ -66,7 +66,7 @@ def load_adapter(folder: Path) -> None:
 
 
 def load_model(folder: Path) -> None:
-    """Load, and compute with what was accepted."""
+    """Load a model, and compute with an accepted one."""
     model = load(folder, UBSMoESpec(GateConfig(k=2, candidates=2))).eval()
     ids = torch.arange(4).view(1, 4)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def change_facts(facts: dict[str, str], folder: Path) -> bool:
 
 
 def change_tensor(case: tuple[str, int, str, Any], folder: Path) -> bool:
-    """One tensor is renamed, dropped, given another shape or dtype, or holds what is no number."""
+    """Rename or drop one tensor, give it another shape or dtype, or put NaN or Inf in it."""
     file, number, how, value = case
     copy = _copied("adapter", folder)
     tensors = load_file(copy / file)
@@ -159,7 +159,7 @@ def change_index(index: Any, folder: Path) -> bool:
 
 
 def replace_file(case: tuple[str, int, str], folder: Path) -> bool:
-    """A file of an adapter or a model is something else, or has a pickled one beside it or in its place."""
+    """Replace a file of an adapter or a model by something else, or put a pickled one beside it or in its place."""
     kind, number, what = case
     copy = _copied(kind, folder)
     files = sorted(path for path in copy.iterdir() if path.name != "generation_config.json")
@@ -175,7 +175,7 @@ def replace_file(case: tuple[str, int, str], folder: Path) -> bool:
     return answer
 
 
-MAY_LACK = (peft_format.SIDECAR,)  # then it is an adapter of PEFT's own
+MAY_LACK = (peft_format.SIDECAR,)  # without it an adapter counts as PEFT's own
 
 
 def _put(what: str, path: Path, data: bytes, folder: Path) -> None:
@@ -204,7 +204,7 @@ def _put(what: str, path: Path, data: bytes, folder: Path) -> None:
         path.write_bytes(b"")
     elif what == "big":
         with path.open("wb") as file:
-            file.truncate(2**36)  # a hole, not on the disk
+            file.truncate(2**36)  # a hole, which takes no disk
 
 
 WHATS = ["pickle", "zipped", "bin", "beside", "pipe", "folder", "link", "loop", "dead", "/dev/zero", "/dev/null"]
@@ -241,7 +241,7 @@ CHANGES = st.one_of(
 
 
 def _later(name: str, file: str, **more: Any) -> st.SearchStrategy[Any]:
-    """Mutations of a prepared file, which is made when it is first needed."""
+    """Return a strategy of mutations of a prepared file, which is made when it is first needed."""
     return st.deferred(lambda: mutations(json.loads((prepared() / name / file).read_text()) | more))
 
 

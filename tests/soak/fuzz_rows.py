@@ -1,4 +1,4 @@
-"""Fuzz of rows: JSON lines, and what a path to them may turn out to be."""
+"""Fuzz of rows: JSON lines, and paths to them that lead to anything."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def check_row(row: Any, folder: Path) -> bool:
 
 
 def check_path(name: str, folder: Path) -> bool:
-    """What stands at the path: nothing, a folder, a pipe, a device, a link."""
+    """Check a path that leads to nothing, a folder, a pipe, a device, or a link."""
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "rows").write_bytes(GOOD)

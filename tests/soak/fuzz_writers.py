@@ -1,6 +1,6 @@
-"""Fuzz of what writes: a disk that fills up, a folder that cannot be, a rename that fails.
+"""Fuzz of writing: a disk that fills up, a folder that cannot be made, a rename that fails.
 
-A limit of the process on the size of its files stands for the full disk; it needs neither root nor a mount.
+The process's limit on the size of its files stands for the full disk; it needs neither root nor a mount.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from ubsmoe_ds.adapters.merged import write_merged
 
 
 class Writer(NamedTuple):
-    """What writes `folder / "out"`; whether an earlier result may be there; what reads the result."""
+    """Writes a result to a path, may or may not replace an earlier one, and can read it."""
 
     write: Callable[[Path], object]
     replaces: bool
@@ -51,7 +51,7 @@ def _upcycle(out: Path) -> None:
 
 
 def _results(out: Path) -> None:
-    """The tables; the pictures take too long to draw for every case."""
+    """Write a comparison's tables; its pictures take too long to draw in every case."""
     import pandas as pd
 
     frame = pd.DataFrame({"method": ["topk"], "loss": [0.5]})
@@ -79,7 +79,7 @@ WRITERS = {
 
 @contextlib.contextmanager
 def _full_disk(room: int) -> Iterator[None]:
-    """No file can grow beyond `room` bytes."""
+    """Let no file grow beyond `room` bytes in the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -91,7 +91,7 @@ def _full_disk(room: int) -> Iterator[None]:
 
 
 def check(case: tuple[str, bool, str, int], folder: Path) -> bool:
-    """A write that fails leaves what was there, and nothing else."""
+    """Check that a failed write leaves what was there before, and nothing else."""
     name, earlier, trouble, number = case
     fuzz_models.prepared(), fuzz_commands.prepared()  # before a disk is full
     writer = WRITERS[name]

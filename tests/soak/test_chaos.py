@@ -1,4 +1,4 @@
-"""A short version of the soaks in chaos.py."""
+"""Short versions of the soaks in chaos.py."""
 
 import pytest
 
@@ -12,12 +12,12 @@ def test_five_kills_leave_no_trace(tmp_path):
 
 
 @pytest.mark.skipif(not chaos.OPEN_MPI.exists(), reason="no Open MPI: see tests/cluster/test_survival.py")
-def test_survivors_of_two_kills_end_by_themselves(tmp_path):
-    assert chaos.soak_survivors(tmp_path, kills=2, seed=1).endswith("the survivors ended every one")
+def test_the_ranks_left_after_two_kills_end_by_themselves(tmp_path):
+    assert chaos.soak_shrinking(tmp_path, kills=2, seed=1).endswith("the remaining ranks ended every one")
 
 
 def test_a_difference_would_be_found(tmp_path):
-    """The comparison itself: a round twice, another number, a round that was saved and ran again."""
+    """The comparison notices other rounds; a checkpoint within a round does not count that round as saved."""
     for name, text in (("whole", '{"round": 0, "metrics": {}}\n'), ("broken", '{"round": 0, "metrics": {"x": 1}}\n')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)

@@ -1,4 +1,4 @@
-"""Some of the cases of `tests/soak/fuzz.py` on every surface, and that the fuzz itself can find something."""
+"""Some cases of `tests/soak/fuzz.py` on every surface; and the fuzz itself can find something."""
 
 import pytest
 
@@ -13,17 +13,17 @@ CASES = 30
 @pytest.mark.parametrize("name", SURFACES)
 def test_bad_input_is_refused_in_one_line_and_costs_nothing(name):
     tally = fuzz.run_surface(SURFACES[name], CASES, seed_number=0)
-    assert not tally.found, "\n".join(f"{place}: {one.what}\n  {one.case}" for place, one in tally.found.items())
+    assert not tally.kinds, "\n".join(f"{place}: {k.message}\n  {k.case}" for place, k in tally.kinds.items())
     assert tally.cases >= CASES // 2 and tally.refused
 
 
 def test_the_verdict_on_answers(tmp_path):
-    """Each way in which an answer can be wrong."""
+    """An answer can be wrong in each of these ways."""
 
     def refuse(text):
         def call():
             error = UserError("")
-            error.args = (text,)  # past the care that the class itself takes
+            error.args = (text,)  # the class itself would make it one short line
             raise error
 
         return call
@@ -59,5 +59,5 @@ def test_violations_are_counted_and_cases_that_hang_are_ended(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     tally = fuzz.run_surface(Surface("x", st.integers(1, 4), check), 50, seed_number=0)
     assert (tally.cases, tally.accepted, tally.refused) == (4, 1, 1)
-    whats = sorted(one.what for one in tally.found.values())
-    assert whats == ["ValueError: defect", "Violation: took more than 1 s"]
+    messages = sorted(kind.message for kind in tally.kinds.values())
+    assert messages == ["ValueError: defect", "Violation: took more than 1 s"]
