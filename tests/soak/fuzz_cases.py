@@ -109,7 +109,7 @@ def places(document: Any, path: Path_ = ()) -> list[Path_]:
 
 
 def mutate(document: Any, path: Path_, how: str, value: Any) -> Any:
-    """Return a copy with one change at a path: replace, remove, rename, wrap in a list, or add an unknown key beside."""
+    """Return a copy with one change at a path: replace, remove, rename, wrap in a list, or add an unknown key."""
     changed = copy.deepcopy(document)
     parent = changed
     for key in path[:-1]:
