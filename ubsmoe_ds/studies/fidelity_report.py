@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.studies.markdown import markdown_table
 
 GROUPS = {"never": "experts that no token of the batch activated", "some": "experts that some token activated"}
 
@@ -34,7 +35,7 @@ def markdown(table: pd.DataFrame, bias: pd.DataFrame, command: str, exp: Experim
     parts.append("## Relative bias of the mean gradient (median over experts)")
     wide = bias.pivot(index="estimator", columns="k", values="bias").loc[bias.estimator.unique()]
     rows = [[name, *(f"{value:.3f}" for value in line)] for name, line in zip(wide.index, wide.values, strict=True)]
-    parts.append(_rows(["estimator", *(f"K = {k}" for k in wide.columns)], rows))
+    parts.append(markdown_table(["estimator", *(f"K = {k}" for k in wide.columns)], rows))
     return "\n\n".join(parts)
 
 
@@ -72,9 +73,4 @@ def _grid(of_group: pd.DataFrame, ks: list[int]) -> str:
             mean, size = (np.average(at_k[column], weights=at_k.experts) for column in ("cosine", "size"))
             cells.append(f"{mean:.3f} ({size:.2f}); {layers}")
         rows.append([str(estimator), *cells])
-    return _rows(["estimator", *(f"K = {k}" for k in ks)], rows)
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(["estimator", *(f"K = {k}" for k in ks)], rows)
