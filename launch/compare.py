@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=["all"], help=f"all (no ablations), or some of: {names}")
     parser.add_argument("--seeds", nargs="*", default=["0", "1", "2"], help="default 0 1 2")
     parser.add_argument("--out", default="runs/compare", help="folder of the results; jobs write to its runs/")
-    parser.add_argument("--ablate", action="store_true", help="also ub_smoe without each part, and with rescaling")
+    parser.add_argument("--ablate", action="store_true", help="also ub_smoe without each of its parts")
     parser.add_argument("--list", action="store_true", help="print the jobs, one a line, and run none")
     parser.add_argument("--only", type=whole(1), metavar="N", help="run job N of the list and write no results")
     return parser.parse_intermixed_args(arguments)

@@ -49,7 +49,7 @@ def test_all_jobs_and_files(tmp_path, capsys):
     assert runner.ran == [f"{label}-seed{seed}" for seed in (0, 2) for label in labels]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(runner.ran) + 1
-    assert lines[1].startswith("[ 2/26] topk") and "eval loss 0.2500  accuracy  75.0 %  ETA 0:00:0" in lines[1]
+    assert lines[1].startswith("[ 2/24] topk") and "eval loss 0.2500  accuracy  75.0 %  ETA 0:00:0" in lines[1]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert list(dict.fromkeys((row["method"], row["seed"]) for row in rows)) == [(m, s) for s in "02" for m in labels]
     assert len(list(csv.DictReader((tmp_path / "rounds.csv").open()))) == len(runner.ran) * 3  # rounds 0 to 2
