@@ -97,7 +97,7 @@ def test_paths_exist(page):
 def options(script: str, subcommand: str = "") -> set[str]:
     """Options of a command, as its own parser prints them; of benchmarks and soaks, as their source names them."""
     if not script.startswith("launch/"):
-        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/common.py")))
+        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/measuring.py")))
     parse = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
