@@ -190,6 +190,7 @@ def test_the_experiment_of_the_readme_is_valid():
 def test_the_page_of_config_keys_is_up_to_date():
     written = reference.PAGE.read_text(encoding="utf-8")
     assert reference.page() == written, "run python -m ubsmoe_ds.config.reference --write"
+    assert "|  |\n" not in written, "a key without a description"
 
 
 def test_pages_can_be_read_in_minutes():
