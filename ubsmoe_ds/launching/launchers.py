@@ -132,6 +132,7 @@ def mpi_command(
     mpiexec: str = "mpiexec",
     python: str = "python",
     hosts: Mapping[str, int] | None = None,
+    through: Sequence[str] = (),
 ) -> list[str]:
     """The command that starts `ranks` ranks of `script`; also what error messages recommend.
 
@@ -139,9 +140,10 @@ def mpi_command(
         script, arguments, ranks: the job.
         mpiexec, python: programs.
         hosts: ranks of each host; None: as mpiexec finds them, which knows Slurm's allocations.
+        through: words that go before the command of a rank (fast_start.py).
     """
     where = [] if hosts is None else ["-hosts", _slots(hosts)]
-    return [mpiexec, *where, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
+    return [mpiexec, *where, "-n", str(ranks), *through, python, "-u", "-m", "mpi4py", script, *arguments]
 
 
 def open_mpi_command(
