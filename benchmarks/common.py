@@ -75,9 +75,9 @@ def step_batch(tokens: int, vocabulary: int) -> Any:
 def start_alone(exp: Any) -> None:
     """This process as the only rank of the only client of an `Experiment`."""
     from ubsmoe_ds import run
-    from ubsmoe_ds.mpi import world
+    from ubsmoe_ds.mpi.join import join
 
-    world.join(exp, "benchmark", [])
+    join(exp, "benchmark", [])
     devices = run.choose_accelerator(exp)
     from ubsmoe_ds.client.engine import start_deepspeed
 

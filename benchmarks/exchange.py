@@ -35,8 +35,8 @@ from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
 from ubsmoe_ds.aggregation.rules import fedavg
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
-from ubsmoe_ds.base.memory import keep_freed_memory
-from ubsmoe_ds.mpi.world import wait_quietly
+from ubsmoe_ds.base.malloc import keep_freed_memory
+from ubsmoe_ds.mpi.collectives import wait_quietly
 
 UNITS = 192  # 64 experts, 3 projections
 OLMOE_MEGABYTES = 302  # 16 layers x 64 experts x 3 projections x rank 8 x (2048 + 1024) elements of fp32
@@ -45,7 +45,7 @@ Way = Callable[[np.ndarray], np.ndarray]
 
 def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[dict[str, Way], int]:
     """Name -> function from this client's update to the weighted mean; bytes that a rank sends."""
-    units = [Unit(f"e{u}", numel // UNITS, expert=u % 64) for u in range(UNITS)]
+    units = [Unit(f"e{u}", "router", numel // UNITS, expert=u % 64) for u in range(UNITS)]
     layouts = [ClientLayout(rank, 1, 1) for rank in range(comm.size)]
     owner = owners(units, 1, comm.size)
     weight_C1 = torch.full((comm.size, 1), 1 / comm.size)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.models.conversion import UBSMoESpec, convert_block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import add_output_option, in_turn, machine, save_checkpoint, say, start_alone, step_batch
 
-from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
 
 SIZES = {  # OLMoE-1B-7B's proportions; None: the built-in model

@@ -40,7 +40,7 @@ from common import (
     step_batch,
 )
 
-from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
 
 OURS = ("ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora")

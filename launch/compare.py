@@ -12,6 +12,9 @@ and writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import json
 import os
@@ -32,8 +35,8 @@ from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES
-from ubsmoe_ds.launching.relaunch import PARENT_SPEAKS
 from ubsmoe_ds.launching.run_folder import check_run_folder, forget_checkpoints
+from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.studies import comparison
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,6 +12,9 @@ exact_match    with --exact-match: the greedily generated answer names the right
 One process; an accelerator is used if there is one. Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import json
 import sys

@@ -8,6 +8,9 @@ PEFT: the model at phi = 0 without gate rescaling, at the K of its config; what 
 Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path

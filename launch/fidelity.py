@@ -9,6 +9,9 @@ The moments of `linearised` are pooled over the K of the experiment's clients, a
 Exit codes: 0 done, 2 a mistake in config or data.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import shlex
 import sys
@@ -103,32 +106,25 @@ def single_client(exp: Experiment) -> Experiment:
 def start(exp: Experiment) -> tuple[Any, Any]:
     """(client, function from first step to its batches) of a one-client experiment in this process."""
     from ubsmoe_ds import run
-    from ubsmoe_ds.mpi import world
+    from ubsmoe_ds.mpi.join import join
 
-    place = world.join(exp, sys.argv[0], sys.argv[1:])
+    place = join(exp, sys.argv[0], sys.argv[1:])
     devices = run.choose_accelerator(exp)
     import datasets
     from transformers.utils import logging as transformers_logging
 
     from ubsmoe_ds.client.engine import Client, start_deepspeed
-    from ubsmoe_ds.data.batches import encode
-    from ubsmoe_ds.data.batches import steps as batch_steps
-    from ubsmoe_ds.data.sources import load_rows
-    from ubsmoe_ds.models.hf_config import read_config
-    from ubsmoe_ds.models.tokenizer import read_tokenizer
+    from ubsmoe_ds.data.encoding import read_encoder
+    from ubsmoe_ds.data.shares import rows_by_client
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    rows, _ = load_rows(exp.data, exp.seed)
-    tokenizer = read_tokenizer(exp.model_dir, read_config(exp.model_dir).vocab_size)
-    examples, _ = encode(rows, tokenizer, exp.data.max_length)
+    (rows,), _ = rows_by_client(exp)
+    encoder = read_encoder(exp)
+    examples, _ = encoder.encode(rows)
     start_deepspeed(bool(devices), verbose=False)
-    client = Client(exp, exp.clients[0], place.client_rank)
-    size, micro = exp.deepspeed.train_batch_size, exp.deepspeed.gradient_accumulation_steps
-    pad, seed = tokenizer.pad_token_id, (exp.seed, 0)
-    return client, partial(
-        batch_steps, examples, batch_size=size, micro_batches=micro, rank=0, ranks=1, pad=pad, seed=seed
-    )
+    client = Client(exp, exp.clients[0], place.group_rank)
+    return client, partial(encoder.steps, examples, 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@
 (batch_size, max_length, ...). The harness fetches its tasks from the hub.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import sys
 from pathlib import Path
 

@@ -7,6 +7,9 @@ fine-tuning. Its rows come from another seed than any experiment's default, and 
 their text, whatever the seed.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import os
 import time

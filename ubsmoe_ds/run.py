@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
-from ubsmoe_ds.base.memory import keep_freed_memory
+from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.launching.relaunch import sign_in
-from ubsmoe_ds.mpi import ulfm, watchdog
+from ubsmoe_ds.launching.sign_in import sign_in
+from ubsmoe_ds.mpi import exits, ulfm, watchdog
+from ubsmoe_ds.mpi.collectives import RanksLost
+from ubsmoe_ds.mpi.join import check_devices
 from ubsmoe_ds.mpi.preemption import StopRequests
-from ubsmoe_ds.mpi.world import RanksLost, World, check_devices
+from ubsmoe_ds.mpi.world import World
 
 
 class Ending(NamedTuple):
@@ -69,15 +71,15 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:
-        if world.survives and ulfm.is_client_broken(world):
-            ulfm.leave()  # the error is only that another rank of this client is gone
+        if world.survives and ulfm.is_group_broken(world):
+            exits.leave_job()  # the error is only that another rank of this client is gone
         raise
-    _leave_together(federation.world)
+    _close_group(federation.world)
     return Ending(code, message, federation.world)
 
 
-def _leave_together(world: World) -> None:
-    """A torch world that is left open can keep a process from ending."""
+def _close_group(world: World) -> None:
+    """Close the group's torch world once all ranks are done: left open, it can keep a process from ending."""
     try:
         world.barrier()
     except RanksLost:

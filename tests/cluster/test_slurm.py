@@ -253,7 +253,7 @@ def test_deepspeed_slurm_launcher(slurm, tmp_path):
 # block is free, for what MPI allocates next.
 DENSE_MEMORY = """
 import ctypes, os
-from ubsmoe_ds.start_mpi import start_mpi
+from ubsmoe_ds.mpi.start import start_mpi
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 blocks = [libc.malloc(6000) for _ in range(400)]

@@ -82,15 +82,15 @@ def test_coefficient_of_variation_by_hand():
 def test_holders_follow_deepspeeds_expert_groups():
     """Six ranks from 10, expert parallel 2: expert groups (10, 11), (12, 13), (14, 15); 8 experts, 4 a place."""
     layout = ClientLayout(first=10, ranks=6, expert_parallel=2)
-    assert list(layout.holders(Unit("e", 1, expert=3), 8)) == [10, 12, 14]
-    assert list(layout.holders(Unit("e", 1, expert=4), 8)) == [11, 13, 15]
-    assert list(layout.holders(Unit("router", 1), 8)) == [10, 11, 12, 13, 14, 15]
+    assert list(layout.holders(Unit("e", "router", 1, expert=3), 8)) == [10, 12, 14]
+    assert list(layout.holders(Unit("e", "router", 1, expert=4), 8)) == [11, 13, 15]
+    assert list(layout.holders(Unit("router", "router", 1), 8)) == [10, 11, 12, 13, 14, 15]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9))
 def test_owners_are_even_and_in_order(sizes, ranks):
-    owner = owners([Unit(str(i), size) for i, size in enumerate(sizes)], 1, ranks)
+    owner = owners([Unit(str(i), "router", size) for i, size in enumerate(sizes)], 1, ranks)
     assert (np.diff(owner) >= 0).all() and owner.min() >= 0 and owner.max() < ranks
     loads = np.bincount(owner, sizes, ranks)
     assert loads.max() <= sum(sizes) / ranks + 2 * max(sizes)
@@ -127,10 +127,10 @@ def test_exchange_equals_numpy(name, tmp_path):
     results = run_ranks(tmp_path, size, "tests.support.scenarios:exchange", arguments | {"payloads": list(TOLERANCE)})
     rank = 0
     for client, (ranks, ep, sent_rank, back_rank) in enumerate(layouts):
-        for client_rank in range(ranks):
+        for group_rank in range(ranks):
             held = []
             for unit, numel, expert, lora in units:
-                if expert is not None and expert // (experts // ep) != client_rank % ep:
+                if expert is not None and expert // (experts // ep) != group_rank % ep:
                     continue
                 total = np.full(_elements(numel, lora, back_rank or sent_rank), client, dtype=np.float64)
                 for other, (_, _, other_rank, _) in enumerate(layouts):

@@ -26,11 +26,13 @@ def test_run_folder_holds_what_is_promised(demo):
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
     assert [row["k"] for row in summary["clients"]] == [2, 4, 6, 8]
-    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "step_time_ratio", "timed_rows", "peak_memory_gb"}
+    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "peak_memory_gb"}
+    keys |= {"tokens_per_second", "seconds_per_step"}
     keys |= {f"{field}_{when}" for field in ("loss", "accuracy") for when in ("before", "after")}
     assert all(set(row) == keys for row in summary["clients"])
     assert all(0.3 < row["peak_memory_gb"] < 1.5 for row in summary["clients"])
     assert summary["clients"][3]["flops_ratio"] == 1.0
+    assert all(row["tokens_per_second"] > 0 and row["seconds_per_step"] > 0 for row in summary["clients"])
     assert 0 < summary["clients"][0]["flops_ratio"] < summary["clients"][1]["flops_ratio"] < 1
     assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
     assert [record["round"] for record in records(folder)] == [0, 1, 2]

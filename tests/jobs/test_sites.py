@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI
 
 from tests.support import tiny
 from tests.support.jobs import records, train
@@ -12,8 +13,8 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 from ubsmoe_ds.data import synthetic
+from ubsmoe_ds.data.client_rows import client_rows
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.shares import client_rows
 from ubsmoe_ds.data.sources import load_rows
 from ubsmoe_ds.planning.workload import workloads
 
@@ -63,7 +64,7 @@ def test_the_same_rows_from_sites_are_the_same_run(files, tmp_path):
 
 
 def of_client(exp: Experiment, number: int):
-    return client_rows(exp, SimpleNamespace(client=number, client_rank=0, sum=lambda values: values))
+    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, comm=MPI.COMM_SELF))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):
@@ -102,7 +103,7 @@ def test_other_rows_at_a_site_are_other_data(files):
             "jsonl:e",
             "c1 have no source of their own, the others have; give all clients one",
         ),
-        (["jsonl:a", "jsonl:b"], None, "data.eval_source: not set, and no client's rows may serve all clients"),
+        (["jsonl:a", "jsonl:b"], None, "data.eval_source: not set, although each client has its own source"),
     ],
 )
 def test_half_a_description_is_refused(sources, evaluation, message):

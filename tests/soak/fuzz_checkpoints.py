@@ -42,7 +42,7 @@ def _written() -> Path:
     """A run with two checkpoints."""
     run_dir = Path(tempfile.mkdtemp(prefix="fuzz-checkpoints-")) / "test"
     content = {
-        "position": Progress().saved(),
+        "progress": Progress().saved(),
         "clients": {"c0": CLIENT},
         "config": _keeper(run_dir).config,
         "data": "rows",

@@ -1,7 +1,7 @@
 """`launch/train.py` with a fault planted; the tests start it as they start the real one.
 
-FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...  in a job rank's STEP-th (default: second) local step;
-several with + between
+FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...  in a job rank's STEP-th (default: second) local
+step; several with + between
 
 raise, user    an error; a user's mistake
 hang           it never comes back

@@ -16,9 +16,10 @@ import torch
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.mpi import world as world_module
+from ubsmoe_ds.mpi import join as join_module
+from ubsmoe_ds.mpi.join import join
 from ubsmoe_ds.mpi.rendezvous import meet
-from ubsmoe_ds.mpi.world import World, join
+from ubsmoe_ds.mpi.world import World
 
 
 def enter(exp: Experiment) -> World:
@@ -48,14 +49,14 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     found: dict[str, Any] = {}
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
-        client = Client(exp, exp.clients[0], world.client_rank)
+        client = Client(exp, exp.clients[0], world.group_rank)
         client.engine.train()
         all_batches = partial(
             steps,
             tiny.examples(),
             batch_size=8,
             micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
+            rank=world.group_rank,
             ranks=ranks,
             pad=0,
             seed=(exp.seed, 0),
@@ -93,7 +94,22 @@ def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
 
     comm = MPI.COMM_WORLD
     with mock.patch("os.sched_getaffinity", return_value=set(sets[comm.rank])):
-        return {"cores": np.array(world_module._fair_cores(comm))}
+        return {"cores": np.array(join_module._fair_cores(comm))}
+
+
+def gathered(lengths: list[int]) -> dict[str, Any]:
+    """Every rank's text as each rank has gathered it; rank r contributes `lengths[r]` characters."""
+    from mpi4py import MPI
+
+    from ubsmoe_ds.mpi.collectives import gather_json
+
+    rank = MPI.COMM_WORLD.rank
+    values = gather_json(MPI.COMM_WORLD, {"rank": rank, "text": "é" * lengths[rank], "third": rank / 3})
+    return {
+        "ranks": np.array([value["rank"] for value in values]),
+        "lengths": np.array([len(value["text"]) for value in values]),
+        "thirds": np.array([value["third"] for value in values]),
+    }
 
 
 def joined() -> dict[str, Any]:
@@ -101,13 +117,13 @@ def joined() -> dict[str, Any]:
     from mpi4py import MPI
 
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in (2, 1, 1)])
-    with mock.patch.object(world_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
+    with mock.patch.object(join_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
         world = join(exp, "train.py", [])
     assert world.hosts == ("n0", "n0", "n1", "n1") and not any(world.meetings)
     found: dict[str, Any] = {
         "rank": world.rank,
         "client": world.client,
-        "client_rank": world.client_rank,
+        "group_rank": world.group_rank,
         "port": int(os.environ["MASTER_PORT"]),
         "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),
         "local_of_one": _local_rank(exp, world, [["a"], ["a"], ["c"], ["d"]]),
@@ -126,7 +142,7 @@ def joined() -> dict[str, Any]:
 def _local_rank(exp: Experiment, world: World, seen: list[list[str]]) -> int:
     """LOCAL_RANK where each rank of the job sees its list of devices; -1 where they are too few."""
     try:
-        world_module.check_devices(exp, world, seen[world.rank])
+        join_module.check_devices(exp, world, seen[world.rank])
     except UserError:
         return -1
     return int(os.environ["LOCAL_RANK"])
@@ -159,7 +175,10 @@ def _exchange_in(
     comm = MPI.COMM_WORLD
     firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
     placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
-    listed = [Unit(name, numel, expert, tuple(lora) if lora else None) for name, numel, expert, lora in units]
+    listed = [
+        Unit(name, "lora" if lora else "router", numel, expert, tuple(lora) if lora else None)
+        for name, numel, expert, lora in units
+    ]
     client = int(np.searchsorted(firsts, comm.rank, side="right")) - 1
     owner, memory = owners(listed, 4, comm.size), SharedMemory.of_job(comm)
     assert memory is not None
@@ -233,31 +252,31 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     from ubsmoe_ds.federation.build import plan_exchanges
 
     found: dict[str, Any] = {}
-    used_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
+    routed_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
         config = exp.clients[world.client]
-        client = Client(exp, config, world.client_rank)
-        flora = exp.merge.rule == "flora"
-        store = UnitStore(
-            client.model, client.gradient_hook.masters, rank=client.rank, dmr=exp.dmr.enabled, stacking=flora
-        )
+        client = Client(exp, config, world.group_rank)
+        flora, lora_rank = exp.merge.row.stacking, exp.lora_rank(config)
+        masters = client.gradient_hook.masters
+        store = UnitStore(client.model, masters, lora_rank=lora_rank, dmr=exp.dmr.enabled, stacking=flora)
         weights = np.array([c.share for c in exp.clients]) / sum(c.share for c in exp.clients)
-        plan, owned = plan_exchanges(exp, world, store)
+        exchange_for, owned = plan_exchanges(exp, world, store)
         server = Server(exp, owned, weights.tolist())
         server.target = 0.4
-        replies = [sum(server.ranks)] * len(clients) if flora else server.ranks
-        exchange = plan(server.ranks, replies)
+        replies = [sum(server.lora_ranks)] * len(clients) if flora else server.lora_ranks
+        exchange = exchange_for(server.lora_ranks, replies)
         server.start(exchange.collect(store.shared.numpy(), exact=True))
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
-                value = _local_value(key, world.client, parameter, config, world.client_rank)
+                value = _local_value(key, world.client, parameter, config, world.group_rank)
                 if variant.get("broken") == [world.client, key]:
                     value.view(-1)[0] = float("nan")
                 client.gradient_hook.masters.write(parameter, value)
-        usage = Usage(used_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), used_CLE).float())
-        merged = server.merge(exchange.collect(store.updates().numpy()), usage, server.ranks)
-        store.apply(torch.from_numpy(exchange.distribute(merged)), replies[world.client], round_number=1)
+        usage = Usage(routed_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), routed_CLE).float())
+        merged = server.merge(exchange.collect(store.updates(lora_rank).numpy()), usage, server.lora_ranks)
+        reply = torch.from_numpy(exchange.distribute(merged))
+        store.apply(reply, lora_rank, replies[world.client], round_number=1)
         found[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
         for key, parameter in client.model.named_parameters():
             if parameter.requires_grad:
@@ -268,7 +287,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         if flora:
             frozen = reference.base_weights(client.model)
             found |= {f"{name}/value/{key}": weight.float().numpy() for key, weight in frozen.items()}
-        for key, full in store.full_state().items():
+        for key, full in store.full_state(lora_rank).items():
             found[f"{name}/full/{key}"] = full.numpy()
         client.engine.destroy()
     torch.distributed.destroy_process_group()
@@ -295,7 +314,7 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
             found[f"{name}/base/{projection}"] = weight.detach().numpy()
-        found[f"{name}/rank"] = np.array(federation.store.rank)
+        found[f"{name}/rank"] = np.array(federation.aggregator.lora_rank)
         federation.client.engine.destroy()
         world.barrier()
     torch.distributed.destroy_process_group()

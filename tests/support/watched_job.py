@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from ubsmoe_ds.config.loading import load_experiment  # noqa: E402
-from ubsmoe_ds.mpi import watchdog, world  # noqa: E402
+from ubsmoe_ds.mpi import watchdog  # noqa: E402
+from ubsmoe_ds.mpi.join import join  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parent.parent.parent / "ds_configs" / "tiny.yaml"
 HOST_TIMEOUT_S = 3
@@ -22,7 +23,7 @@ def main() -> None:
     count = int(sys.argv[1])
     clients = ", ".join(f"{{name: c{number}, budget: 1.0}}" for number in range(count))
     exp = load_experiment(CONFIG, [f"clients=[{clients}]", f"host_timeout_s={HOST_TIMEOUT_S}"])
-    joined = world.join(exp, sys.argv[0], sys.argv[1:])
+    joined = join(exp, sys.argv[0], sys.argv[1:])
     heartbeat = watchdog.watch(exp, joined)
     joined.barrier()
     time.sleep(1)  # all hosts have been heard from

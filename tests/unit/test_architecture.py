@@ -26,6 +26,9 @@ LAYERS = [
 ]
 KNOWS_MPI = {
     "mpi.start",
+    "mpi.collectives",
+    "mpi.exits",
+    "mpi.join",
     "mpi.world",
     "mpi.preemption",
     "mpi.ulfm",
@@ -33,16 +36,7 @@ KNOWS_MPI = {
     "aggregation.shared_memory",
 }
 # a mistake in a config, a hostfile or rows is reported before seconds of imports
-FREE_OF_TORCH = (
-    "base",
-    "config",
-    "launching",
-    "data.s",
-    "data.partition",
-    "models.hub",
-    "models.cost",
-    "planning.plan",
-)
+FREE_OF_TORCH = ("base", "config", "launching", "data.s", "data.partition", "models.hub")
 HEAVY = {"torch", "deepspeed", "transformers"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()

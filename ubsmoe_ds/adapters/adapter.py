@@ -53,11 +53,10 @@ def save_adapter(
         "candidates": str(exp.candidates),
         "modulate": exp.dmr.modulate,
         "gate_rescale": exp.router.gate_rescale,
-        "gamma": str(exp.router.gamma),
         "data_format": exp.data.format,
         "max_length": str(exp.data.max_length),
     }
-    if exp.merge.rule == "flora":
+    if exp.merge.row.stacking:
         replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
         return
     base, _, revision = path.removeprefix("hub:").partition("@")

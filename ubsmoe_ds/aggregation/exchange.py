@@ -22,7 +22,7 @@ from mpi4py import MPI
 
 from ubsmoe_ds.aggregation.layout import ClientLayout, Unit
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
-from ubsmoe_ds.mpi.world import move
+from ubsmoe_ds.mpi.collectives import move
 
 SUM_PIECE = 2**16  # elements
 

@@ -8,7 +8,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from ubsmoe_ds.mpi.world import move, wait_quietly
+from ubsmoe_ds.mpi.collectives import move, wait_quietly
 
 SHARED_FOLDER = Path("/dev/shm")  # what POSIX shared memory is made of on Linux; containers often limit it
 

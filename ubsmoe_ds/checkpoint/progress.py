@@ -1,17 +1,15 @@
-"""Where a job stands between two things that it does; a checkpoint's manifest has it."""
+"""Resumable progress of a run, and its form in the checkpoint manifest."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ubsmoe_ds.base.files import finite_or_null
-from ubsmoe_ds.config.sections import Section
+from ubsmoe_ds.config.sections import Count, NotNegative, Section
 
-Count = Annotated[int, Field(ge=0)]
 Scalars = dict[str, float | None]  # None: not finite, for which JSON has no word
 
 
@@ -35,8 +33,10 @@ class SavedProgress(Section):
 
 
 class SavedClient(Section):
-    """A client in a manifest: ranks and expert parallelism, LoRA rank, steps in the run; of the round under way steps,
-    bad ones, and seconds.
+    """A client in a manifest.
+
+    layout: ranks and expert parallelism. lora_rank: its current LoRA rank. steps_taken: local steps in the whole run.
+    steps, bad_steps, seconds: of the local steps in the round under way.
     """
 
     layout: list[Count]
@@ -44,66 +44,83 @@ class SavedClient(Section):
     steps_taken: Count
     steps: Count
     bad_steps: Count
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    seconds: NotNegative = 0.0
+
+
+class Record(NamedTuple):
+    """The record of a round; number 0 is the state before training.
+
+    metrics: scalars by "group/name", the same on every run of the same seed and layout.
+    seconds: wall times by name, kept apart because they never repeat.
+    utilisation_LE: global utilisation of the round; None for round 0.
+    """
+
+    number: int
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    utilisation_LE: Tensor | None
+
+
+def _nothing_pending() -> dict[str, Any]:
+    return {"metrics": {}, "seconds": {}, "utilisation": None}
 
 
 @dataclass
 class Progress:
-    """Where the job stands, the same on all ranks but for `steps_taken`.
+    """Progress of a run, the same on all ranks but for `steps_taken`.
 
-    round: under way, 0 is the evaluation before training; merged: only its evaluation and record are missing.
-    before, after: the first and the latest evaluation. pending: what will be recorded of a merged round.
-    steps_taken: local steps of this rank's client in the whole run, so its place in its data. lost: clients that a rank
-    of has died, and in which round.
+    round: under way; 0 is the evaluation before training.
+    merged: whether only its evaluation and record are missing.
+    before, after: scalars of the first and of the latest evaluation.
+    pending: what will be recorded of a merged round.
+    steps_taken: local steps of this rank's client in the whole run, which is its place in its data.
+    lost: clients of which a rank died, and the round of it.
     """
 
     round: int = 0
     merged: bool = True
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
-    pending: dict[str, Any] = field(default_factory=lambda: {"metrics": {}, "seconds": {}, "utilisation": None})
+    pending: dict[str, Any] = field(default_factory=_nothing_pending)
     steps_taken: int = 0
     lost: dict[str, int] = field(default_factory=dict)
 
-    def note(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list[list[float]]) -> None:
-        """The round is merged."""
+    def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
+        """Note that the round is merged, and what to record of it."""
         self.pending = {"metrics": metrics, "seconds": seconds, "utilisation": utilisation_LE}
         self.merged = True
 
-    def evaluated(self, metrics: dict[str, float]) -> None:
-        """The evaluation of the round is done."""
+    def note_evaluation(self, metrics: dict[str, float]) -> None:
+        """Note the scalars of the round's evaluation."""
         self.pending["metrics"] |= metrics
         self.after = metrics
         if self.round == 0:
             self.before = metrics
 
-    def recorded(self) -> tuple[dict[str, float], dict[str, float], Tensor | None]:
-        """What to record of the round: (metrics, seconds, utilisation_LE)."""
+    def record(self) -> Record:
+        """Return what to record of the round."""
         utilisation = self.pending["utilisation"]
-        return (
-            self.pending["metrics"],
-            self.pending["seconds"],
-            None if utilisation is None else torch.tensor(utilisation),
-        )
+        utilisation_LE = None if utilisation is None else torch.tensor(utilisation)
+        return Record(self.round, self.pending["metrics"], self.pending["seconds"], utilisation_LE)
 
     def next_round(self) -> None:
-        """The round is recorded."""
+        """Begin the next round; this one is recorded."""
         self.round, self.merged = self.round + 1, False
-        self.pending = {"metrics": {}, "seconds": {}, "utilisation": None}
+        self.pending = _nothing_pending()
 
     def saved(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return it as JSON for the manifest."""
         return {key: finite_or_null(getattr(self, key)) for key in SavedProgress.model_fields}
 
 
-def restored(found: SavedProgress, steps_taken: int) -> Progress:
-    """The way back; a client that was lost is with the job again.
+def restored(saved: SavedProgress, steps_taken: int) -> Progress:
+    """Make a `Progress` of its form in a manifest; clients that were lost take part again.
 
     Args:
-        found: in the manifest.
+        saved: in the manifest.
         steps_taken: of this rank's client.
     """
-    values = found.model_dump() | {"lost": {}}
+    values = saved.model_dump() | {"lost": {}}
     pending = {key: _from_json(value) for key, value in values["pending"].items() if value is not None}
     values |= {key: _from_json(values[key]) for key in ("before", "after")}
     return Progress(**values | {"pending": {"utilisation": None} | pending}, steps_taken=steps_taken)

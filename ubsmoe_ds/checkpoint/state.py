@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server
+from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client, LocalProgress
@@ -29,10 +30,10 @@ NORMS = slice(3, None)  # of `LocalProgress.sums`
 Layout = Sequence[int]  # a client's ranks and expert parallelism
 
 
-def client_pieces(client: Client, client_rank: int, with_optimizer: bool) -> Iterator[Piece]:
+def client_pieces(client: Client, group_rank: int, with_optimizer: bool) -> Iterator[Piece]:
     """This rank's part of its client's weights and optimiser state."""
     owner = client.config.name
-    for name, parameter, fragment in _written_here(client, client_rank):
+    for name, parameter, fragment in _written_here(client, group_rank):
         master, start, offset, numel = fragment
         place = _offset(client, parameter) + offset
         yield Piece("weight", owner, name, place, master.view(-1)[start : start + numel])
@@ -48,7 +49,7 @@ def client_pieces(client: Client, client_rank: int, with_optimizer: bool) -> Ite
                 )
             elif place == 0:  # a number that is the same for all elements, such as the step
                 yield Piece(f"scalar.{key}", owner, name, 0, torch.as_tensor(value))
-    if client_rank == 0:
+    if group_rank == 0:
         for key, values in _schedule(client).items():
             yield Piece(f"schedule.{key}", owner, "state", 0, torch.tensor(values, dtype=torch.float64))
 
@@ -117,13 +118,60 @@ def _offset(client: Client, parameter: nn.Parameter) -> int:
     return parameter.numel() * client.spec.expert_rank if is_moe_param(parameter) else 0
 
 
-def _written_here(client: Client, client_rank: int) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
+def _written_here(client: Client, group_rank: int) -> Iterator[tuple[str, nn.Parameter, Fragment]]:
     """Fragments that this rank writes: under ZeRO its own; whole masters once, by the first ranks that hold them."""
     for name, parameter in _trained(client):
         fragment = client.gradient_hook.masters.fragment(parameter)
         first_holders = client.config.expert_parallel if is_moe_param(parameter) else 1
-        if fragment is not None and (hasattr(parameter, "_hp_mapping") or client_rank < first_holders):
+        if fragment is not None and (hasattr(parameter, "_hp_mapping") or group_rank < first_holders):
             yield name, parameter, fragment
+
+
+def shared_pieces(store: UnitStore, lora_rank: int, owner: str, group_rank: int, with_base: bool) -> Iterator[Piece]:
+    """Yield the shared state, and under FLoRA the frozen weights that it has changed.
+
+    Args:
+        store: this rank's.
+        lora_rank: the client's current one.
+        owner: whose they are in the checkpoint.
+        group_rank: this rank's place; of ranks that hold the same the first writes it.
+        with_base: whether this client, whose frozen weights are those of all, writes them.
+    """
+    for block, value in store.parts(store.shared, lora_rank):
+        if group_rank >= block.holders:
+            continue
+        yield Piece("shared", owner, block.name, block.first * (len(value) // block.rows), value)
+        if store.stacking and with_base and block.base is not None:
+            offset = block.first * (block.base.numel() // block.rows)
+            yield Piece("base", ALL, block.name, offset, block.base)
+            if block.name in store.remainders:
+                yield Piece("base_remainder", ALL, block.name, offset, store.remainders[block.name])
+
+
+def restore_shared(store: UnitStore, reader: Reader, owner: str, lora_rank: int) -> None:
+    """Restore the shared state and FLoRA's frozen weights; the client restores its own parameters.
+
+    Args:
+        store: this rank's.
+        reader: of the checkpoint.
+        owner: see `shared_pieces`.
+        lora_rank: LoRA rank that the client had.
+
+    Raises:
+        UserError: if the checkpoint lacks some of it.
+    """
+    parts = []
+    for block in store.blocks:
+        numel = block.numel(lora_rank)
+        parts.append(reader.read("shared", owner, block.name, block.first * (numel // block.rows), numel))
+        if store.stacking and block.base is not None:
+            place = (block.first * (block.base.numel() // block.rows), block.base.numel())
+            block.base.copy_(reader.read("base", ALL, block.name, *place).view(block.base.shape))
+            if reader.has("base_remainder", ALL, block.name):
+                rest = reader.read("base_remainder", ALL, block.name, *place)
+                matrices = rest.view(-1, *block.base.shape[-2:])
+                store.remainders[block.name] = matrices.to(block.base.device)
+    store.shared = torch.cat(parts)
 
 
 def moment_pieces(client: Client) -> Iterator[Piece]:
@@ -162,7 +210,7 @@ def server_pieces(server: Server, units: Sequence[Unit]) -> Iterator[Piece]:
 def restore_server(server: Server, units: Sequence[Unit], reader: Reader) -> None:
     """The way back; a segment without state had none."""
     for start, segment, optimizer in zip(_starts(server, units), server.segments, server.optimizers, strict=True):
-        numel = segment.numel(server.ranks[0])
+        numel = segment.numel(server.lora_ranks[0])
         kinds = [kind for kind in reader.kinds("server.") if any(reader.overlaps(kind, ALL, "units", start, 1))]
         optimizer.load({kind.removeprefix("server."): reader.read(kind, ALL, "units", start, numel) for kind in kinds})
 
@@ -173,7 +221,7 @@ def replicate(world: World, server: Server, units: Sequence[Unit]) -> dict[str, 
         return {}
     found = {}
     for key in ("first", "second"):
-        whole = torch.zeros(sum(unit.size(server.ranks[0]) for unit in units), dtype=torch.float64)
+        whole = torch.zeros(sum(unit.size(server.lora_ranks[0]) for unit in units), dtype=torch.float64)
         for start, optimizer in zip(_starts(server, units), server.optimizers, strict=True):
             own = optimizer.state().get(key)
             if own is not None:
@@ -186,7 +234,7 @@ def load_replica(server: Server, units: Sequence[Unit], replica: Mapping[str, Te
     """Give new owners what `replicate` gathered; phi has no such state."""
     for start, segment, optimizer in zip(_starts(server, units), server.segments, server.optimizers, strict=True):
         if replica and segment.kind == "elementwise":
-            numel = segment.numel(server.ranks[0])
+            numel = segment.numel(server.lora_ranks[0])
             optimizer.load({key: whole[start : start + numel].clone() for key, whole in replica.items()})
 
 
@@ -195,41 +243,41 @@ def _starts(server: Server, units: Sequence[Unit]) -> list[int]:
     place, starts = 0, {}
     for unit in units:
         starts[unit.name] = place
-        place += unit.size(server.ranks[0])
+        place += unit.size(server.lora_ranks[0])
     return [starts[segment.units[0].name] for segment in server.segments]
 
 
-def rank_pieces(client: Client, client_rank: int, local: LocalProgress) -> Iterator[Piece]:
+def rank_pieces(client: Client, group_rank: int, local: LocalProgress) -> Iterator[Piece]:
     """This rank's generators, and what it has counted in the round under way."""
     owner = client.config.name
-    yield Piece(f"random.cpu.{client_rank}", owner, "state", 0, torch.get_rng_state())
+    yield Piece(f"random.cpu.{group_rank}", owner, "state", 0, torch.get_rng_state())
     if client.device.type != "cpu":
-        yield Piece(f"random.device.{client_rank}", owner, "state", 0, get_accelerator().get_rng_state())
+        yield Piece(f"random.device.{group_rank}", owner, "state", 0, get_accelerator().get_rng_state())
     for name, first, value in _counts(client, local):
-        yield Piece(f"count.{client_rank}", owner, name, first, value)
+        yield Piece(f"count.{group_rank}", owner, name, first, value)
 
 
-def restore_rank(client: Client, client_rank: int, local: LocalProgress, reader: Reader, layout: Layout) -> None:
+def restore_rank(client: Client, group_rank: int, local: LocalProgress, reader: Reader, layout: Layout) -> None:
     """The way back.
 
     Args:
         client: this rank's.
-        client_rank: its place.
+        group_rank: its place.
         local: whose sums are set.
         reader: of the checkpoint.
         layout: that the client had when it was written.
     """
     owner, ranks = client.config.name, layout[0]
-    twin = client_rank % ranks
+    twin = group_rank % ranks
     torch.set_rng_state(reader.read(f"random.cpu.{twin}", owner, "state"))
     if client.device.type != "cpu" and reader.has(f"random.device.{twin}", owner, "state"):
         get_accelerator().set_rng_state(reader.read(f"random.device.{twin}", owner, "state"))
-    sources = [client_rank]
+    sources = [group_rank]
     if list(layout) != [client.config.ranks, client.config.expert_parallel]:
-        sources = list(range(ranks)) if client_rank < client.config.expert_parallel else []
+        sources = list(range(ranks)) if group_rank < client.config.expert_parallel else []
     for name, first, held in _counts(client, local):
         of_experts = name.endswith(EXPERT_SUMS)
-        taken = sources if of_experts or client_rank == 0 or sources == [client_rank] else []
+        taken = sources if of_experts or group_rank == 0 or sources == [group_rank] else []
         total = torch.zeros_like(held).view(-1)
         for source in taken:
             total += _stretch(reader, f"count.{source}", owner, name, first, len(total)).to(total)
@@ -251,7 +299,7 @@ def _counts(client: Client, local: LocalProgress) -> Iterator[tuple[str, int, Te
     yield "sums", 0, local.sums
     for index, layer in enumerate(client.model.layers):
         gate, experts = layer.gate, layer.experts
-        for key in ("routed_E", "kept_E", "tokens", "pseudo_E"):
+        for key in ("routed_E", "kept_E", "tokens"):
             yield f"layers.{index}.{key}", 0, getattr(gate, key)
         if experts.moment_sums_EX is not None:
             yield (

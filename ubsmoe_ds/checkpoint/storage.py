@@ -4,7 +4,7 @@ A checkpoint is a folder `checkpoints/000007-round-12`, 000007 a serial number. 
 pieces, named stretches of flat tensors, so that a job of another layout can read exactly what it needs. The manifest
 (JSON) holds the checksum of every file and of itself. All is written to a temporary folder, synced, then renamed.
 
-This file knows files only: what a federation puts into a checkpoint is in federation/state.py.
+This file knows files only: what a federation puts into a checkpoint is in state.py.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular
 
-FORMAT = "ubsmoe_ds.checkpoint.storage.1"
+FORMAT = "ubsmoe_ds.checkpoint.2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
 HASHED_AT_ONCE = 2**22  # bytes
 RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")

@@ -7,8 +7,6 @@ import contextlib
 import io
 import logging
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +20,8 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.gradients import GradientHook
-from ubsmoe_ds.config.experiment import ClientConfig, Experiment
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
@@ -61,7 +60,7 @@ class LocalProgress:
     seconds: float = 0.0
 
 
-def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSMoESpec:
+def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMoESpec:
     """What conversion needs to know of one rank of one client."""
     return UBSMoESpec(
         k=exp.active_experts(config),
@@ -76,10 +75,9 @@ def client_spec(exp: Experiment, config: ClientConfig, client_rank: int) -> UBSM
         phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
         modulate=exp.dmr.modulate,
         gate_rescale=exp.router.gate_rescale,
-        gamma=exp.router.gamma,
         k_max=exp.k_max,
         expert_parallel=config.expert_parallel,
-        expert_rank=client_rank % config.expert_parallel,
+        expert_rank=group_rank % config.expert_parallel,
         seed=exp.seed,
     )
 
@@ -98,24 +96,23 @@ def engine_config(exp: Experiment) -> dict[str, Any]:
 
 
 class Client:
-    """A client's engine on one of its ranks; the rendezvous variables are set (see `world.join`).
+    """A client's engine on one of its ranks; the rendezvous variables are set (see mpi/join.py).
 
     Args:
         exp: the experiment.
         config: this client's section.
-        client_rank: this rank's place in the client.
+        group_rank: this rank's place in the client.
         verbose: let DeepSpeed print.
     """
 
-    def __init__(self, exp: Experiment, config: ClientConfig, client_rank: int, verbose: bool = False) -> None:
+    def __init__(self, exp: Experiment, config: ClientConfig, group_rank: int, verbose: bool = False) -> None:
         self.exp, self.config = exp, config
         self.k = exp.active_experts(config)
-        self.rank = exp.lora_rank(config)  # pruning lowers it
         self.device = torch.device(get_accelerator().current_device_name())
         if exp.deepspeed.use_bf16 and not get_accelerator().is_bf16_supported():
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
         torch.manual_seed(exp.seed)
-        self.spec = client_spec(exp, config, client_rank)
+        self.spec = client_spec(exp, config, group_rank)
         self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         with _deepspeed_output(verbose):
@@ -130,6 +127,7 @@ class Client:
         if estimator != "none":
             collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
             self.collector = collector.attach()
+        self._tail = self._tail_of(None)
         self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
         self.gradient_hook = GradientHook(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
@@ -142,16 +140,25 @@ class Client:
         self.reset_counts()
         return LocalProgress()
 
-    def train(self, batches: Iterator[StepBatch], local: LocalProgress, count: int, stop: Callable[[], bool]) -> None:
-        """Take local steps, from where `local` stands; the sums stay on the device until the end.
+    def train(
+        self,
+        batches: Iterator[StepBatch],
+        local: LocalProgress,
+        count: int,
+        stop: Callable[[], bool],
+        lora_rank: int | None = None,
+    ) -> None:
+        """Take local steps from where `local` stands; the sums stay on the device until the end.
 
         Args:
             batches: the steps to come.
             local: brought up to date.
-            count: of steps that make a round.
+            count: steps that make a round.
             stop: whether to stop before the next step, the same on all ranks of the client; see also
                 `train.max_bad_steps`.
+            lora_rank: the client's current LoRA rank, whose tail self-pruning penalises; None: the first.
         """
+        self._tail = self._tail_of(lora_rank)
         self.engine.train()
         self.model.set_active_experts(self.k)
         sums = local.sums.to(self.device)
@@ -206,14 +213,15 @@ class Client:
         loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
         loss = loss + self.model.auxiliary_loss(penalty, self.exp.router.aux_loss)
-        if self.exp.lora.prune_penalty and self.tail_start < self.rank:
-            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self.tail_start)
+        if self._tail is not None:
+            loss = loss + self.exp.lora.prune_penalty * self.model.tail_penalty(self._tail)
         return loss, nll.detach()
 
-    @property
-    def tail_start(self) -> int:
-        """The rank from which on self-pruning sees a tail: floor(gamma r), at least the smallest rank allowed."""
-        return max(self.exp.lora.prune_min_rank, int(self.exp.lora.prune_gamma * self.rank))
+    def _tail_of(self, lora_rank: int | None) -> int | None:
+        """Return the first rank of the tail that self-pruning penalises; None: nothing is penalised."""
+        lora_rank = lora_rank or self.exp.lora_rank(self.config)
+        start = tail_start(self.exp.lora, lora_rank)
+        return start if self.exp.lora.prune_penalty and start < lora_rank else None
 
     @torch.no_grad()
     def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
@@ -239,10 +247,6 @@ class Client:
         gates = [layer.gate for layer in self.model.layers]
         return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
 
-    def pseudo_mass(self) -> Tensor:
-        """Sum over this rank's tokens of the weight that pseudo-gradients gave each expert, [L, E] fp64, CPU."""
-        return torch.stack([layer.gate.pseudo_E for layer in self.model.layers]).double().cpu()
-
     def recover(self) -> None:
         """After NaN or Inf, once the shared state is back: forget moments, and learned scales that went astray."""
         self.reset_optimizer()
@@ -264,28 +268,10 @@ class Client:
         self.model.set_active_experts(k)
         return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
-    def step_seconds(self, batch: StepBatch, ks: tuple[int, int], repeats: int) -> tuple[float, float]:
-        """Median seconds of forward + backward (with PG) at two values of K, taken in turn; changes no weight."""
-        if ks[0] == ks[1]:
-            return 1.0, 1.0  # nothing to compare
-        self.engine.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        seconds: dict[int, list[float]] = {k: [] for k in ks}
-        if self.collector is not None:
-            self.collector.reset()
-        for _ in range(repeats + 1):
-            for k in ks:
-                self.model.set_active_experts(k)
-                get_accelerator().synchronize()
-                start = time.perf_counter()
-                loss, _ = self._loss(self.model, batch.micro[0].to(self.device), batch)
-                torch.autograd.grad(loss, trained, allow_unused=True)
-                if self.collector is not None:
-                    self.collector.reduce()
-                get_accelerator().synchronize()
-                seconds[k].append(time.perf_counter() - start)
-        first, second = (statistics.median(seconds[k][1:]) for k in ks)
-        return first, second
+
+def tail_start(config: LoraConfig, lora_rank: int) -> int:
+    """Return the rank from which on HetLoRA's self-pruning sees a tail: floor(gamma r), at least 1."""
+    return max(1, int(config.prune_gamma * lora_rank))
 
 
 def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:

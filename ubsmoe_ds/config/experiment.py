@@ -1,8 +1,8 @@
-"""The whole experiment as typed objects, validated once; no other module probes options.
+"""The whole experiment as typed objects, validated once. No other file probes options.
 
-A YAML file holds the experiment, a DeepSpeed JSON beside it the optimiser, ZeRO stage, precision and batch size, and
-the model folder's `config.json` the number of experts. `config_file.py` reads them. Nothing here imports torch,
-so that a bad key fails in milliseconds, before any process is started.
+`loading.py` reads it: a YAML file holds the experiment, a DeepSpeed JSON beside it the optimiser, ZeRO stage, precision
+and batch size, and the model folder's `config.json` the number of experts. Nothing here imports torch, so a bad key
+fails in milliseconds, before any process is started.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ubsmoe_ds.config.merge_rules import names
 from ubsmoe_ds.config.methods import PRESETS, with_preset
 from ubsmoe_ds.config.sections import (
     CheckpointConfig,
@@ -32,20 +33,20 @@ from ubsmoe_ds.config.sections import (
 )
 from ubsmoe_ds.models.hub import model_folder
 
-ELEMENTWISE_RULES = ("fedavg", "activation", "median", "trimmed_mean")  # need one LoRA rank for all clients
-
 
 class Experiment(Section):
-    """Everything a run needs. `config_file.load_experiment` makes one; build one directly only in tests."""
+    """Everything a run needs. `loading.load_experiment` makes one; build one directly only in tests."""
 
-    name: Name
-    method: str = "ub_smoe"  # a preset of methods.py, laid under everything else
-    budget_scales: Literal["experts", "lora_rank"] = "experts"  # what a client's budget cuts down
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    output: str = "runs"
-    overwrite: bool = False  # replace the folder of an earlier run of the same name
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    oversubscribe: bool = False  # several ranks may share one accelerator
+    name: Name = Field(description="the run writes to the folder `output`/`name`")
+    method: str = Field("ub_smoe", description="preset of config/methods.py, laid under everything else")
+    budget_scales: Literal["experts", "lora_rank"] = Field(
+        "experts", description="experts: K_c = floor(K_max beta); lora_rank: rank_c = floor(rank beta), K_max experts"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of all random draws")
+    output: str = Field("runs", description="folder of runs")
+    overwrite: bool = Field(False, description="replace the folder of an earlier run of the same name")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    oversubscribe: bool = Field(False, description="let several ranks share one accelerator")
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     router: RouterConfig = RouterConfig()
@@ -56,61 +57,67 @@ class Experiment(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    fault_tolerance: Literal["abort", "shrink"] = "abort"  # when a rank dies; shrink: the other clients go on
-    min_clients: PositiveInt = 1  # of shrink: fewer survivors end the job
-    host_timeout_s: Annotated[float, Field(ge=1)] = 60  # a host that is not heard from for longer ends the job
+    fault_tolerance: Literal["abort", "shrink"] = Field(
+        "abort", description="when a rank dies: abort ends the job; shrink goes on without its client (Open MPI)"
+    )
+    min_clients: PositiveInt = Field(1, description="with shrink: end the job when fewer clients are left")
+    host_timeout_s: Annotated[float, Field(ge=1)] = Field(
+        60, description="end a job on several hosts when one of them is silent for so many seconds"
+    )
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
-    # read from the model folder, not from the YAML
-    num_experts: PositiveInt
-    k_max: PositiveInt
+    num_experts: PositiveInt = Field(description="experts of a layer; read from the model folder, cannot be set")
+    k_max: PositiveInt = Field(description="K_max; `model.k_max` or the model's, cannot be set here")
 
     @property
     def world_size(self) -> int:
-        """Ranks of all clients together."""
+        """Return the number of ranks of all clients together."""
         return sum(client.ranks for client in self.clients)
 
     @property
     def run_dir(self) -> Path:
-        """Where this run writes."""
+        """Return the folder that this run writes to."""
         return Path(self.output) / self.name
 
     @property
     def model_dir(self) -> Path:
-        """The checkpoint's folder."""
+        """Return the model's folder."""
         return model_folder(self.model.path)
 
     @property
     def candidates(self) -> int:
-        """N_p, the experts per token whose logits phi may move. Ours: 2 K_max by default, clamped to the experts."""
+        """Return N_p, the experts per token whose logits phi moves [ours: 2 K_max by default, at most all experts]."""
         return self.dmr.candidates or min(2 * self.k_max, self.num_experts)
 
     def active_experts(self, client: ClientConfig) -> int:
-        """K_c = max(1, floor(K_max * beta)) (paper; the clamp to 1 is ours); K_max where budgets scale ranks."""
+        """Return K_c = max(1, floor(K_max beta)) [paper; clamp to 1: ours]; K_max where budgets scale LoRA ranks."""
         return _share(self.k_max, client.budget) if self.budget_scales == "experts" else self.k_max
 
     def lora_rank(self, client: ClientConfig) -> int:
-        """LoRA rank of a client at the start: its own key, else from its budget where budgets scale ranks."""
+        """Return a client's first LoRA rank: its own key, else from its budget where budgets scale LoRA ranks."""
         if client.lora_rank is not None:
             return client.lora_rank
         return _share(self.lora.rank, client.budget) if self.budget_scales == "lora_rank" else self.lora.rank
 
     @property
     def lora_ranks(self) -> list[int]:
-        """Rank of each client at the start."""
+        """Return the first LoRA rank of each client."""
         return [self.lora_rank(client) for client in self.clients]
 
     @property
     def views(self) -> list[str]:
-        """Name of the model that each client evaluates: "k4" where K tells them apart, else the client's own name.
+        """Return the name of each client's view, the model that it evaluates.
 
-        A client's model is its own where it has learned something for itself alone, or where its LoRA rank is.
+        Clients of one K hold the same model after a merge and share the view "k4". A client has a view of its own, by
+        its name, where it learns something for itself alone or has its own LoRA rank.
         """
-        alone = self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
-        return [client.name if alone else f"k{self.active_experts(client)}" for client in self.clients]
+        own_model = (
+            self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
+        )
+        return [client.name if own_model else f"k{self.active_experts(client)}" for client in self.clients]
 
     def rho(self, client: ClientConfig) -> float:
-        """Scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
+        """Return the scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
         if self.pseudo_gradient.rho == "sparsity":
             return 1.0 - self.active_experts(client) / self.num_experts
         return self.pseudo_gradient.rho
@@ -135,77 +142,80 @@ class Experiment(Section):
 
 
 def _problems(exp: Experiment) -> list[str]:
-    """Rules that span sections, each as one line naming key, value and remedy."""
-    found = []
+    """Check rules that span sections; return one line for each problem: key, value, remedy."""
+    problems = []
     names = [client.name for client in exp.clients]
     if len(set(names)) < len(names):
         repeated = sorted({n for n in names if names.count(n) > 1})
-        found.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
+        problems.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
     if exp.k_max > exp.num_experts:
-        found.append(
+        problems.append(
             f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}"
         )
     if exp.dmr.candidates is not None and not exp.k_max <= exp.dmr.candidates <= exp.num_experts:
-        found.append(
+        problems.append(
             f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
             f"{exp.num_experts} experts of the model"
         )
     if exp.min_clients > len(exp.clients):
-        found.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
-    without = [client.name for client in exp.clients if client.source is None]
-    if 0 < len(without) < len(exp.clients):
-        found.append(
-            f"clients: {', '.join(without)} have no source of their own, the others have; give all clients one, or none"
+        problems.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
+    without_source = [client.name for client in exp.clients if client.source is None]
+    if 0 < len(without_source) < len(exp.clients):
+        problems.append(
+            f"clients: {', '.join(without_source)} have no source of their own, the others have; give all clients one, "
+            "or none"
         )
-    if not without and exp.data.eval_source is None:
-        found.append(
-            "data.eval_source: not set, and no client's rows may serve all clients as evaluation rows; set it to rows "
-            "that all may read"
+    if not without_source and exp.data.eval_source is None:
+        problems.append(
+            "data.eval_source: not set, although each client has its own source; set it to evaluation rows that all "
+            "clients may read"
         )
-    found += _merge_problems(exp)
+    problems += _merge_problems(exp)
     micro_batches = exp.deepspeed.gradient_accumulation_steps
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
-            found.append(
+            problems.append(
                 f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
                 f"experts (client {client.name!r})"
             )
         if exp.deepspeed.train_batch_size % (client.ranks * micro_batches):
-            found.append(
+            problems.append(
                 f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks "
                 f"{client.ranks} x gradient_accumulation_steps {micro_batches} of client {client.name!r}"
             )
-    return found
+    return problems
 
 
 def _merge_problems(exp: Experiment) -> list[str]:
-    """Which rules go with which ranks and options."""
-    found = []
-    rule, ranks = exp.merge.rule, exp.lora_ranks
-    if rule in ELEMENTWISE_RULES and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
+    """Check that the merge rule goes with the LoRA ranks and the options."""
+    problems = []
+    rule, elementwise, ranks = exp.merge.rule, exp.merge.row.elementwise, exp.lora_ranks
+    if elementwise and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
         ranks_text = " ".join(map(str, ranks)) + (" and pruning" if exp.lora.prune_penalty else "")
-        found.append(
-            f"merge.rule: {rule!r} needs equal LoRA ranks, the clients have {ranks_text}; use zero_pad, hetlora, "
-            "flexlora, flora or florist"
+        problems.append(
+            f"merge.rule: {rule!r} needs equal LoRA ranks, the clients have {ranks_text}; use one of "
+            f"{names(elementwise=False)}"
         )
-    if exp.lora.prune_penalty and rule == "flora":
-        found.append("lora.prune_penalty: flora starts its adapters anew each round, there is no rank to prune; set 0")
-    if rule not in ELEMENTWISE_RULES and exp.merge.clip_norm is not None:
-        found.append(
-            f"merge.clip_norm: {exp.merge.clip_norm} does not go with merge.rule {rule!r}, whose factors are no "
-            f"update; leave it out, or use one of {', '.join(ELEMENTWISE_RULES)}"
+    if exp.lora.prune_penalty and exp.merge.row.stacking:
+        problems.append(
+            f"lora.prune_penalty: {rule} starts its adapters anew each round, there is no rank to prune; set 0"
         )
-    if rule not in ELEMENTWISE_RULES and exp.merge.server_optimizer != "none":
-        found.append(
+    if not elementwise and exp.merge.clip_norm is not None:
+        problems.append(
+            f"merge.clip_norm: {exp.merge.clip_norm} does not go with merge.rule {rule!r}, which merges factors, not "
+            f"updates; leave it out, or use one of {names(elementwise=True)}"
+        )
+    if not elementwise and exp.merge.server_optimizer != "none":
+        problems.append(
             f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not go with merge.rule {rule!r}, whose "
-            f"factors change their basis each round; use none, or one of {', '.join(ELEMENTWISE_RULES)}"
+            f"factors change their basis each round; use none, or one of {names(elementwise=True)}"
         )
     if max(ranks) > exp.lora.rank:
-        found.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the rank of the whole")
-    return found
+        problems.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the largest allowed")
+    return problems
 
 
 def _share(whole: int, budget: float) -> int:
-    """max(1, floor(whole * budget))."""
+    """Return max(1, floor(whole * budget))."""
     # the small term undoes binary rounding: floor(10 * 0.7) must be 7 although 10 * 0.7 < 7 in some formats
     return max(1, int(whole * budget + 1e-9))

@@ -1,4 +1,8 @@
-"""The sections of an experiment, one class each: keys, defaults and the checks that need no other section."""
+"""Declare every key of an experiment once: type, default, bounds, and its meaning (`description`).
+
+One class is one section. Checks that need a single section are here; those that span sections are in experiment.py.
+`reference.py` makes docs/configuration.md of these declarations. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ubsmoe_ds.config.merge_rules import RULES, MergeRule
+
 ZERO_STAGES = (0, 1, 2)
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # of a folder
+RowSource = Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys, NaN and silent type changes are refused, and values never change."""
+    """Base of every section: refuse unknown keys, NaN and silent type changes; values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class ClientConfig(Section):
-    """One federated client: its own DeepSpeed world of `ranks` processes."""
+    """One federated client, and the DeepSpeed world of `ranks` processes (its group) that trains it."""
 
-    name: Name
-    budget: Fraction  # beta: K_c = max(1, floor(K_max * beta)), or the LoRA rank likewise; see `budget_scales`
-    ranks: PositiveInt = 1
-    expert_parallel: PositiveInt = 1
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: no token is dropped
-    share: Annotated[float, Field(gt=0)] = 1.0  # of the training rows, relative to the other clients
-    # rows of its own, read on its hosts alone; None: a share of data.source
-    source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = None
-    lora_rank: PositiveInt | None = None  # None: from the budget where it scales ranks, else lora.rank
-    hosts: Annotated[list[str], Field(min_length=1)] | None = None  # where its ranks must be; None: anywhere
+    name: Name = Field(description="name in messages, metrics and folders")
+    budget: Fraction = Field(description="beta, the share of K_max (or of the LoRA rank, see `budget_scales`)")
+    ranks: PositiveInt = Field(1, description="processes of its group, each with one device")
+    expert_parallel: PositiveInt = Field(1, description="ranks that share the experts; divides `ranks`")
+    capacity_factor: Positive | None = Field(
+        None, description="slots per expert over the mean load; further tokens are dropped; null: drop none"
+    )
+    share: Positive = Field(1.0, description="part of the common training rows, relative to other clients")
+    source: RowSource | None = Field(
+        None, description="training rows of its own, read by its ranks alone: `jsonl:PATH` or `hub:NAME[@SPLIT]`"
+    )
+    lora_rank: PositiveInt | None = Field(
+        None, description="LoRA rank; null: from the budget where it scales ranks, else `lora.rank`"
+    )
+    hosts: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="hosts that its ranks must be on; null: any"
+    )
 
     @model_validator(mode="after")
     def _whole_expert_groups(self) -> ClientConfig:
@@ -44,45 +61,54 @@ class ClientConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which checkpoint, and how many experts the richest client activates."""
+    """Which model, and how many experts the richest client activates."""
 
-    path: str = "builtin:tiny_olmoe"  # an HF folder with its tokenizer, or hub:NAME[@REVISION]
-    k_max: PositiveInt | None = None  # None: the checkpoint's num_experts_per_tok
-    min_capacity: Annotated[int, Field(ge=1)] = 4  # DeepSpeed's floor of an expert's token slots
+    path: str = Field(
+        "builtin:tiny_olmoe", description="folder (config, safetensors, tokenizer), `hub:NAME[@REVISION]`, or built in"
+    )
+    k_max: PositiveInt | None = Field(None, description="K_max; null: the model's `num_experts_per_tok`")
+    min_capacity: PositiveInt = Field(4, description="least slots of an expert when tokens are dropped (DeepSpeed's)")
 
 
 class LoraConfig(Section):
-    """LoRA on the experts' gate, up and down projections, and on attention if asked."""
+    """LoRA on the experts' gate, up and down projections, and on attention if asked; HetLoRA's self-pruning."""
 
-    rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    attention: bool = False
-    # HetLoRA's self-pruning; 0 means none
-    prune_penalty: Annotated[float, Field(ge=0)] = 0.0  # lambda of sum ||B[:, tail]|| ||A[tail, :]||
-    prune_gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99  # the tail is what lies beyond floor(gamma r)
-    prune_min_rank: PositiveInt = 1
+    rank: PositiveInt = Field(8, description="LoRA rank of the whole; a client's own is at most this")
+    alpha: Positive = Field(16.0, description="updates are scaled by alpha / LoRA rank")
+    attention: bool = Field(False, description="also on the q, k, v and o projections of attention")
+    prune_penalty: NotNegative = Field(
+        0.0, description="HetLoRA's lambda, of the penalty sum ||B[:, tail]|| ||A[tail, :]||; 0: no self-pruning"
+    )
+    prune_gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.99, description="HetLoRA's gamma: the tail is all ranks beyond floor(gamma r)"
+    )
 
 
 class RouterConfig(Section):
-    """The gate's own weights, and how those of few active experts are scaled; see moe/gate.py."""
+    """The gate's own weights, its load-balancing loss, and the scale of its weights."""
 
-    trainable: bool = True
-    aux_loss: Annotated[float, Field(ge=0)] = 0.0  # coefficient of DeepSpeed's load-balancing loss
-    gate_rescale: Literal["none", "power", "sum_to_one", "ratio", "learned"] = "none"
-    gamma: Annotated[float, Field(ge=0)] = 0.5  # of gate_rescale power
+    trainable: bool = Field(True, description="train the gate's weights")
+    aux_loss: NotNegative = Field(0.0, description="coefficient of DeepSpeed's load-balancing loss")
+    gate_rescale: Literal["none", "learned"] = Field(
+        "none", description="learned: a trainable scale of each layer and client, never sent (FLAME)"
+    )
 
 
 class DmrConfig(Section):
-    """Dynamic Modulated Routing (paper); the clamps and the reading of N_p are documented in moe/gate.py."""
+    """Dynamic Modulated Routing (paper); moe/gate.py has the equations and our readings."""
 
-    enabled: bool = False
-    modulate: Literal["weights", "selection"] = "weights"  # selection: phi chooses, softmax(s) weighs
-    candidates: PositiveInt | None = None  # N_p; None: 2 K_max, at most the number of experts
-    phi_min: float = -1.0
-    phi_max: float = 1.0
-    penalty: Annotated[float, Field(ge=0)] = 0.1  # lambda of the range penalty
-    zeta: Annotated[float, Field(ge=0, le=1)] = 0.7  # server momentum
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    enabled: bool = Field(False, description="modulate the routing logits by phi")
+    modulate: Literal["weights", "selection"] = Field(
+        "weights", description="selection: phi chooses experts, softmax of the raw logits weighs them [ours]"
+    )
+    candidates: PositiveInt | None = Field(
+        None, description="N_p, experts per token whose logits phi moves; null: 2 K_max, at most all experts [ours]"
+    )
+    phi_min: float = Field(-1.0, description="lower end of the range without penalty")
+    phi_max: float = Field(1.0, description="upper end of the range without penalty")
+    penalty: NotNegative = Field(0.1, description="lambda of the range penalty on phi")
+    zeta: Annotated[float, Field(ge=0, le=1)] = Field(0.7, description="server momentum of phi")
+    eps: Positive = Field(1e-6, description="added to the utilisation in u* / (u + eps)")
 
     @model_validator(mode="after")
     def _range(self) -> DmrConfig:
@@ -92,30 +118,57 @@ class DmrConfig(Section):
 
 
 class PseudoGradientConfig(Section):
-    """Universal Pseudo-Gradient: the estimator, rho, its scale, and how much of a step it is computed from."""
+    """Universal Pseudo-Gradient (paper, in words); moe/pseudo_gradient.py has the estimators."""
 
-    estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = "none"
-    rho: Literal["sparsity"] | Annotated[float, Field(gt=0)] = "sparsity"  # sparsity: 1 - K_c / M
-    tokens_per_expert: Annotated[int, Field(ge=1)] | None = None  # drawn from each micro-batch; null: all of them
-    moment_share: Fraction = 1.0  # share of the experts' rows that the moments of `linearised` are taken from
+    estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = Field(
+        "none",
+        description="how gradients of experts that were not activated are estimated; dense_oracle: for studies",
+    )
+    rho: Literal["sparsity"] | Positive = Field("sparsity", description="its scale; sparsity: 1 - K_c / experts")
+    tokens_per_expert: PositiveInt | None = Field(
+        None, description="tokens that each expert draws from a micro-batch of a rank; null: all of them"
+    )
+    moment_share: Fraction = Field(1.0, description="share of the experts' rows that `linearised` takes moments from")
 
 
 class MergeConfig(Section):
-    """What owners do with the clients' updates; see federation/merge.py and federation/server.py."""
+    """What owners do with the clients' updates; aggregation/rules.py has the rules."""
 
-    rule: Literal[
-        "fedavg", "activation", "median", "trimmed_mean", "zero_pad", "hetlora", "flexlora", "flora", "florist"
-    ] = "fedavg"
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # t of activation: weight ~ n_c f^t
-    pseudo_weight: Annotated[float, Field(ge=0)] = 0.0  # of activation: what a pseudo-update counts as in f
-    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.25  # of trimmed_mean: share cut off at either end
-    energy: Fraction = 0.9  # tau of florist
-    clip_norm: Annotated[float, Field(gt=0)] | None = None  # largest L2 norm of a client's update of a unit
-    payload: Literal["fp32", "bf16"] = "fp32"
-    server_optimizer: Literal["none", "momentum", "adam"] = "none"  # FedOpt, arXiv 2003.00295
-    server_lr: Annotated[float, Field(gt=0)] = 1.0
-    server_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    server_eps: Annotated[float, Field(gt=0)] = 1e-3  # the paper's tau
+    rule: str = Field("fedavg", description="merge rule, a name of config/merge_rules.py")
+    temperature: NotNegative = Field(1.0, description="t of `activation`: weight ~ n_c f^t")
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.25, description="share that `trimmed_mean` cuts off at either end"
+    )
+    energy: Fraction = Field(0.9, description="tau of `florist`: share of the squared singular values to keep")
+    clip_norm: Positive | None = Field(
+        None, description="largest L2 norm of a client's update of a unit (elementwise rules); null: no clipping"
+    )
+    payload: Literal["fp32", "bf16"] = Field("fp32", description="dtype on the wire; bf16 halves the traffic")
+    server_optimizer: Literal["none", "momentum", "adam"] = Field(
+        "none", description="FedOpt, arXiv 2003.00295 (elementwise rules)"
+    )
+    server_lr: Positive = Field(1.0, description="learning rate of the server optimiser")
+    server_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), description="its decay rates"
+    )
+    server_eps: Positive = Field(1e-3, description="added to its denominator (tau in the paper)")
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, value: str) -> str:
+        if value not in RULES:
+            raise ValueError(f"{value!r} is no merge rule; use one of {', '.join(RULES)}")
+        return value
+
+    @property
+    def row(self) -> MergeRule:
+        """Return the rule's row in the table."""
+        return RULES[self.rule]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the merge is a weighted sum with weights that every rank knows, as long as nothing is refused."""
+        return self.row.linear and self.clip_norm is None
 
     @field_validator("server_betas", mode="before")
     @classmethod
@@ -126,71 +179,84 @@ class MergeConfig(Section):
 class DataConfig(Section):
     """Where rows come from, and how they are dealt to the clients."""
 
-    source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = "synthetic"
-    eval_source: Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")] | None = (
-        None  # None: held-out questions of source
+    source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = Field(
+        "synthetic", description="training rows: `synthetic`, `jsonl:PATH` or `hub:NAME[@SPLIT]`"
     )
-    # instruction: as the rows have it; cloze: the question alone, answered by the text of a choice
-    format: Literal["instruction", "cloze"] = "instruction"
-    partition: Literal["iid", "dirichlet", "by_task"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.5  # of the Dirichlet; small is unequal
-    rows: PositiveInt | None = None  # at most so many rows in all; for synthetic None means 4,000
-    eval_rows: PositiveInt = 400  # at most so many evaluation rows
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the questions, where eval_source is None
-    max_length: Annotated[int, Field(ge=8)] = 256  # tokens of a row; longer prompts lose their beginning
+    eval_source: RowSource | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
+    format: Literal["instruction", "cloze"] = Field(
+        "instruction",
+        description="instruction: the row's prompt; cloze: the question, answered by a choice's text",
+    )
+    partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
+    alpha: Positive = Field(0.5, description="of the Dirichlet; small is unequal")
+    rows: PositiveInt | None = Field(None, description="at most so many rows; null: all (4,000 of `synthetic`)")
+    eval_rows: PositiveInt = Field(400, description="at most so many evaluation rows")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of the questions held out where `eval_source` is null"
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        256, description="tokens of a row; longer prompts lose their beginning"
+    )
 
 
 class TrainConfig(Section):
     """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage stand in the DeepSpeed JSON."""
 
-    rounds: PositiveInt = 5
-    local_steps: PositiveInt = 10
-    optimizer_state: Literal["reset", "keep"] = "reset"  # between rounds
-    save_every: Annotated[int, Field(ge=0)] = 0  # rounds between saved adapters; 0: only those of the end
-    # seconds of local steps after which a client stops at the next step boundary and merges what it has
-    round_deadline_s: Annotated[float, Field(gt=0)] | None = None
-    max_bad_steps: Annotated[int, Field(ge=0)] = (
-        3  # steps of a round with NaN or Inf, beyond which a client sits it out
+    rounds: PositiveInt = Field(5, description="rounds of the run")
+    local_steps: PositiveInt = Field(10, description="optimiser steps of a client in a round")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="whether a client's optimiser moments go on into its next round"
+    )
+    save_every: Count = Field(0, description="rounds between saved adapters; 0: only those of the end")
+    round_deadline_s: Positive | None = Field(
+        None, description="seconds of local steps after which a client stops and merges what it has; null: none"
+    )
+    max_bad_steps: Count = Field(
+        3, description="steps of a round skipped for NaN or Inf, beyond which a client sits the round out"
     )
 
 
 class CheckpointConfig(Section):
-    """What a job can go on from after it was stopped or died; see checkpoint.py."""
+    """What a job can resume from after it was stopped or died; see checkpoint/."""
 
-    every: Annotated[int, Field(ge=0)] = 1  # rounds between checkpoints; 0: only when the job is asked to stop
-    keep: PositiveInt = 2  # the newest so many are left
-    grace_s: Annotated[float, Field(gt=0)] | None = None  # from SIGTERM or SIGUSR1 to the end, saved or not
+    every: Count = Field(1, description="rounds between checkpoints; 0: only when the job is asked to stop")
+    keep: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    grace_s: Positive | None = Field(
+        None, description="seconds from SIGTERM or SIGUSR1 to the end, saved or not; null: as long as saving takes"
+    )
 
 
 class EvalConfig(Section):
-    """Evaluation on all evaluation rows at each distinct K of the clients."""
+    """Evaluation on all evaluation rows, once for each distinct client model."""
 
-    every: PositiveInt = 1  # rounds; the first state and the last round are always evaluated
-    batch_size: PositiveInt = 16  # rows a rank takes at a time
+    every: PositiveInt = Field(
+        1, description="rounds between evaluations; the first state and the last round always are"
+    )
+    batch_size: PositiveInt = Field(16, description="rows that a rank takes at a time")
 
 
 class DeepSpeedConfig(Section):
-    """The DeepSpeed JSON: the keys this program relies on, and those it passes on as they are (None: not given)."""
+    """The DeepSpeed JSON: keys that this program relies on, and keys that it passes on (null: not given)."""
 
-    train_batch_size: PositiveInt  # rows a client takes in one optimiser step, over all its ranks
-    gradient_accumulation_steps: PositiveInt = 1
-    gradient_clipping: Annotated[float, Field(ge=0)] = 0.0
-    optimizer: dict[str, Any]
-    zero_optimization: dict[str, Any] = {}
-    bf16: dict[str, Any] = {}
-    fp16: dict[str, Any] = {}
-    scheduler: dict[str, Any] | None = None
-    data_types: dict[str, Any] | None = None
-    communication_data_type: str | None = None
-    prescale_gradients: bool | None = None
-    gradient_predivide_factor: float | None = None
-    zero_allow_untested_optimizer: bool | None = None
-    steps_per_print: PositiveInt | None = None
-    wall_clock_breakdown: bool | None = None
-    memory_breakdown: bool | None = None
-    dump_state: bool | None = None
-    flops_profiler: dict[str, Any] | None = None
-    comms_logger: dict[str, Any] | None = None
+    train_batch_size: PositiveInt = Field(description="rows of one optimiser step of a client, over all its ranks")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches of a step")
+    gradient_clipping: NotNegative = Field(0.0, description="largest norm of a client's gradient; 0: no clipping")
+    optimizer: dict[str, Any] = Field(description="DeepSpeed's: `type`, and `params` such as `lr`")
+    zero_optimization: dict[str, Any] = Field({}, description="DeepSpeed's: `stage` 0, 1 or 2")
+    bf16: dict[str, Any] = Field({}, description="`enabled`: weights in bfloat16, fp32 masters")
+    fp16: dict[str, Any] = Field({}, description="must not be enabled")
+    scheduler: dict[str, Any] | None = Field(None, description="DeepSpeed's, passed on")
+    data_types: dict[str, Any] | None = Field(None, description="DeepSpeed's, passed on")
+    communication_data_type: str | None = Field(None, description="DeepSpeed's, passed on")
+    prescale_gradients: bool | None = Field(None, description="DeepSpeed's, passed on")
+    gradient_predivide_factor: float | None = Field(None, description="DeepSpeed's, passed on")
+    zero_allow_untested_optimizer: bool | None = Field(None, description="DeepSpeed's, passed on")
+    steps_per_print: PositiveInt | None = Field(None, description="DeepSpeed's, passed on; null: never")
+    wall_clock_breakdown: bool | None = Field(None, description="DeepSpeed's, passed on")
+    memory_breakdown: bool | None = Field(None, description="DeepSpeed's, passed on")
+    dump_state: bool | None = Field(None, description="DeepSpeed's, passed on")
+    flops_profiler: dict[str, Any] | None = Field(None, description="DeepSpeed's, passed on")
+    comms_logger: dict[str, Any] | None = Field(None, description="DeepSpeed's, passed on")
 
     @field_validator("optimizer")
     @classmethod

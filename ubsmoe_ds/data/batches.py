@@ -141,16 +141,6 @@ def steps(
         step += 1
 
 
-def first_rows(batch: StepBatch, share: float) -> StepBatch:
-    """The first micro-batch's first rows, at least one, as a step: `share` of them."""
-    tokens = batch.micro[0]
-    rows, length = tokens.input_ids.shape
-    count = max(1, int(rows * share + 1e-9))
-    kept_A = tokens.position_A < count * length
-    part = Tokens(tokens.input_ids[:count], tokens.used[:count], tokens.position_A[kept_A], tokens.target_A[kept_A])
-    return StepBatch([part], int(kept_A.sum()), int(part.used.sum()))
-
-
 class PackedRow(NamedTuple):
     """A row's prompt and all its options in one sequence, so that the prompt is computed once.
 

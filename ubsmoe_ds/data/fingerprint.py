@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.sources import digest, load_rows
+from ubsmoe_ds.data.shares import common_rows, has_sites
 
 PIECES, PIECE_BYTES = 64, 2**16  # of a file of weights: training changes all of them, so a sample tells
 
@@ -39,10 +39,7 @@ def data_digest(exp: Experiment) -> str | None:
     Raises:
         UserError: as `load_rows`.
     """
-    if exp.clients[0].source is not None:
-        return None
-    rows, evaluation = load_rows(exp.data, exp.seed)
-    return digest([*rows, *evaluation])
+    return None if has_sites(exp) else common_rows(exp).digest
 
 
 def machine(proc: Path = Path("/proc")) -> str:

@@ -1,52 +1,79 @@
-"""Which training rows are a client's: its share of common rows, or those of its own site, which nobody else reads."""
+"""Deal rows to clients: common rows by partition, or the rows of each client's own site.
 
-from dataclasses import dataclass
+Imports neither torch nor MPI, so that bad rows are reported before a process is started. What ranks tell each other
+about their rows is in `client_rows.py`.
+"""
 
-import numpy as np
+from typing import NamedTuple
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import Row, digest, load_rows, load_site
-from ubsmoe_ds.mpi.world import World
-
-DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True)
-class ClientRows:
-    """What a rank knows of the data.
+class CommonRows(NamedTuple):
+    """Rows that every rank reads, dealt to the clients.
 
-    training: this client's rows; counts: training rows of each client; evaluation: rows, the same for all;
-    digest: tells all of this from other data, the same on all ranks.
+    training: all training rows; shares: of each client, the numbers of its rows in `training`; together they are all
+    rows, and none is dealt twice. evaluation: rows, the same for all clients.
     """
 
     training: list[Row]
-    counts: list[int]
+    shares: list[list[int]]
     evaluation: list[Row]
-    digest: str
+
+    def of_client(self, number: int) -> list[Row]:
+        """Return a client's training rows."""
+        return [self.training[row] for row in self.shares[number]]
 
     @property
-    def weights(self) -> list[float]:
-        """w_c: each client's share of all training rows."""
-        return [count / sum(self.counts) for count in self.counts]
+    def digest(self) -> str:
+        """Return a digest of training and evaluation rows."""
+        return digest([*self.training, *self.evaluation])
 
 
-def client_rows(exp: Experiment, world: World) -> ClientRows:
-    """Read the rows (a collective where clients have sources of their own).
+def has_sites(exp: Experiment) -> bool:
+    """Return whether clients have sources of their own; then all have, and a source may exist only at its site."""
+    return exp.clients[0].source is not None
+
+
+def common_rows(exp: Experiment) -> CommonRows:
+    """Read the rows of an experiment without sites, and deal them to the clients.
 
     Raises:
-        UserError: for bad rows, or a client without any.
+        UserError: for a bad row, or a client that would get none.
     """
-    source = exp.clients[world.client].source
-    if source is None:
-        rows, evaluation = load_rows(exp.data, exp.seed)
-        shares = partition([row["task"] for row in rows], exp.clients, exp.data, exp.seed)
-        mine = [rows[number] for number in shares[world.client]]
-        return ClientRows(mine, [len(share) for share in shares], evaluation, digest([*rows, *evaluation]))
-    rows, evaluation = load_site(exp.data, source, exp.seed)
-    # whole numbers below 2^53 are exact in the sums
-    known = np.zeros((len(exp.clients), 1 + DIGEST_BYTES))
-    if world.client_rank == 0:
-        known[world.client] = [len(rows), *bytes.fromhex(digest([*rows, *evaluation]))]
-    known = world.sum(known)
-    return ClientRows(rows, known[:, 0].astype(int).tolist(), evaluation, digest(known[:, 1:].astype(int).tolist()))
+    training, evaluation = load_rows(exp.data, exp.seed)
+    shares = partition([row["task"] for row in training], exp.clients, exp.data, exp.seed)
+    return CommonRows(training, shares, evaluation)
+
+
+def site_rows(exp: Experiment, number: int) -> tuple[list[Row], list[Row]]:
+    """Read (training rows, evaluation rows) of a client with a source of its own.
+
+    Raises:
+        UserError: as `load_rows`.
+    """
+    source = exp.clients[number].source
+    assert source is not None
+    return load_site(exp.data, source, exp.seed)
+
+
+def rows_by_client(exp: Experiment) -> tuple[list[list[Row]], list[Row]]:
+    """Read (each client's training rows, evaluation rows) in one process, which must reach the rows of all sites.
+
+    Raises:
+        UserError: for a bad row, or a client that would get none.
+    """
+    numbers = range(len(exp.clients))
+    if has_sites(exp):
+        sites = [site_rows(exp, number) for number in numbers]
+        return [training for training, _ in sites], sites[0][1]
+    rows = common_rows(exp)
+    return [rows.of_client(number) for number in numbers], rows.evaluation
+
+
+def check_rows(exp: Experiment) -> None:
+    """Raise if common rows on this machine are bad or leave a client without any. Rows of sites and of the hub pass."""
+    if not has_sites(exp) and not exp.data.source.startswith("hub:"):
+        common_rows(exp)

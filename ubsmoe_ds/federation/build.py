@@ -14,21 +14,24 @@ from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.shared_memory import SHARED_FOLDER, SharedMemory
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.files import writes
-from ubsmoe_ds.base.memory import release_freed_memory
+from ubsmoe_ds.base.malloc import release_freed_memory
+from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint import storage
-from ubsmoe_ds.checkpoint.manager import CheckpointManager, Found
+from ubsmoe_ds.checkpoint.manager import CheckpointManager, FoundCheckpoint
+from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.checkpoint.state import replicate
-from ubsmoe_ds.client.engine import Client, start_deepspeed
+from ubsmoe_ds.client.engine import Client, LocalProgress, start_deepspeed
 from ubsmoe_ds.client.evaluation import Evaluator
-from ubsmoe_ds.config.experiment import ELEMENTWISE_RULES, Experiment
-from ubsmoe_ds.data.batches import Example, StepBatch, encode, steps
-from ubsmoe_ds.data.shares import ClientRows, client_rows
-from ubsmoe_ds.federation.rounds import ExchangeFactory, Federation
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.client_rows import ClientRows, client_rows
+from ubsmoe_ds.data.encoding import Encoder, read_encoder
+from ubsmoe_ds.federation.aggregator import Aggregator, ExchangeFactory
+from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.launching.placement import describe
 from ubsmoe_ds.launching.run_folder import check_run_folder, goes_on
 from ubsmoe_ds.models.cost import trainable_parameters
-from ubsmoe_ds.models.hf_config import check_length, check_window, model_shape, read_config
-from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.models.hf_config import check_window, model_shape
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -71,37 +74,43 @@ def build(
         check_run_folder(exp, own)
     texts = _texts(exp, rows)
     start_deepspeed(on_accelerator, verbose)
-    client = Client(exp, exp.clients[world.client], world.client_rank, verbose)
+    client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
     release_freed_memory()
     store = UnitStore(
         client.model,
         client.gradient_hook.masters,
-        rank=client.rank,
+        lora_rank=exp.lora_rank(client.config),
         dmr=exp.dmr.enabled,
-        stacking=exp.merge.rule == "flora",
+        stacking=exp.merge.row.stacking,
         seed=exp.seed,
     )
-    batches = _batches(exp, world, texts)
+    batches_from = _batches(world, texts)
     if client.moments is not None and found is None:
-        client.calibrate(batches(0), CALIBRATION_STEPS)
-    plan, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
+        client.calibrate(batches_from(0), CALIBRATION_STEPS)
+    exchange_for, owned = plan_exchanges(exp, world, store, _say if world.rank == 0 else None)
+    server = Server(exp, owned, rows.weights)
+    progress, local = Progress(), LocalProgress()
+    if found is not None:
+        progress, local = checkpoints.restore(found, client, store, server)
+    stopwatch = Stopwatch()
+    aggregator = Aggregator(exp, world, client, store, server, exchange_for, stopwatch)
+    if found is not None:
+        aggregator.moments_shared = True
+        aggregator.replica = replicate(world, server, store.units) if world.survives else {}
     federation = Federation(
         exp=exp,
         world=world,
         client=client,
-        store=store,
-        plan=plan,
-        server=Server(exp, owned, rows.weights),
+        aggregator=aggregator,
         evaluator=texts.evaluator,
-        batches_from=batches,
+        batches_from=batches_from,
         monitor=None,
         checkpoints=checkpoints,
         stop=stop,
+        stopwatch=stopwatch,
+        progress=progress,
+        local=local,
     )
-    if found is not None:
-        federation.progress, federation.local = checkpoints.restore(found, client, store, federation.server)
-        federation.resumed = True
-        federation.replica = replicate(world, federation.server, store.units) if world.survives else {}
     _announce(federation, rows, texts, found)
     return federation
 
@@ -112,23 +121,21 @@ class _Texts(NamedTuple):
     examples: Sequence[Example]
     cut: int
     evaluator: Evaluator
-    pad: int
+    encoder: Encoder
 
 
 def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
-    config = read_config(exp.model_dir)
-    tokenizer = read_tokenizer(exp.model_dir, config.vocab_size)
-    check_length(config, exp.data.max_length, "data.max_length")
-    examples, cut = encode(rows.training, tokenizer, exp.data.max_length)
-    evaluator = Evaluator(rows.evaluation, tokenizer, exp.data.max_length, exp.evaluation.batch_size)
-    check_window(config, evaluator.longest)
-    return _Texts(examples, cut, evaluator, tokenizer.pad_token_id)
+    encoder = read_encoder(exp)
+    examples, cut = encoder.encode(rows.training)
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    check_window(encoder.model, evaluator.longest)
+    return _Texts(examples, cut, evaluator, encoder)
 
 
-def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Found | None) -> None:
+def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: FoundCheckpoint | None) -> None:
     """Open the run's folder, on the rank that writes, and say what is about to run."""
     exp, world = federation.exp, federation.world
-    cut_prompts = world.sum(np.array([texts.cut if world.client_rank == 0 else 0.0]))[0]
+    cut_prompts = world.sum(np.array([texts.cut if world.group_rank == 0 else 0.0]))[0]
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
@@ -138,25 +145,16 @@ def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Fo
     }
     federation.monitor = _open_monitor(exp, found)
     met = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
-    placed = "".join([f"placement: {describe(exp.clients, world.places)}", *met])
+    placed = "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *met])
     for line in (_headline(exp, federation.client), placed, *_warnings(exp, cuts)):
         federation.monitor.say(line)
 
 
-def _batches(exp: Experiment, world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]]:
+def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]]:
     """Number of a step -> that step of this rank's client and all that follow."""
 
     def batches_from(first: int) -> Iterator[StepBatch]:
-        return steps(
-            texts.examples,
-            batch_size=exp.deepspeed.train_batch_size,
-            micro_batches=exp.deepspeed.gradient_accumulation_steps,
-            rank=world.client_rank,
-            ranks=exp.clients[world.client].ranks,
-            pad=texts.pad,
-            seed=(exp.seed, world.client),
-            first=first,
-        )
+        return texts.encoder.steps(texts.examples, world.client, world.group_rank, first)
 
     return batches_from
 
@@ -179,7 +177,7 @@ def plan_exchanges(
             replace(layout, lora_rank=rank, reply_rank=reply)
             for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
         ]
-        payload, same = exp.merge.payload, exp.merge.rule in ELEMENTWISE_RULES
+        payload, same = exp.merge.payload, exp.merge.row.elementwise
         exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_back=same)
         nonlocal warned
         if warn is not None and not warned and memory is not None and exchange.memory is None:
@@ -193,7 +191,7 @@ def plan_exchanges(
     return plan, [unit for unit, rank in zip(store.units, owner, strict=True) if rank == world.rank]
 
 
-def _open_monitor(exp: Experiment, found: Found | None) -> "Monitor":
+def _open_monitor(exp: Experiment, found: FoundCheckpoint | None) -> "Monitor":
     """Only the rank that writes pays for importing TensorBoard."""
     from ubsmoe_ds.federation.monitor import Monitor
 
@@ -222,10 +220,10 @@ def _headline(exp: Experiment, client: Client) -> str:
 def _warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """What an experiment loses: pseudo-gradients by its merge rule, and the beginnings of prompts (how many of all)."""
     pseudo_gradients = exp.pseudo_gradient.estimator != "none"
-    if exp.merge.rule == "activation" and pseudo_gradients and not exp.merge.pseudo_weight:
+    if exp.merge.row.by_utilisation and pseudo_gradients:
         yield (
-            "warning: merge.rule activation gives no weight to a client that did not use an expert, so the "
-            "pseudo-gradients it gave that expert are lost; set merge.pseudo_weight above 0, or merge.rule fedavg"
+            f"warning: merge.rule {exp.merge.rule} gives no weight to a client that did not use an expert, so the "
+            "pseudo-gradients that it gave that expert are lost; set merge.rule fedavg to keep them"
         )
     if torch.cuda.is_available() and exp.accelerator != "cpu":
         capability = torch.cuda.get_device_capability()

@@ -1,4 +1,4 @@
-"""Evaluating the models of all clients: those that hold the same one are one view of it, and share the rows.
+"""Evaluate the models of all clients: clients that hold the same model share a view, and its rows.
 
 Shapes: G views, L layers, E experts, X = E + 1.
 """
@@ -18,36 +18,39 @@ from ubsmoe_ds.mpi.world import World
 Part = tuple[np.ndarray, np.ndarray]  # sums [G, tasks, fields] in the order of FIELDS, routed tokens [G, L, X]
 
 
-def own_part(exp: Experiment, world: World, client: Client, evaluator: Evaluator, stop: Callable[[], bool]) -> Part:
-    """What this rank's share of the rows comes to (a collective over the client).
+def evaluate_part(
+    exp: Experiment, world: World, client: Client, evaluator: Evaluator, stop: Callable[[], bool]
+) -> Part:
+    """Evaluate this rank's share of the rows on its client's view (a collective over the client).
 
     Args:
         exp, world, client, evaluator: this rank's.
         stop: see `Evaluator.sums`.
     """
-    of_client = exp.views
-    distinct = list(dict.fromkeys(of_client))
-    mine = distinct.index(of_client[world.client])
-    sharers = [c for c, view in enumerate(of_client) if view == distinct[mine]]
+    view_of_client = exp.views
+    views = list(dict.fromkeys(view_of_client))
+    view = views.index(view_of_client[world.client])
+    sharers = [c for c, name in enumerate(view_of_client) if name == views[view]]
     ranks = [(c, r) for c in sharers for r in range(exp.clients[c].ranks)]
-    worker = ranks.index((world.client, world.client_rank))
-    sums_G = np.zeros((len(distinct), len(evaluator.tasks), len(FIELDS)))
-    counts_GLX = np.zeros((len(distinct), len(client.model.layers), exp.num_experts + 1))
+    worker = ranks.index((world.client, world.group_rank))
+    sums_G = np.zeros((len(views), len(evaluator.tasks), len(FIELDS)))
+    counts_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
     client.reset_counts()
-    sums_G[mine] = evaluator.sums(client, client.k, worker, len(ranks), stop)
-    counts_GLX[mine] = client.routed_counts().numpy()
+    sums_G[view] = evaluator.sums(client, client.k, worker, len(ranks), stop)
+    counts_GLX[view] = client.routed_counts().numpy()
     return sums_G, counts_GLX
 
 
-def scalars_of_views(
-    exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], own: Part
+def view_scalars(
+    exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], part: Part
 ) -> dict[str, float]:
-    """Of all ranks' parts (a collective); utilisation is weighted as in training, by w_c."""
-    of_client = exp.views
-    distinct = list(dict.fromkeys(of_client))
-    sums_G, counts_GLX = world.sum(own[0]), world.sum(own[1])
-    of_view = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)
-    pairs = zip(weights, of_client, strict=True)
-    utilisation_LE = sum(w * of_view[distinct.index(view)] for w, view in pairs)
+    """Add up all ranks' parts and name the results (a collective); utilisation is weighted by w_c, as in training."""
+    view_of_client = exp.views
+    views = list(dict.fromkeys(view_of_client))
+    sums_G, counts_GLX = world.sum(part[0]), world.sum(part[1])
+    utilisation_GLE = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)
+    pairs = zip(weights, view_of_client, strict=True)
+    utilisation_LE = sum(weight * utilisation_GLE[views.index(view)] for weight, view in pairs)
     cv = float(coefficient_of_variation(torch.as_tensor(utilisation_LE)).mean())
-    return evaluation_scalars([client.name for client in exp.clients], of_client, evaluator.tasks, sums_G, cv)
+    names = [client.name for client in exp.clients]
+    return evaluation_scalars(names, view_of_client, evaluator.tasks, sums_G, cv)

@@ -4,8 +4,9 @@ Names are "group/name" for TensorBoard and `metrics.jsonl`; "group/CLIENT" where
 Shapes: C clients, L layers, E experts.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -127,3 +128,24 @@ def add_later_seconds(
         found[f"seconds_evaluation/{name}"] = evaluation
     found["seconds/exchange"] = max(found[f"seconds_exchange/{name}"] for name in clients)
     found["seconds/round"] += found["seconds/evaluation"] + float(taking_C.max())
+
+
+def measured_speed(records: Sequence[Mapping[str, Any]], client: str) -> dict[str, float]:
+    """Return a client's training speed, averaged over the rounds on record; NaN if it took no step.
+
+    The wall time is of local steps alone, and depends on what else runs on the same cores.
+
+    Args:
+        records: lines of `metrics.jsonl`; rounds that the client was not part of are left out.
+        client: its name.
+
+    Returns:
+        tokens_per_second: tokens without padding, of steps that were taken; seconds_per_step: skipped steps count too.
+    """
+    rounds = [record for record in records if f"seconds_local/{client}" in record["seconds"]]
+    seconds = math.fsum(record["seconds"][f"seconds_local/{client}"] for record in rounds)
+    tokens = math.fsum(record["metrics"][f"tokens/{client}"] for record in rounds)
+    steps = math.fsum(record["metrics"][f"{name}/{client}"] for record in rounds for name in ("steps", "bad_steps"))
+    if not steps:
+        return {"tokens_per_second": math.nan, "seconds_per_step": math.nan}
+    return {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}

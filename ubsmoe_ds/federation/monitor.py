@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
+from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.run_folder import create_run_folder
@@ -56,19 +57,10 @@ class Monitor:
         """A line for the person at the terminal."""
         print(text, flush=True)
 
-    def round(
-        self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float], utilisation_LE: Tensor | None
-    ) -> None:
-        """Record one round; number 0 is the state before training.
-
-        Args:
-            number: 0 to rounds.
-            metrics: scalars by "group/name", the same on every run of the same seed and layout.
-            seconds: wall times by name, kept apart from the metrics because they never repeat.
-            utilisation_LE: global utilisation of the round.
-        """
-        record = {"round": number, "metrics": dict(metrics), "seconds": dict(seconds)}
-        line = json.dumps(finite_or_null(record)) + "\n"
+    def round(self, record: Record) -> None:
+        """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""
+        number, metrics, seconds, utilisation_LE = record
+        line = json.dumps(finite_or_null({"round": number, "metrics": metrics, "seconds": seconds})) + "\n"
         with writes(self.folder / RECORD):
             self._record.write(line)
             self._record.flush()
@@ -88,6 +80,8 @@ class Monitor:
             units: names of units by client.
         """
         for client, names in units.items():
+            if not names:
+                continue
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
             self._writer.add_text(f"refused/{client}", ", ".join(names), number)
@@ -122,6 +116,11 @@ class Monitor:
             self._writer.add_text(f"lost/{client}", f"in round {number}; {left} clients go on", number)
         self._writer.add_scalar("clients/alive", left, number)
         self._writer.flush()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the record of every round so far, earlier jobs of a resumed run included."""
+        text = (self.folder / RECORD).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
@@ -180,8 +179,9 @@ def heat_map(value_LE: Tensor) -> Tensor:
 def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:
     """The end of a run at a glance."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
-    table = Table(title=f"utilisation CV {before:.3f} -> {after:.3f}", title_justify="left")
-    for heading in ("client", "K", "rank", "FLOPs %", "step time %", "loss", "accuracy %"):
+    title = f"utilisation CV {before:.3f} -> {after:.3f}"
+    table = Table(title=title, title_justify="left", collapse_padding=True)  # fits the 80 columns of a log file
+    for heading in ("client", "K", "rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for row in rows:
         table.add_row(
@@ -189,12 +189,13 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
             str(row["k"]),
             str(row["lora_rank"]),
             f"{100 * row['flops_ratio']:.1f}",
-            f"{100 * row['step_time_ratio']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds_per_step']:.2f}",
             f"{row['loss_before']:.4f} -> {row['loss_after']:.4f}",
             f"{100 * row['accuracy_before']:.1f} -> {100 * row['accuracy_after']:.1f}",
         )
     for client, number in totals["lost_in_round"].items():
-        table.add_row(client, "", "", "", "", f"lost in round {number}", "")
+        table.add_row(client, "", "", "", "", "", f"lost in round {number}", "")
     return table
 
 

@@ -1,7 +1,7 @@
-"""What a run leaves at its end, and every `save_every` rounds: adapters, step times, the table."""
+"""What a run leaves at its end, and every `save_every` rounds: adapters, the table, and `summary.json`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
-from ubsmoe_ds.aggregation.units import UnitStore
-from ubsmoe_ds.base.memory import peak_bytes, room_bytes
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.client.engine import Client
+from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import StepBatch, first_rows
+from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.fingerprint import machine, model_digest
+from ubsmoe_ds.federation.aggregator import Aggregator
+from ubsmoe_ds.federation.metrics import measured_speed
 from ubsmoe_ds.models.cost import flops_per_token
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -26,37 +27,30 @@ from ubsmoe_ds.mpi.world import World
 if TYPE_CHECKING:
     from ubsmoe_ds.federation.monitor import Monitor
 
-TIMING_REPEATS = 3
-
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one rank; every rank of the job calls its methods.
-
-    ranks: LoRA rank of each client as it is now.
-    """
+    """Writes what a run leaves; every rank of the job calls its methods."""
 
     exp: Experiment
     world: World
     client: Client
-    store: UnitStore
-    ranks: Sequence[int]
+    aggregator: Aggregator
 
     def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data_digest: str) -> None:
-        """The adapters, step times, and the table.
+        """Write the adapters, `summary.json` and the table (a collective over the job).
 
         Args:
-            batch: to measure steps with.
+            batch: the run's first step; its length is the context that FLOPs are counted for.
             progress: at the end of the last round.
             monitor: of the first rank.
             data_digest: of the rows, see `inputs`.
         """
         self.save_adapters()
-        peak_C = self._peak_memory()  # before K_max experts run everywhere, which takes what memory is left
-        timed_C2 = self._timed_steps(batch)
+        peak_C = self._peak_memory()
         self.world.agree()
         if monitor is not None:
-            rows = self._summary(progress, timed_C2, peak_C, context=batch.micro[0].input_ids.shape[1])
+            rows = self._summary(progress, peak_C, context=batch.micro[0].input_ids.shape[1], records=monitor.records())
             found = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
             inputs = {
@@ -75,15 +69,15 @@ class Outputs:
         """
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
-        state, own = self.store.full_state(), self._own_scales()
-        if self.world.client_rank == 0:
+        state, own = self.aggregator.store.full_state(self.aggregator.lora_rank), self._own_scales()
+        if self.world.group_rank == 0:
             self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
         self.world.barrier()
 
     def _write_adapters(self, folder: Path, state: dict[str, Tensor], own: dict[str, Tensor], scaling: float) -> None:
-        save = partial(save_adapter, self.exp, rank=self.store.rank, scaling=scaling)
+        save = partial(save_adapter, self.exp, rank=self.aggregator.lora_rank, scaling=scaling)
         save(folder / CLIENTS / self.client.config.name, state | own, k=self.client.k)
-        if self.world.client == int(np.argmax(self.ranks)):
+        if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)
 
     def _own_scales(self) -> dict[str, Tensor]:
@@ -94,51 +88,25 @@ class Outputs:
                 found[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(decoder.mlp.gate.scale).cpu()
         return found
 
-    def _timed_steps(self, batch: StepBatch) -> np.ndarray:
-        """Of each client, its step's time over that at K_max, and rows timed; of clients that are alike the first is.
-
-        One client at a time, so that they do not disturb each other. A client that may not have the memory for K_max
-        experts takes as many of a step's rows as they compute in the memory of its own step.
-        """
-        clients = self.exp.clients
-        kinds = [(self.exp.active_experts(c), c.ranks, c.expert_parallel, c.capacity_factor) for c in clients]
-        first_C = [kinds.index(kind) for kind in kinds]
-        table_C2 = np.zeros((len(clients), 2))
-        for number in sorted(set(first_C)):
-            self.world.barrier()
-            if number == self.world.client:
-                part = self._timed(batch)
-                own, full = self.client.step_seconds(part, (self.client.k, self.exp.k_max), TIMING_REPEATS)
-                if self.world.client_rank == 0:
-                    table_C2[number] = own / full, len(part.micro[0].input_ids)
-        return self.world.sum(table_C2)[first_C]
-
-    def _timed(self, batch: StepBatch) -> StepBatch:
-        """What a client's steps are measured with (a collective over it)."""
-        share, device = self.client.k / self.exp.k_max, self.client.device
-        more = peak_bytes(device) * (1 / share - 1)  # at most: what does not grow with K is in it
-        short = self.world.any_of_client(more > room_bytes(device, self.client.config.ranks))
-        return first_rows(batch, share) if short else batch
-
     def _peak_memory(self) -> np.ndarray:
         """Of each client the bytes that the fullest of its ranks has held at most (a collective over the job)."""
         table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
-        table_CR[self.world.client, self.world.client_rank] = peak_bytes(self.client.device)
+        table_CR[self.world.client, self.world.group_rank] = peak_bytes(self.client.device)
         return self.world.sum(table_CR).max(axis=1)
 
     def _summary(
-        self, progress: Progress, timed_C2: np.ndarray, peak_C: np.ndarray, context: int
+        self, progress: Progress, peak_C: np.ndarray, context: int, records: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        """One row a client."""
+        """Return one row a client; `records` are the rounds of the whole run (see `Monitor.records`)."""
         lora = self.exp.lora
         shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
         full = flops_per_token(shape, self.exp.k_max, context)
         rows = []
-        for config, rank, (ratio, timed), peak in zip(self.exp.clients, self.ranks, timed_C2, peak_C, strict=True):
+        for config, rank, peak in zip(self.exp.clients, self.aggregator.server.lora_ranks, peak_C, strict=True):
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
-            row |= {"flops_ratio": flops / full, "step_time_ratio": float(ratio), "timed_rows": int(timed)}
+            row |= {"flops_ratio": flops / full, **measured_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
             for field in ("loss", "accuracy"):  # not known of a client that was lost then and has come back
                 row[f"{field}_before"] = progress.before.get(f"eval_{field}/{config.name}", math.nan)

@@ -1,19 +1,21 @@
-"""A federation that goes on when ranks die: the clients they belong to are dropped, the others merge among themselves.
+"""Go on when ranks die: drop the clients they belong to, and merge among the others.
 
-The round under way is agreed on by every stage of rounds.py being done by all or by none. What the dead owned goes to
-new owners: the shared state from any client, which all hold it; the server optimiser's from its replica.
+Every stage of rounds.py is done by all ranks or by none. What the dead owned goes to new owners: the shared state from
+any client, which all hold it; the server optimiser's from its replica.
 """
 
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.base.errors import TooFewClients
+from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.build import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
+from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.ulfm import recover
-from ubsmoe_ds.mpi.world import RanksLost
+from ubsmoe_ds.mpi.world import World
 
 
 def run(federation: Federation) -> None:
-    """`Federation.run`, again after every death; ranks of a client that lost one leave.
+    """Call `Federation.run`, again after every death; ranks of a client that lost one leave.
 
     Raises:
         TooFewClients: if fewer than `min_clients` are left.
@@ -28,14 +30,14 @@ def run(federation: Federation) -> None:
             deaths.append(death)
         while True:
             try:
-                _go_on(federation)
+                _shrink(federation)
                 break
             except RanksLost as death:  # another one meanwhile
                 deaths.append(death)
 
 
-def _go_on(federation: Federation) -> None:
-    """Without the clients that are lost."""
+def _shrink(federation: Federation) -> None:
+    """Drop the clients that are lost, and bring everything that depends on the list of clients up to date."""
     world, lost = recover(federation.world, [federation.stop.comm])
     if not lost:
         raise RuntimeError("MPI has failed although no rank has died")
@@ -44,22 +46,31 @@ def _go_on(federation: Federation) -> None:
     names = [old.clients[client].name for client in lost]
     exp = old.model_copy(update={"clients": [old.clients[client] for client in kept]})
     federation.progress.lost |= dict.fromkeys(names, number)
-    weights = [federation.server.weights[client] for client in kept]
-    plan, owned = plan_exchanges(exp, world, federation.store)
+    before = federation.aggregator.server
+    weights = [before.weights[client] for client in kept]
+    exchange_for, owned = plan_exchanges(exp, world, federation.aggregator.store)
     server = Server(exp, owned, [weight / sum(weights) for weight in weights])
-    server.ranks = [federation.server.ranks[client] for client in kept]
-    monitor = federation.monitor
-    if world.rank == 0 and monitor is None:  # the rank that wrote is gone
-        from ubsmoe_ds.federation.monitor import Monitor
-
-        monitor = Monitor(exp, go_on_from=number, config=federation.checkpoints.config)
-        if federation.latest is not None and monitor.rounds < number:
-            monitor.round(*federation.latest)  # it died before it had written that
-    if monitor is not None:
-        monitor.lost(number, names, len(kept))
-    federation.survive(world, exp, server, plan, monitor)
+    server.lora_ranks = [before.lora_ranks[client] for client in kept]
+    _pass_on_monitor(federation, exp, world, names)
+    federation.exp, federation.world = exp, world
+    federation.checkpoints = federation.checkpoints.among(exp, world)
+    federation.aggregator.survive(exp, world, server, exchange_for)
+    federation.stop.listen_on(world.comm)  # last: it may find another death
     if len(kept) < exp.min_clients:
         raise TooFewClients(
-            f"min_clients: {len(kept)} clients are left of the {exp.min_clients} demanded; --resume auto "
-            "goes on from the last checkpoint"
+            f"min_clients: {len(kept)} clients are left, {exp.min_clients} are demanded; --resume auto goes on from "
+            "the last checkpoint"
         )
+
+
+def _pass_on_monitor(federation: Federation, exp: Experiment, world: World, lost: list[str]) -> None:
+    """Open a monitor where the rank that wrote is gone, and name the clients that are lost."""
+    number = federation.progress.round
+    if world.rank == 0 and federation.monitor is None:
+        from ubsmoe_ds.federation.monitor import Monitor
+
+        federation.monitor = Monitor(exp, go_on_from=number, config=federation.checkpoints.config)
+        if federation.record is not None and federation.monitor.rounds < number:
+            federation.monitor.round(federation.record)  # it died before it had written that
+    if federation.monitor is not None:
+        federation.monitor.lost(number, lost, len(exp.clients))

@@ -1,7 +1,7 @@
-"""What is simply added up over the job after local steps: counts of routed tokens, moments, ranks, who went astray.
+"""Sum over the job what every rank counted in its local steps: routed tokens, moments, LoRA ranks, who went astray.
 
 Every rank ends with the same numbers, so that owners need not send them along with their units.
-Shapes: C clients, L layers, E experts, F expert width.
+Shapes: C clients, L layers, E experts, F expert width, X = E + 1.
 """
 
 from collections.abc import Sequence
@@ -17,53 +17,54 @@ from ubsmoe_ds.mpi.world import World
 
 
 class RoundStatistics(NamedTuple):
-    """usage: see `Usage`; ranks: LoRA rank of each client from now on; astray_C: clients that sent NaN or Inf.
+    """The same on all ranks.
 
-    worked_C: which part of its round each client did; moments_LEX: see `sum_moments`
+    usage: see `Usage`.
+    lora_ranks: LoRA rank of each client from now on.
+    astray_C: whether a client sent NaN or Inf.
+    worked_C: part of its round that each client did, 0 to 1.
+    moments_LEX: see `sum_moments`.
     """
 
     usage: Usage
-    ranks: list[int]
+    lora_ranks: list[int]
     astray_C: np.ndarray
     worked_C: list[float]
     moments_LEX: Tensor | None
 
 
 def gather(
-    world: World, client: Client, weights: Sequence[float], finite: bool, worked: float, pseudo_weight: float
+    world: World, client: Client, weights: Sequence[float], *, lora_rank: int, finite: bool, worked: float
 ) -> RoundStatistics:
-    """Sum over the job (a collective); changes nothing here.
+    """Sum a round's counts over the job (a collective); changes nothing on this rank.
 
     The utilisation of a client that went astray does not count: with NaN in its weights its routing says nothing.
 
     Args:
         world, client: this rank's.
         weights: w_c.
-        finite: whether everything this rank sends is finite.
-        worked: which part of its round the client did, 0 to 1.
-        pseudo_weight: what a pseudo-update counts as, beside a routed token, in `Usage.used_CLE`.
+        lora_rank: the client's LoRA rank from now on.
+        finite: whether everything that this rank sends is finite.
+        worked: part of its round that the client did, 0 to 1.
     """
-    counts = torch.cat([client.routed_counts().double(), client.pseudo_mass().nan_to_num(0.0, 0.0, 0.0)], dim=1)
-    layers, width = counts.shape
-    experts = (width - 1) // 2
-    of_client = np.zeros((len(weights), layers * width + 3))
-    once = world.client_rank == 0
-    own = [not finite, client.rank if once else 0, worked if once else 0]
-    of_client[world.client] = [*counts.reshape(-1).tolist(), *own]
-    table = world.sum(of_client)
-    counts_CLX = torch.from_numpy(table[:, :-3]).view(len(weights), layers, width)
-    tokens_CL1 = counts_CLX[..., experts : experts + 1].clamp_min(1)
-    routed_CLE, pseudo_CLE = counts_CLX[..., :experts] / tokens_CL1, counts_CLX[..., experts + 1 :] / tokens_CL1
+    counts_LX = client.routed_counts().double()
+    table = np.zeros((len(weights), counts_LX.numel() + 3))
+    first = world.group_rank == 0
+    flags = [not finite, lora_rank if first else 0, worked if first else 0]
+    table[world.client] = [*counts_LX.reshape(-1).tolist(), *flags]
+    table = world.sum(table)
+    counts_CLX = torch.from_numpy(table[:, :-3]).view(len(weights), *counts_LX.shape)
+    routed_CLE = counts_CLX[..., :-1] / counts_CLX[..., -1:].clamp_min(1)
     astray_C, worked_C = table[:, -3] > 0, table[:, -1]
     weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(~astray_C * worked_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), routed_CLE)
     moments_LEX = sum_moments(world, client, weights[world.client] if finite and worked else 0.0)
-    usage = Usage(routed_CLE + pseudo_weight * pseudo_CLE, utilisation_LE.float())
+    usage = Usage(routed_CLE, utilisation_LE.float())
     return RoundStatistics(usage, [int(rank) for rank in table[:, -2]], astray_C, worked_C.tolist(), moments_LEX)
 
 
 def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
-    """Moments of the experts over the active tokens of all clients, weighted like their utilisation (a collective).
+    """Sum the experts' moments over the active tokens of all clients, weighted like their utilisation (a collective).
 
     Args:
         world, client: this rank's.
@@ -80,7 +81,7 @@ def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
 
 
 def count_refused(world: World, refused: Sequence[tuple[int, int]], clients: int, units: int) -> list[tuple[int, int]]:
-    """(client, unit number) of every refused update, known to all ranks (a collective)."""
+    """Return (client, unit number) of every refused update, known to all ranks (a collective)."""
     table = np.zeros((clients, units))
     for client, unit in refused:
         table[client, unit] = 1

@@ -148,7 +148,6 @@ class PseudoGradientCollector:
         """One layer's backward pass of one micro-batch."""
         routing = tokens.routing
         c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
-        self.layers[index].gate.pseudo_E += c_TE.sum(0)
         c_TE = c_TE / self._world
         if self.estimator == "expert_mean":
             self._add(index, "pseudo_mass", c_TE.sum(0))

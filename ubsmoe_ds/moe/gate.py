@@ -106,8 +106,6 @@ class UBSMoEGate(TopKGate):
         self.routing: Routing | None = None
         for name, shape in (("routed_E", (num_experts,)), ("kept_E", (num_experts,)), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
-        # mass of pseudo-gradients, sum over tokens of rho p (1 - active); no buffer, which an engine might cast to bf16
-        self.pseudo_E = torch.zeros(num_experts)
 
     def forward(  # type: ignore[override]  # the stock annotation promises three values; MOELayer unpacks seven
         self,
@@ -197,7 +195,6 @@ class UBSMoEGate(TopKGate):
         """Start counting anew: before local steps, and before an evaluation."""
         for counter in (self.routed_E, self.kept_E, self.tokens):
             counter.zero_()
-        self.pseudo_E = torch.zeros_like(self.routed_E, dtype=torch.float32)
 
     def _load_balancing_loss(self, p_TE: Tensor, active_TE: Tensor, used_T: Tensor) -> Tensor:
         """DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that count."""

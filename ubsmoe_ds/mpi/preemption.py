@@ -1,6 +1,5 @@
 """Whether a job is asked to stop: signals, and the word of them that ranks pass on."""
 
-import os
 import signal
 import threading
 import time
@@ -8,9 +7,9 @@ import time
 import numpy as np
 from mpi4py import MPI
 
-from ubsmoe_ds.base.errors import EXIT_TERMINATED
-from ubsmoe_ds.launching.relaunch import STOP_SIGNALS
-from ubsmoe_ds.mpi.world import DEATHS, RanksLost
+from ubsmoe_ds.launching.supervisor import STOP_SIGNALS
+from ubsmoe_ds.mpi.collectives import DEATHS, RanksLost
+from ubsmoe_ds.mpi.exits import end_now
 
 SAME_SIGNAL_SECONDS = 2.0  # a launcher and its process group may bring one signal twice
 
@@ -72,14 +71,14 @@ class StopRequests:
         if self._asked_at is None:
             self._ask(tell=True)
         elif now - self._asked_at > SAME_SIGNAL_SECONDS:
-            os._exit(EXIT_TERMINATED)
+            end_now()
 
     def _ask(self, tell: bool) -> None:
         self._asked_at = time.monotonic()
         if tell:
             self._tell()
         if self.grace_seconds is not None:
-            timer = threading.Timer(self.grace_seconds, os._exit, [EXIT_TERMINATED])
+            timer = threading.Timer(self.grace_seconds, end_now)
             timer.daemon = True
             timer.start()
 

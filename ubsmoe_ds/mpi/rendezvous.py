@@ -4,7 +4,6 @@ A host has several addresses, and not all lead to it from elsewhere: a name may 
 /etc/hosts, and containers give every host the same bridge. So addresses are tried, not guessed.
 """
 
-import json
 import os
 import secrets
 import socket
@@ -20,11 +19,11 @@ import numpy as np
 import psutil
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.mpi.collectives import gather_json
 
 LOOPBACK = "127.0.0.1"
 TRY_SECONDS = 3.0  # to reach an address
 MOST_ADDRESSES = 32
-MOST_BYTES = 4096  # of what a rank tells the others
 PORT_TRIES = 100
 FIRST_PORT, SYSTEM_PORTS = 16384, 32768  # between them nobody is given a port by chance, unless set otherwise
 INTERFACES = "GLOO_SOCKET_IFNAME"  # of gloo: names with commas between
@@ -38,25 +37,26 @@ class Meeting(NamedTuple):
     interface: str
 
 
-def meet(client_comm: Any, everybody: Any, one_host: bool) -> Meeting:
+def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
     """Agree on a meeting place (a collective over the client, and over the job).
 
     Args:
-        client_comm: communicator of the client.
+        group_comm: communicator of the group.
         everybody: of the job. Ports are held until all clients have theirs, so that they differ on a host.
         one_host: whether the client is on one host; then it meets on the loopback interface.
 
     Raises:
         UserError: on every rank of the job, if no address of some client's first rank is reached by all its others.
     """
-    with closing(_Listener()) if client_comm.rank == 0 else nullcontext() as listener:
+    with closing(_Listener()) if group_comm.rank == 0 else nullcontext() as listener:
         offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
-        port, token, addresses = share(client_comm, offer)[0]
+        port, token, addresses = gather_json(group_comm, offer)[0]
         with ThreadPoolExecutor(max_workers=MOST_ADDRESSES) as pool:
             tried = list(pool.map(lambda address: _reach(address, port, token), addresses))
-        reached = np.array(share(client_comm, [interface is not None for interface in tried]), dtype=bool).all(axis=0)
+        answers = gather_json(group_comm, [interface is not None for interface in tried])
+        reached = np.array(answers, dtype=bool).all(axis=0)
         problem = "" if reached.any() else ", ".join(addresses) or "it has none"
-        problems = [each for each in share(everybody, problem) if each]
+        problems = [each for each in gather_json(everybody, problem) if each]
     if problems:
         raise UserError(
             f"rendezvous: no address of the client's first host ({problems[0]}) is reached from all its hosts; open "
@@ -64,21 +64,6 @@ def meet(client_comm: Any, everybody: Any, one_host: bool) -> Meeting:
         )
     chosen = int(reached.argmax())
     return Meeting(addresses[chosen], port, tried[chosen] or "")
-
-
-def share(comm: Any, value: Any) -> list[Any]:
-    """What each rank of a communicator tells all others, as JSON (a collective).
-
-    Raises:
-        ValueError: for more than `MOST_BYTES`.
-    """
-    text = json.dumps(value).encode()
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"a message of {len(text)} bytes; {MOST_BYTES} are the most")
-    given = np.frombuffer(text.ljust(MOST_BYTES), dtype=np.uint8)
-    found = np.empty((comm.size, MOST_BYTES), dtype=np.uint8)
-    comm.Allgather(given, found)
-    return [json.loads(row.tobytes()) for row in found]
 
 
 class _Listener:

@@ -5,21 +5,18 @@ an exit code or by Abort, only one that is ended by a signal or leaves with code
 after a death; so ranks end by `leave`, `end` and `die` alone. Shrink spins until the last survivor comes, Iagree not.
 """
 
-import os
-import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.mpi.world import DEATHS, POLL_SECONDS, RECOVERING, SURVIVES, World
+from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS, SURVIVES
+from ubsmoe_ds.mpi.exits import leave_job
+from ubsmoe_ds.mpi.world import RECOVERING, World
 
-LAST_ONE_SECONDS = 0.3  # mpiexec ends with the first exit code that is not 0: its rank leaves after the others
 NOTICE_SECONDS = 3.0  # until the death of another rank is known here
 
 
@@ -36,45 +33,66 @@ def check_survivable(environment: Mapping[str, str]) -> None:
 
 
 def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]]:
-    """The world of the clients that are whole; ranks of the others leave here. Every survivor calls it.
+    """Return the world of the whole groups; ranks of broken groups leave the job here. Every remaining rank calls it.
 
     Args:
-        world: in which somebody died.
+        world: the one in which a rank died.
         derived: other communicators over it, on which ranks may wait.
 
     Returns:
-        (the new world, positions in the old list of clients that are lost).
+        (the new world, positions in the old list of the clients that are lost).
     """
     for comm in (*derived, world.comm):
-        comm.Revoke()  # whoever waits on it wakes up
+        comm.Revoke()  # wakes whoever waits on it
     _gather_quietly(world.comm)
     alive = world.comm
     while True:
         alive = MPI.Intracomm(alive.Shrink())
-        places = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
-        lost = sorted({world.client_of[old] for old in set(range(world.comm.size)) - set(places)})
-        stays = world.client not in lost
-        agreed, found = 1, None
-        try:
-            found = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
-        except MPI.Exception:
-            agreed = 0
-        try:
-            agreed = alive.Agree(agreed)
-        except MPI.Exception:
-            agreed = 0
+        old_ranks = MPI.Group.Translate_ranks(alive.Get_group(), list(range(alive.size)), world.comm.Get_group())
+        lost = sorted({world.group_of[old] for old in set(range(world.comm.size)) - set(old_ranks)})
+        stays = world.group_of[world.rank] not in lost
+        agreed, whole = _split_off_whole_groups(alive, stays)
         if agreed:
             break
-        alive.Revoke()  # somebody died meanwhile: once more
-    if not stays or found is None:
-        leave()
-    kept = [client for client in range(max(world.client_of) + 1) if client not in lost]
-    left = [old for old in places if world.client_of[old] in kept]
-    client_of = tuple(kept.index(world.client_of[old]) for old in left)
-    hosts = tuple(world.hosts[old] for old in left)
-    meetings = tuple(world.meetings[client] for client in kept)
-    client = kept.index(world.client)
-    return replace(world, comm=found, client_of=client_of, client=client, hosts=hosts, meetings=meetings), lost
+        alive.Revoke()  # another rank died meanwhile: once more
+    if not stays or whole is None:
+        leave_job()
+    return _without(world, lost, whole, old_ranks), lost
+
+
+def _split_off_whole_groups(alive: MPI.Intracomm, stays: bool) -> tuple[bool, MPI.Intracomm | None]:
+    """Return whether all remaining ranks have made the communicator of those that stay, and it (a collective)."""
+    agreed, comm = 1, None
+    try:
+        comm = MPI.Intracomm(alive.Split(0 if stays else MPI.UNDEFINED, alive.rank))
+    except MPI.Exception:
+        agreed = 0
+    try:
+        agreed = alive.Agree(agreed)
+    except MPI.Exception:
+        agreed = 0
+    return bool(agreed), comm
+
+
+def _without(world: World, lost: Sequence[int], comm: MPI.Intracomm, old_ranks: Sequence[int]) -> World:
+    """Return the world of the groups that are left, numbered anew.
+
+    Args:
+        world: the old one.
+        lost: numbers of the broken groups.
+        comm: of the ranks that are left.
+        old_ranks: ranks in the old world that are alive, those of broken groups too.
+    """
+    kept = [group for group in range(max(world.group_of) + 1) if group not in lost]
+    left = [old for old in old_ranks if world.group_of[old] in kept]
+    return replace(
+        world,
+        comm=comm,
+        group_of=tuple(kept.index(world.group_of[old]) for old in left),
+        client=kept.index(world.client),
+        hosts=tuple(world.hosts[old] for old in left),
+        meetings=tuple(world.meetings[group] for group in kept),
+    )
 
 
 def _gather_quietly(comm: MPI.Comm) -> None:
@@ -97,49 +115,15 @@ def _gather_quietly(comm: MPI.Comm) -> None:
             return
 
 
-def is_client_broken(world: World) -> bool:
+def is_group_broken(world: World) -> bool:
     """Whether a rank of this rank's own client has died; its death may be known a little later than its silence."""
     word = np.zeros(1, dtype=np.int32)
     deadline = time.monotonic() + NOTICE_SECONDS
     try:
-        waiting = world.client_comm.Irecv(word, source=MPI.ANY_SOURCE)  # nobody sends: it fails when somebody dies
-        while world.client_comm.size > 1 and time.monotonic() < deadline:
+        waiting = world.group_comm.Irecv(word, source=MPI.ANY_SOURCE)  # nobody sends: it fails when somebody dies
+        while world.group_comm.size > 1 and time.monotonic() < deadline:
             waiting.Test()
             time.sleep(POLL_SECONDS)
     except MPI.Exception as error:
         return error.Get_error_class() in DEATHS
     return False
-
-
-def leave() -> NoReturn:
-    """Go, without harm to the others."""
-    _flush()
-    os._exit(0)
-
-
-def end(comm: MPI.Comm, code: int) -> NoReturn:
-    """End the job with a code; every rank that is left calls it."""
-    request = comm.Ibarrier()
-    try:
-        while not request.Test():
-            time.sleep(POLL_SECONDS)
-    except MPI.Exception as error:
-        if error.Get_error_class() not in DEATHS:
-            raise
-    _flush()
-    if comm.rank == 0:
-        time.sleep(LAST_ONE_SECONDS)
-        os._exit(code)
-    os._exit(0)
-
-
-def die() -> NoReturn:
-    """After an error in this rank alone: so that the others see it."""
-    _flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()

@@ -9,28 +9,21 @@ ranks behind; so there each host's daemon is ended by force, and ranks never out
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
-from ubsmoe_ds.base.errors import EXIT_FAILURE
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.launching.relaunch import end_with_parent, sign_off
+from ubsmoe_ds.mpi.collectives import gather_json
+from ubsmoe_ds.mpi.exits import end_host, end_with_daemon
 from ubsmoe_ds.mpi.heartbeat import Heartbeat, Host, open_socket
-from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses, share
-from ubsmoe_ds.mpi.world import World, abort
-
-ABORT_SECONDS = 3.0  # for the launcher to end this rank
-OPEN_MPI_DAEMONS = ("prted", "prterun", "prte")
-BETWEEN = 3  # processes between such a daemon and a rank, at most: what starts a container, a script
+from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
+from ubsmoe_ds.mpi.world import World
 
 
 def watch(exp: Experiment, world: World) -> Heartbeat | None:
@@ -41,15 +34,14 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     first_of = {host: world.hosts.index(host) for host in world.hosts}  # in the order of their first ranks
     if len(first_of) == 1 or world.survives:
         return None
-    if _open_mpi_daemon() is not None:
-        end_with_parent(signal.SIGKILL)
+    end_with_daemon()
     here = world.hosts[world.rank]
     speaks = first_of[here] == world.rank
     own_socket = open_socket() if speaks else None
     told: dict[str, Any] = {"pid": os.getpid(), "counted_in": Path("/proc/self/ns/pid").stat().st_ino}
     if own_socket is not None:
         told |= {"addresses": _addresses(), "port": own_socket.getsockname()[1], "token": secrets.token_hex(16)}
-    everybody = share(world.comm, told)
+    everybody = gather_json(world.comm, told)
     if own_socket is None:
         return None
     hosts = [
@@ -64,7 +56,7 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     )
     token = bytes.fromhex(everybody[0]["token"])
     me = list(first_of).index(here)
-    return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(_end, others))
+    return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(end_host, others))
 
 
 def _handles(pids: Iterable[int]) -> list[int]:
@@ -88,46 +80,10 @@ def _addresses() -> list[str]:
 def _describe(exp: Experiment, world: World, host: str) -> str:
     """host n1 (client 'b', job ranks 2 3)"""
     ranks = [rank for rank, other in enumerate(world.hosts) if other == host]
-    names = [repr(exp.clients[client].name) for client in sorted({world.client_of[rank] for rank in ranks})]
+    names = [repr(exp.clients[client].name) for client in sorted({world.group_of[rank] for rank in ranks})]
     clients, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
     return f"host {host} ({clients} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _end(others: Sequence[int], cut_off: bool) -> NoReturn:
-    """End all ranks of this host, and where it can be reached the job; called in the heartbeat's thread.
-
-    Args:
-        others: pidfds of the other ranks here.
-        cut_off: whether the first host is out of reach, and with it perhaps whatever else would end them.
-    """
-    sign_off(os.environ, EXIT_FAILURE)
-    daemon = _open_mpi_daemon()
-    if daemon is not None:
-        with contextlib.suppress(OSError):  # it has just ended
-            os.kill(daemon, signal.SIGKILL)
-    else:
-        if cut_off:  # first, as MPICH's Abort ends this process at once; else its code is the job's, not theirs
-            _kill(others)
-        threading.Thread(target=abort, args=[EXIT_FAILURE], daemon=True).start()
-        time.sleep(ABORT_SECONDS)
-    _kill(others)
-    os._exit(EXIT_FAILURE)
-
-
-def _kill(handles: Iterable[int]) -> None:
-    for handle in handles:
-        with contextlib.suppress(OSError):  # it has ended, or this is forbidden; this thread has more to do
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-
-
-def _open_mpi_daemon() -> int | None:
-    """The process that started this rank, if it is Open MPI's."""
-    try:
-        parents = psutil.Process().parents()[: BETWEEN + 1]
-        return next((parent.pid for parent in parents if parent.name() in OPEN_MPI_DAEMONS), None)
-    except psutil.Error:  # one of them has just ended
-        return None

@@ -103,7 +103,7 @@ def rank_load(job: Job, number: int) -> RankLoad:
         clients=len(exp.clients),
         world=exp.world_size,
         receivers=0.0,
-        reply_rank=sum(exp.lora_ranks) if exp.merge.rule == "flora" else exp.lora_rank(client),
+        reply_rank=sum(exp.lora_ranks) if exp.merge.row.stacking else exp.lora_rank(client),
         reducible=_is_reducible(exp),
         text_bytes=workload.text_bytes,
         on_cpu=job.on_cpu,
@@ -120,10 +120,9 @@ def _moments(settings: DeepSpeedConfig) -> int:
 
 
 def _is_reducible(exp: Experiment) -> bool:
-    """Whether sums are formed on the way to the owners, see `Exchange.is_reducible` and `Server.is_linear`."""
+    """Whether sums are formed on the way to the owners, see `Exchange.is_reducible` and `MergeConfig.is_linear`."""
     alike = all(client.ranks == 1 for client in exp.clients) and len(set(exp.lora_ranks)) == 1
-    linear = exp.merge.rule in ("fedavg", "activation") and exp.merge.clip_norm is None
-    return alike and linear and exp.merge.payload == "fp32"
+    return alike and exp.merge.is_linear and exp.merge.payload == "fp32"
 
 
 def _copies(load: RankLoad, client: ClientConfig) -> float:

@@ -6,11 +6,10 @@ from itertools import islice
 from typing import Any
 
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import Example, PackedRow, encode, pack, steps
-from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import Row, load_rows, load_site
-from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
-from ubsmoe_ds.models.tokenizer import read_tokenizer
+from ubsmoe_ds.data.batches import Example, PackedRow
+from ubsmoe_ds.data.encoding import Encoder, read_encoder
+from ubsmoe_ds.data.shares import has_sites, rows_by_client
+from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.planning.plan import Workload
 
 MOST_STEPS = 1000  # of a client that are looked at
@@ -22,25 +21,16 @@ def workloads(exp: Experiment) -> list[Workload]:
     Raises:
         UserError: for rows, lengths or a tokenizer that a run would refuse too.
     """
-    model = read_config(exp.model_dir)
-    tokenizer = read_tokenizer(exp.model_dir, model.vocab_size)
-    check_length(model, exp.data.max_length, "data.max_length")
-    sources = [client.source for client in exp.clients if client.source is not None]
-    if sources:
-        of_client, evaluations = zip(*(load_site(exp.data, source, exp.seed) for source in sources), strict=True)
-        eval_rows, read_bytes = evaluations[0], [_bytes(rows) for rows in of_client]  # a rank reads its site's rows
-    else:
-        train_rows, eval_rows = load_rows(exp.data, exp.seed)
-        shares = partition([row["task"] for row in train_rows], exp.clients, exp.data, exp.seed)
-        of_client = tuple([train_rows[i] for i in share] for share in shares)
-        read_bytes = [_bytes(train_rows)] * len(shares)
-    packed = pack(eval_rows, tokenizer, exp.data.max_length)
-    check_window(model, max(row.longest for row in packed))
-    evaluation = _of_evaluation(packed, exp.evaluation.batch_size)
+    encoder = read_encoder(exp)
+    of_client, eval_rows = rows_by_client(exp)
+    # a rank reads the rows of its site, or all common rows
+    of_each = [_bytes(rows) for rows in of_client]
+    read_bytes = of_each if has_sites(exp) else [sum(of_each)] * len(of_each)
+    evaluation = _of_evaluation(encoder.pack(eval_rows), exp.evaluation.batch_size)
     found = []
     for number, rows in enumerate(of_client):
-        examples, _ = encode(rows, tokenizer, exp.data.max_length)
-        training = _of_training(exp, number, examples, tokenizer.pad_token_id)
+        examples, _ = encoder.encode(rows)
+        training = _of_training(encoder, number, examples)
         text = read_bytes[number] + _bytes(eval_rows)
         found.append(Workload(**training, **evaluation, text_bytes=text))
     return found
@@ -50,21 +40,12 @@ def _bytes(rows: Sequence[Row]) -> int:
     return sum(len(json.dumps(row)) for row in rows)
 
 
-def _of_training(exp: Experiment, number: int, examples: Sequence[Example], pad: int) -> dict[str, Any]:
-    ranks, micro = exp.clients[number].ranks, exp.deepspeed.gradient_accumulation_steps
+def _of_training(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:
+    exp = encoder.exp
     count = min(MOST_STEPS, exp.train.rounds * exp.train.local_steps)
     lengths, answers = [], []
-    for rank in range(ranks):
-        batches = steps(
-            examples,
-            batch_size=exp.deepspeed.train_batch_size,
-            micro_batches=micro,
-            rank=rank,
-            ranks=ranks,
-            pad=pad,
-            seed=(exp.seed, number),
-        )
-        for batch in islice(batches, count):
+    for rank in range(exp.clients[number].ranks):
+        for batch in islice(encoder.steps(examples, number, rank), count):
             lengths += [tokens.input_ids.shape[1] for tokens in batch.micro]
             answers += [len(tokens.target_A) / len(tokens.input_ids) for tokens in batch.micro]
     means = {"mean_length": sum(lengths) / len(lengths), "mean_answers": sum(answers) / len(answers)}

@@ -31,14 +31,14 @@ OF_ROUND = {
     "training_utilisation_cv": "utilisation/cv",
 }
 # what is averaged over the clients of a budget
-OF_BUDGET = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "step_time_ratio"]
+OF_BUDGET = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "tokens_per_second", "seconds_per_step"]
 # where a run is written, and how it is saved meanwhile, does not change what it is
 NOT_COMPARED = ("name", "output", "overwrite", "checkpoint", "fault_tolerance", "min_clients")
 READING = (  # of the tables
     "Mean ± sample standard deviation over the seeds, after the last round. Each seed has evaluation rows of its own, "
     "so the spread is in large part theirs; differences of methods are taken seed by seed, below. FLOPs % are of K_max "
-    "experts at the whole LoRA rank; step time % is of K_max experts at the client's own rank, so 100 without "
-    "measuring where the client runs K_max."
+    "experts at the whole LoRA rank. Tokens/s and s/step are wall time of local steps, measured while all clients of "
+    "a run share the machine's cores: compare them within one table only."
 )
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
 DODGE = 0.05  # between methods at one budget, in units of the distance between budgets
@@ -189,7 +189,8 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
             "accuracy": _number(end["accuracy_after"]),
             "accuracy_norm": _number(at_end[f"eval_{view}/accuracy_norm_all"]),
             "flops_ratio": end["flops_ratio"],
-            "step_time_ratio": _number(end["step_time_ratio"]),
+            "tokens_per_second": _number(end.get("tokens_per_second")),  # runs of older versions have none
+            "seconds_per_step": _number(end.get("seconds_per_step")),
             # a client that was lost for some rounds and came back sent nothing in these
             "megabytes_sent": sum(record["metrics"].get(f"megabytes_sent/{client.name}", 0.0) for record in trained),
             "local_seconds": sum(record["seconds"].get(f"seconds_local/{client.name}", 0.0) for record in trained),
@@ -268,7 +269,7 @@ def _results(clients: pd.DataFrame) -> str:
     totals = of_run.groupby("method").mean()
     headings = ["method"]
     headings += [f"{field} β={budget:g}" for budget in budgets for field in ("loss", "accuracy %")]
-    headings += [f"{what} % β={budgets[0]:g}" for what in ("FLOPs", "step time")]
+    headings += [f"{what} β={budgets[0]:g}" for what in ("FLOPs %", "tokens/s (shared cores)", "s/step (shared cores)")]
     headings += ["MB sent", "local seconds, slowest client"]
     rows = []
     for method in dict.fromkeys(clients["method"]):
@@ -278,7 +279,8 @@ def _results(clients: pd.DataFrame) -> str:
             row.append(_plus_minus(found["loss"], digits=4, of=seeds))
             row.append(_plus_minus(found["accuracy"], digits=1, of=seeds, scale=100))
         poorest = table.loc[(method, budgets[0])]
-        row += [_percent(poorest[(field, "mean")]) for field in ("flops_ratio", "step_time_ratio")]
+        row.append(_mean(poorest["flops_ratio"], digits=1, scale=100))
+        row += [_mean(poorest["tokens_per_second"], digits=0), _mean(poorest["seconds_per_step"], digits=3)]
         row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
         rows.append(row)
     return _table(headings, rows)
@@ -317,8 +319,8 @@ def _plus_minus(found: Mapping[str, float], digits: int, of: int, scale: float =
     return f"{scale * found['mean']:{sign}.{digits}f}{spread}{fewer}"
 
 
-def _percent(ratio: float) -> str:
-    return "-" if pd.isna(ratio) else f"{100 * ratio:.1f}"
+def _mean(found: Mapping[str, float], digits: int, scale: float = 1.0) -> str:
+    return "-" if pd.isna(found["mean"]) else f"{scale * found['mean']:.{digits}f}"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

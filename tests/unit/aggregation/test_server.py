@@ -23,8 +23,8 @@ def experiment(ranks: list[int], dmr: bool = False, **merge) -> Experiment:
 
 
 def units(experts: int = 2) -> list[Unit]:
-    lora = [Unit(f"layers.0.experts.{e}.gate", expert=e, lora=(M, N)) for e in range(experts)]
-    return [*lora, Unit("layers.0.router", 5), Unit("layers.0.dmr", 8)]
+    lora = [Unit(f"layers.0.experts.{e}.gate", "lora", expert=e, lora=(M, N)) for e in range(experts)]
+    return [*lora, Unit("layers.0.router", "router", 5), Unit("layers.0.phi", "phi", 8)]
 
 
 def usage(clients: int, used: float = 1.0) -> Usage:
@@ -89,7 +89,7 @@ def test_a_unit_of_which_nothing_is_left_keeps_its_value(rule):
         update[21:42] = np.nan
         update[-1] = np.nan
     replies, server = merged(exp, listed, held, updates)
-    assert {unit.name for _, unit in server.refused} == {"layers.0.experts.1.gate", "layers.0.dmr"}
+    assert {unit.name for _, unit in server.refused} == {"layers.0.experts.1.gate", "layers.0.phi"}
     for reply in replies:
         if rule == "flora":
             A, B = np.split(reply[: 2 * 42].reshape(2, -1), [6 * N], axis=1)
@@ -108,7 +108,7 @@ def test_an_expert_that_nobody_used(rule):
     held = [np.zeros_like(a) for a in arrays(ranks, 0, listed)]
     updates = arrays(ranks, 1, listed)
     use = usage(2)
-    use.used_CLE[:, :, 1] = 0
+    use.routed_CLE[:, :, 1] = 0
     replies, _ = merged(experiment(ranks, rule=rule), listed, held, updates, use)
     unused = replies[0][42:84] if rule == "flora" else replies[0][21:42]
     assert (unused == 0).all() == (rule == "activation")
@@ -131,7 +131,7 @@ def test_weights_of_a_round_by_hand():
 
 
 def test_phi_stays_where_no_utilisation_counts():
-    listed = [Unit("layers.0.dmr", 8)]
+    listed = [Unit("layers.0.phi", "phi", 8)]
     server = Server(experiment([3], dmr=True), listed, [1.0])
     server.start([np.ones(8, np.float32)])
     server.weigh([1.0], [True])
@@ -140,7 +140,7 @@ def test_phi_stays_where_no_utilisation_counts():
 
 def test_clip_norm_by_hand():
     """Client 0's router update (3, 4, 0, 0, 0) has norm 5 and is cut to 1; client 1's (0.6, 0.8, ...) stays."""
-    listed = [Unit("layers.0.router", 5)]
+    listed = [Unit("layers.0.router", "router", 5)]
     updates = [np.array([3, 4, 0, 0, 0], np.float32), np.array([0.6, 0.8, 0, 0, 0], np.float32)]
     replies, _ = merged(experiment([3, 3], clip_norm=1.0), listed, [np.zeros(5, np.float32)] * 2, updates)
     np.testing.assert_allclose(replies[0], [0.6, 0.8, 0, 0, 0], atol=1e-6)
@@ -158,7 +158,7 @@ def test_clip_norm_by_hand():
 def test_server_optimizer_by_hand(kind, expected):
     """Two rounds in which every client's update is 2; betas 0.9 and 0.99, lr 0.5, eps 0.1."""
     options = {"server_optimizer": kind, "server_lr": 0.5, "server_betas": (0.9, 0.99), "server_eps": 0.1}
-    listed = [Unit("layers.0.router", 1)]
+    listed = [Unit("layers.0.router", "router", 1)]
     server = new_server(experiment([3, 3], **options), listed, [0.5, 0.5])
     server.start([np.zeros(1, np.float32)] * 2)
     found = []
@@ -169,7 +169,7 @@ def test_server_optimizer_by_hand(kind, expected):
 
 def test_moments_of_a_refused_unit_stay():
     """Round 2 is refused of all: nothing moves, and round 3 goes on from round 1's moment: m = 0.9 * 2 + 2."""
-    listed = [Unit("layers.0.router", 1)]
+    listed = [Unit("layers.0.router", "router", 1)]
     config = {"server_optimizer": "momentum", "server_betas": (0.9, 0.99)}
     server = new_server(experiment([3], **config), listed, [1.0])
     server.start([np.zeros(1, np.float32)])
@@ -211,7 +211,7 @@ def test_pruned_client_gets_its_first_ranks_back(rule):
     whole = held[1][:21] + replies[1][:21]
     expected = np.concatenate([whole[:12].reshape(3, N)[:2].ravel(), whole[12:].reshape(M, 3)[:, :2].ravel()])
     np.testing.assert_allclose(cut + replies[0][:14], expected, atol=1e-5)
-    assert server.ranks == [3, 3], "the caller sets them, once every rank has its reply"
+    assert server.lora_ranks == [3, 3], "the caller sets them, once every rank has its reply"
 
 
 @settings(max_examples=25, deadline=None)
@@ -252,8 +252,8 @@ def test_the_cheaper_way_of_linear_rules_gives_the_same(options):
     owner.start(held)
     other.start(held)
     use = usage(3)
-    use.used_CLE[:] = torch.rand(3, 1, 8, generator=torch.Generator().manual_seed(0))
-    use.used_CLE[:, :, 1] = 0
+    use.routed_CLE[:] = torch.rand(3, 1, 8, generator=torch.Generator().manual_seed(0))
+    use.routed_CLE[:, :, 1] = 0
     sizes = torch.tensor([unit.size(3) for unit in listed])
     for round_number in range(2):
         updates = arrays(ranks, 1 + round_number, listed)
@@ -272,4 +272,4 @@ NOT_LINEAR = [{"rule": "median"}, {"clip_norm": 1.0}, {"rule": "flexlora"}]
 @pytest.mark.parametrize("options", [*LINEAR, *NOT_LINEAR])
 def test_which_rules_are_linear(options):
     server = new_server(experiment([3], **options), units(), [1.0])
-    assert server.is_linear == (options in LINEAR)
+    assert server.config.is_linear == (options in LINEAR)

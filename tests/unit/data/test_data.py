@@ -15,7 +15,7 @@ from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow, beginning, collate, collate_packed, encode, first_rows, pack, steps
+from ubsmoe_ds.data.batches import PackedRow, beginning, collate, collate_packed, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import evaluation_rows, load_rows, read_jsonl
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
@@ -334,15 +334,3 @@ def test_packed_rows_are_laid_out_by_hand():
 @pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")
 def test_shared_commonsense_rows_have_the_schema():
     assert len(read_jsonl(COMMONSENSE)) == 1200
-
-
-def test_first_rows_of_a_step_are_a_step():
-    batch = next(steps(tiny.examples(), batch_size=8, micro_batches=2, rank=0, ranks=1, pad=0, seed=(0,)))
-    part = first_rows(batch, 0.5)
-    (tokens,) = part.micro
-    whole = batch.micro[0]
-    assert torch.equal(tokens.input_ids, whole.input_ids[:2]) and torch.equal(tokens.used, whole.used[:2])
-    assert torch.equal(tokens.position_A, whole.position_A[: len(tokens.position_A)])
-    assert part.answer_tokens == len(tokens.target_A) < len(whole.target_A)
-    assert int(tokens.position_A.max()) < tokens.input_ids.numel()
-    assert len(first_rows(batch, 0.01).micro[0].input_ids) == 1

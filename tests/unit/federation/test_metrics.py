@@ -11,6 +11,7 @@ from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     add_later_seconds,
     evaluation_scalars,
+    measured_speed,
     seconds_scalars,
     training_scalars,
 )
@@ -72,3 +73,17 @@ def test_seconds_are_those_of_the_slowest_client():
     assert [found[f"seconds_exchange/{name}"] for name in ("a", "b", "new")] == [1.0, 0.75, 0.125]
     assert found["seconds/exchange"] == 1.0 and found["seconds/evaluation"] == 2.0
     assert found["seconds_evaluation/a"] == 1.0 and found["seconds/round"] == 6.25 + 2.0 + 0.5
+
+
+def test_speed_is_averaged_over_the_rounds_that_the_client_was_part_of():
+    """Rounds of 40 tokens in 4 s and 20 tokens in 1 s are 12 tokens/s, not the mean of 10 and 20."""
+
+    def record(number: int, steps: int, bad_steps: int, tokens: float, seconds: float) -> dict:
+        metrics = {"steps/a": steps, "bad_steps/a": bad_steps, "tokens/a": tokens}
+        return {"round": number, "metrics": metrics, "seconds": {"seconds_local/a": seconds}}
+
+    before = {"round": 0, "metrics": {"eval/loss": 3.0}, "seconds": {}}
+    away = {"round": 2, "metrics": {"tokens/b": 5.0}, "seconds": {"seconds_local/b": 1.0}}
+    records = [before, record(1, 7, 1, 40.0, 4.0), away, record(3, 2, 0, 20.0, 1.0)]
+    assert measured_speed(records, "a") == {"tokens_per_second": 12.0, "seconds_per_step": 0.5}
+    assert all(map(math.isnan, measured_speed([before, record(1, 0, 0, 0.0, 0.5)], "a").values()))

@@ -125,7 +125,7 @@ def test_values_are_shorter_while_mpi_starts():
 FIRST_MESSAGE = """
 import os, sys, time
 from pathlib import Path
-from ubsmoe_ds.start_mpi import start_mpi
+from ubsmoe_ds.mpi.start import start_mpi
 start_mpi(os.environ)
 from mpi4py import MPI
 comm, arrived = MPI.COMM_WORLD, Path(sys.argv[1])

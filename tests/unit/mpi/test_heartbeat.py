@@ -175,7 +175,7 @@ def test_strangers_count_for_nothing(net):
 
 SUSPENDED = """
 import time
-from tests.test_heartbeat import Net
+from tests.unit.mpi.test_heartbeat import Net
 net = Net(2)
 time.sleep(0.5)
 print("beating", flush=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support.ranks import clean_environment
+from ubsmoe_ds.base.errors import EXIT_FAILURE
 from ubsmoe_ds.mpi import watchdog
 
 SECONDS = 30
@@ -41,7 +42,7 @@ def test_a_rank_without_a_handle_is_left_to_its_launcher(error, monkeypatch):
 
 ADDRESSES = """
 import os, socket
-from ubsmoe_ds import liveness
+from ubsmoe_ds.mpi import watchdog
 watchdog.all_addresses = lambda: [(name, socket.AF_INET, name) for name in ("ib0", "eth0", "eth1")]
 os.environ[watchdog.INTERFACES] = "eth1"  # as a client's rendezvous does
 print(*watchdog._addresses())
@@ -55,21 +56,23 @@ def test_what_the_user_chose_for_gloo_is_watched_first(chosen, order):
 
 ENDING = """
 import os, subprocess
-from ubsmoe_ds import liveness
+from ubsmoe_ds.mpi import exits
 other = subprocess.Popen(["sleep", "60"])
-watchdog.abort = os._exit  # MPICH's does not come back
+print("started", flush=True)
+exits.abort_job = os._exit  # MPICH's does not come back
 pidfds = [os.open(os.devnull, os.O_RDONLY), os.pidfd_open(other.pid)]  # to send to the first is an error
-watchdog._end(pidfds, cut_off=True)
+exits.end_host(pidfds, cut_off=True)
 """
 
 
 def test_on_a_host_that_is_cut_off_the_other_ranks_end_first():
     """Nobody else may be there to end them; the process that is left would hold the output."""
-    assert run(sys.executable, "-c", ENDING).returncode == watchdog.EXIT_FAILURE
+    ended = run(sys.executable, "-c", ENDING)
+    assert (ended.stdout, ended.returncode) == ("started\n", EXIT_FAILURE)
 
 
 def test_a_container_between_does_not_hide_open_mpi(tmp_path):
-    shown = f"{sys.executable} -c 'from ubsmoe_ds import liveness; print(watchdog._open_mpi_daemon())'"
+    shown = f"{sys.executable} -c 'from ubsmoe_ds.mpi import exits; print(exits.open_mpi_daemon())'"
     daemon, starter = tmp_path / "prted", tmp_path / "starter"
     for script, command in ((daemon, f"echo $$; {starter}"), (starter, shown)):
         script.write_text(f"#!/bin/sh\n{command}\ntrue\n")  # with more to do, the shell stays

@@ -10,8 +10,8 @@ from mpi4py import MPI
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.launching import launchers, relaunch
-from ubsmoe_ds.mpi import world
+from ubsmoe_ds.launching import launchers, relaunch, sign_in, supervisor
+from ubsmoe_ds.mpi import collectives, join
 
 
 @pytest.mark.parametrize("code", [7, 0])  # 0 although no rank has signed in here: all are on other hosts
@@ -22,9 +22,9 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
         started.append((command, env))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     for name in launchers.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
     assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == code
@@ -36,13 +36,13 @@ def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
 
 def test_only_processes_of_this_host_are_watched(tmp_path):
     """Where hosts share the temporary folder a rank of another has a number that may be any process of this one."""
-    environment = {relaunch.PARENT_SPEAKS: str(tmp_path)}
-    relaunch.sign_in(environment, "a rank here")  # nobody watches from there
-    (tmp_path / relaunch.WATCHED_FROM).write_text("another boot 4026531836")
-    relaunch.sign_in(environment, "a rank of another host")
-    assert [path.name for path in tmp_path.iterdir()] == [relaunch.WATCHED_FROM]
-    (tmp_path / relaunch.WATCHED_FROM).write_text(relaunch._process_table())
-    relaunch.sign_in(environment, "a rank here")
+    environment = {sign_in.PARENT_SPEAKS: str(tmp_path)}
+    sign_in.sign_in(environment, "a rank here")  # nobody watches from there
+    (tmp_path / sign_in.WATCHED_FROM).write_text("another boot 4026531836")
+    sign_in.sign_in(environment, "a rank of another host")
+    assert [path.name for path in tmp_path.iterdir()] == [sign_in.WATCHED_FROM]
+    (tmp_path / sign_in.WATCHED_FROM).write_text(sign_in.process_table())
+    sign_in.sign_in(environment, "a rank here")
     assert (tmp_path / str(os.getpid())).read_text() == "a rank here"
 
 
@@ -55,9 +55,9 @@ def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypat
         found.update({("summary.json", 7)} if writes else set())
         return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(found)) == code
 
 
@@ -78,14 +78,14 @@ def test_what_died_starts_again(restarts, codes, left_by_first, resumes, monkeyp
         code = codes[len(commands)]
         commands.append(command)
         if code != 9:  # not killed
-            relaunch.sign_off(env, code)
+            sign_in.sign_off(env, code)
         if left_by_first:
             checkpoints.add(("000001-round-1", 18))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(relaunch.subprocess, "Popen", popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(relaunch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
     found = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
     assert found == codes[-1]
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
@@ -122,35 +122,35 @@ def fake_world(clients: list[int], rank: int = 0):
 def test_ranks_get_the_device_of_their_place_on_the_host(sharers, rank, devices, oversubscribe, local, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0}], oversubscribe=oversubscribe)
-    world.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
-    assert world.os.environ["LOCAL_RANK"] == local
+    join.check_devices(exp, fake_world([*range(sharers)], rank), [f"GPU-{n}" for n in range(devices)])
+    assert os.environ["LOCAL_RANK"] == local
 
 
 def test_too_few_devices_are_refused_with_the_arithmetic():
     exp = tiny.experiment("unused", [{"budget": 1.0}])
     with pytest.raises(UserError, match="6 ranks on this host, 4 accelerators: 2 too few;.*oversubscribe=true"):
-        world.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
+        join.check_devices(exp, fake_world([*range(6)]), ["a", "b", "c", "d"])
     exp = tiny.experiment("unused", [{"budget": 1.0}, {"budget": 1.0, "ranks": 2}], oversubscribe=True)
     with pytest.raises(UserError, match="'c1' has 2 ranks for 1 accelerators.*cannot share a device"):
-        world.check_devices(exp, fake_world([0, 1, 1]), ["a"])
+        join.check_devices(exp, fake_world([0, 1, 1]), ["a"])
 
 
 def test_a_client_on_several_hosts_needs_devices_for_its_ranks_here_alone(monkeypatch):
     """Two of its four ranks are here, beside another client's."""
     monkeypatch.setenv("LOCAL_RANK", "9")
     exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": 4}, {"budget": 1.0}], oversubscribe=True)
-    world.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
-    assert world.os.environ["LOCAL_RANK"] == "1"
+    join.check_devices(exp, fake_world([0, 0, 1], rank=1), ["a", "b"])
+    assert os.environ["LOCAL_RANK"] == "1"
 
 
-@pytest.mark.parametrize(("survives", "expected"), [("1", world.RanksLost), ("", MPI.Exception)])
+@pytest.mark.parametrize(("survives", "expected"), [("1", collectives.RanksLost), ("", MPI.Exception)])
 def test_an_error_that_may_hide_a_death_counts_as_one_where_jobs_survive_them(survives, expected, monkeypatch):
     def fail():
         raise MPI.Exception(MPI.ERR_OTHER)
 
-    monkeypatch.setenv(world.SURVIVES, survives)
+    monkeypatch.setenv(collectives.SURVIVES, survives)
     with pytest.raises(expected):
-        world.wait_quietly(SimpleNamespace(Test=fail))
+        collectives.wait_quietly(SimpleNamespace(Test=fail))
 
 
 def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
@@ -181,7 +181,7 @@ def joined(tmp_path_factory):
 @pytest.mark.slow
 def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
     """So a is on one host all the same."""
-    assert [(int(r["rank"]), int(r["client"]), int(r["client_rank"])) for r in joined] == [
+    assert [(int(r["rank"]), int(r["client"]), int(r["group_rank"])) for r in joined] == [
         (0, 0, 0),
         (2, 1, 0),
         (1, 0, 1),

@@ -7,20 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from launch.plan import parse, read_job, read_slots
-from tests.support import tiny
 from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.memory import host_room_bytes
 from ubsmoe_ds.config.loading import load_experiment
-from ubsmoe_ds.data.batches import steps
-from ubsmoe_ds.federation import outputs
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.planning.fitting import Fit, check, fit, memory_bytes, need
 from ubsmoe_ds.planning.memory_model import CPU_KERNELS, CPU_PROCESS, peak
@@ -185,40 +179,6 @@ def test_the_straggler_does_the_most_work_on_a_rank(job):
     assert job.exp.clients[slowest].name == "laptop"  # K 4 on one rank; the server has K 8 on two
     assert over_fastest == pytest.approx(plans[1].round_flops / plans[0].round_flops)
     assert 1 < over_median < over_fastest and min(one.time for one in plans) == 1
-
-
-@pytest.mark.parametrize(("room", "rows"), [(0, 2), (2**62, 8)], ids=["no room", "room"])
-def test_a_client_without_room_for_all_experts_is_timed_on_fewer_rows(room, rows, monkeypatch):
-    """K 2 of 8: a quarter of a step's rows."""
-    monkeypatch.setattr(outputs, "room_bytes", lambda *_: room)
-    client = SimpleNamespace(k=2, device=torch.device("cpu"), config=SimpleNamespace(ranks=1))
-    own = SimpleNamespace(
-        exp=SimpleNamespace(k_max=8), client=client, world=SimpleNamespace(any_of_client=lambda flag: flag)
-    )
-    batch = next(steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0,)))
-    assert len(outputs.Outputs._timed(own, batch).micro[0].input_ids) == rows
-
-
-def test_room_on_a_host_is_what_a_cgroup_leaves(tmp_path):
-    """The job's own has no limit, the one above it 3,000 bytes, 1,200 used, 200 for files; version 1 leaves 500."""
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    job = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
-    job.mkdir(parents=True)
-    assert host_room_bytes(tmp_path) > 1e8  # what the machine has
-    (tmp_path / "proc" / "self" / "cgroup").write_text("4:memory:/old\n3:cpu:/old\n0::/slurm/job\n")
-    for folder, limit, used in ((job, "max", 1), (job.parent, 3000, 1200)):
-        (folder / "memory.stat").write_text("anon 900\ninactive_file 200\n")
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-    assert host_room_bytes(tmp_path) == 2000
-    old = tmp_path / "sys" / "fs" / "cgroup" / "memory" / "old"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("1500")
-    (old / "memory.usage_in_bytes").write_text("1000")
-    (old / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 0\n")
-    assert host_room_bytes(tmp_path) == 500
-    (old / "memory.usage_in_bytes").write_text("1600")
-    assert host_room_bytes(tmp_path) == 0
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def finish(exp: Experiment, loss: float) -> None:
     """
     names, rounds = [client.name for client in exp.clients], exp.train.rounds
     rows = [
-        {"client": name, "flops_ratio": 0.25 * (i + 1), "step_time_ratio": 0.3 * (i + 1)}
-        | {"loss_before": 0.9, "accuracy_before": 0.1}
+        {"client": name, "flops_ratio": 0.25 * (i + 1), "tokens_per_second": 300.0 * (i + 1)}
+        | {"seconds_per_step": 0.05 * (i + 1), "loss_before": 0.9, "accuracy_before": 0.1}
         | {"loss_after": loss - 0.1 * i, "accuracy_after": 1 - (loss - 0.1 * i)}
         for i, name in enumerate(names)
     ]
@@ -75,7 +75,8 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
         "accuracy": pytest.approx(0.7),
         "accuracy_norm": pytest.approx(0.71),
         "flops_ratio": 0.5,
-        "step_time_ratio": 0.6,
+        "tokens_per_second": 600.0,
+        "seconds_per_step": 0.1,
         "megabytes_sent": 9.0,  # 3 rounds x 3.0
         "local_seconds": 12.0,  # 3 rounds x 4.0
     }
@@ -118,9 +119,10 @@ def test_markdown(tmp_path):
     lines = comparison.markdown(comparison.collect(made_up(tmp_path))[0], "headline").splitlines()
     assert lines[0] == "headline"
     results = [line for line in lines if line.startswith("| `")]
+    costs = "25.0 | 300 | 0.050 | 13.5 | 12.0 |"
     assert results == [
-        "| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
-        "| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | 25.0 | 30.0 | 13.5 | 12.0 |",
+        f"| `ub_smoe` | 0.3700 ± 0.0800 | 63.0 ± 8.0 | 0.2700 ± 0.0800 | 73.0 ± 8.0 | {costs}",
+        f"| `topk` | 0.4000 ± 0.1000 | 60.0 ± 10.0 | 0.3000 ± 0.1000 | 70.0 ± 10.0 | {costs}",
         "| `ub_smoe` | 64.0 ± 8.0 | 74.0 ± 8.0 |",
         "| `topk` | 61.0 ± 10.0 | 71.0 ± 10.0 |",
         "| `ub_smoe` | -0.0300 ± 0.0200 | -0.0300 ± 0.0200 |",
@@ -215,7 +217,7 @@ def test_a_lost_client_has_no_end(tmp_path):
     lose_the_last(runs[0])
     clients, _ = comparison.collect(runs)
     assert clients.set_index("client").loss.isna().to_dict() == {"poor": False, "rich": True}
-    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 30.0 |" in comparison.markdown(clients, "headline")
+    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in comparison.markdown(clients, "headline")
 
 
 def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_left_counted(tmp_path):

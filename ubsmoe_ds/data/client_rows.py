@@ -1,0 +1,47 @@
+"""The rows of one rank's client, and what all ranks know about the rows of all clients."""
+
+from dataclasses import dataclass
+
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.shares import common_rows, has_sites, site_rows
+from ubsmoe_ds.data.sources import Row, digest
+from ubsmoe_ds.mpi.collectives import gather_json
+from ubsmoe_ds.mpi.world import World
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """Rows as one rank sees them.
+
+    training: this client's rows; counts: training rows of each client; evaluation: rows, the same for all clients;
+    digest: differs when any of these rows differ, and is the same on all ranks.
+    """
+
+    training: list[Row]
+    counts: list[int]
+    evaluation: list[Row]
+    digest: str
+
+    @property
+    def weights(self) -> list[float]:
+        """Return w_c: each client's share of all training rows."""
+        return [count / sum(self.counts) for count in self.counts]
+
+
+def client_rows(exp: Experiment, world: World) -> ClientRows:
+    """Read the rows of this rank's client (a collective where clients have sources of their own).
+
+    Raises:
+        UserError: for a bad row, or a client without any.
+    """
+    if not has_sites(exp):
+        rows = common_rows(exp)
+        counts = [len(share) for share in rows.shares]
+        return ClientRows(rows.of_client(world.client), counts, rows.evaluation, rows.digest)
+    training, evaluation = site_rows(exp, world.client)
+    site = None  # the first rank of each client speaks for it
+    if world.group_rank == 0:
+        site = [world.client, len(training), digest([*training, *evaluation])]
+    sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
+    digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]
+    return ClientRows(training, [count for _, count, _ in sites], evaluation, digest(digests))

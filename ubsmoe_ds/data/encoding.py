@@ -1,0 +1,72 @@
+"""Turn an experiment's rows into the token batches of its model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data import batches
+from ubsmoe_ds.data.batches import Example, PackedRow, StepBatch
+from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
+from ubsmoe_ds.models.tokenizer import read_tokenizer
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises rows and batches them as the experiment says; see `read_encoder`.
+
+    model: the model's config; tokenizer: with a padding token.
+    """
+
+    exp: Experiment
+    model: PreTrainedConfig
+    tokenizer: Any
+
+    def encode(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
+        """Return (examples to train on, number of prompts that lost their beginning)."""
+        return batches.encode(rows, self.tokenizer, self.exp.data.max_length)
+
+    def pack(self, rows: Sequence[Row]) -> list[PackedRow]:
+        """Return evaluation rows with all their options.
+
+        Raises:
+            UserError: if a row is longer than the model's sliding window.
+        """
+        packed = batches.pack(rows, self.tokenizer, self.exp.data.max_length)
+        check_window(self.model, max(row.longest for row in packed))
+        return packed
+
+    def steps(self, examples: Sequence[Example], client: int, rank: int = 0, first: int = 0) -> Iterator[StepBatch]:
+        """Yield a client's endless sequence of steps, as one of its ranks sees it.
+
+        Args:
+            examples: the client's rows.
+            client: its number.
+            rank: of the client's ranks.
+            first: number of the first step wanted.
+        """
+        return batches.steps(
+            examples,
+            batch_size=self.exp.deepspeed.train_batch_size,
+            micro_batches=self.exp.deepspeed.gradient_accumulation_steps,
+            rank=rank,
+            ranks=self.exp.clients[client].ranks,
+            pad=self.tokenizer.pad_token_id,
+            seed=(self.exp.seed, client),
+            first=first,
+        )
+
+
+def read_encoder(exp: Experiment) -> Encoder:
+    """Read the model's config and tokenizer; no weights.
+
+    Raises:
+        UserError: for a config or tokenizer that cannot be used, or a `data.max_length` beyond the model's positions.
+    """
+    model = read_config(exp.model_dir)
+    tokenizer = read_tokenizer(exp.model_dir, model.vocab_size)
+    check_length(model, exp.data.max_length, "data.max_length")
+    return Encoder(exp, model, tokenizer)

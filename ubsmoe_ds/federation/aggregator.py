@@ -1,0 +1,180 @@
+"""Merge the clients' updates on all ranks together: statistics, exchange, server, and the result back into the model.
+
+There is no central server: every rank owns some units (see aggregation/layout.py). `merge` changes nothing that a
+later call could not do again; `apply` changes this rank for good and talks to nobody. In between all ranks agree, so
+that a job that survives the death of ranks does a merge on all of them or on none.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.pruning import next_rank
+from ubsmoe_ds.aggregation.server import Server, Usage
+from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.base.stopwatch import Stopwatch
+from ubsmoe_ds.checkpoint.state import load_replica, replicate
+from ubsmoe_ds.client.engine import Client, tail_start
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.mpi.world import World
+
+ExchangeFactory = Callable[[Sequence[int], Sequence[int]], Exchange]  # LoRA ranks sent and received -> exchange
+
+
+class Merged(NamedTuple):
+    """The outcome of a merge on this rank, before it is applied.
+
+    difference: what this rank's held units change by.
+    statistics: of the round, the same on all ranks.
+    refused: names of the units of each client that owners refused, the same on all ranks.
+    replica: see `replicate`; empty where no rank may be lost.
+    """
+
+    difference: Tensor
+    statistics: RoundStatistics
+    refused: list[list[str]]
+    replica: dict[str, Tensor]
+
+
+class Aggregator:
+    """One rank's part of the aggregator.
+
+    Args:
+        exp, world, client, store, server: this rank's.
+        exchange_for: makes the exchange for the LoRA ranks that clients send, and those that they get back.
+        stopwatch: gets the stages "exchange", "wait" and "merge".
+    """
+
+    def __init__(
+        self,
+        exp: Experiment,
+        world: World,
+        client: Client,
+        store: UnitStore,
+        server: Server,
+        exchange_for: ExchangeFactory,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.exp, self.world, self.client, self.store, self.server = exp, world, client, store, server
+        self.exchange_for, self.stopwatch = exchange_for, stopwatch
+        self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
+        self.started = False  # whether owners know what clients hold
+        self.moments_shared = False  # whether the moments of a first look at the data are, or came from a checkpoint
+        self.replica: dict[str, Tensor] = {}
+
+    @property
+    def lora_rank(self) -> int:
+        """Return the current LoRA rank of this rank's client."""
+        return self.server.lora_ranks[self.world.client]
+
+    def start(self) -> None:
+        """Tell owners what clients hold, and share the moments of a first look at the data (a collective)."""
+        held = self.exchange.collect(self.store.shared.numpy(), exact=True)
+        moments_LEX = None
+        if not self.moments_shared:
+            moments_LEX = sum_moments(self.world, self.client, self.server.weights[self.world.client])
+        self.world.agree()
+        self.server.start(held)
+        self._take_moments(moments_LEX)
+        self.started = self.moments_shared = True
+
+    def survive(self, exp: Experiment, world: World, server: Server, exchange_for: ExchangeFactory) -> None:
+        """Go on without the clients that are lost; see recovery.py. `start` comes next.
+
+        Args:
+            exp, world, server, exchange_for: as they are among the clients that are left.
+        """
+        self.exp, self.world, self.server, self.exchange_for = exp, world, server, exchange_for
+        load_replica(server, self.store.units, self.replica)
+        self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
+        self.started = False
+
+    def merge(self, worked: float) -> Merged:
+        """Merge what local steps have changed (a collective).
+
+        Args:
+            worked: part of its round that this client did; 0: it sits the round out.
+        """
+        store, rank = self.store, self.lora_rank
+        update = store.updates(rank) if worked else torch.zeros_like(store.shared)
+        new_rank = rank
+        if self.exp.lora.prune_penalty and worked:
+            new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
+        finite = bool(torch.isfinite(update).all())
+        self.stopwatch.lap("exchange")
+        weights = self.server.weights
+        statistics = gather(self.world, self.client, weights, lora_rank=new_rank, finite=finite, worked=worked)
+        self.stopwatch.lap("wait")
+        difference = self._exchange(update, statistics)
+        refused = self._refused(statistics)
+        replica = replicate(self.world, self.server, store.units) if self.world.survives else {}
+        self.stopwatch.lap("exchange")
+        return Merged(difference, statistics, refused, replica)
+
+    def apply(self, merged: Merged, round_number: int) -> None:
+        """Bring the merge into the model, its moments and the LoRA ranks, for good; no collective."""
+        statistics, own = merged.statistics, self.world.client
+        old, new = self.server.lora_ranks, statistics.lora_ranks
+        reply = self._reply_ranks(new)
+        self.store.apply(merged.difference, old[own], reply[own], round_number)
+        self.server.lora_ranks = list(new)
+        self._take_moments(statistics.moments_LEX)
+        if new != old:
+            self.exchange = self.exchange_for(new, reply)
+            if new[own] != old[own]:
+                self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
+        if statistics.astray_C[own] or statistics.worked_C[own] == 0:
+            self.client.recover()
+        self.replica = merged.replica
+        self.stopwatch.lap("exchange")
+
+    def _exchange(self, update: Tensor, statistics: RoundStatistics) -> Tensor:
+        """Send updates to the owners, merge there, and return the difference for this rank."""
+        old, new = self.server.lora_ranks, statistics.lora_ranks
+        self.server.weigh(statistics.worked_C, statistics.astray_C.tolist())
+        if new != old:
+            self.exchange = self.exchange_for(old, self._reply_ranks(new))
+        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.astray_C.any():
+            return self._reduce(update, statistics.usage)
+        received = self.exchange.collect(update.numpy())
+        self.stopwatch.lap("exchange")
+        replies = self.server.merge(received, statistics.usage, new)
+        self.stopwatch.lap("merge")
+        return torch.from_numpy(self.exchange.distribute(replies))
+
+    def _reduce(self, update: Tensor, usage: Usage) -> Tensor:
+        """Take the cheaper way of linear rules: sums are formed on the way to the owners."""
+        self.stopwatch.lap("exchange")
+        sizes = torch.tensor([unit.size(self.lora_rank) for unit in self.store.units])
+        share_U = self.server.shares(self.store.units, usage, self.world.client)
+        alike = bool((share_U == share_U[0]).all())
+        share = float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy()
+        self.stopwatch.lap("merge")
+        total = self.exchange.reduce(update.numpy(), share)
+        self.stopwatch.lap("exchange")
+        delta = self.server.merge_sum(total, usage)
+        self.stopwatch.lap("merge")
+        return torch.from_numpy(self.exchange.gather(delta))
+
+    def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
+        """Return names of the units of each client that owners refused (a collective if a client went astray)."""
+        clients = len(self.exp.clients)
+        if not statistics.astray_C.any():
+            return [[] for _ in range(clients)]
+        names = [unit.name for unit in self.store.units]
+        refused_here = [(client, names.index(unit.name)) for client, unit in self.server.refused]
+        refused = count_refused(self.world, refused_here, clients, len(names))
+        return [[names[u] for c, u in refused if c == client] for client in range(clients)]
+
+    def _reply_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Return the LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
+        return [sum(ranks)] * len(ranks) if self.exp.merge.row.stacking else list(ranks)
+
+    def _take_moments(self, moments_LEX: Tensor | None) -> None:
+        if moments_LEX is not None:
+            assert self.client.moments is not None
+            self.client.moments.update(moments_LEX)
