@@ -33,7 +33,7 @@ from typing import Any
 
 from ubsmoe_ds.base.errors import EXIT_FAILURE
 from ubsmoe_ds.launching.fork_shim import MOST_BYTES, surroundings
-from ubsmoe_ds.launching.relaunch import end_with_parent
+from ubsmoe_ds.launching.supervisor import end_with_parent
 
 MOST_DESCRIPTORS = 253  # of one message (Linux)
 REQUEST_SECONDS = 10.0  # for a shim to send its request after it has connected
