@@ -3,16 +3,20 @@
 results = run_ranks(tmp_path, 4, "tests.support.scenarios:train", {"zero": 2})   # results[rank]["losses"]
 """
 
+import atexit
 import importlib
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ubsmoe_ds.launching import fast_start
+from ubsmoe_ds.launching.fast_start import ForkServer
 from ubsmoe_ds.launching.launchers import MPI_RANK_VARIABLES, RENDEZVOUS_VARIABLES
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -20,19 +24,28 @@ REPO = Path(__file__).resolve().parent.parent.parent
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without traces of another MPI or torch job; one thread a rank."""
-    environment = {k: v for k, v in os.environ.items() if k not in (*MPI_RANK_VARIABLES, *RENDEZVOUS_VARIABLES)}
+    traces = (*MPI_RANK_VARIABLES, *RENDEZVOUS_VARIABLES, "PYTEST_CURRENT_TEST")
+    environment = {k: v for k, v in os.environ.items() if k not in traces}
     folders = [str(REPO), str(Path(sys.executable).parent)]
     environment |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["PATH"] = os.pathsep.join([folders[1], environment.get("PATH", "")])
     return environment
 
 
+@cache
+def fork_server() -> ForkServer:
+    """A server for all tests of this process: without it each of some 600 ranks would import for 5 CPU seconds."""
+    server = fast_start.fork_server(clean_environment())
+    atexit.register(server.__exit__, None, None, None)
+    return server.__enter__()
+
+
 def run_ranks(folder: Path, count: int, function: str, arguments: dict[str, Any], timeout: float = 300) -> list[dict]:
     """Start `count` ranks of `module:function`; each writes the arrays it returns, and they are read back."""
     out = folder / f"ranks-{count}-{len(list(folder.iterdir()))}"
     out.mkdir(parents=True)
-    command = ["mpiexec", "-n", str(count), sys.executable, "-u", "-m", "mpi4py", str(Path(__file__))]
-    command += [function, json.dumps(arguments), str(out)]
+    command = ["mpiexec", "-n", str(count), *fork_server().through, sys.executable, "-u", "-m", "mpi4py"]
+    command += [str(Path(__file__)), function, json.dumps(arguments), str(out)]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (
         f"{function} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -97,7 +97,7 @@ def test_paths_exist(page):
 def options(script: str, subcommand: str = "") -> set[str]:
     """Options of a command, as its own parser prints them; of benchmarks and soaks, as their source names them."""
     if not script.startswith("launch/"):
-        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/common.py")))
+        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/measuring.py")))
     parse = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
@@ -190,6 +190,7 @@ def test_the_experiment_of_the_readme_is_valid():
 def test_the_page_of_config_keys_is_up_to_date():
     written = reference.PAGE.read_text(encoding="utf-8")
     assert reference.page() == written, "run python -m ubsmoe_ds.config.reference --write"
+    assert "|  |\n" not in written, "a key without a description"
 
 
 def test_pages_can_be_read_in_minutes():

@@ -132,6 +132,7 @@ def mpi_command(
     mpiexec: str = "mpiexec",
     python: str = "python",
     hosts: Mapping[str, int] | None = None,
+    through: Sequence[str] = (),
 ) -> list[str]:
     """Return the command that starts `ranks` ranks of `script` under MPICH; error messages recommend it too.
 
@@ -139,9 +140,10 @@ def mpi_command(
         script, arguments, ranks: the job.
         mpiexec, python: programs.
         hosts: number of ranks on each host; None: mpiexec decides, which knows Slurm's allocations.
+        through: words that go before the command of a rank (fast_start.py).
     """
     where = [] if hosts is None else ["-hosts", _slots(hosts)]
-    return [mpiexec, *where, "-n", str(ranks), python, "-u", "-m", "mpi4py", script, *arguments]
+    return [mpiexec, *where, "-n", str(ranks), *through, python, "-u", "-m", "mpi4py", script, *arguments]
 
 
 def open_mpi_command(

@@ -21,6 +21,7 @@ from ubsmoe_ds.base.errors import (
     EXIT_USER_ERROR,
     UserError,
 )
+from ubsmoe_ds.launching import fast_start
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_open_mpi, mpi_command, open_mpi_command
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
@@ -78,18 +79,22 @@ def relaunch(
             survive=survive,
             forwarded=[*environment, PARENT_SPEAKS],
         )
+    one_host = hosts is None and "SLURM_JOB_ID" not in environment
     checkpoints_before, summary_before, supervisor = saved(), finished(), Supervisor()
-    for attempt in range(restarts + 1):
-        resumes = attempt > 0 and (saved() - checkpoints_before or not saved())
-        chosen = [*arguments, *(["--resume", "auto"] if resumes else [])]
-        code = supervisor.run(make_command(script, chosen, ranks), environment)
-        if open_mpi and code == 0 and not supervisor.seen and finished() <= summary_before:
-            # no rank was on this host; an mpiexec that is cut off from them may call that success
-            print("error: mpiexec has ended, but the run has left no summary.json", file=sys.stderr, flush=True)
-            code = EXIT_FAILURE
-        if code in DELIBERATE or attempt == restarts:
-            break
-        print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
+    with fast_start.shims(environment, sound=one_host and not open_mpi) as through:
+        if through:
+            make_command = partial(make_command, through=through)
+        for attempt in range(restarts + 1):
+            resumes = attempt > 0 and (saved() - checkpoints_before or not saved())
+            chosen = [*arguments, *(["--resume", "auto"] if resumes else [])]
+            code = supervisor.run(make_command(script, chosen, ranks), environment)
+            if open_mpi and code == 0 and not supervisor.seen and finished() <= summary_before:
+                # no rank was on this host; an mpiexec that is cut off from them may call that success
+                print("error: mpiexec has ended, but the run has left no summary.json", file=sys.stderr, flush=True)
+                code = EXIT_FAILURE
+            if code in DELIBERATE or attempt == restarts:
+                break
+            print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""The fidelity report as a Markdown text and a picture."""
+"""Write the fidelity report as Markdown and as a picture."""
 
 import platform
 
@@ -14,12 +14,12 @@ GROUPS = {"never": "experts that no token of the batch activated", "some": "expe
 
 
 def markdown(table: pd.DataFrame, bias: pd.DataFrame, command: str, exp: Experiment) -> str:
-    """Cosine and size by layer, group and K, and the bias by K.
+    """Return cosine and size by layer, group and K, and the bias by K.
 
     Args:
         table, bias: see `fidelity.summary` and `fidelity.bias`.
-        command: what was run.
-        exp: of which experiment.
+        command: the command that was run.
+        exp: the experiment it was run for.
     """
     parts = [
         "# Fidelity of pseudo-gradients",
@@ -40,7 +40,7 @@ def markdown(table: pd.DataFrame, bias: pd.DataFrame, command: str, exp: Experim
 
 
 def picture(table: pd.DataFrame, bias: pd.DataFrame) -> Figure:
-    """Three panels over K: cosine of never and of sometimes active experts, and the bias."""
+    """Draw three panels over K: cosine of never and of sometimes active experts, and the bias."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, (group, meaning) in zip(panels, GROUPS.items(), strict=False):
@@ -60,7 +60,7 @@ def picture(table: pd.DataFrame, bias: pd.DataFrame) -> Figure:
 
 
 def _grid(of_group: pd.DataFrame, ks: list[int]) -> str:
-    """One row for each estimator, one column for each K, and the layers at the end of a cell."""
+    """Return a row for each estimator and a column for each K; the figures of the layers end a cell."""
     rows = []
     for estimator, of_one in of_group.groupby("estimator", sort=False):
         cells = []
