@@ -1,15 +1,15 @@
-"""Federated UB-SMoE fine-tuning of one experiment.
+"""Run one experiment: federated UB-SMoE fine-tuning.
 
     deepspeed launch/train.py                                     # the demo, ds_configs/tiny.yaml
     deepspeed launch/train.py --config my.yaml train.rounds=20    # any key can be overridden
     mpiexec -n 6 python -m mpi4py launch/train.py                 # in an MPI world of your own
 
-    deepspeed launch/train.py --resume auto                       # go on from the newest checkpoint, if there is one
-    python launch/train.py --hostfile hosts                       # on several hosts, of lines `host slots=N`
+    deepspeed launch/train.py --resume auto                       # go on from the newest checkpoint, if any
+    python launch/train.py --hostfile hosts                       # on several hosts; lines `host slots=N`
 
-SIGTERM or SIGUSR1 to this process or to any rank makes the job save where it stands and end with exit code 75; a second
-one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130
-interrupted, 143 stopped before it was saved.
+SIGTERM or SIGUSR1 to this process or to any rank makes the job save and end with exit code 75; a second one ends it at
+once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130 interrupted, 143
+stopped before it was saved.
 """
 
 if __name__ == "__main__":
@@ -36,12 +36,12 @@ from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_o
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off
 from ubsmoe_ds.models.hub import model_folder
 
-DEATH_SECONDS = 1.0
+DEATH_SECONDS = 1.0  # for mpiexec to end this rank, where another was killed
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
@@ -49,10 +49,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|FOLDER",
-        help="go on from a checkpoint: its folder, or auto: the newest whole one; with none yet, start anew",
+        help="go on from a checkpoint: its folder, or auto: the newest complete one; if there is none, start anew",
     )
     parser.add_argument(
-        "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, N times"
+        "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, at most N times"
     )
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on, over ssh: lines `host slots=N`"
@@ -61,35 +61,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Validate, then start an MPI world or take a place in it."""
+    """Validate, then start an MPI world or join it as a rank; return the exit code."""
     first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
     if not inside and not first:
-        return 0  # another process of the same launcher: the first one starts the MPI world, or says what is wrong
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
+        return 0  # the launcher's first process starts the MPI world, or says what is wrong
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     try:
         options = parse(arguments)
         exp = load_experiment(options.config, options.overrides)
         if not inside:
             return start(exp, arguments, options)
         if options.hostfile is not None and PARENT_SPEAKS not in os.environ:
-            raise UserError(
-                f"--hostfile: {options.hostfile} is for a job that is not under mpiexec yet; give it to mpiexec"
-            )
+            raise UserError(f"--hostfile: {options.hostfile} has no effect under mpiexec; give the hosts to mpiexec")
     except UserError as error:
         return report(error) if first else EXIT_USER_ERROR
     return run_rank(exp, arguments, options)
 
 
 def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
-    """Start the MPI world, on the hosts of the hostfile if there is one; returns its exit code.
+    """Start the MPI world, on the hosts of the hostfile if there is one; return its exit code.
 
     Raises:
-        UserError: for what can be found wrong before.
+        UserError: for mistakes that show before a process is started.
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
     check_run_folder(exp, goes_on(exp, options.resume))
     check_rows(exp)
-    model_folder(exp.model.path, weights=True)  # of a model of the hub: once, and not by every rank
+    model_folder(exp.model.path, weights=True)  # fetch a model of the hub once, not on every rank
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)
@@ -108,7 +106,10 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
 
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
-    """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
+    """Run one rank of the job; return its exit code.
+
+    An error here ends the other ranks too, or where the job survives deaths, this rank's client.
+    """
     from ubsmoe_ds.mpi.start import start_mpi
 
     start_mpi(os.environ)  # not in the process of mpiexec
@@ -136,8 +137,8 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         if speaks and PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
         return exits.end_after_error(EXIT_INTERRUPTED, survives, together=False)
-    except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
-        time.sleep(DEATH_SECONDS)  # if it is only that another rank was killed, mpiexec ends this one before it speaks
+    except Exception as error:  # whatever it is: the other ranks must not wait for this one
+        time.sleep(DEATH_SECONDS)  # if only another rank was killed, mpiexec ends this one before it prints
         detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
@@ -151,7 +152,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
 
 
 def report(error: UserError) -> int:
-    """One line, and the exit code of a user's mistake."""
+    """Print a user's mistake as one line; return the exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

@@ -50,15 +50,15 @@ def relaunch(
 
     Args:
         script, arguments: how this process was started.
-        ranks: of the job.
-        hosts: ranks of each host; None: this host, or as mpiexec finds in an allocation of Slurm.
+        ranks: number of ranks of the job.
+        hosts: number of ranks on each host; None: this host, or as mpiexec finds in an allocation of Slurm.
         survive: whether the job goes on when ranks die.
         restarts: how often a job that died is started again, from its newest checkpoint.
         saved: identifies the checkpoints that exist; a restart does not resume those of an earlier run.
         finished: identifies the summary that a run writes at its end, to tell it from that of an earlier run.
 
     Raises:
-        UserError: if there is no mpiexec, or not the one that this takes.
+        UserError: if there is no mpiexec, or not of the MPI that this needs.
     """
     mpiexec = _find_mpiexec()
     open_mpi = is_open_mpi(mpiexec)
@@ -80,21 +80,38 @@ def relaunch(
             forwarded=[*environment, PARENT_SPEAKS],
         )
     one_host = hosts is None and "SLURM_JOB_ID" not in environment
-    checkpoints_before, summary_before, supervisor = saved(), finished(), Supervisor()
+    summary_before, supervisor = finished(), Supervisor()
     with fast_start.shims(environment, sound=one_host and not open_mpi) as through:
         if through:
             make_command = partial(make_command, through=through)
-        for attempt in range(restarts + 1):
-            resumes = attempt > 0 and (saved() - checkpoints_before or not saved())
-            chosen = [*arguments, *(["--resume", "auto"] if resumes else [])]
-            code = supervisor.run(make_command(script, chosen, ranks), environment)
+
+        def attempt(options: Sequence[str]) -> int:
+            code = supervisor.run(make_command(script, [*arguments, *options], ranks), environment)
             if open_mpi and code == 0 and not supervisor.seen and finished() <= summary_before:
                 # no rank was on this host; an mpiexec that is cut off from them may call that success
                 print("error: mpiexec has ended, but the run has left no summary.json", file=sys.stderr, flush=True)
-                code = EXIT_FAILURE
-            if code in DELIBERATE or attempt == restarts:
-                break
-            print(f"exit code {code}; restart {attempt + 1} of {restarts}", file=sys.stderr, flush=True)
+                return EXIT_FAILURE
+            return code
+
+        return _attempt_again(attempt, restarts, saved)
+
+
+def _attempt_again(attempt: Callable[[Sequence[str]], int], restarts: int, saved: Callable[[], set[tuple]]) -> int:
+    """Run a job, again while it dies; return the last exit code.
+
+    Args:
+        attempt: runs the job with further options; returns its exit code.
+        restarts: how often it is started again at most.
+        saved: as for `relaunch`.
+    """
+    before = saved()
+    code = attempt([])
+    for number in range(1, restarts + 1):
+        if code in DELIBERATE:
+            break
+        print(f"exit code {code}; restart {number} of {restarts}", file=sys.stderr, flush=True)
+        resumes = saved() - before or not saved()  # with no checkpoint at all, --resume auto starts anew
+        code = attempt(["--resume", "auto"] if resumes else [])
     return code
 
 
