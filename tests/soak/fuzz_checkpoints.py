@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from tests.soak.fuzz_cases import DAMAGES, VALUES, Surface, Violation, accepts, damaged, mutations
 from tests.support import tiny
@@ -30,9 +31,9 @@ CLIENT = {"layout": [1, 1], "lora_rank": 3, "steps_taken": 4, "steps": 0, "bad_s
 
 
 def _keeper(run_dir: Path) -> CheckpointManager:
-    """Return the checkpoint manager of a job of one rank, whose collectives need no MPI."""
+    """Return the checkpoint manager of a job of one rank."""
     exp = tiny.experiment("unused", [{"budget": 0.5}], output=str(run_dir.parent), name=run_dir.name)
-    alone = mock.Mock(rank=0, comm=mock.Mock(size=1))
+    alone = mock.Mock(rank=0, comm=MPI.COMM_SELF)
     alone.sum = np.asarray
     return CheckpointManager(exp, alone, "rows")
 

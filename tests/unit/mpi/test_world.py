@@ -10,21 +10,33 @@ from mpi4py import MPI
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.launching import launchers, relaunch, sign_in, supervisor
+from ubsmoe_ds.launching import fast_start, launchers, relaunch, sign_in, supervisor
 from ubsmoe_ds.mpi import collectives, join
 
 
+@pytest.fixture
+def start_with(monkeypatch):
+    """Have `relaunch` start this function in place of mpiexec, and no process that forks ranks."""
+
+    def replace(popen, open_mpi=False):
+        monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
+        monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: open_mpi)
+        monkeypatch.setattr(fast_start, "is_cpu_build", lambda: False)
+        monkeypatch.delenv(fast_start.SERVER, raising=False)
+
+    return replace
+
+
 @pytest.mark.parametrize("code", [7, 0])  # 0 counts although no rank has signed in: all are on other hosts
-def test_the_script_runs_itself_under_mpiexec(code, monkeypatch):
+def test_the_script_runs_itself_under_mpiexec(code, start_with, monkeypatch):
     started = []
 
     def popen(command, env, **_):
         started.append((command, env))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
-    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    start_with(popen)
     for name in launchers.RENDEZVOUS_VARIABLES:
         monkeypatch.setenv(name, "0")
     assert relaunch.relaunch("launch/train.py", ["train.rounds=1"], 6) == code
@@ -47,7 +59,7 @@ def test_only_processes_of_this_host_are_watched(tmp_path):
 
 
 @pytest.mark.parametrize(("writes", "code"), [(True, 0), (False, 1)])
-def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypatch):
+def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, start_with):
     """Open MPI's mpiexec ends with 0 when it has lost all hosts with ranks."""
     summaries: set[tuple] = set()
 
@@ -55,9 +67,7 @@ def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypat
         summaries.update({("summary.json", 7)} if writes else set())
         return SimpleNamespace(poll=lambda: 0, wait=lambda: 0)
 
-    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
-    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: True)
-    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    start_with(popen, open_mpi=True)
     assert relaunch.relaunch("launch/train.py", [], 2, hosts={"n0": 2}, finished=lambda: set(summaries)) == code
 
 
@@ -71,7 +81,7 @@ def test_open_mpi_is_not_believed_where_no_rank_was_here(writes, code, monkeypat
         (2, [2], True, [False]),
     ],
 )
-def test_a_job_that_died_starts_again(restarts, codes, left_by_first, resumes, monkeypatch):
+def test_a_job_that_died_starts_again(restarts, codes, left_by_first, resumes, start_with):
     commands, checkpoints = [], {("000001-round-1", 17)}
 
     def popen(command, env, **_):
@@ -83,9 +93,7 @@ def test_a_job_that_died_starts_again(restarts, codes, left_by_first, resumes, m
             checkpoints.add(("000001-round-1", 18))
         return SimpleNamespace(poll=lambda: code, wait=lambda: code)
 
-    monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
-    monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: False)
-    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    start_with(popen)
     code = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
     assert code == codes[-1]
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
