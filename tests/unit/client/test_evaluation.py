@@ -158,7 +158,7 @@ def test_prompts_are_cut_for_generation_as_in_training(parts):
         expected.append(tokenizer.decode(ids[0, len(example.prompt) :], skip_special_tokens=True))
     lengths = {"max_length": shortest, "batch_size": 4, "max_new_tokens": shortest + 5}
     assert generate_answers(client.model, 8, rows[:6], tokenizer, **lengths) == expected and any(expected)
-    with pytest.raises(UserError, match="max_new_tokens: 1024 after the longest prompt are .* has 1024 positions"):
+    with pytest.raises(UserError, match="max_new_tokens: 1024 and the longest prompt need .* the model has 1024;"):
         generate_answers(client.model, 8, rows[:6], tokenizer, **lengths | {"max_new_tokens": 1024})
 
 
