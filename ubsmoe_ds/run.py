@@ -67,7 +67,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     try:
         recovery.run(federation)
     except Preempted as stopped:
-        code, message = EXIT_PREEMPTED, f"{stopped}; --resume auto goes on from there"
+        code, message = EXIT_PREEMPTED, f"{stopped}; continue with --resume auto"
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:

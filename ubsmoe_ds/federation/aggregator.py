@@ -16,7 +16,7 @@ from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.stopwatch import Stopwatch
-from ubsmoe_ds.checkpoint.state import load_replica, replicate
+from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments

@@ -17,9 +17,9 @@ from ubsmoe_ds.base.files import writes
 from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint import storage
-from ubsmoe_ds.checkpoint.manager import CheckpointManager, FoundCheckpoint
+from ubsmoe_ds.checkpoint.manager import Checkpoint, CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress
-from ubsmoe_ds.checkpoint.state import replicate
+from ubsmoe_ds.checkpoint.shared_state import replicate
 from ubsmoe_ds.client.engine import Client, LocalProgress, start_deepspeed
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
@@ -132,7 +132,7 @@ def _texts(exp: Experiment, rows: ClientRows) -> _Texts:
     return _Texts(examples, cut, evaluator, encoder)
 
 
-def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: FoundCheckpoint | None) -> None:
+def _announce(federation: Federation, rows: ClientRows, texts: _Texts, found: Checkpoint | None) -> None:
     """Open the run's folder, on the rank that writes, and say what is about to run."""
     exp, world = federation.exp, federation.world
     cut_prompts = world.sum(np.array([texts.cut if world.group_rank == 0 else 0.0]))[0]
@@ -191,7 +191,7 @@ def plan_exchanges(
     return plan, [unit for unit, rank in zip(store.units, owner, strict=True) if rank == world.rank]
 
 
-def _open_monitor(exp: Experiment, found: FoundCheckpoint | None) -> "Monitor":
+def _open_monitor(exp: Experiment, found: Checkpoint | None) -> "Monitor":
     """Only the rank that writes pays for importing TensorBoard."""
     from ubsmoe_ds.federation.monitor import Monitor
 
@@ -200,7 +200,7 @@ def _open_monitor(exp: Experiment, found: FoundCheckpoint | None) -> "Monitor":
     with writes(exp.run_dir / storage.FOLDER):
         storage.set_aside_newer(exp.run_dir, found.folder)
     monitor = Monitor(exp, go_on_from=found.manifest.progress.round)
-    monitor.say(f"goes on from {found.folder}")
+    monitor.say(f"resumed from {found.folder}")
     return monitor
 
 

@@ -112,8 +112,9 @@ class Monitor:
             left: how many go on.
         """
         for client in clients:
-            self.say(f"warning: round {number}: client {client!r} is lost (a rank of it died); {left} clients go on")
-            self._writer.add_text(f"lost/{client}", f"in round {number}; {left} clients go on", number)
+            others = f"{left} clients continue"
+            self.say(f"warning: round {number}: client {client!r} is lost (one of its ranks died); {others}")
+            self._writer.add_text(f"lost/{client}", f"in round {number}; {others}", number)
         self._writer.add_scalar("clients/alive", left, number)
         self._writer.flush()
 
