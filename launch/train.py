@@ -1,15 +1,15 @@
-"""Federated UB-SMoE fine-tuning of one experiment.
+"""Fine-tune a sparse MoE model over the clients of one experiment.
 
     deepspeed launch/train.py                                     # the demo, ds_configs/tiny.yaml
     deepspeed launch/train.py --config my.yaml train.rounds=20    # any key can be overridden
     mpiexec -n 6 python -m mpi4py launch/train.py                 # in an MPI world of your own
 
-    deepspeed launch/train.py --resume auto                       # go on from the newest checkpoint, if there is one
-    python launch/train.py --hostfile hosts                       # on several hosts, of lines `host slots=N`
+    deepspeed launch/train.py --resume auto                       # resume from the newest checkpoint, if there is one
+    python launch/train.py --hostfile hosts                       # on several hosts, listed as lines `host slots=N`
 
-SIGTERM or SIGUSR1 to this process or to any rank makes the job save where it stands and end with exit code 75; a second
-one ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130
-interrupted, 143 stopped before it was saved.
+SIGTERM or SIGUSR1 to this process or to any rank makes the job save its progress and exit with code 75; a second signal
+ends it at once. Exit codes: 0 done, 1 failure, 2 a mistake in config, data or layout, 75 stopped and saved, 130
+interrupted, 143 stopped before the progress was saved.
 """
 
 if __name__ == "__main__":
@@ -41,7 +41,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.y
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
@@ -49,22 +49,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|FOLDER",
-        help="go on from a checkpoint: its folder, or auto: the newest whole one; with none yet, start anew",
+        help="resume from a checkpoint: its folder, or auto for the newest whole one; with none yet, start a new run",
     )
     parser.add_argument(
-        "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, N times"
+        "--restarts", type=whole(0), default=0, metavar="N", help="restart a job that died, up to N times"
     )
     parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on, over ssh: lines `host slots=N`"
+        "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on over ssh, listed as lines `host slots=N`"
     )
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
-    """Validate, then start an MPI world or take a place in it."""
+    """Validate the experiment, then start an MPI world or run as a rank of it."""
     first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
     if not inside and not first:
-        return 0  # another process of the same launcher: the first one starts the MPI world, or says what is wrong
+        return 0  # another process of the same launcher; the first one starts the MPI world and reports errors
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # the launcher adds it
     try:
         options = parse(arguments)
@@ -73,7 +73,8 @@ def main() -> int:
             return start(exp, arguments, options)
         if options.hostfile is not None and PARENT_SPEAKS not in os.environ:
             raise UserError(
-                f"--hostfile: {options.hostfile} is for a job that is not under mpiexec yet; give it to mpiexec"
+                f"--hostfile: {options.hostfile} cannot be used here, the job already runs under mpiexec; pass it to "
+                "mpiexec"
             )
     except UserError as error:
         return report(error) if first else EXIT_USER_ERROR
@@ -81,15 +82,15 @@ def main() -> int:
 
 
 def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
-    """Start the MPI world, on the hosts of the hostfile if there is one; returns its exit code.
+    """Start the MPI world, on the hosts of the hostfile if there is one; return its exit code.
 
     Raises:
-        UserError: for what can be found wrong before.
+        UserError: for mistakes in launcher, run folder, rows or hostfile.
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
     check_run_folder(exp, goes_on(exp, options.resume))
     check_rows(exp)
-    model_folder(exp.model.path, weights=True)  # of a model of the hub: once, and not by every rank
+    model_folder(exp.model.path, weights=True)  # downloads a model from the hub once, rather than on every rank
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)
@@ -108,7 +109,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
 
 
 def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace) -> int:
-    """One rank of the job; whatever goes wrong here ends the others too, or where the job survives it, its client."""
+    """Run one rank of the job. An error here ends all ranks, or only its client if the job survives deaths."""
     from ubsmoe_ds.mpi.start import start_mpi
 
     start_mpi(os.environ)  # not in the process of mpiexec
@@ -136,13 +137,13 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         if speaks and PARENT_SPEAKS not in os.environ:
             print("error: interrupted", file=sys.stderr, flush=True)
         return exits.end_after_error(EXIT_INTERRUPTED, survives, together=False)
-    except Exception as error:  # the boundary of the process: the other ranks must not wait for this one
-        time.sleep(DEATH_SECONDS)  # if it is only that another rank was killed, mpiexec ends this one before it speaks
+    except Exception as error:  # last resort of the process: the other ranks must not wait for this one
+        time.sleep(DEATH_SECONDS)  # if another rank was killed, mpiexec ends this one before it reports
         detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
         if survives:
-            exits.die()  # the clients that are left go on
+            exits.die()  # the other clients continue
         return exits.end_after_error(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
         print(ending.message, file=sys.stderr, flush=True)
@@ -151,7 +152,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
 
 
 def report(error: UserError) -> int:
-    """One line, and the exit code of a user's mistake."""
+    """Print an error in one line; return the exit code of a user's mistake."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

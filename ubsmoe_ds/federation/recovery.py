@@ -7,7 +7,7 @@ state comes from any client, since all hold it; the server optimiser's state com
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.federation.build import plan_exchanges
+from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.ulfm import recover
@@ -41,11 +41,11 @@ def _shrink(federation: Federation) -> None:
     world, lost = recover(federation.world, [federation.stop.comm])
     if not lost:
         raise RuntimeError("MPI has failed although no rank has died")
-    old, number = federation.exp, federation.progress.round
+    old = federation.exp
     kept = [client for client in range(len(old.clients)) if client not in lost]
     names = [old.clients[client].name for client in lost]
     exp = old.model_copy(update={"clients": [old.clients[client] for client in kept]})
-    federation.progress.lost |= dict.fromkeys(names, number)
+    federation.progress.lost |= dict.fromkeys(names, federation.progress.round)
     before = federation.aggregator.server
     weights = [before.weights[client] for client in kept]
     exchange_for, owned = plan_exchanges(exp, world, federation.aggregator.store)
@@ -69,7 +69,7 @@ def _pass_on_monitor(federation: Federation, exp: Experiment, world: World, lost
     if world.rank == 0 and federation.monitor is None:
         from ubsmoe_ds.federation.monitor import Monitor
 
-        federation.monitor = Monitor(exp, go_on_from=number, config=federation.checkpoints.config)
+        federation.monitor = Monitor(exp, resume_at=number, config=federation.checkpoints.config)
         if federation.record is not None and federation.monitor.rounds < number:
             federation.monitor.round(federation.record)  # the old first rank died before it wrote this record
     if federation.monitor is not None:
