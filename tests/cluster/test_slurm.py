@@ -125,13 +125,13 @@ def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, t
     job.wait_for(f"job {job.id}, start 2", 60)
     assert (tmp_path / "urgent").read_text() == "first\n"
     started = time.monotonic()
-    job.wait_for("goes on from /")  # from here on USR1 is handled
+    job.wait_for("resumed from /")  # from here on USR1 is handled
     minutes = int(time.monotonic() - started) // 60 + 2
     command(slurm, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.wait_for("saved and queued again", 60)
     command(slurm, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     assert job.end() == 0, job.output
-    assert job.output.count("stopped in round ") == 2 == job.output.count("goes on from /"), job.output
+    assert job.output.count("stopped in round ") == 2 == job.output.count("resumed from /"), job.output
     assert f"job {job.id}, start 3" in job.output and f"job {job.id}, start 4" not in job.output
     assert metrics(tmp_path) == whole
 

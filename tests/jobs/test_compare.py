@@ -181,8 +181,8 @@ def test_interruption_is_one_line(tmp_path, capsys):
 
 
 BAD = {
-    "method": (["--methods", "topk", "top"], "methods: 'top' is no method; use all, or some of ub_smoe, topk"),
-    "override among methods": (["--methods", "topk", "train.rounds=1"], "methods: 'train.rounds=1' is no method"),
+    "method": (["--methods", "topk", "top"], "methods: 'top' is not a method; use all, or some of ub_smoe, topk"),
+    "override among methods": (["--methods", "topk", "train.rounds=1"], "methods: 'train.rounds=1' is not a method"),
     "no methods": (["--methods"], "methods: none given"),
     "seed": (["--seeds", "0", "x"], "seeds: 'x' is no seed"),
     "negative seed": (["--seeds", "-1"], "seeds: '-1' is no seed"),

@@ -50,11 +50,11 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
         job.process.kill()
     assert job.end(60) == (-9 if how.startswith("SIGKILL") else 75), job.output
     last = [line for line in job.output.splitlines() if line.strip()][-1]
-    assert last.startswith("stopped in round 2 of 3, saved to") and last.endswith("--resume auto goes on from there")
+    assert last.startswith("stopped in round 2 of 3, saved to") and last.endswith("continue with --resume auto")
     assert "Abort" not in job.output and "error" not in job.output
     assert [r["round"] for r in records(tmp_path / "tiny")] == [0, 1]
     code, output = train(*SHORT, f"output={tmp_path}", "overwrite=false", "--resume", "auto")
-    assert code == 0 and "goes on from" in output, output
+    assert code == 0 and "resumed from" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -76,7 +76,7 @@ def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     if how == "a second signal":
         return  # resuming is the same
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
-    assert code == 0 and "goes on from" in output and "round-1" in output, output
+    assert code == 0 and "resumed from" in output and "round-1" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
     assert code == 0, output
     assert output.count("warning: checkpoint") == 1 and "rank-00001.safetensors does not have its checksum" in output
-    assert "goes on from" in output and "000002-round-2" in output
+    assert "resumed from" in output and "000002-round-2" in output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -170,7 +170,7 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
     other = "clients=[{name: a, budget: 0.5, ranks: 2, expert_parallel: 2}, {name: b, budget: 1.0}]"
     changes = [other, "deepspeed.zero_optimization.stage=2", f"output={tmp_path}"]
     code, output = train(*SHORT, *changes, "--resume", "auto")
-    assert code == 0 and "goes on from" in output, output
+    assert code == 0 and "resumed from" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -233,7 +233,7 @@ def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):
         time.sleep(0.05)
     os.kill(job.rank_pids()[1], signal.SIGKILL)
     assert job.end() == 0, job.output
-    assert "restart 1 of 1" in job.output and "goes on from" not in job.output
+    assert "restart 1 of 1" in job.output and "resumed from" not in job.output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -245,7 +245,7 @@ def test_a_full_disk_ends_the_job_and_leaves_the_checkpoint_before(tmp_path):
     try:
         code, output = train(*SHORT, f"output={disk}")
         assert code == 2, output
-        assert output.count("error: checkpoint: ") == 1 and "make room there" in output and "Traceback" not in output
+        assert output.count("error: checkpoint: ") == 1 and "free some space" in output and "Traceback" not in output
         kept = [path.name for path in (disk / "tiny" / "checkpoints").glob("[0-9]*")]
         assert kept == ["000001-round-1"]
     finally:

@@ -101,9 +101,9 @@ def test_other_rows_at_a_site_are_other_data(files):
         (
             ["jsonl:a", None],
             "jsonl:e",
-            "c1 have no source of their own, the others have; give all clients one",
+            "c1 have no `source`, but others do; give one to all clients",
         ),
-        (["jsonl:a", "jsonl:b"], None, "data.eval_source: not set, although each client has its own source"),
+        (["jsonl:a", "jsonl:b"], None, "data.eval_source: must be set if each client has its own `source`"),
     ],
 )
 def test_half_a_description_is_refused(sources, evaluation, message):

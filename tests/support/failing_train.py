@@ -28,7 +28,7 @@ from ubsmoe_ds.mpi.start import start_mpi  # noqa: E402
 # where -> what is called there; the exchange sends before it merges, and the evaluation comes after the merge
 STAGES = {
     "local": ("ubsmoe_ds.client.engine", "Client.step"),
-    "statistics": ("ubsmoe_ds.federation.rounds", "gather"),
+    "statistics": ("ubsmoe_ds.federation.aggregator", "gather"),
     "exchange": ("ubsmoe_ds.aggregation.exchange", "Exchange.distribute"),
     "evaluation": ("ubsmoe_ds.client.evaluation", "Evaluator._log_probabilities"),
     "checkpoint": ("ubsmoe_ds.checkpoint.storage", "write_pieces"),

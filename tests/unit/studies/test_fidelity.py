@@ -92,7 +92,7 @@ def test_command_writes_table_and_picture(tmp_path):
     [
         (["--ks", "17"], "--ks: 17 must lie between 1 and the model's 16 experts"),
         (["--batches", "0"], "--batches 0 must be at least 1"),
-        (["method=nothing"], "method: 'nothing' is no method"),
+        (["method=nothing"], "method: 'nothing' is not a method"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):
