@@ -163,7 +163,7 @@ def test_remedies_are_of_the_hosts_that_a_client_names(inputs):
 
 def test_bytes_inside_a_client_by_hand(inputs):
     """Dense parameters d and experts' e in fp32 on four ranks: rings of four and of two, and the all-to-alls."""
-    setup = replace(rank_setup(inputs, 3), ranks=4, expert_parallel=1, estimator="none")
+    setup = replace(rank_setup(inputs, 3), ranks=4, expert_parallel=1, drawn_tokens=0, mixture=False)
     dense, experts = trained_elements(setup)
     assert step_bytes(replace(setup, ranks=1)) == 0
     assert step_bytes(setup) == 4 * 2 * 3 / 4 * (dense + experts)
