@@ -15,7 +15,7 @@ FULLEST_EXPERT = 1.75  # its rows over the mean where nothing is dropped: assume
 
 
 class Batch(NamedTuple):
-    """What a rank computes at a time: padded rows, and the positions whose logits are asked for."""
+    """A rank's batch: padded rows, and the positions whose logits are computed."""
 
     rows: int
     length: int
