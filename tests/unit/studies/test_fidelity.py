@@ -1,4 +1,4 @@
-"""The fidelity report: its numbers by hand, what it finds on experts trained from scratch, and its command."""
+"""Check the fidelity report: figures by hand, its result on experts trained from scratch, and its command."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ TINY = REPO / "ds_configs" / "compare_tiny.yaml"
 
 
 def hand_made() -> dict[str, list[Measured]]:
-    """One layer, two experts with gradients of two elements, two batches; expert 1 was active in the second only."""
+    """Return one layer, two experts with gradients of two elements, two batches; expert 1 is active in the second."""
     dense = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     first = Measured(dense, torch.tensor([[[4.0, 3.0], [0.0, 0.0]]]), torch.tensor([[True, False]]))
     second = Measured(dense, torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]), torch.tensor([[True, True]]))
