@@ -129,7 +129,7 @@ def make_split(options: argparse.Namespace) -> None:
     import torch
 
     from ubsmoe_ds.data.sources import load_rows, only_source
-    from ubsmoe_ds.models.upcycle import recover, split
+    from ubsmoe_ds.models.split import recover, split
 
     train, held_out = load_rows(only_source(options.data), options.seed)
     dense, tokenizer = read_dense(options.model, torch.float32)

@@ -92,7 +92,7 @@ SPLIT += ["--tokens", "64", "--length", "16"]
             "loss on text held out is nan at K 1, recovered; lower --lr",
         ),
         (["upcycle", "--model", "{dense}", "--experts", "2", "--k", "3"], "--k: 3 must be 1 to 2"),
-        (["upcycle", "--model", "builtin:tiny_olmoe"], "is of the family 'olmoe'; a dense model of the family 'llama'"),
+        (["upcycle", "--model", "builtin:tiny_olmoe"], "model_type is 'olmoe'; only dense models of type 'llama'"),
         (["upcycle", "--model", "nowhere"], "cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
