@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.unit.models.test_causal_lm import FAMILIES, ids_and_mask, saved_family
+from tests.support.families import MODELS, ids_and_mask, saved_family
 from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
@@ -37,7 +37,7 @@ def save(folder, state, **changes):
 
 
 @pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_peft_computes_our_logits(family, attention, tmp_path):
     hf = saved_family(family, tmp_path / "base")
     model, state = trained(tmp_path / "base", attention)
