@@ -51,7 +51,7 @@ def test_layers_that_the_config_leaves_out_are_missed(dense, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     done = prepare("upcycle", "--model", folder, "--out", tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert "tensors that its config.json says nothing of, first 'model.layers.1." in done.stderr
+    assert "tensors that its config.json does not describe, first 'model.layers.1." in done.stderr
 
 
 def test_split_model_trains(dense, tmp_path):
@@ -62,7 +62,7 @@ def test_split_model_trains(dense, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["layer 1/2", "layer 2/2"]
-    assert sum(line.startswith("loss on text held out:") for line in lines) == 2 and "dense" in lines[2]
+    assert sum(line.startswith("loss on held-out text:") for line in lines) == 2 and "dense" in lines[2]
     assert sum(line.startswith("recovery step") for line in lines) == 3
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 4, 8)
@@ -89,10 +89,10 @@ SPLIT += ["--tokens", "64", "--length", "16"]
         (["split", "--model", "{dense}", "--data", "synthetic", "--experts", "1"], "--experts: 1 must be 2 to 1024"),
         (
             [*SPLIT, "--recover-steps", "3", "--lr", "1e30", "--recover-rows", "1"],
-            "loss on text held out is nan at K 1, recovered; lower --lr",
+            "loss on held-out text is nan at K 1, recovered; lower --lr",
         ),
         (["upcycle", "--model", "{dense}", "--experts", "2", "--k", "3"], "--k: 3 must be 1 to 2"),
-        (["upcycle", "--model", "builtin:tiny_olmoe"], "is of the family 'olmoe'; a dense model of the family 'llama'"),
+        (["upcycle", "--model", "builtin:tiny_olmoe"], "model_type is 'olmoe'; only dense models of type 'llama'"),
         (["upcycle", "--model", "nowhere"], "cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -137,7 +137,7 @@ BAD = {
         ["data.max_length=1025", TWO_CLIENTS],
         "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024",
     ),
-    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it is of another model"),
+    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it belongs to another model"),
     "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
     "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
     "cuda": (["accelerator=cuda", TWO_CLIENTS], "torch sees no CUDA device"),
