@@ -1,10 +1,10 @@
-"""One merge of all clients: ours against plain copying, MPI's own reduction, and Flower's FedAvg, in turn in one job.
+"""Time one merge of all clients: ours, plain copying, MPI's own reduction, and Flower's FedAvg, in turn in one job.
 
     mpiexec -n 4 python -m mpi4py benchmarks/exchange.py --megabytes 1 16 128
 
-Every rank is a client of its own that holds everything: the case in which a linear rule could be one Allreduce. `ms`
-is the median over repeats of the slowest rank's time, `ratio` that over the concurrent memcpy's, `mb` what each client
-holds, `wire_mb` what each rank sends to others where messages are sent.
+Every rank is a client that holds the whole model: the case in which a linear rule could be one Allreduce. `ms` is the
+median over repeats of the slowest rank's time, `ratio` that over the concurrent memcpy's, `mb` the size of a client's
+update, `wire_mb` what each rank sends to others where messages are sent.
 
     memcpy          every rank copies its update once
     ubsmoe          a linear rule: weighted sums at the owners, through memory that the ranks of a host share
@@ -13,10 +13,10 @@ holds, `wire_mb` what each rank sends to others where messages are sent.
     owners-mpi      the same by messages: Alltoallv there and back;  owners-bf16: with bf16 on the way
     allreduce       scale by the weight, MPI's blocking Allreduce in place
     flower          a round of FedAvg in Flower's simulation, a client an actor; only where flwr and ray are installed
-    model           what `predict` says of `ubsmoe`; here `ratio` is measured over predicted
-    projection      what it says of 64 clients with adapters of OLMoE-1B-7B (rank 8, 302 MB), on one host of this memory
-                    bandwidth, and on 8 hosts joined at --network-gbps each
-Clients of several ranks cannot use the reductions: their replicas would count twice.
+    model           the prediction of `predict` for `ubsmoe`; here `ratio` is measured over predicted
+    projection      its prediction for 64 clients with adapters of OLMoE-1B-7B (LoRA rank 8, 302 MB), on one host of
+                    this memory bandwidth, and on 8 hosts joined at --network-gbps each
+Clients of several ranks cannot use the reductions, because their replicas would count twice.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import add_output_option, machine, say
+from measuring import add_output_option, machine, say
 from mpi4py import MPI
 
 from ubsmoe_ds.aggregation.exchange import Exchange
@@ -44,7 +44,7 @@ Way = Callable[[np.ndarray], np.ndarray]
 
 
 def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[dict[str, Way], int]:
-    """Name -> function from this client's update to the weighted mean; bytes that a rank sends."""
+    """Return {name: function from this client's update to the weighted mean}, and the bytes that a rank sends."""
     units = [Unit(f"e{u}", "router", numel // UNITS, expert=u % 64) for u in range(UNITS)]
     layouts = [ClientLayout(rank, 1, 1) for rank in range(comm.size)]
     owner = owners(units, 1, comm.size)
@@ -73,7 +73,7 @@ def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[
     shared, messages, half = plan("fp32", True), plan("fp32", False), plan("bf16", True)
     if shared.memory is None:
         raise SystemExit("error: the ranks share no memory: several hosts, or /dev/shm has no room")
-    found = {
+    merges = {
         "memcpy": memcpy,
         "ubsmoe": lambda held: linear(shared, held),
         "ubsmoe-mpi": lambda held: linear(messages, held),
@@ -82,25 +82,25 @@ def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[
         "owners-bf16": lambda held: through_owners(half, held),
         "allreduce": allreduce,
     }
-    return found, messages.bytes_sent
+    return merges, messages.bytes_sent
 
 
 def predict(
     clients: int, megabytes: float, rest: float, host_gb: float, hosts: int = 1, network_gb: float = 1
 ) -> float:
-    """Seconds of a linear merge of one-rank clients: what moves, over how fast it moves.
+    """Return the seconds of a linear merge of one-rank clients: bytes moved over bandwidth.
 
     In a host's memory every byte of a client is scaled into the shared region (read, written), read by its owner, and
-    copied back (read, written); of the merged values, a client's share 1 / C, the sum is written, copied and read.
-    Between hosts each rank sends (C - 1) / C of its bytes to owners and receives as much again, of which the part
-    for other hosts shares the host's link.
+    copied back (read, written). The sum of merged values, 1 / C of a client's bytes, is written, copied and read.
+    Between hosts each rank sends (C - 1) / C of its bytes to owners and receives as much again; the part for other
+    hosts shares the host's link.
 
     Args:
         clients: C.
-        megabytes: of a client.
+        megabytes: of a client's update.
         rest: seconds that do not depend on the payload (barriers).
         host_gb: memory bandwidth of a host, GB/s, reads and writes together.
-        hosts: over which the clients are spread evenly.
+        hosts: number of hosts, over which the clients are spread evenly.
         network_gb: of a host's link, GB/s each way.
     """
     per_host = clients / hosts * megabytes / 1e3
@@ -110,7 +110,7 @@ def predict(
 
 
 def project(comm: MPI.Intracomm, figures: dict[int, dict[str, float]], options: argparse.Namespace) -> None:
-    """The model against what was measured, and for jobs that this machine cannot hold."""
+    """Print the model's prediction against the measurement, and for jobs that this machine cannot hold."""
     smallest, largest = min(figures), max(figures)
     host_gb = 2 * comm.size * largest / 1e3 / figures[largest]["memcpy"]
     moving = predict(comm.size, smallest, 0, host_gb)
@@ -127,7 +127,7 @@ def project(comm: MPI.Intracomm, figures: dict[int, dict[str, float]], options: 
 
 
 def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
-    """Seconds of rounds of Flower's simulation with FedAvg, whose clients send the payload back and do nothing else."""
+    """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import flwr
     from flwr.common import ndarrays_to_parameters
@@ -168,11 +168,11 @@ def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
 
 
 def in_turn(comm: MPI.Intracomm, merge: dict[str, Way], held: np.ndarray, repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of the slowest rank, [repeats]; the first call of each is not counted."""
+    """Return the seconds of the slowest rank by name, [repeats] each; the first call of each is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in merge}
     for _ in range(repeats + 1):
         for name, way in merge.items():
-            wait_quietly(comm.Ibarrier())  # ranks that spin would take the cores of those that are timed
+            wait_quietly(comm.Ibarrier())  # busy-waiting ranks would take cores from those that are timed
             start = time.perf_counter()
             merged = way(held)
             slowest = np.array(time.perf_counter() - start)
@@ -185,7 +185,7 @@ def in_turn(comm: MPI.Intracomm, merge: dict[str, Way], held: np.ndarray, repeat
 
 
 def check(comm: MPI.Intracomm, name: str, held: np.ndarray, merged: np.ndarray) -> None:
-    """The mean over clients, at a few places."""
+    """Check the mean over clients at a few places."""
     places = np.linspace(0, len(held) - 1, 100).astype(int)
     expected = held[places] / np.float32(comm.size)
     comm.Allreduce(MPI.IN_PLACE, expected)
@@ -196,7 +196,7 @@ def check(comm: MPI.Intracomm, name: str, held: np.ndarray, merged: np.ndarray) 
 def report(
     comm: MPI.Intracomm, megabytes: int, seconds: dict[str, np.ndarray], sent: int, as_json: bool
 ) -> dict[str, float]:
-    """One line a way; its median seconds."""
+    """Print one line per way; return the median seconds of each."""
     medians = {name: float(np.median(measured)) for name, measured in seconds.items()}
     for name, median in medians.items():
         record = {"bench": "exchange", "impl": name, "ranks": comm.size, "mb": megabytes}
@@ -208,7 +208,7 @@ def report(
 
 
 def main() -> None:
-    """All sizes, all ways in turn."""
+    """Time all ways in turn, for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", nargs="+", type=int, default=[1, 16, 128])
     parser.add_argument("--repeats", type=int, default=7)

@@ -1,11 +1,11 @@
-"""Memory and time to load one rank's part of a checkpoint: ours, and transformers' whole model.
+"""Measure memory and time to load one rank's part of a model folder: ours, and transformers' whole model.
 
-    python benchmarks/loading.py                       # an OLMoE checkpoint of 1.3 GB, made for the occasion
+    python benchmarks/loading.py                       # an OLMoE of 1.3 GB with random weights
     python benchmarks/loading.py --gigabytes 4 --expert-parallel 1 8 --dtype bf16
 
-The checkpoint has OLMoE-1B-7B's structure (names, index, shards, per-expert tensors) at a smaller width. Each case runs
-in a process of its own. `kept_mb` are the bytes of the parameters that the rank holds afterwards, `peak_mb` the most
-memory of the process over what it had before, mapped file pages included; `ratio` is peak over kept.
+The weights have OLMoE-1B-7B's structure (names, index, shards, per-expert tensors) at a smaller width. Each case runs
+in a process of its own. `kept_mb`: the parameters that the rank holds afterwards; `peak_mb`: the peak memory of the
+process minus what it had before, mapped file pages included; `ratio`: peak over kept.
 """
 
 import argparse
@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from common import add_output_option, machine, resident, say
+from measuring import add_output_option, machine, resident, say
 from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.gate import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS, EXPERTS, VOCABULARY = 16, 64, 50304  # of OLMoE-1B-7B
@@ -29,7 +30,7 @@ SHARDS = 4
 
 
 def config(gigabytes: float, dtype: str) -> OlmoeConfig:
-    """As wide as the size asks for; F = D / 2, as in OLMoE-1B-7B."""
+    """Return the config of an OLMoE as wide as the size allows; F = D / 2, as in OLMoE-1B-7B."""
     elements = gigabytes * 1e9 / DTYPES[dtype].itemsize
     width = 128
     while LAYERS * (4 * width**2 + EXPERTS * 3 * width * width // 2) + 2 * VOCABULARY * width < elements:
@@ -45,9 +46,9 @@ def config(gigabytes: float, dtype: str) -> OlmoeConfig:
     )
 
 
-def save_checkpoint(folder: Path, made: OlmoeConfig, dtype: torch.dtype) -> float:
-    """Random weights under the hub's names, written shard by shard; gigabytes written."""
-    width, hidden = made.hidden_size, made.intermediate_size
+def save_checkpoint(folder: Path, model: OlmoeConfig, dtype: torch.dtype) -> float:
+    """Write random weights under the hub's names, shard by shard; return the gigabytes written."""
+    width, hidden = model.hidden_size, model.intermediate_size
     shapes = {"model.embed_tokens.weight": (VOCABULARY, width), "lm_head.weight": (VOCABULARY, width)}
     shapes["model.norm.weight"] = (width,)
     for layer in range(LAYERS):
@@ -64,20 +65,20 @@ def save_checkpoint(folder: Path, made: OlmoeConfig, dtype: torch.dtype) -> floa
     per_shard = -(-len(names) // SHARDS)
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        own = names[shard * per_shard : (shard + 1) * per_shard]
-        save_file({name: torch.randn(shapes[name]).mul_(0.02).to(dtype) for name in own}, folder / file)
-        files |= dict.fromkeys(own, file)
+        in_shard = names[shard * per_shard : (shard + 1) * per_shard]
+        save_file({name: torch.randn(shapes[name]).mul_(0.02).to(dtype) for name in in_shard}, folder / file)
+        files |= dict.fromkeys(in_shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    made.save_pretrained(folder)
+    model.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
 
 
 def measure(folder: Path, implementation: str, expert_parallel: int, options: argparse.Namespace) -> None:
-    """Load once and print."""
+    """Load once and print the figures."""
     dtype = DTYPES[options.dtype]
     before, start = resident("VmRSS"), time.perf_counter()
     if implementation == "ubsmoe":
-        spec = UBSMoESpec(k=8, candidates=16, expert_parallel=expert_parallel)
+        spec = UBSMoESpec(GateConfig(k=8, candidates=16), expert_parallel=expert_parallel)
         model: torch.nn.Module = load(folder, spec, dtype)
     else:
         from transformers import OlmoeForCausalLM
@@ -93,7 +94,7 @@ def measure(folder: Path, implementation: str, expert_parallel: int, options: ar
 
 
 def main() -> None:
-    """A checkpoint, then a process for each case."""
+    """Write the weights, then start a process for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.2)
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
@@ -108,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         size = save_checkpoint(Path(name), config(options.gigabytes, options.dtype), DTYPES[options.dtype])
         if not options.json:
-            print(f"{machine()}; a checkpoint of {size:.2f} GB in {SHARDS} shards", flush=True)
+            print(f"{machine()}; weights of {size:.2f} GB in {SHARDS} shards", flush=True)
         for implementation, ranks in [*(("ubsmoe", n) for n in options.expert_parallel), ("transformers", 1)]:
             again = [*sys.argv[1:], "--case", name, implementation, str(ranks)]
             subprocess.run([sys.executable, __file__, *again], check=True)

@@ -1,18 +1,18 @@
-"""One MoE block with LoRA, forward and backward: ours, Hugging Face, stock DeepSpeed, and the floor, in turn.
+"""Time one MoE block with LoRA, forward and backward: ours, Hugging Face, stock DeepSpeed, and the floor, in turn.
 
     python benchmarks/moe_block.py                                   # the whole table
     python benchmarks/moe_block.py --tokens 4096 --k 8 --impls ubsmoe hf_eager --routing zipf
-    python benchmarks/moe_block.py --tokens 4096 --k 8 --profile     # where ours spends its time
+    python benchmarks/moe_block.py --tokens 4096 --k 8 --profile     # time by part of our block
     python benchmarks/moe_block.py --hidden 2048 --width 1024 --tokens 8192 --k 8 \
         --dtypes bf16 --impls ubsmoe hf_grouped_mm
 
 Only LoRA is trained; gradients are those of the input and of LoRA. The floor is one plain matrix product of the same
-FLOPs (the experts' forward and their gradient for the input, all routes), in the same dtype, called in turn with the
-others; `ratio` is the median over repeats of a time over the floor's, `kept` the share of routes that our capacity
+FLOPs (the experts' forward and their gradient for the input, all routes), in the same dtype, timed in turn with the
+others. `ratio` is the median over repeats of a time over the floor's, `kept` the share of routes that our capacity
 keeps. Before timing, outputs with fresh adapters are compared with transformers'.
 
-    separate        the floor's FLOPs as plain products of each expert's own rows and weights, into reused memory: what
-                    a block without gate, LoRA, silu, gathers and sums would take
+    separate        the floor's FLOPs as plain products of each expert's rows and weights, into reused memory: a block
+                    without gate, LoRA, silu, gathers and sums
     ubsmoe          this project's block; dropping: capacity factor 1
     hf_eager        transformers' block, LoRA by PEFT, which adds B A to the stacked weights in every step; never drops
     hf_grouped_mm   the same with transformers' grouped_mm experts
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from common import add_output_option, device, in_turn, machine, ratio, say
+from measuring import add_output_option, device, in_turn, machine, ratio, say
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +35,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.models.conversion import UBSMoESpec, convert_block
+from ubsmoe_ds.moe.gate import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, ALPHA = 8, 16.0
@@ -50,7 +51,7 @@ class Shape(argparse.Namespace):
 
 
 def config(shape: Shape, k: int, implementation: str = "eager") -> OlmoeConfig:
-    """Of a model with this block."""
+    """Return the config of a model with this block."""
     return OlmoeConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.width,
@@ -62,7 +63,7 @@ def config(shape: Shape, k: int, implementation: str = "eager") -> OlmoeConfig:
 
 
 def base_block(shape: Shape, k: int, zipf: bool, implementation: str = "eager") -> OlmoeSparseMoeBlock:
-    """The block that all implementations share; with `zipf` its router favours expert i as 1 / (i + 1)."""
+    """Return the block that all implementations share; with `zipf` its router favours expert i as 1 / (i + 1)."""
     torch.manual_seed(0)
     block = OlmoeSparseMoeBlock(config(shape, k, implementation))
     for parameter in block.parameters():
@@ -73,28 +74,28 @@ def base_block(shape: Shape, k: int, zipf: bool, implementation: str = "eager") 
 
 
 def tokens_of(shape: Shape, count: int) -> Tensor:
-    """[1, T, D], the first feature constant."""
+    """Return input [1, T, D] whose first feature is constant."""
     x = torch.randn(1, count, shape.hidden, generator=torch.Generator().manual_seed(1))
     x[..., 0] = 1
     return x
 
 
 def ubsmoe(shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Module:
-    """This project's block."""
-    spec = UBSMoESpec(
-        k=k,
-        candidates=min(2 * k, shape.experts),
-        lora_rank=RANK,
-        lora_alpha=ALPHA,
-        router_trainable=False,
-        phi_range=None,
-        capacity_factor=1.0 if dropping else None,
-    )
-    return convert_block(base_block(shape, k, zipf), config(shape, k), spec, torch.Generator().manual_seed(0))
+    """Return this project's block."""
+    gate = GateConfig(k, min(2 * k, shape.experts), capacity_factor=1.0 if dropping else None, phi_range=None)
+    spec = UBSMoESpec(gate, lora_rank=RANK, lora_alpha=ALPHA, router_trainable=False)
+    block = base_block(shape, k, zipf)
+
+    def fill(base: dict[str, Tensor], first: int) -> None:
+        gate_EFD, up_EFD = block.experts.gate_up_proj.chunk(2, dim=1)
+        for name, value in {"gate": gate_EFD, "up": up_EFD, "down": block.experts.down_proj}.items():
+            base[name].copy_(value)
+
+    return convert_block(block, config(shape, k), spec, torch.Generator().manual_seed(0), fill)
 
 
 def hugging_face(shape: Shape, k: int, zipf: bool, implementation: str) -> nn.Module:
-    """Transformers' block with PEFT's LoRA on the stacked projections."""
+    """Return transformers' block with PEFT's LoRA on the stacked projections."""
     names = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=names)
     wrapper = nn.Sequential(base_block(shape, k, zipf, implementation))
@@ -116,12 +117,12 @@ class LoraExpert(nn.Module):
         return self.base[name](x) + ALPHA / RANK * self.B[name](self.A[name](x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Return [..., D] for [..., D]."""
         return self._project("down", F.silu(self._project("gate", x)) * self._project("up", x))
 
 
 class StockDeepSpeed(nn.Module):
-    """`deepspeed.moe.layer.MoE` with the base block's weights; its gate normalises and samples as it does."""
+    """`deepspeed.moe.layer.MoE` with the base block's weights; its gate normalises and samples in its own way."""
 
     def __init__(self, shape: Shape, k: int, dropping: bool, zipf: bool) -> None:
         super().__init__()
@@ -144,12 +145,12 @@ class StockDeepSpeed(nn.Module):
                 expert.base[name].weight.data.copy_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[1, T, D] -> [1, T, D]."""
+        """Return [1, T, D] for [1, T, D]."""
         return self.moe(x)[0]
 
 
 def build(name: str, shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Module | None:
-    """An implementation; None where it has no such mode."""
+    """Return an implementation; None if it has no such mode."""
     if name == "ubsmoe":
         return ubsmoe(shape, k, dropping, zipf)
     if name == "deepspeed":
@@ -160,7 +161,7 @@ def build(name: str, shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Mod
 
 
 def step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward of one implementation; gives its output."""
+    """Return a function that runs forward and backward of one implementation and returns its output."""
     trained = [p for p in module.parameters() if p.requires_grad]
 
     def run() -> Tensor:
@@ -174,7 +175,7 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
 
 
 def floor(shape: Shape, tokens: int, k: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One product of the FLOPs of three projections, forward and gradient of the input, of every route."""
+    """Return one product with the FLOPs of all routes' three projections, forward and gradient of the input."""
     rows = torch.randn(tokens * k, shape.hidden, dtype=dtype, device=device())
     weight = torch.randn(6 * shape.width, shape.hidden, dtype=dtype, device=device())
     out = torch.empty(tokens * k, 6 * shape.width, dtype=dtype, device=device())
@@ -182,7 +183,7 @@ def floor(shape: Shape, tokens: int, k: int, dtype: torch.dtype) -> Callable[[],
 
 
 def separate(shape: Shape, tokens: int, k: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The same, expert by expert: forward and gradient of the input of gate and up together, and of down."""
+    """Return the same FLOPs expert by expert: forward and gradient of the input, gate and up together, then down."""
     rows, width, hidden = max(1, tokens * k // shape.experts), shape.width, shape.hidden
 
     def tensor(*sizes: int) -> Tensor:
@@ -204,20 +205,20 @@ def separate(shape: Shape, tokens: int, k: int, dtype: torch.dtype) -> Callable[
     return run
 
 
-PARTS = (  # what of a profile belongs to what, by operator
+PARTS = (  # part of the step -> operators of the profile
     ("silu and products of elements", ("silu", "silu_backward", "mul", "vecdot", "linalg_vecdot", "sum", "div", "add")),
     ("gathers and weighted sums", ("index_select", "_embedding_bag", "_embedding_bag_forward_only")),
 )
 
 
 def profile(shape: Shape, run: Callable[[], Tensor], floor_ms: float, repeats: int) -> None:
-    """Print the milliseconds of each part of our step, and how many floors that is."""
+    """Print the milliseconds of each part of our step, and their ratio to the floor."""
     inner = {shape.hidden + 2 * RANK, shape.width + RANK, shape.hidden + RANK, 2 * shape.width + 2 * RANK}
-    with torch.profiler.profile(record_shapes=True) as found:
+    with torch.profiler.profile(record_shapes=True) as recorded:
         for _ in range(repeats):
             run()
     parts: dict[str, float] = {}
-    for event in found.key_averages(group_by_input_shape=True):
+    for event in recorded.key_averages(group_by_input_shape=True):
         name = event.key.removeprefix("aten::").removesuffix("_")
         if name in ("mm", "bmm"):
             (left, _), (rows, columns) = event.input_shapes[:2]
@@ -234,13 +235,13 @@ def profile(shape: Shape, run: Callable[[], Tensor], floor_ms: float, repeats: i
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, str, int, int, bool, str]]:
-    """(threads, dtype, tokens, k, dropping, routing)."""
+    """Yield (threads, dtype, tokens, k, dropping, routing)."""
     dropping = {"yes": [True], "no": [False], "both": [True, False]}[options.dropping]
     return product(options.threads, options.dtypes, options.tokens, options.k, dropping, options.routing)
 
 
 def check_answers(functions: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
-    """Ours against transformers, which compute the same (stock DeepSpeed gates otherwise)."""
+    """Compare our output with transformers', which computes the same (stock DeepSpeed gates differently)."""
     peers = [name for name in functions if name.startswith("hf_")]
     for peer in peers if "ubsmoe" in functions else []:
         ours, theirs = functions["ubsmoe"]().float(), functions[peer]().float()
@@ -276,7 +277,7 @@ def measure(shape: Shape, case: tuple[int, str, int, int, bool, str], options: a
 
 
 def main() -> None:
-    """All cases asked for."""
+    """Measure all cases that the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)
@@ -289,7 +290,7 @@ def main() -> None:
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=["uniform", "zipf"])
     parser.add_argument("--impls", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="print the parts of our step as well")
+    parser.add_argument("--profile", action="store_true", help="also print the parts of our step")
     add_output_option(parser)
     options = parser.parse_args()
     keep_freed_memory()

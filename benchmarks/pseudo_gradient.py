@@ -1,10 +1,10 @@
-"""What pseudo-gradients cost: optimiser steps with each estimator over steps without, in turn in one process.
+"""Measure the cost of pseudo-gradients (PG): optimiser steps with each estimator over steps without, in turn.
 
     python benchmarks/pseudo_gradient.py                       # an OLMoE-like block, and the built-in model
     python benchmarks/pseudo_gradient.py --repeats 20 --tokens 4096
 
-`ratio` is the median over repeats of a training step at K = 1 with PG over one without, `low` and `high` its quartiles,
-`ms` the median of the step. (1 - 1 / ratio is PG's share of the step.) One thread.
+One process, one thread. `ratio` is the median over repeats of a training step at K = 1 with PG over one without, `low`
+and `high` are its quartiles, `ms` the median of the step. 1 - 1 / ratio is PG's share of the step.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import add_output_option, in_turn, machine, save_checkpoint, say, start_alone, step_batch
+from measuring import add_output_option, in_turn, machine, save_checkpoint, say, start_alone, step_batch
 
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
@@ -32,11 +32,11 @@ VARIANTS = (  # estimator, tokens_per_expert
     ("linearised", 8),
     ("linearised", 16),
 )
-MOMENT_SHARE = 1 / 16  # as the preset has it
+MOMENT_SHARE = 1 / 16  # as in the preset ub_smoe
 
 
 def experiment(path: str, experts: int) -> Experiment:
-    """One client with K = 1 and LoRA rank 8."""
+    """Return an experiment of one client with K = 1 and LoRA rank 8."""
     optimizer = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.0}}
     return Experiment.model_validate(
         {
@@ -53,7 +53,7 @@ def experiment(path: str, experts: int) -> Experiment:
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
-    """One size: a line for each variant."""
+    """Print a line for each variant at one size."""
     from ubsmoe_ds.client.engine import Client
     from ubsmoe_ds.moe.collector import PseudoGradientCollector
 
@@ -88,7 +88,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> None:
 
 
 def prepare(client: Any, collector: Any, with_moments: bool) -> None:
-    """Make the client's next steps ones with this collector or none, and with or without summing up moments."""
+    """Set the collector of the client's next steps, or none, and whether they sum up moments."""
     if client.collector is not None:
         client.collector.detach()
     client.collector = client.gradient_hook.collector = collector
@@ -104,7 +104,7 @@ def prepare(client: Any, collector: Any, with_moments: bool) -> None:
 
 
 def main() -> None:
-    """All sizes in one process."""
+    """Measure all sizes in one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")

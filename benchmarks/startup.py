@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import add_output_option, machine, say
+from measuring import add_output_option, machine, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINES = {"ready": "startup:", "evaluated": "before ", "round": "round "}

@@ -1,4 +1,4 @@
-"""A client's whole training step by K, ours against Hugging Face + PEFT, and what each of our parts costs.
+"""Time a client's whole training step by K, ours against Hugging Face + PEFT, and the cost of each of our parts.
 
     python benchmarks/train_step.py                          # OLMoE-1B-7B scaled to 4 layers of width 512
     python benchmarks/train_step.py --layers 16 --hidden 2048 --tokens 8192 --dtype bf16 --k 2 8 \
@@ -7,11 +7,12 @@
 
 The scaled model keeps OLMoE-1B-7B's proportions of attention, experts and vocabulary: F = D / 2, 64 experts,
 V = 1.535 D per layer. A step is forward, backward and AdamW on 8 rows of random tokens, the last eighth of each the
-answer, through DeepSpeed without ZeRO. `ratio` is to our step at the largest K, in turn in one process.
+answer, through DeepSpeed without ZeRO. `ratio` is relative to our step at the largest K, timed in turn in one process.
 
-    ubsmoe              DMR, linearised PG as the preset has it, LoRA rank 8, router trained
+    ubsmoe              DMR (Dynamic Modulated Routing) and linearised PG (pseudo-gradients) as in the preset ub_smoe,
+                        LoRA rank 8, router trained
     ubsmoe-no_dmr       without modulation        ubsmoe-no_pg    without pseudo-gradients
-    ubsmoe-no_lora      the adapters frozen: only the router and phi are trained, without PG; their product stays
+    ubsmoe-no_lora      adapters frozen, but still computed: only the router and phi are trained, without PG
     hf_peft             transformers (grouped_mm experts), PEFT's LoRA on the same weights, torch's AdamW; PEFT adds
                         B A to the weights of all experts in every step
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from measuring import (
     add_output_option,
     device,
     in_turn,
@@ -49,7 +50,7 @@ VOCABULARY_PER_WIDTH = 50304 / (16 * 2048)
 
 
 def scaled_checkpoint(options: argparse.Namespace, folder: Path) -> str:
-    """A model of the shape asked for with random weights."""
+    """Save a model of the options' shape with random weights."""
     return save_checkpoint(
         folder,
         hidden=options.hidden,
@@ -63,7 +64,7 @@ def scaled_checkpoint(options: argparse.Namespace, folder: Path) -> str:
 
 
 def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "ubsmoe") -> Experiment:
-    """One client with this K of K_max = the largest asked for."""
+    """Return an experiment of one client with this K; K_max is the largest K of the options."""
     raw: dict[str, Any] = {
         "name": "benchmark",
         "model": {"path": path},
@@ -85,7 +86,7 @@ def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "u
 
 
 def ours(path: str, k: int, options: argparse.Namespace, variant: str) -> Callable[[], object]:
-    """A step of our client."""
+    """Return a step of our client."""
     from ubsmoe_ds.client.engine import Client
 
     exp = experiment(path, k, options, variant)
@@ -103,7 +104,7 @@ def ours(path: str, k: int, options: argparse.Namespace, variant: str) -> Callab
 
 
 def hf_peft(path: str, k: int, options: argparse.Namespace) -> Callable[[], object]:
-    """A step of transformers with PEFT and the same K, on the same rows."""
+    """Return a step of transformers with PEFT and the same K, on the same rows."""
     from peft import LoraConfig, get_peft_model
     from transformers import OlmoeForCausalLM
 
@@ -133,12 +134,12 @@ def hf_peft(path: str, k: int, options: argparse.Namespace) -> Callable[[], obje
 
 
 def build(name: str, path: str, k: int, options: argparse.Namespace) -> Callable[[], object]:
-    """A step of one implementation."""
+    """Return a step of one implementation."""
     return hf_peft(path, k, options) if name == "hf_peft" else ours(path, k, options, name)
 
 
 def measure(path: str, options: argparse.Namespace) -> None:
-    """All K and implementations in turn; one line each."""
+    """Time all K and implementations in turn and print a line for each."""
     torch.set_num_threads(options.threads)
     steps = {(name, k): build(name, path, k, options) for k in options.k for name in options.impls}
     keys = {f"{name} {k}": (name, k) for name, k in steps}
@@ -151,7 +152,7 @@ def measure(path: str, options: argparse.Namespace) -> None:
 
 
 def peak_megabytes(name: str, path: str, options: argparse.Namespace) -> None:
-    """Print what two steps need at most, on the accelerator if there is one, else of the whole process."""
+    """Print the peak memory of two steps: of the accelerator if there is one, else of the process."""
     step = build(name, path, options.only_k, options)
     gc.collect()
     before = resident("VmRSS")
@@ -165,7 +166,7 @@ def peak_megabytes(name: str, path: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Time, or memory with --memory."""
+    """Measure time, or memory with --memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -177,7 +178,8 @@ def main() -> None:
     parser.add_argument("--impls", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)  # a process that --memory starts is given these two
+    # --memory passes these two to the processes that it starts
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     parser.add_argument("--only-k", type=int, help=argparse.SUPPRESS)
     add_output_option(parser)
     options = parser.parse_args()

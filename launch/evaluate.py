@@ -1,13 +1,14 @@
-"""Evaluate a trained adapter, or a base model, at one or several K: per task and over all rows.
+"""Evaluate a trained adapter, or a base model, at one or several K (active experts): per task and over all rows.
 
     python launch/evaluate.py --adapter runs/tiny/adapter --data synthetic --k 2 8
     python launch/evaluate.py --adapter runs/x/adapter/clients/phone --data jsonl:dev.jsonl --exact-match
     python launch/evaluate.py --model FOLDER --data jsonl:dev.jsonl --k 8
 
-loss           mean over the answer tokens, the closing end-of-text token included
-accuracy       the right option has the largest log-probability; accuracy_norm: over its number of tokens
-exact_match    with --exact-match: the greedily generated answer names the right label, see `parse_answer`
---format cloze asks the question alone and takes the choices' texts for answers
+loss           mean over the answer tokens, with the final end-of-text token
+accuracy       rows whose right option has the largest log-probability
+accuracy_norm  the same with log-probabilities divided by the option's number of tokens
+exact_match    with --exact-match: rows whose greedily generated answer names the right label, see `parse_answer`
+--format cloze asks the question alone and takes the choices' texts as answers
 
 One process; an accelerator is used if there is one. Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
@@ -25,16 +26,16 @@ from ubsmoe_ds.base.command_line import Parser, carry_out, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import finite_or_null
 
-LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than they have to
+LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than the answer needs
 
 
 def main() -> int:
-    """Evaluate; returns the exit code."""
+    """Evaluate and return the exit code."""
     return carry_out(lambda: show(parse(sys.argv[1:])))
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print what `evaluate` finds."""
+    """Print the table of `evaluate`."""
     table = evaluate(options)
     if not options.json:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
@@ -43,33 +44,41 @@ def show(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line.
+
+    Raises:
+        UserError: for options that contradict each other.
+    """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--adapter", type=Path, help="folder of an adapter")
-    what.add_argument("--model", help="a model without adapter, as in model.path")
-    parser.add_argument("--base", help="as model.path; default: the model that the adapter was trained on")
+    evaluated = parser.add_mutually_exclusive_group(required=True)
+    evaluated.add_argument("--adapter", type=Path, help="folder of an adapter")
+    evaluated.add_argument("--model", help="a model without adapter, as in model.path")
+    parser.add_argument("--base", help="model under the adapter, as in model.path; default: the one it was trained on")
     parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
     parser.add_argument("--format", choices=["instruction", "cloze"], help="as data.format; default: the adapter's")
     parser.add_argument("--k", type=whole(1), nargs="+", help="active experts; default: the adapter's")
-    parser.add_argument("--rows", type=whole(1), help="of the data; default: all")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of rows")
+    parser.add_argument("--rows", type=whole(1), help="number of rows; default: all")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the choice of rows")
     parser.add_argument("--max-length", type=whole(8), help="as data.max_length; default: the adapter's")
     parser.add_argument("--batch-size", type=whole(1), default=16)
-    parser.add_argument("--exact-match", action="store_true", help="generate the answers too")
+    parser.add_argument("--exact-match", action="store_true", help="also generate answers")
     parser.add_argument(
-        "--max-new-tokens", type=whole(1), help="of a generated answer; default: 16, or the longest right one's"
+        "--max-new-tokens", type=whole(1), help="of a generated answer; default: 16, or more for longer right answers"
     )
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen weights")
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
     options = parser.parse_args(arguments)
     if options.base is not None and options.adapter is None:
-        raise UserError("--base: is the model under an --adapter; with --model it has no meaning")
+        raise UserError("--base: is the model under an --adapter; leave it out with --model")
     return options
 
 
 def evaluate(options: argparse.Namespace) -> Any:
-    """A data frame with a row for each K and task, "all" first."""
+    """Return a data frame with a row for each K and task, "all" first.
+
+    Raises:
+        UserError: for rows, a model or an adapter that cannot be used, or a K that it does not have.
+    """
     from ubsmoe_ds.config.sections import DataConfig
     from ubsmoe_ds.data.sources import evaluation_rows
 
@@ -114,21 +123,21 @@ def evaluate(options: argparse.Namespace) -> Any:
 def exact_matches(
     model: Any, k: int, rows: list[Any], tokenizer: Any, max_length: int, options: argparse.Namespace
 ) -> dict[str, int]:
-    """How many rows of each task the model answers right in its own words."""
+    """Return how many rows of each task the model answers right in generated text."""
     from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
 
     right = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
     lengths = {"max_length": max_length, "max_new_tokens": new_tokens}
     texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)
-    found = dict.fromkeys([row["task"] for row in rows], 0)
+    matches = dict.fromkeys([row["task"] for row in rows], 0)
     for text, row in zip(texts, rows, strict=True):
-        found[row["task"]] += parse_answer(text, row["labels"]) == row["label"]
-    return found
+        matches[row["task"]] += parse_answer(text, row["labels"]) == row["label"]
+    return matches
 
 
 def table_of(k: int, tasks: list[str], sums: Any, exact: dict[str, int] | None) -> list[dict[str, Any]]:
-    """Records of all rows together and of each task, from sums in the order of `evaluation.FIELDS`."""
+    """Return records of all rows together and of each task, from sums in the order of `evaluation.FIELDS`."""
     records = []
     for task, part in zip(["all", *tasks], [sums.sum(0), *sums], strict=True):
         nll, tokens, correct, normalised, count = map(float, part)
@@ -141,7 +150,7 @@ def table_of(k: int, tasks: list[str], sums: Any, exact: dict[str, int] | None) 
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
-    """(model, its tokenizer's folder, its K)."""
+    """Return (model, folder of its tokenizer, its K)."""
     import torch
 
     from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
@@ -150,6 +159,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     from ubsmoe_ds.models.families import FAMILIES
     from ubsmoe_ds.models.hf_config import read_config
     from ubsmoe_ds.models.hub import model_folder
+    from ubsmoe_ds.moe.gate import GateConfig
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     if options.adapter is not None:
@@ -159,7 +169,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Path, int]:
     folder = model_folder(options.model)
     config = read_config(folder)
     k, experts = config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type].num_experts)
-    return load_base(folder, UBSMoESpec(k=k, candidates=experts, phi_range=None), dtype), folder, k
+    gate = GateConfig(k=k, candidates=experts, phi_range=None)
+    return load_base(model_folder(options.model, weights=True), UBSMoESpec(gate), dtype), folder, k
 
 
 if __name__ == "__main__":

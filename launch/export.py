@@ -17,8 +17,6 @@ from pathlib import Path
 
 from ubsmoe_ds.base.command_line import Parser, carry_out
 
-RESCALED_BY_K = ("power", "ratio")  # the others act at K_max too
-
 
 def main() -> int:
     """Merge; returns the exit code."""
@@ -44,9 +42,8 @@ def export(options: argparse.Namespace) -> None:
     lost = []
     if any(bool(value.any()) for name, value in state.items() if name.endswith(".phi")):
         lost.append("phi (the modulation of the routing)")
-    rescale = facts.get("gate_rescale", "none")
-    if rescale != "none":
-        lost.append(f"the gate's rescaling ({rescale}{'; nothing at K = K_max' if rescale in RESCALED_BY_K else ''})")
+    if facts.get("gate_rescale", "none") != "none":
+        lost.append("the gate's learned scale")
     default = read_facts(base)[1]["num_experts_per_tok"]
     if facts.get("k", str(default)) != str(default):
         lost.append(f"K = {facts['k']} (set num_experts_per_tok; it is {default} in the config)")

@@ -1,11 +1,11 @@
-"""How well each pseudo-gradient estimator fits a model: its gradients against those of the dense model.
+"""Measure how well each pseudo-gradient (PG) estimator fits a model: its gradients against the dense model's.
 
     python launch/fidelity.py --config ds_configs/compare_tiny.yaml --out results/fidelity
     python launch/fidelity.py --config my.yaml model.path=FOLDER --ks 1 2 4 --steps 40
 
-One process, one rank: the experiment's first client alone. It trains `--steps` steps, so that the adapters are no
-longer zero, and then measures on the rows that follow. Nothing of it is evaluation data.
-The moments of `linearised` are pooled over the K of the experiment's clients, as the federation pools them.
+Runs the experiment's first client alone, in one process. It trains `--steps` steps, so that the adapters are no longer
+zero, and measures on the training rows that follow. The moments of `linearised` are pooled over the K of the
+experiment's clients, as in a federation.
 Exit codes: 0 done, 2 a mistake in config or data.
 """
 
@@ -25,23 +25,23 @@ from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 
-CALIBRATION_STEPS = 8  # whose rows give the moments of `linearised`
+CALIBRATION_STEPS = 8  # their rows give the moments of `linearised`
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", required=True, help="experiment (YAML)")
     parser.add_argument("--ks", nargs="+", type=int, help="active experts; default 1, 2, 4, ... K_max")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps before measuring")
-    parser.add_argument("--batches", type=int, default=8, help="steps' rows to measure on")
+    parser.add_argument("--batches", type=int, default=8, help="batches to measure on, each the rows of one step")
     parser.add_argument("--out", type=Path, help="folder for fidelity.md, fidelity.csv and fidelity.png")
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
-    """Measure, print, and write if asked to."""
+    """Measure and print; with --out also write. Returns the exit code."""
     options = parse(sys.argv[1:])
     try:
         exp = load_experiment(options.config, options.overrides)
@@ -65,7 +65,11 @@ def main() -> int:
 
 
 def check(exp: Experiment, ks: list[int], options: argparse.Namespace) -> None:
-    """Bad numbers, before anything is loaded."""
+    """Check the numbers of the options, before anything is loaded.
+
+    Raises:
+        UserError: for one out of range.
+    """
     for k in ks:
         if not 1 <= k <= exp.num_experts:
             raise UserError(f"--ks: {k} must lie between 1 and the model's {exp.num_experts} experts")
@@ -74,29 +78,29 @@ def check(exp: Experiment, ks: list[int], options: argparse.Namespace) -> None:
 
 
 def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(summary, bias) over all K; see `fidelity.py`."""
-    client, rows = start(single_client(exp))
-    from ubsmoe_ds.studies import fidelity  # only now is the environment as DeepSpeed wants it
+    """Return (summary, bias) over all K; see studies/fidelity.py."""
+    client, batches_from = start(single_client(exp))
+    from ubsmoe_ds.studies import fidelity  # imports DeepSpeed, which reads the environment that `start` has set
 
     if steps:
-        client.train(rows(), client.begin_round(), steps, lambda: False)
+        client.train(batches_from(), client.begin_round(), steps, lambda: False)
     total = 0
     for k in {exp.active_experts(config) for config in exp.clients}:
         client.k = k
-        client.calibrate(rows(), CALIBRATION_STEPS)
+        client.calibrate(batches_from(), CALIBRATION_STEPS)
         total += client.moments.sums()
     client.moments.update(total)
     tables: list[pd.DataFrame] = []
     biases: list[pd.DataFrame] = []
     for k in ks:
-        measured = fidelity.measure(client, rows(first=steps), k, fidelity.ESTIMATORS, batches)
+        measured = fidelity.measure(client, batches_from(first=steps), k, fidelity.COMPARED, batches)
         tables.append(fidelity.summary(measured, k))
         biases.append(fidelity.bias(measured, k))
     return pd.concat(tables, ignore_index=True), pd.concat(biases, ignore_index=True)
 
 
 def single_client(exp: Experiment) -> Experiment:
-    """The experiment of its first client alone on one rank, without what would blur the comparison."""
+    """Return the experiment with its first client alone on one rank; nothing is dropped or rescaled."""
     alone = exp.clients[0].model_copy(update={"ranks": 1, "expert_parallel": 1, "capacity_factor": None})
     router = exp.router.model_copy(update={"gate_rescale": "none"})
     estimator = exp.pseudo_gradient.model_copy(update={"estimator": "linearised"})  # so that moments are kept
@@ -104,7 +108,11 @@ def single_client(exp: Experiment) -> Experiment:
 
 
 def start(exp: Experiment) -> tuple[Any, Any]:
-    """(client, function from first step to its batches) of a one-client experiment in this process."""
+    """Start the client of a one-client experiment in this process.
+
+    Returns:
+        (client, function that yields its batches from a given step on).
+    """
     from ubsmoe_ds import run
     from ubsmoe_ds.mpi.join import join
 

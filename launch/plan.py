@@ -1,12 +1,12 @@
-"""Before any job: does an experiment fit, what does it cost, and who will be waited for?
+"""Say before a run whether an experiment fits, what it costs, and which client the others will wait for.
 
     python launch/plan.py --config my.yaml --hosts 8 --devices 8 --device-memory 80G
     python launch/plan.py --config my.yaml --hostfile hostfile --device-memory 24G clients.0.budget=0.5
     python launch/plan.py                                         # the demo's figures, nothing to compare them with
 
-Reads the config, the rows, and of the model config.json and the tokenizer; weights need not be there. Memory is the
-largest phase of a run on the fullest rank of each client. On hosts without accelerators device memory means the memory
-of a rank; accelerator=cpu or accelerator=cuda says what to plan for, if that is not what is found here.
+Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there. Memory is the largest
+phase of a run on the fullest rank of each client. On hosts without accelerators device memory means the memory of a
+rank; accelerator=cpu or accelerator=cuda plans for hosts that differ from this cost.
 
 Exit codes: 0 it fits, 2 it does not, or a mistake in options, config or files.
 """
@@ -29,27 +29,28 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.launching.placement import describe, place, read_hostfile
-from ubsmoe_ds.planning.fitting import Fit, check, fit, memory_bytes
-from ubsmoe_ds.planning.memory_model import peak
-from ubsmoe_ds.planning.plan import ClientPlan, Job, plan, straggler
+from ubsmoe_ds.planning.fitting import Fit, check_fits, fit, parse_bytes
+from ubsmoe_ds.planning.inputs import PlanInput
+from ubsmoe_ds.planning.memory_model import largest_phase
+from ubsmoe_ds.planning.plan import ClientPlan, plan, straggler
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
 
 def main() -> int:
-    """Plan; returns the exit code."""
+    """Print the plan and return the exit code."""
     return carry_out(lambda: show(parse(sys.argv[1:])))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Return the options of the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
-    parser.add_argument("--hosts", type=whole(1, 10_000), help="how many hosts there are")
-    parser.add_argument("--devices", type=whole(1, 1024), help="accelerators of a host, or its ranks without any")
-    parser.add_argument("--hostfile", type=Path, help="in place of both: lines `host slots=N`")
-    parser.add_argument("--device-memory", metavar="80G", help="of one device; G is 10^9 bytes, GiB 2^30")
+    parser.add_argument("--hosts", type=whole(1, 10_000), help="number of hosts")
+    parser.add_argument("--devices", type=whole(1, 1024), help="accelerators of each host, or its ranks if it has none")
+    parser.add_argument("--hostfile", type=Path, help="instead of both: lines `host slots=N`")
+    parser.add_argument("--device-memory", metavar="80G", help="memory of one device; G is 10^9 bytes, GiB 2^30")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -60,18 +61,18 @@ def show(options: argparse.Namespace) -> None:
         UserError: for mistakes, and if a client does not fit.
     """
     exp = load_experiment(options.config, options.overrides)
-    memory = None if options.device_memory is None else memory_bytes(options.device_memory)
+    memory = None if options.device_memory is None else parse_bytes(options.device_memory)
     slots = read_slots(options, [name for client in exp.clients for name in client.hosts or []])
     line = None if slots is None else describe(exp.clients, place(exp.clients, slots))
-    job = read_job(exp)
-    if job.on_cpu and exp.accelerator == "auto":
+    inputs = read_inputs(exp)
+    if inputs.on_cpu and exp.accelerator == "auto":
         print(
             "note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", file=sys.stderr
         )
-    plans = plan(job)
-    fits = [] if memory is None else [fit(job, n, memory, slots) for n in range(len(exp.clients))]
+    plans = plan(inputs)
+    fits = [] if memory is None else [fit(inputs, n, memory, slots) for n in range(len(exp.clients))]
     console = Console()
-    for table in (cost_table(job, plans), memory_table(job, plans, fits)):
+    for table in (cost_table(inputs, plans), memory_table(inputs, plans, fits)):
         console.print(table)
     slowest, over_fastest, over_median = straggler(plans)
     print(
@@ -81,11 +82,11 @@ def show(options: argparse.Namespace) -> None:
     if line is not None:
         print(f"placement: {line}")
     if memory is not None:
-        check(job, fits, memory)
+        check_fits(inputs, fits, memory)
 
 
 def read_slots(options: argparse.Namespace, named: Sequence[str]) -> dict[str, int] | None:
-    """Ranks that each host has room for; None where nothing is said about hosts.
+    """Return how many ranks each host has room for; None if no option names hosts.
 
     Args:
         options: the command line.
@@ -106,59 +107,59 @@ def read_slots(options: argparse.Namespace, named: Sequence[str]) -> dict[str, i
     return dict.fromkeys(names[: options.hosts], options.devices)
 
 
-def read_job(exp: Experiment) -> Job:
-    """The experiment with its model's sizes and the lengths of its rows."""
-    import torch  # seconds, after the mistakes that take none
+def read_inputs(exp: Experiment) -> PlanInput:
+    """Return the experiment with its model's sizes and the lengths of its rows."""
+    import torch  # takes seconds; mistakes in options and config are reported before
 
     on_cpu = exp.accelerator == "cpu" or (exp.accelerator == "auto" and not torch.cuda.is_available())
-    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # of this process; else it is guessed
+    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # or DeepSpeed guesses
     from ubsmoe_ds.models.hf_config import model_shape, read_config
-    from ubsmoe_ds.planning.workload import workloads
+    from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
     shape = model_shape(read_config(exp.model_dir), lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    return Job(exp, shape, workloads(exp), on_cpu)
+    return PlanInput(exp, shape, read_row_lengths(exp), on_cpu)
 
 
-def cost_table(job: Job, plans: Sequence[ClientPlan]) -> Table:
-    """FLOPs of a client's ranks together, bytes that a rank sends in a step and the client in a round."""
-    exp, device = job.exp, "cpu" if job.on_cpu else "cuda"
+def cost_table(inputs: PlanInput, plans: Sequence[ClientPlan]) -> Table:
+    """Return FLOPs of a client's ranks together, bytes that a rank sends in a step and the client in a round."""
+    exp, device = inputs.exp, "cpu" if inputs.on_cpu else "cuda"
     title = f"{exp.name}: {exp.method}, {len(exp.clients)} clients on {exp.world_size} ranks ({device})"
-    unit, scale = ("T", 1e12) if max(one.step_flops for one in plans) >= 1e12 else ("G", 1e9)
+    unit, scale = ("T", 1e12) if max(client.step_flops for client in plans) >= 1e12 else ("G", 1e9)
     table = Table(title=title, title_justify="left")
     for heading in ("client", "K", "ranks", f"{unit}FLOP/step", "/round", "MB/step", "/round", "time"):
         table.add_column(heading, justify="left" if heading == "client" else "right")
-    for client, one in zip(exp.clients, plans, strict=True):
+    for client, cost in zip(exp.clients, plans, strict=True):
         table.add_row(
             client.name,
             str(exp.active_experts(client)),
             _layout(client.ranks, client.expert_parallel),
-            f"{one.step_flops / scale:.2f}",
-            f"{one.round_flops / scale:.1f}",
-            f"{one.step_bytes / 1e6:.1f}",
-            f"{one.sent_bytes / 1e6:.1f}",
-            f"{one.time:.2f}",
+            f"{cost.step_flops / scale:.2f}",
+            f"{cost.round_flops / scale:.1f}",
+            f"{cost.step_bytes / 1e6:.1f}",
+            f"{cost.sent_bytes / 1e6:.1f}",
+            f"{cost.time:.2f}",
         )
     return table
 
 
-def memory_table(job: Job, plans: Sequence[ClientPlan], fits: Sequence[Fit]) -> Table:
-    """Memory of a client's fullest rank; if there is something to compare it with, what would fit."""
+def memory_table(inputs: PlanInput, plans: Sequence[ClientPlan], fits: Sequence[Fit]) -> Table:
+    """Return the memory of a client's fullest rank; with `fits`, what would fit the device memory."""
     table = Table(title="memory of a rank", title_justify="left")
     headings = ["client", "GB", "fullest in"]
     headings += ["training", "evaluation"] if not fits else ["fits", "K up to", "capacity up to", "ranks from"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "client" else "right")
-    for number, (client, one) in enumerate(zip(job.exp.clients, plans, strict=True)):
-        phase, most = peak(one.phases)
-        rest = _fit_cells(fits[number]) if fits else [_gigabytes(one.phases[key]) for key in ("train", "evaluate")]
+    for number, (client, cost) in enumerate(zip(inputs.exp.clients, plans, strict=True)):
+        phase, most = largest_phase(cost.phases)
+        rest = _fit_cells(fits[number]) if fits else [_gigabytes(cost.phases[key]) for key in ("train", "evaluate")]
         table.add_row(client.name, _gigabytes(most), phase, *rest)
     return table
 
 
-def _fit_cells(found: Fit) -> list[str]:
-    capacity = "all kept" if math.isinf(found.capacity) else f"{found.capacity:g}" if found.capacity else "none"
-    layout = "none" if found.layout is None else _layout(*found.layout)
-    return ["yes" if found.as_it_is else "no", str(found.k or "none"), capacity, layout]
+def _fit_cells(result: Fit) -> list[str]:
+    capacity = "all kept" if math.isinf(result.capacity) else f"{result.capacity:g}" if result.capacity else "none"
+    layout = "none" if result.layout is None else _layout(*result.layout)
+    return ["yes" if result.fits_now else "no", str(result.k or "none"), capacity, layout]
 
 
 def _layout(ranks: int, expert_parallel: int) -> str:

@@ -85,7 +85,7 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, **local)
         check_dense(config)
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+            model_folder(name, weights=True), dtype=dtype, use_safetensors=True, output_loading_info=True, **local
         )
     except UserError:
         raise

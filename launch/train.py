@@ -34,6 +34,7 @@ from ubsmoe_ds.launching.placement import place, read_hostfile
 from ubsmoe_ds.launching.relaunch import relaunch
 from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_on, summary
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off
+from ubsmoe_ds.models.hub import model_folder
 
 DEATH_SECONDS = 1.0
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
@@ -88,6 +89,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
     check_run_folder(exp, goes_on(exp, options.resume))
     check_rows(exp)
+    model_folder(exp.model.path, weights=True)  # of a model of the hub: once, and not by every rank
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)

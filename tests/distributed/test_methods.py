@@ -61,7 +61,11 @@ def test_a_key_overrides_its_preset_and_leaves_the_rest():
         (["method=flora", "lora.prune_penalty=0.1"], "lora.prune_penalty: flora starts"),
         (["clients.0.lora_rank=9", "merge.rule=zero_pad"], "clients: lora_rank 9 exceeds lora.rank 8"),
         (["merge.trim=0.5"], "merge.trim: 0.5"),
-        (["router.gate_rescale=sqrt"], "router.gate_rescale: 'sqrt'"),
+        (
+            ["router.gate_rescale=power"],
+            "router.gate_rescale: 'power' is not valid: Input should be 'none' or 'learned'",
+        ),
+        (["router.gamma=0.5"], "router.gamma: unknown key (value 0.5)"),
     ],
 )
 def test_bad_combinations_are_one_line(overrides, message):
@@ -72,14 +76,13 @@ def test_bad_combinations_are_one_line(overrides, message):
 
 @pytest.mark.parametrize("label", ABLATIONS)
 def test_ablations_are_experiments(label):
-    """Which of the three parts are on, read off the label: ub_smoe has DMR and PG."""
+    """Which of the two parts, DMR and PG, are on, read off the label."""
     raw = with_preset(ABLATIONS[label])
     on = {
         "dmr": raw["dmr"]["enabled"],
         "pg": raw["pseudo_gradient"]["estimator"] != "none",
-        "rescale": raw["router"]["gate_rescale"] != "none",
     }
-    assert on == {"dmr": "no_dmr" not in label, "pg": "no_pg" not in label, "rescale": label.endswith("rescale")}
+    assert on == {"dmr": "no_dmr" not in label, "pg": "no_pg" not in label}
     assert load_experiment(TINY, compare.as_overrides(ABLATIONS[label])).method == "ub_smoe"
 
 

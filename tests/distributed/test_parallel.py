@@ -27,10 +27,8 @@ VARIANTS = {
     "linearised": {"pg": "linearised"},
     "linearised_clip": {"pg": "linearised", "deepspeed": {"clip": 0.2}},
     "linearised_zero2_accumulate": {"pg": "linearised", "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2}},
-    "linearised_power": {"pg": "linearised", "rescale": "power", "deepspeed": {"clip": 0.2}},
     "selection": {"pg": "token_weighted", "sections": {"dmr": {"modulate": "selection"}}},
     "learned_scale_zero1": {"rescale": "learned", "deepspeed": {"zero": 1}},
-    "power": {"rescale": "power"},
     "pruning": {"sections": {"lora": {"prune_penalty": 0.5}, "merge": {"rule": "hetlora"}}},
     "pruning_zero2": {
         "deepspeed": {"zero": 2},

@@ -15,6 +15,7 @@ from tests.support.jobs import Job, run
 from tests.unit.studies.test_comparison import CONFIG, LOSS, TWO, finish
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
+from ubsmoe_ds.studies.comparison_jobs import Runner, run_job
 
 
 class FakeRunner:
@@ -35,7 +36,7 @@ class FakeRunner:
         return code
 
 
-def compare_tiny(out: Path, runner: compare.Runner | None, *more: str, methods: str = "topk", seeds: str = "0") -> int:
+def compare_tiny(out: Path, runner: Runner, *more: str, methods: str = "topk", seeds: str = "0") -> int:
     """The command, with two clients and two rounds."""
     arguments = ["--config", CONFIG, "--methods", *methods.split(), "--seeds", *seeds.split(), "--out", str(out)]
     return compare.main([*arguments, TWO, "train.rounds=2", *more], runner)
@@ -48,7 +49,7 @@ def test_all_jobs_and_files(tmp_path, capsys):
     assert runner.ran == [f"{label}-seed{seed}" for seed in (0, 2) for label in labels]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(runner.ran) + 1
-    assert lines[1].startswith("[ 2/26] topk") and "eval loss 0.2500  accuracy  75.0 %  ETA 0:00:0" in lines[1]
+    assert lines[1].startswith("[ 2/24] topk") and "eval loss 0.2500  accuracy  75.0 %  ETA 0:00:0" in lines[1]
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert list(dict.fromkeys((row["method"], row["seed"]) for row in rows)) == [(m, s) for s in "02" for m in labels]
     assert len(list(csv.DictReader((tmp_path / "rounds.csv").open()))) == len(runner.ran) * 3  # rounds 0 to 2
@@ -64,26 +65,26 @@ def test_some_methods_and_some_ablations(tmp_path):
     assert compare_tiny(tmp_path, runner, methods="topk ub_smoe-no_pg ub_smoe") == 0
     assert runner.ran == ["topk-seed0", "ub_smoe-no_pg-seed0", "ub_smoe-seed0"]
     assert {path.name for path in tmp_path.glob("*.png")} == {"comparison.png", "ablation.png"}
-    assert compare_tiny(tmp_path / "one", FakeRunner(), methods="ub_smoe-rescale") == 0
+    assert compare_tiny(tmp_path / "one", FakeRunner(), methods="ub_smoe-no_dmr") == 0
     assert {path.name for path in (tmp_path / "one").glob("*.png")} == {"ablation.png"}
 
 
 def test_experiment_of_each_job(tmp_path):
     """Overrides reach every job, those of keys that an ablation is about excepted; the others change what it is."""
     arguments = ["--config", CONFIG, "--out", str(tmp_path), "--seeds", "5", "--ablate"]
-    jobs = compare.make_jobs(compare.parse([*arguments, "lora.alpha=3.0", "dmr.enabled=true", "dmr.zeta=0.25"]))
+    jobs = compare.read_jobs(compare.parse([*arguments, "lora.alpha=3.0", "dmr.enabled=true", "dmr.zeta=0.25"]))
     of = {job.run.method: job.run.exp for job in jobs}
     assert all((exp.lora.alpha, exp.dmr.zeta, exp.seed) == (3.0, 0.25, 5) for exp in of.values())
     expected = {name: name for name in PRESETS} | {name: "ub_smoe" for name in ABLATIONS}
     assert {label: exp.method for label, exp in of.items()} == expected
 
-    def parts(label: str) -> tuple[bool, bool, bool]:
+    def parts(label: str) -> tuple[bool, bool]:
         exp = of[label]
-        return exp.dmr.enabled, exp.pseudo_gradient.estimator != "none", exp.router.gate_rescale != "none"
+        return exp.dmr.enabled, exp.pseudo_gradient.estimator != "none"
 
-    assert parts("ub_smoe") == (True, True, False) and parts("ub_smoe-no_dmr") == (False, True, False)
-    assert parts("topk") == (True, False, False)  # as asked for, and as the notes say
-    assert parts("ub_smoe-no_pg") == (True, False, False) and parts("ub_smoe-rescale") == (True, True, True)
+    assert parts("ub_smoe") == (True, True) and parts("ub_smoe-no_dmr") == (False, True)
+    assert parts("topk") == (True, False)  # as asked for, and as the notes say
+    assert parts("ub_smoe-no_pg") == (True, False)
 
 
 def test_labels_that_do_not_say_all_are_noted(tmp_path, capsys):
@@ -115,8 +116,8 @@ def test_finished_job_of_another_config_is_refused(tmp_path, capsys):
     assert runner.ran == [] and (tmp_path / "results.csv").read_text() == before
     found = capsys.readouterr().err
     assert found == (
-        f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps 10, asked is 7; "
-        "remove the folder or choose another --out\n"
+        f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps=10, but this command asks "
+        "for 7; remove the folder or choose another --out\n"
     )
 
 
@@ -129,7 +130,10 @@ def test_unfinished_job_of_another_config_is_refused_and_kept(tmp_path, capsys):
     saved = folders[1] / "checkpoints" / "000001-round-1"
     saved.mkdir(parents=True)
     assert compare_tiny(tmp_path, FakeRunner(), "train.local_steps=7", seeds="0 1") == 2
-    assert f"{folders[1]} holds an unfinished run with train.local_steps 10, asked is 7" in capsys.readouterr().err
+    assert (
+        f"{folders[1]} holds an unfinished run with train.local_steps=10, but this command asks for 7"
+        in capsys.readouterr().err
+    )
     assert saved.exists()
     runner = FakeRunner()
     assert compare_tiny(tmp_path, runner, seeds="0 1") == 0 and runner.ran == ["topk-seed0", "topk-seed1"]
@@ -216,11 +220,11 @@ def test_job_runs_outside_of_any_mpi_world(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "1")
     show = "import os, sys; print(*sorted(os.environ)); print('problem', file=sys.stderr); sys.exit(3)"
     log = tmp_path / "job.log"
-    assert compare.run_job([sys.executable, "-c", show], log) == 3
+    assert run_job([sys.executable, "-c", show], log) == 3
     names, problem = log.read_text().splitlines()
     assert problem == "problem" and "UCX_LOG_LEVEL" in names.split()
     assert not set(of_a_job) & set(names.split())
-    assert compare.run_job([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log) == 128 + 9
+    assert run_job([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log) == 128 + 9
 
 
 REAL = [sys.executable, "launch/compare.py", "--config", CONFIG, "--methods", "topk", "--seeds", "0", "--out"]
@@ -253,7 +257,7 @@ def test_interrupted_comparison_leaves_no_job_behind(send, tmp_path):
     else:
         job.process.terminate()
     assert job.end(60) == 130
-    assert job.output == "error: interrupted; the same command goes on where it stopped\n"
+    assert job.output == "error: interrupted; the same command continues where it stopped\n"
 
 
 def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0) -> None:

@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
 REFUSED = {
     "another method": (["method=topk"], "error: --resume: dmr.enabled is False, but True in"),
     "other rows": (["data.rows=150"], "error: --resume: data.rows is 150, but 200"),
-    "no such checkpoint": (["--resume", "{tmp}/none"], "none is no whole checkpoint; use auto"),
+    "no such checkpoint": (["--resume", "{tmp}/none"], "none is not a complete checkpoint; use auto"),
     "a branch that was left": (["--resume", "{tmp}/tiny/checkpoints/left-000001-round-1"], "in a folder of its own"),
     "another run's folder": (["name=other"], "holds another run"),
     "elsewhere, into another's": (["--resume", "{tmp}/tiny/checkpoints/000001-round-1", "name=other"], "already holds"),

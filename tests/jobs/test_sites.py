@@ -16,7 +16,7 @@ from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.client_rows import client_rows
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.planning.workload import workloads
+from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
 NAMES = ("a", "b")
 
@@ -83,7 +83,7 @@ def test_the_plan_reads_the_rows_of_each_site(files):
         clients = ", ".join(f"{{name: {n}, budget: 1.0, source: {s}}}" for n, s in zip(NAMES, sources, strict=True))
         data = [f"data.source={files['all']}", f"data.eval_source={files['eval']}", "data.eval_rows=24"]
         exp = load_experiment("ds_configs/tiny.yaml", [f"clients=[{clients}]", *data])
-        found.append([of_client._replace(text_bytes=0) for of_client in workloads(exp)])
+        found.append([of_client._replace(text_bytes=0) for of_client in read_row_lengths(exp)])
     assert found[0] == found[1] and found[0][0] != found[0][1]
 
 

@@ -23,6 +23,7 @@ from tests.unit.models.test_upcycle import llama
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
+from ubsmoe_ds.moe.gate import GateConfig
 
 VOCABULARY = 768  # of the built-in tokenizer
 WORDS = ["", " ", "-1", "0", "1", "3", "40", "999999999999", "9" * 5000, "nan", "inf", "1e3", "0x10", "\u0663", "1 2"]
@@ -53,7 +54,7 @@ def prepared() -> Path:
     for name in ("moe", "dense"):
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(BUILTIN_MODELS["builtin:tiny_olmoe"] / file, folder / name)
-    spec = UBSMoESpec(k=2, candidates=8, lora_rank=2, lora_alpha=4.0)
+    spec = UBSMoESpec(GateConfig(k=2, candidates=8), lora_rank=2, lora_alpha=4.0)
     places = load(folder / "moe", spec).named_state()
     state = {name: torch.randn(value.shape) / 9 for name, value in places.items() if ".lora_" in name or "phi" in name}
     facts = {"k": "2", "k_max": "4", "candidates": "8", "base_model": str(folder / "moe")}

@@ -30,11 +30,12 @@ from tests.support import tiny
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.gate import GateConfig
 
 RANK = 2
 INDEX = "model.safetensors.index.json"
 ADAPTER_FILES = (peft_format.CONFIG, peft_format.WEIGHTS, peft_format.SIDECAR)
-SPEC = UBSMoESpec(k=3, candidates=8, lora_rank=RANK, lora_alpha=6.0, lora_attention=True)
+SPEC = UBSMoESpec(GateConfig(k=3, candidates=8), lora_rank=RANK, lora_alpha=6.0, lora_attention=True)
 
 
 @cache
@@ -50,7 +51,7 @@ def prepared() -> Path:
     state = {name: torch.randn(value.shape) for name, value in places.items() if ".lora_" in name or "router" in name}
     state |= {name: torch.rand(value.shape) for name, value in places.items() if name.endswith(".phi")}
     facts = {"format": "ubsmoe_ds.adapter.2", "base_model": str(folder / "single"), "method": "ub_smoe"}
-    facts |= {"k": "2", "k_max": "4", "candidates": "8", "modulate": "weights", "gate_rescale": "power", "gamma": "0.5"}
+    facts |= {"k": "2", "k_max": "4", "candidates": "8", "modulate": "weights", "gate_rescale": "learned"}
     base = str(folder / "single")
     peft_format.save(folder / "adapter", state, rank=RANK, alpha=6.0, base_model=base, facts=facts)
     return folder
@@ -66,7 +67,7 @@ def load_adapter(folder: Path) -> None:
 
 def load_model(folder: Path) -> None:
     """Load, and compute with what was accepted."""
-    model = load(folder, UBSMoESpec(k=2, candidates=2)).eval()
+    model = load(folder, UBSMoESpec(GateConfig(k=2, candidates=2))).eval()
     ids = torch.arange(4).view(1, 4)
     with torch.no_grad():
         model(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -209,7 +210,7 @@ def _put(what: str, path: Path, data: bytes, folder: Path) -> None:
 WHATS = ["pickle", "zipped", "bin", "beside", "pipe", "folder", "link", "loop", "dead", "/dev/zero", "/dev/null"]
 WHATS += ["long_header", "nested", "empty", "missing"]
 FACTS = {"format": "ubsmoe_ds.adapter.2", "method": "ub_smoe", "k": "2", "k_max": "4", "candidates": "8"}
-FACTS |= {"modulate": "weights", "gate_rescale": "power", "gamma": "0.5"}
+FACTS |= {"modulate": "weights", "gate_rescale": "learned"}
 FACT = st.one_of(TEXTS, NUMBERS.filter(lambda n: abs(n) < 10**1000 if isinstance(n, int) else True).map(str))
 FACT = FACT.filter(lambda text: text.isascii() or not any(0xD800 <= ord(c) <= 0xDFFF for c in text))
 SHAPES = st.tuples(st.just("shape"), st.integers(0, 4))

@@ -55,9 +55,9 @@ def _results(out: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame({"method": ["topk"], "loss": [0.5]})
-    with mock.patch.object(compare.comparison, "collect", return_value=(frame, frame)):
-        with mock.patch.object(compare.comparison, "markdown", return_value="x" * 5000):
-            with mock.patch.object(compare.comparison, "picture") as picture:
+    with mock.patch.object(compare, "collect", return_value=(frame, frame)):
+        with mock.patch.object(compare, "markdown", return_value="x" * 5000):
+            with mock.patch.object(compare, "picture") as picture:
                 picture.return_value.savefig = lambda path, dpi: Path(path).write_bytes(b"\x89PNG" * 999)
                 with contextlib.redirect_stdout(io.StringIO()):
                     compare.write_results([], out, "headline")

@@ -34,7 +34,7 @@ STAGES = {
     "checkpoint": ("ubsmoe_ds.checkpoint.storage", "write_pieces"),
     "summary": ("ubsmoe_ds.federation.monitor", "Monitor.finish"),
     "agreement": ("ubsmoe_ds.mpi.world", "World.agree"),
-    "recovery": ("ubsmoe_ds.mpi.ulfm", "_gather_quietly"),
+    "recovery": ("ubsmoe_ds.mpi.ulfm", "_assemble"),
 }
 
 

@@ -19,7 +19,7 @@ from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
     """The model of the first client with all experts in this process."""
     config = exp.clients[0].model_copy(update={"expert_parallel": 1, "ranks": 1})
-    return load(exp.model_dir, client_spec(exp, config, 0)).train()
+    return load(exp.weights_dir, client_spec(exp, config, 0)).train()
 
 
 def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM]:

@@ -412,7 +412,7 @@ def fidelity(folder: str, train_steps: int, batches: int) -> dict[str, Any]:
     taken = [batch(2) for _ in range(batches)]
     found: dict[str, Any] = {}
     for k in (1, 2, 4):
-        measured = fidelity.measure(client, iter(taken), k, fidelity.ESTIMATORS, batches)
+        measured = fidelity.measure(client, iter(taken), k, fidelity.COMPARED, batches)
         if k == 1:
             table = fidelity.summary(measured, 1)
             found |= {column: table[column].to_numpy() for column in ("layer", "experts", "cosine", "size")}

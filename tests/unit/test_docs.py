@@ -23,6 +23,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config import reference
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS, token_weighted
 
 PAGES = ["README.md", "CONTRIBUTING.md", "slurm/README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
 TOP = "ubsmoe_ds|launch|tests|benchmarks|ds_configs|slurm|results|docs"
@@ -96,7 +97,7 @@ def test_paths_exist(page):
 def options(script: str, subcommand: str = "") -> set[str]:
     """Options of a command, as its own parser prints them; of benchmarks and soaks, as their source names them."""
     if not script.startswith("launch/"):
-        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/common.py")))
+        return set(re.findall(r'"(--?[a-z][\w-]*)"', text_of(script) + text_of("benchmarks/measuring.py")))
     parse = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
@@ -189,6 +190,7 @@ def test_the_experiment_of_the_readme_is_valid():
 def test_the_page_of_config_keys_is_up_to_date():
     written = reference.PAGE.read_text(encoding="utf-8")
     assert reference.page() == written, "run python -m ubsmoe_ds.config.reference --write"
+    assert "|  |\n" not in written, "a key without a description"
 
 
 def test_pages_can_be_read_in_minutes():
@@ -242,6 +244,16 @@ def test_the_example_of_a_merge_rule(monkeypatch):
     replies = server.merge([np.full(21, value, dtype=np.float32) for value in (-4.0, 8.0)], usage, exp.lora_ranks)
     for reply in replies:
         np.testing.assert_array_equal(reply, np.full(21, 7.0))  # + wins; 0.25 * 4 + 0.75 * 8
+
+
+def test_the_example_of_an_estimator(monkeypatch):
+    (against_a_loop,) = add_examples("docs/extending.md", "A PG estimator", monkeypatch).values()
+    against_a_loop()
+    with monkeypatch.context() as broken:
+        row = ESTIMATORS["down_only"]
+        broken.setitem(ESTIMATORS, "down_only", row._replace(from_tokens=token_weighted))
+        with pytest.raises(AssertionError):
+            against_a_loop()
 
 
 def test_the_example_of_a_model_family(monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """The adapters that a run leaves behind, the whole's and each client's, and models made of them."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.models.hub import model_folder
 from ubsmoe_ds.models.weights import read_tensors
-from ubsmoe_ds.moe.gate import RESCALE
+from ubsmoe_ds.moe.gate import GateConfig
 
 FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
 FORMAT = "ubsmoe_ds.adapter.2"
@@ -89,12 +88,13 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     whole = folder / WEIGHTS
     merged = os.path.lexists(whole)
     facts = _facts(folder)
-    path = model_folder(base or _base_of(folder, facts))
-    family, config = read_facts(path)
+    _check_gate(facts)
+    name = base or _base_of(folder, facts)
+    family, config = read_facts(model_folder(name))
     if merged:
-        return Adapter(read_tensors(whole), 0, 0.0, path, facts)
+        return Adapter(read_tensors(whole), 0, 0.0, model_folder(name, weights=True), facts)
     state, rank, alpha = peft_format.read(folder, config[family.num_experts])
-    return Adapter(state, rank, alpha / rank, path, facts)
+    return Adapter(state, rank, alpha / rank, model_folder(name, weights=True), facts)
 
 
 def asked_as(folder: Path) -> tuple[str, int]:
@@ -124,6 +124,18 @@ def _facts(folder: Path) -> dict[str, str]:
     if "k" not in facts or facts.get("format", FORMAT) != FORMAT:
         raise UserError(f"adapter: {str(path)!r} has the format {facts.get('format')!r}, not {FORMAT!r}; save it again")
     return facts
+
+
+def _check_gate(facts: Mapping[str, str]) -> None:
+    """Refuse an adapter that was trained with a gate that this version has not."""
+    modulate, rescale = facts.get("modulate", "weights"), facts.get("gate_rescale", "none")
+    if modulate not in ("weights", "selection"):
+        raise _wrong_fact("modulate", modulate, "weights or selection")
+    if rescale not in ("none", "learned"):
+        raise UserError(
+            f"adapter: its {peft_format.SIDECAR} says gate_rescale {rescale!r}, which is no longer supported; only "
+            "none and learned are: train it again with one of these"
+        )
 
 
 def _base_of(folder: Path, facts: Mapping[str, str]) -> str:
@@ -183,24 +195,19 @@ def _spec(adapter: Adapter) -> UBSMoESpec:
     family, config = read_facts(adapter.base)
     experts, rank = config[family.num_experts], max(adapter.rank, 1)
     k_max = _whole(facts, "k_max", config["num_experts_per_tok"], 1, experts)
-    gamma = facts.get("gamma", "0.5")
-    if not _is_number(gamma):
-        raise _wrong_fact("gamma", gamma, "a number, at least 0")
-    for name, values in {"modulate": ("weights", "selection"), "gate_rescale": ("none", "learned", *RESCALE)}.items():
-        if facts.get(name, values[0]) not in values:
-            raise _wrong_fact(name, facts[name], f"one of {', '.join(values)}")
     k = _whole(facts, "k", k_max, 1, experts)
-    return UBSMoESpec(
+    gate = GateConfig(
         k=k,
         candidates=_whole(facts, "candidates", experts, max(k, k_max), experts),
+        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
+        modulate=facts.get("modulate", "weights"),
+        learned_scale=facts.get("gate_rescale") == "learned",
+    )
+    return UBSMoESpec(
+        gate=gate,
         lora_rank=rank,
         lora_alpha=adapter.scaling * rank,
         lora_attention=any(".attention." in name for name in state),
-        phi_range=(-1.0, 1.0) if any(name.endswith(".phi") for name in state) else None,
-        modulate=facts.get("modulate", "weights"),
-        gate_rescale=facts.get("gate_rescale", "none"),
-        gamma=float(gamma),
-        k_max=k_max,
     )
 
 
@@ -209,13 +216,6 @@ def _whole(facts: Mapping[str, str], name: str, default: int, least: int, most: 
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
         raise _wrong_fact(name, text, f"{least} to {most}")
     return int(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return 0 <= float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def _wrong_fact(name: str, value: str, right: str) -> UserError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new, require_regular
 from ubsmoe_ds.models.families import Family, read_facts
-from ubsmoe_ds.models.weights import Checkpoint
+from ubsmoe_ds.models.weights import WeightFiles
 
 
 def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path, *, whole: bool) -> None:
@@ -35,13 +35,13 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     """
     require_new(out, "--merge")
     family, _ = read_facts(base)
-    checkpoint = Checkpoint(base)
+    files = WeightFiles(base)
     if whole:
-        owners = {_own_name(name, family)[0] for name in checkpoint.names} - {""}
+        owners = {_own_name(name, family)[0] for name in files.names} - {""}
         check_complete(state, [f"{own}.{ending}" for own in owners for ending in ("weight", "lora_A", "lora_B")])
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
-        for name in checkpoint.files:
+        for name in files.file_names:
             save_file(_merged_shard(base / name, family, state, scaling, used), unfinished / name, {"format": "pt"})
         for path in sorted(base.iterdir()):
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):

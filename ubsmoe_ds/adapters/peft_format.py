@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, replace_files
+from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
 from ubsmoe_ds.models.weights import read_tensors
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "ubsmoe.safetensors"
 PREFIX = "base_model.model.model."
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 OF_SIDECAR = (".phi", ".scale")
 STACKED = {  # PEFT's names -> (which projections it holds side by side, A or B)
     "mlp.experts.base_layer.lora_A.weight": (("gate", "up"), "A"),
@@ -62,7 +62,7 @@ def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found |= _stacked(f"{prefix}mlp.experts.", own["experts.down.lora_A"], own["experts.down.lora_B"])
         if "router.weight" in own:
             found[f"{prefix}mlp.gate.weight"] = own["router.weight"]
-        for name in ATTENTION:
+        for name in ATTENTION_PROJECTIONS:
             for factor in "AB":
                 if f"attention.{name}.lora_{factor}" in own:
                     found[f"{prefix}self_attn.{name}.lora_{factor}.weight"] = own[f"attention.{name}.lora_{factor}"]
@@ -86,7 +86,7 @@ def from_peft(tensors: Mapping[str, Tensor], num_experts: int, rank: int) -> dic
         match = pattern.fullmatch(name)
         layer, rest = (f"layers.{match[1]}.", match[2]) if match else ("", "")
         attention = re.fullmatch(r"self_attn\.(\w+)\.(lora_[AB])\.weight", rest)
-        if rest not in (*STACKED, "mlp.gate.weight") and not (attention and attention[1] in ATTENTION):
+        if rest not in (*STACKED, "mlp.gate.weight") and not (attention and attention[1] in ATTENTION_PROJECTIONS):
             raise UserError(f"adapter: tensor {name!r} is none that UB-SMoE trains")
         if value.ndim != 2 or not value.numel():
             raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, no matrix")
@@ -134,7 +134,7 @@ def adapter_config(
     tensors: Mapping[str, Tensor], rank: int, alpha: float, base_model: str, revision: str | None = None
 ) -> dict[str, Any]:
     """PEFT's config for the tensors that `to_peft` gave."""
-    attention = [name for name in ATTENTION if any(f".self_attn.{name}." in key for key in tensors)]
+    attention = [name for name in ATTENTION_PROJECTIONS if any(f".self_attn.{name}." in key for key in tensors)]
     experts = any(".mlp.experts.lora_A." in key for key in tensors)
     router = any(key.endswith(".mlp.gate.weight") for key in tensors)
     return {

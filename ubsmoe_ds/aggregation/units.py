@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.client.gradients import MasterWeights
-from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS, LoraLinear, UBSMoEForCausalLM, lora_generator
+from ubsmoe_ds.models.causal_lm import LoraAdapter, UBSMoEForCausalLM, lora_generator
 from ubsmoe_ds.moe.layer import UBSMoE
 
 
@@ -98,8 +98,10 @@ class UnitStore:
         self.blocks: list[Block] = []
         self.remainders: dict[str, Tensor] = {}  # by block: what bf16 weights cannot hold of what FLoRA merged
         self._moe_layers = 0
+        adapters = list(model.adapters())
         for index, decoder in enumerate(model.decoders):
-            self._add_decoder(f"layers.{index}", decoder, dmr)
+            of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
+            self._add_decoder(f"layers.{index}", decoder, of_decoder, dmr)
         self.shared = self._current(lora_rank)
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
@@ -172,42 +174,38 @@ class UnitStore:
         dist.all_gather_single(whole, local, group=group)
         return whole.cpu()
 
-    def _add_decoder(self, name: str, decoder: nn.Module, dmr: bool) -> None:
+    def _add_decoder(self, name: str, decoder: nn.Module, adapters: Sequence[LoraAdapter], dmr: bool) -> None:
+        """Add a decoder layer's units in their order: experts' LoRA, router, attention's LoRA, phi."""
         layer = decoder.mlp if isinstance(decoder.mlp, UBSMoE) else None
         number = self._moe_layers
+        for adapter in adapters:
+            if adapter.moe is not None:
+                self._add_experts(adapter, adapter.moe, number)
         if layer is not None:
             self._moe_layers += 1
-            self._add_experts(name, layer, number)
-        for projection in ATTENTION_PROJECTIONS:
-            linear = getattr(decoder.self_attn, projection)
-            if isinstance(linear, LoraLinear):
-                prefix = f"{name}.attention.{projection}"
-                m, n = linear.base.weight.shape
-                self.units.append(Unit(prefix, "lora", lora=(m, n)))
-                parameters = {f"{prefix}.lora_A": linear.lora_A, f"{prefix}.lora_B": linear.lora_B}
-                self.blocks.append(Block(parameters, 1, linear.base.weight))
+            router = layer.gate.wg.weight
+            if router.requires_grad:
+                self.units.append(Unit(f"{name}.router", "router", router.numel(), layer=number))
+                self.blocks.append(Block({f"{name}.router.weight": router}, 1))
+        for adapter in adapters:
+            if adapter.moe is None:
+                m, n = adapter.base.shape
+                self.units.append(Unit(adapter.name, "lora", lora=(m, n)))
+                self.blocks.append(Block(_factors(adapter), 1, adapter.base))
         if layer is not None and dmr:
             self.units.append(Unit(f"{name}.phi", "phi", layer.gate.phi.numel(), layer=number))
             self.blocks.append(Block({f"{name}.phi": layer.gate.phi}, 1))
 
-    def _add_experts(self, name: str, layer: UBSMoE, number: int) -> None:
-        """Add LoRA of the experts and the router of the `number`-th UB-SMoE layer."""
+    def _add_experts(self, adapter: LoraAdapter, layer: UBSMoE, number: int) -> None:
+        """Add LoRA of one projection of all experts of the `number`-th UB-SMoE layer."""
         group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
-        for projection, (A, B) in layer.experts.factors().items():
-            shape = (B.shape[1], A.shape[2])
-            self.units += [
-                Unit(f"{name}.experts.{e}.{projection}", "lora", expert=e, lora=shape, layer=number)
-                for e in range(layer.num_experts)
-            ]
-            prefix = f"{name}.experts.{projection}"
-            base = layer.experts.base()[projection]
-            self.blocks.append(
-                Block({f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}, len(A), base, group, layer.experts.first)
-            )
-        router = layer.gate.wg.weight
-        if router.requires_grad:
-            self.units.append(Unit(f"{name}.router", "router", router.numel(), layer=number))
-            self.blocks.append(Block({f"{name}.router.weight": router}, 1))
+        before, projection = adapter.name.rsplit(".", 1)
+        _, m, n = adapter.base.shape
+        self.units += [
+            Unit(f"{before}.{e}.{projection}", "lora", expert=e, lora=(m, n), layer=number)
+            for e in range(layer.num_experts)
+        ]
+        self.blocks.append(Block(_factors(adapter), len(adapter.A), adapter.base, group, layer.experts.first))
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
@@ -227,18 +225,11 @@ class UnitStore:
 
     def _fresh_adapters(self, lora_rank: int, round_number: int) -> dict[str, Tensor]:
         """Draw a new A for every LoRA block, as at the start but for another round."""
-        drawn = {}
-        for index, decoder in enumerate(self.model.decoders):
-            generator = lora_generator(self.seed, index, round_number)
-            experts = decoder.mlp.experts if isinstance(decoder.mlp, UBSMoE) else None
-            for projection, A_ERn in experts.draw_adapters(generator).items() if experts is not None else ():
-                drawn[f"layers.{index}.experts.{projection}.lora_A"] = A_ERn[:, :lora_rank]
-            for projection in ATTENTION_PROJECTIONS:
-                linear = getattr(decoder.self_attn, projection)
-                if isinstance(linear, LoraLinear):
-                    A_Rn = linear.draw_adapters(generator)[:lora_rank]
-                    drawn[f"layers.{index}.attention.{projection}.lora_A"] = A_Rn
-        return drawn
+        generators = [lora_generator(self.seed, index, round_number) for index in range(len(self.model.decoders))]
+        return {
+            f"{adapter.name}.lora_A": adapter.draw(generators[adapter.decoder])[..., :lora_rank, :]
+            for adapter in self.model.adapters()
+        }
 
     @torch.no_grad()
     def _merge_into_base(self, block: Block, B: Tensor, A: Tensor) -> None:
@@ -259,3 +250,7 @@ class UnitStore:
                 exact += remainders[number]
                 remainders[number] = exact - exact.to(base.dtype)
             matrices[number] = exact
+
+
+def _factors(adapter: LoraAdapter) -> dict[str, nn.Parameter]:
+    return {f"{adapter.name}.lora_A": adapter.A, f"{adapter.name}.lora_B": adapter.B}

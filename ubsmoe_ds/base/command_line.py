@@ -1,4 +1,4 @@
-"""What the commands share: a mistake in an option is one line and exit code 2, like every other mistake of a user."""
+"""Option parsing for all commands: a mistake in an option is one line and exit code 2, like any other user error."""
 
 import argparse
 import math
@@ -12,10 +12,10 @@ MOST = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without its own way of ending the program."""
+    """An `ArgumentParser` that raises instead of ending the program."""
 
     def error(self, message: str) -> NoReturn:
-        """Instead of the usage on several lines.
+        """Raise the mistake as one line instead of printing the usage.
 
         Raises:
             UserError: always.
@@ -24,11 +24,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """For `type=`: a whole number from `least` to `most`."""
+    """Return a converter for `type=` that reads a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 20):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
         if not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} must be {least} to {most}")
         return int(text)
@@ -37,7 +37,7 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """For `type=`: a finite number above 0."""
+    """Read a finite number above 0, for `type=`."""
     try:
         value = float(text)
     except ValueError:
@@ -48,7 +48,7 @@ def positive(text: str) -> float:
 
 
 def carry_out(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command; print a `UserError` as one line. Return the exit code."""
     try:
         command()
     except UserError as error:

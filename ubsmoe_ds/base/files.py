@@ -1,7 +1,7 @@
-"""Files as users name them: read with bounds, and written whole or not at all.
+"""Read files of users within bounds; write files whole or not at all.
 
-What is read may be anything: a pipe, a device, gigabytes, or nested until the stack is full. What is written may not
-fit. Readers raise OSError or ValueError, so that each caller can say whose file it was; writers raise UserError.
+A path given by a user may lead to anything: a pipe, a device, gigabytes, or nesting that fills the stack. A disk may be
+full. Readers raise OSError or ValueError, so that each caller can say whose file it was; writers raise UserError.
 """
 
 import errno
@@ -20,36 +20,36 @@ from safetensors import SafetensorError
 
 from ubsmoe_ds.base.errors import UserError
 
-MOST_BYTES = 64 * 2**20  # of a JSON; the index of a large checkpoint has a few MB
+MOST_BYTES = 64 * 2**20  # of a JSON file; the weight index of a large model has a few MB
 
 
 def require_regular(path: Path) -> None:
-    """That a path leads to a regular file, which can be read without waiting and has an end.
+    """Check that a path leads to a regular file, which can be read without waiting and has an end.
 
     Raises:
-        OSError: with a `strerror` for people.
+        OSError: with a readable `strerror` if it does not.
     """
     try:
         mode = path.stat().st_mode
     except ValueError as error:
-        raise OSError(errno.EINVAL, "no path holds a NUL") from error
+        raise OSError(errno.EINVAL, "a path cannot hold a NUL") from error
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, "Is a directory")
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open for reading; see `require_regular`."""
+    """Open a regular file for reading; raise as `require_regular` does."""
     require_regular(path)
     return path.open("rb")
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """A whole text file in UTF-8.
+    """Return the content of a text file in UTF-8.
 
     Raises:
-        OSError: see `require_regular`.
+        OSError: as `require_regular` does.
         ValueError: for more than `most` bytes, or another encoding.
     """
     with open_regular(path) as file:
@@ -60,15 +60,16 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file; see `parse_json`."""
+    """Return the value of a JSON file; raise as `read_text` and `parse_json` do."""
     return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON, of which nothing is dropped in silence.
+    """Return the value of a JSON text; drop nothing silently.
 
     Raises:
-        ValueError: also for a key that stands twice in an object, NaN, Infinity, and nesting that is too deep.
+        ValueError: for a text that is not JSON, a key that stands twice in an object, NaN, Infinity, and nesting that
+            is too deep.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
@@ -77,7 +78,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def finite_or_null(value: Any) -> Any:
-    """For JSON, which has no word for NaN and Inf: the same with None in their places."""
+    """Return the value with None in place of NaN and Inf, which JSON cannot express."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -86,21 +87,21 @@ def finite_or_null(value: Any) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"the key {key[:80]!r} stands twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 @contextmanager
 def writes(path: Path) -> Iterator[None]:
-    """A full disk, a missing permission and the like become one line that names the path."""
+    """Turn a full disk, a missing permission and the like into a `UserError` that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors hides the system's error in its own
@@ -109,14 +110,14 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files of a folder, which is made: under other names first, so that a failure leaves the earlier ones whole.
+    """Write files to a folder, under temporary names first, so that a failure leaves the earlier files whole.
 
     Args:
-        folder: of the files.
-        contents: what writes each file, by its name.
+        folder: made if it does not exist.
+        contents: name of a file -> function that writes it to a path.
 
     Raises:
-        UserError: naming the folder.
+        UserError: if they cannot be written, naming the folder.
     """
     with writes(folder), _made(folder):
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
@@ -128,7 +129,7 @@ def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder is there within the block; if it is new and the block fails, it goes again."""
+    """Make a folder for the block; remove it again if it is new and the block fails."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,10 +141,14 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def require_new(folder: Path, option: str) -> None:
-    """That a folder can be made: it is not there yet, or empty.
+    """Check that a folder can be made: it does not exist yet, or is empty.
+
+    Args:
+        folder: the path.
+        option: the command's option that names it, for the error.
 
     Raises:
-        UserError: naming the option.
+        UserError: if it is in use.
     """
     with writes(folder):
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
@@ -152,11 +157,11 @@ def require_new(folder: Path, option: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path, option: str) -> Iterator[Path]:
-    """A folder that is there complete or not at all: what the block writes to the yielded path appears at its end.
+    """Make a folder that exists complete or not at all: what the block writes to the yielded path appears at its end.
 
     Args:
-        folder: where it is wanted, see `require_new`.
-        option: that names it, for the error.
+        folder: the path; see `require_new`.
+        option: the command's option that names it, for the error.
 
     Raises:
         UserError: if it is in use or cannot be written.

@@ -1,20 +1,20 @@
-"""YAML as experiments are written in it: what the safe loader makes of it, bounded, and nothing dropped in silence."""
+"""Parse YAML of experiments: PyYAML's safe loader, within bounds, and nothing dropped silently."""
 
 from typing import Any
 
 import yaml
 
-MOST_BYTES = 256 * 2**10  # the loader takes seconds for it
+MOST_BYTES = 256 * 2**10  # the loader takes seconds for that many
 MOST_NODES = 50_000
 
 
 def parse_yaml(text: str) -> Any:
-    """One document.
+    """Return the value of a YAML document.
 
     Raises:
-        ValueError: for a key that stands twice, aliases that write out to more than `MOST_NODES` or contain themselves,
-            nesting that is too deep, and values that cannot be.
-        yaml.YAMLError: for what is no YAML, and for tags that would make objects.
+        ValueError: for a key that stands twice, aliases that expand to more than `MOST_NODES` values or contain
+            themselves, nesting that is too deep, and values that do not exist, such as a 30th of February.
+        yaml.YAMLError: for a text that is not YAML, and for tags that would make objects.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -30,7 +30,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """How many nodes this one stands for with its aliases written out; `counts` by identity, 0 while inside."""
+    """Return how many nodes this one stands for with its aliases expanded; `counts` is by identity, 0 while inside."""
     if id(node) in counts:
         if counts[id(node)] == 0:
             raise ValueError(f"an alias contains itself in line {node.start_mark.line + 1}")
@@ -50,6 +50,7 @@ def _count(node: yaml.Node, counts: dict[int, int]) -> int:
 
 
 def _refuse_repeats(node: yaml.MappingNode) -> None:
+    """Raise ValueError if a key stands twice."""
     seen = set()
     for key, _ in node.value:
         name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)

@@ -172,7 +172,7 @@ class CheckpointManager:
         if asked != AUTO:
             found = self._verified(Path(asked))
             if found is None:
-                raise UserError(f"--resume: {asked} is no whole checkpoint; use {AUTO}, or another folder")
+                raise UserError(f"--resume: {asked} is not a complete checkpoint; use {AUTO}, or another folder")
             return self._checked(found)
         folders = self._known()
         for folder in folders:

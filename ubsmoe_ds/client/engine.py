@@ -25,7 +25,9 @@ from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.moments import ExpertMoments
+from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
 
 ADAMS = ("adam", "adamw")
 
@@ -62,20 +64,22 @@ class LocalProgress:
 
 def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMoESpec:
     """What conversion needs to know of one rank of one client."""
-    return UBSMoESpec(
+    gate = GateConfig(
         k=exp.active_experts(config),
         candidates=exp.candidates,
+        capacity_factor=config.capacity_factor,
+        min_capacity=exp.model.min_capacity,
+        phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
+        modulate=exp.dmr.modulate,
+        learned_scale=exp.router.gate_rescale == "learned",
+    )
+    return UBSMoESpec(
+        gate=gate,
         lora_rank=exp.lora_rank(config),
         full_rank=exp.lora.rank,
         lora_alpha=exp.lora.alpha,
         lora_attention=exp.lora.attention,
         router_trainable=exp.router.trainable,
-        capacity_factor=config.capacity_factor,
-        min_capacity=exp.model.min_capacity,
-        phi_range=(exp.dmr.phi_min, exp.dmr.phi_max) if exp.dmr.enabled else None,
-        modulate=exp.dmr.modulate,
-        gate_rescale=exp.router.gate_rescale,
-        k_max=exp.k_max,
         expert_parallel=config.expert_parallel,
         expert_rank=group_rank % config.expert_parallel,
         seed=exp.seed,
@@ -113,7 +117,7 @@ class Client:
             raise UserError(f"deepspeed.bf16.enabled: true, but {self.device} has no bfloat16; set it to false")
         torch.manual_seed(exp.seed)
         self.spec = client_spec(exp, config, group_rank)
-        self.model = load(exp.model_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
+        self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         with _deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
@@ -128,7 +132,8 @@ class Client:
             collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
             self.collector = collector.attach()
         self._tail = self._tail_of(None)
-        self.moments = ExpertMoments(self.model.layers, moment_share) if estimator == "linearised" else None
+        needs_moments = estimator != "none" and ESTIMATORS[estimator].moments
+        self.moments = ExpertMoments(self.model.layers, moment_share) if needs_moments else None
         self.gradient_hook = GradientHook(
             self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
         )

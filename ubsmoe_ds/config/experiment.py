@@ -81,8 +81,13 @@ class Experiment(Section):
 
     @property
     def model_dir(self) -> Path:
-        """Return the model's folder."""
+        """Return the model's folder, with config and tokenizer; of a model of the hub the weights may be missing."""
         return model_folder(self.model.path)
+
+    @property
+    def weights_dir(self) -> Path:
+        """Return the same folder once it has the weights too."""
+        return model_folder(self.model.path, weights=True)
 
     @property
     def candidates(self) -> int:

@@ -66,7 +66,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ub_smoe-no_dmr": {"method": "ub_smoe", "dmr": {"enabled": False}},
     "ub_smoe-no_pg": {"method": "ub_smoe", "pseudo_gradient": {"estimator": "none"}},
-    "ub_smoe-rescale": {"method": "ub_smoe", "router": {"gate_rescale": "power"}},  # ours
 }
 
 

@@ -1,7 +1,7 @@
-"""Token batches for training and evaluation. Loss and scores are on answer tokens only.
+"""Build token batches for training and evaluation. Loss and scores are on answer tokens only.
 
-Shapes: B rows, S positions, A answer positions. Rows are padded on the right to the longest row of the whole step, so
-that all ranks of a client, and all micro-batches of a step, have equal token counts.
+Rows are padded on the right to the longest row of the whole step, so that all ranks of a client, and all micro-batches
+of a step, have equal token counts. Shapes: B rows, S positions, A answer positions.
 """
 
 import os
@@ -19,8 +19,8 @@ from ubsmoe_ds.data.sources import Row, word
 class Tokens(NamedTuple):
     """A padded batch: input_ids [B, S] int64, used [B, S] bool, answer positions b * S + s [A], their targets [A].
 
-    branch_BS: where rows hold several continuations of one beginning, 0 for the beginning and n for the nth of them,
-    which sees the beginning and itself; None where rows are plain texts.
+    branch_BS: for rows with several continuations of one beginning, 0 in the beginning and n in the nth continuation,
+    which attends to the beginning and itself; None where rows are plain texts.
     """
 
     input_ids: Tensor
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
     branch_BS: Tensor | None = None
 
     def to(self, device: torch.device) -> "Tokens":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Tokens._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
@@ -43,13 +43,13 @@ class Example:
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text: its beginning-of-text token (Llama, Mixtral), or nothing."""
+    """Return what the tokenizer puts before a text: its beginning-of-text token (Llama, Mixtral), or nothing."""
     begin = tokenizer.bos_token_id
     return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
-    """Tokenise rows; a prompt that does not fit loses its beginning.
+    """Tokenise rows; a prompt that is too long loses its beginning.
 
     Returns:
         (examples, number of rows that were cut).
@@ -58,17 +58,20 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
         return [], 0
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
     replies = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
-    begin, found, cut = beginning(tokenizer), [], 0
+    begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
         room = max(1, max_length - len(answer) - len(begin))
         cut += len(prompt) > room
-        found.append(Example(begin + prompt[-room:], answer))
-    return found, cut
+        examples.append(Example(begin + prompt[-room:], answer))
+    return examples, cut
 
 
 def collate(examples: Sequence[Example], pad: int, length: int | None = None) -> Tokens:
-    """Pad to `length` (default: the longest); targets are the answer tokens, at the positions that predict them."""
+    """Return a batch padded to `length` (default: the longest row).
+
+    Targets are the answer tokens, at the positions that predict them.
+    """
     length = length or max(len(e.prompt) + len(e.answer) - 1 for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.int64)
     used = torch.zeros(len(examples), length, dtype=torch.bool)
@@ -86,8 +89,8 @@ def collate(examples: Sequence[Example], pad: int, length: int | None = None) ->
 class StepBatch(NamedTuple):
     """One optimiser step of one rank.
 
-    micro: the rank's micro-batches; answer_tokens: of all ranks together, which the loss is divided by;
-    used_tokens: of this rank, without padding.
+    micro: the rank's micro-batches; answer_tokens: of all ranks together, which the loss is divided by; used_tokens: of
+    this rank, without padding.
     """
 
     micro: list[Tokens]
@@ -106,18 +109,18 @@ def steps(
     seed: Sequence[int],
     first: int = 0,
 ) -> Iterator[StepBatch]:
-    """The client's endless sequence of steps, as one of its ranks sees it.
+    """Yield a client's endless sequence of steps, as one of its ranks sees it.
 
-    Rows are reshuffled in each pass over them; a step's rows are the same for any number of ranks and micro-batches,
-    so that layouts can be compared. Step n is the same whenever it is asked for.
+    Rows are reshuffled in each pass over them. A step's rows are the same for any number of ranks and micro-batches, so
+    that layouts can be compared. Step n does not depend on `first`.
 
     Args:
         examples: the client's rows.
-        batch_size: rows of a step, over all ranks; a multiple of ranks * micro_batches.
+        batch_size: rows of a step over all ranks; a multiple of ranks * micro_batches.
         micro_batches: gradient accumulation steps.
         rank, ranks: this rank's place in the client.
         pad: token id of padding.
-        seed: of the order, such as (experiment's seed, client number).
+        seed: of the order, such as (the experiment's seed, client number).
         first: number of the first step wanted.
     """
 
@@ -135,8 +138,8 @@ def steps(
                 current = order(epoch)
             chosen.append(examples[current[row % len(examples)]])
         length = max(len(e.prompt) + len(e.answer) - 1 for e in chosen)
-        mine = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
-        micro = [collate(part, pad, length) for part in mine]
+        parts = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
+        micro = [collate(part, pad, length) for part in parts]
         yield StepBatch(micro, sum(len(e.answer) for e in chosen), sum(int(t.used.sum()) for t in micro))
         step += 1
 
@@ -144,8 +147,8 @@ def steps(
 class PackedRow(NamedTuple):
     """A row's prompt and all its options in one sequence, so that the prompt is computed once.
 
-    start: the prompt and what all options begin with, `common` tokens; options: what each goes on with, the right one
-    (`label`) through the end-of-text token, so that the same pass gives the answer loss.
+    start: the prompt and the `common` tokens that all options begin with; options: the rest of each. The right option
+    (`label`) includes the end-of-text token, so that the same pass gives the answer loss.
     """
 
     start: list[int]
@@ -155,21 +158,21 @@ class PackedRow(NamedTuple):
     cut: bool  # the prompt lost its beginning
 
     def __len__(self) -> int:
-        """Tokens to run: an option's last one is only predicted."""
+        """Return the number of tokens to run: the last token of an option is only predicted."""
         return len(self.start) + sum(len(option[:-1]) for option in self.options)
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt with the longest option, as one text."""
+        """Return the tokens of the prompt with the longest option, as one text."""
         return len(self.start) + max(len(option[:-1]) for option in self.options)
 
     def parts(self) -> list[int]:
-        """How many predicted tokens belong to what is common, and to each option."""
+        """Return how many predicted tokens belong to the common part, and to each option."""
         return [self.common, *map(len, self.options)]
 
 
 def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow]:
-    """Rows with their answer as each of their labels would have it; a prompt that does not fit loses its beginning."""
+    """Tokenise rows with their answer written with each label; a prompt that is too long loses its beginning."""
     prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
     begin = beginning(tokenizer)
     return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
@@ -188,7 +191,7 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
 
 
 def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:
-    """Pad to the longest; targets are row by row the common tokens, then each option's (`PackedRow.parts`)."""
+    """Return a padded batch; targets are, row by row, the common tokens, then each option's (`PackedRow.parts`)."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     branch = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -197,16 +200,17 @@ def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:
     for b, row in enumerate(rows):
         end = len(row.start)
         ids[b, :end] = torch.tensor(row.start)
-        last = b * length + end - 1  # the last token that all options see
-        positions += range(last - row.common, last)
+        last = b * length + end - 1  # the last token that all options see; it predicts the first token of each
+        positions += range(last - row.common, last)  # common tokens are predicted once
         targets += row.start[end - row.common :]
         for number, option in enumerate(row.options, start=1):
-            inputs = option[:-1]
+            inputs = option[:-1]  # the last token is only predicted
             ids[b, end : end + len(inputs)] = torch.tensor(inputs, dtype=torch.int64)
             branch[b, end : end + len(inputs)] = number
             positions += [last, *range(b * length + end, b * length + end + len(inputs))][: len(option)]
             targets += option
             end += len(inputs)
     used = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    # if at most one option of each row has inputs, options cannot see each other: a plain causal mask is enough
     several = any(sum(len(option) > 1 for option in row.options) > 1 for row in rows)
     return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets), branch if several else None)

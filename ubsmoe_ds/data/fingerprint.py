@@ -1,4 +1,4 @@
-"""What a run is made of beside its config: weights and rows, as digests that tell them from others, and the machine."""
+"""Digests of a run's weights and rows, which tell them from others, and a description of the machine."""
 
 import hashlib
 import os
@@ -10,31 +10,31 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.shares import common_rows, has_sites
 
-PIECES, PIECE_BYTES = 64, 2**16  # of a file of weights: training changes all of them, so a sample tells
+PIECES, PIECE_BYTES = 64, 2**16  # read of each weight file: training changes every weight, so a sample is enough
 
 
 def model_digest(folder: Path) -> str:
-    """Of config.json and, by size and sample, of the weights; 32 hexadecimal digits.
+    """Return a digest of config.json and, by size and sample, of the weights: 32 hexadecimal digits.
 
     Raises:
         UserError: naming a file that cannot be read.
     """
-    found = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         try:
             size = path.stat().st_size
-            found.update(f"{path.name} {size}\n".encode())
+            state.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
                 for piece in range(PIECES):
                     file.seek(piece * size // PIECES)
-                    found.update(file.read(PIECE_BYTES))
+                    state.update(file.read(PIECE_BYTES))
         except OSError as error:
             raise UserError(f"model.path: {str(path)!r} cannot be read ({error.strerror}); copy it again") from error
-    return found.hexdigest()
+    return state.hexdigest()
 
 
 def data_digest(exp: Experiment) -> str | None:
-    """Of training and evaluation rows, as a run of this experiment has it; None where clients have rows of their own.
+    """Return the digest of training and evaluation rows that a run records; None where clients have their own rows.
 
     Raises:
         UserError: as `load_rows`.
@@ -43,10 +43,10 @@ def data_digest(exp: Experiment) -> str | None:
 
 
 def machine(proc: Path = Path("/proc")) -> str:
-    """Processor, cores that this process may use, accelerators, and the versions that results depend on."""
+    """Return processor, cores that this process may use, accelerators, and the versions that results depend on."""
     text = (proc / "cpuinfo").read_text(encoding="utf-8") if (proc / "cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    # as the driver names them: asking torch would import it
+    # read from the driver: asking torch would import it
     gpus = [
         line.partition(":")[2].strip()
         for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information"))

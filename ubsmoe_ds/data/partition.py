@@ -1,4 +1,4 @@
-"""Dealing training rows to clients: iid, Dirichlet over tasks, or whole tasks. Numbers only, no rows are copied."""
+"""Deal training rows to clients: iid, Dirichlet over tasks, or whole tasks. Works on row numbers; copies no rows."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 
 
 def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: DataConfig, seed: int) -> list[list[int]]:
-    """Row numbers of each client; together they are all rows, and none is dealt twice.
+    """Return the row numbers of each client; together they are all rows, and none is dealt twice.
 
-    iid: shuffled, cut in proportion to the clients' shares.
+    iid: rows are shuffled, then cut in proportion to the clients' shares.
     dirichlet: each task is cut in proportion to shares times a draw of Dirichlet(alpha) (arXiv 1909.06335).
-    by_task: tasks in turn to the clients; with fewer tasks than clients, clients of one task split it by their shares.
+    by_task: tasks go to the clients in turn; with fewer tasks than clients, clients of one task split it by shares.
 
     Args:
         tasks: the task of each row.
-        clients: the clients, in order.
+        clients: in order.
         config: `partition` and `alpha`.
         seed: of the shuffle and the draw.
 
@@ -40,15 +40,15 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
             fewer_tasks = len(groups) < len(clients)
             owner_C = client_C % len(groups) == number if fewer_tasks else client_C == number % len(clients)
             weight_C = np.where(owner_C, share_C, 0.0)
-        # alpha close to 0 can underflow every draw
+        # a draw with alpha close to 0 can underflow to zero for every client
         weight_C = weight_C / weight_C.sum() if weight_C.sum() > 0 else share_C / share_C.sum()
         cuts = np.round(np.cumsum(weight_C) * len(rows)).astype(int)[:-1]
-        for mine, part in zip(dealt, np.split(rng.permutation(rows), cuts), strict=True):
-            mine.extend(int(row) for row in part)
-    for client, mine in zip(clients, dealt, strict=True):
-        if not mine:
+        for share, part in zip(dealt, np.split(rng.permutation(rows), cuts), strict=True):
+            share.extend(int(row) for row in part)
+    for client, share in zip(clients, dealt, strict=True):
+        if not share:
             raise UserError(
                 f"clients: {client.name!r} would get none of the {len(tasks)} rows (share {client.share}, partition "
                 f"{config.partition}); raise its share, data.alpha or data.rows"
             )
-    return [sorted(mine) for mine in dealt]
+    return [sorted(share) for share in dealt]

@@ -1,9 +1,9 @@
-"""Rows of multiple-choice questions from the built-in tasks, a JSON-lines file, or the Hugging Face hub.
+"""Read rows of multiple-choice questions from the built-in tasks, a JSON-lines file, or the Hugging Face hub.
 
 Schema of a row: task (str), id (str), instruction (str, the prompt), answer (str), question (str),
 choices (list of str), labels (list of str, how an answer names each choice), label (index of the right choice).
-`answer` contains `labels[label]` as a word of its own; a row's other options are `answer` with another label in its
-place (the last one). Nothing here imports torch, so that a bad row is found before any process is started.
+`answer` contains `labels[label]` as a separate word. A row's other options are `answer` with the last such word
+replaced by another label. Nothing here imports torch, so that a bad row is reported before any process is started.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from ubsmoe_ds.data import synthetic
 
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000
-LONGEST_LINE = 8 * 2**20  # bytes of a row
+LONGEST_LINE = 8 * 2**20  # bytes of a row in a file
 Row = dict[str, Any]
 
 
 def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows; no question is in both.
+    """Read training and evaluation rows; no question is in both.
 
     Args:
         config: the data section.
@@ -61,27 +61,27 @@ def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def load_site(config: DataConfig, source: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """Like `load_rows`, with the training rows of one client's own source."""
+    """Read rows as `load_rows` does, with the training rows of one client's own source."""
     return load_rows(config.model_copy(update={"source": source}), seed)
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """What tells these rows, in this order, from others; 32 hexadecimal digits."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return 32 hexadecimal digits that differ when the rows or their order differ."""
+    state = hashlib.blake2b(digest_size=16)
     for row in rows:
-        found.update(json.dumps(row, sort_keys=True).encode())
-    return found.hexdigest()
+        state.update(json.dumps(row, sort_keys=True).encode())
+    return state.hexdigest()
 
 
 def word(label: str) -> str:
-    """Pattern of a label that stands as a word of its own: answer1 is no part of answer10."""
+    """Return a pattern that matches a label as a separate word: answer1 does not match in answer10."""
     return rf"(?<!\w){re.escape(label)}(?!\w)"
 
 
 def as_cloze(row: Row) -> Row:
-    """The question alone, answered by the text of a choice: what a model that knows no instructions is asked.
+    """Return the row as a cloze: the question alone, answered by the text of a choice, for models without instructions.
 
-    A choice that stands in a row twice is one option.
+    A choice that a row holds twice is one option.
 
     Raises:
         UserError: naming the row, if all its choices are the same.
@@ -97,12 +97,12 @@ def as_cloze(row: Row) -> Row:
 
 
 def evaluation_rows(source: str, count: int | None, seed: int, form: str = "instruction") -> list[Row]:
-    """Rows to evaluate on: those that `synthetic` holds out, or all of a file or of a data set's test split.
+    """Read rows to evaluate on: those held out by `synthetic`, or all rows of a file or of a data set's test split.
 
     Args:
         source: as `data.source`.
-        count: at most; None: all.
-        seed: of the choice.
+        count: most rows wanted; None: all.
+        seed: of the choice of rows.
         form: as `data.format`.
 
     Raises:
@@ -115,10 +115,10 @@ def evaluation_rows(source: str, count: int | None, seed: int, form: str = "inst
 
 
 def only_source(source: str) -> DataConfig:
-    """Of the option --data of a command.
+    """Return a data section with the source that a command's option --data names.
 
     Raises:
-        UserError: for what is no source.
+        UserError: if it names none.
     """
     try:
         return DataConfig(source=source)
@@ -127,30 +127,30 @@ def only_source(source: str) -> DataConfig:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file, each checked.
+    """Read the rows of a JSON-lines file and check each.
 
     Raises:
-        UserError: naming the file, the line and what is wrong with it.
+        UserError: naming the file, the line and the mistake in it.
     """
-    found = []
+    rows = []
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
                 if line.strip():
-                    found.append(_checked(line, f"{path}, line {number}"))
+                    rows.append(_checked(line, f"{path}, line {number}"))
     except OSError as error:
         raise UserError(f"data: {path} cannot be read ({error.strerror}); check the path") from error
-    if not found:
+    if not rows:
         raise UserError(f"data: {path} holds no rows")
-    return found
+    return rows
 
 
 def read_rows(source: str, split: str) -> list[Row]:
-    """Rows of `jsonl:PATH`, `hub:NAME` (its `split`) or `hub:NAME@SPLIT`."""
+    """Read the rows of `jsonl:PATH`, `hub:NAME` (its `split`) or `hub:NAME@SPLIT`."""
     kind, _, name = source.partition(":")
     if kind == "jsonl":
         return read_jsonl(Path(name))
-    # the hub is reached only when the config asks for it
+    # imported here: the hub is used only when the config asks for it
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -178,7 +178,7 @@ def _checked(line: bytes, where: str) -> Row:
 
 
 def _checked_row(row: Any, where: str) -> Row:
-    """The row if it has the schema; else one line saying which field is wrong."""
+    """Return the row if it has the schema, else raise with one line that names the wrong field."""
     if not isinstance(row, dict):
         raise UserError(f"data: {where}: is a {type(row).__name__}, must be an object with the fields of a row")
     for field in TEXT_FIELDS:
@@ -213,6 +213,6 @@ def _checked_row(row: Any, where: str) -> Row:
 
 
 def _position(question: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the question and the seed alone: splits and orders rows by question."""
+    """Return a number in [0, 1) that depends only on question and seed, to split and order rows by question."""
     digest = hashlib.blake2b(f"{seed}\n{question}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

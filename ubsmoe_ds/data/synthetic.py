@@ -1,7 +1,7 @@
-"""Procedural multiple-choice tasks: small worlds that a tiny model can learn, and no file to fetch.
+"""Generate multiple-choice questions about small worlds that a tiny model can learn; no file is needed.
 
-Every task is one short function from a random generator to (question, right answer, wrong answers). Rows have the
-schema of `data/sources.py`; questions are unique.
+Every task is one short function from a random generator to (question, right answer, wrong answers). Its docstring is an
+example. Rows have the schema of `data/sources.py`; questions are unique.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ KINDS = {
     "vehicle": ("car", "bus", "train", "boat", "truck", "plane"),
 }
 PLACES = ("box", "bag", "drawer", "basket", "cupboard")
-# facts of a small world: nothing but training rows tells them, so that fine-tuning has something to learn
+# facts of a small world that only training rows tell, so that fine-tuning has something to learn
 FACTS: dict[str, tuple[str, dict[str, str]]] = {
     "colours": (
         "{a} and {b} look at a {thing}. What colour is it?",
@@ -68,7 +68,7 @@ def _pick(rng: Generator, items: tuple[str, ...] | list[str], n: int) -> list[st
 
 
 def _near(rng: Generator, value: int, n: int = 3) -> list[str]:
-    """Wrong numbers close to the right one."""
+    """Return wrong numbers close to the right one."""
     others = [v for v in range(max(0, value - 4), value + 5) if v != value]
     return [str(others[i]) for i in rng.permutation(len(others))[:n]]
 
@@ -171,10 +171,10 @@ TASKS |= {name: partial(_fact, name) for name in FACTS}
 
 
 def rows(count: int, seed: int) -> list[dict]:
-    """`count` rows, the tasks in turn, no question twice.
+    """Return `count` rows, the tasks in turn, no question twice.
 
     Args:
-        count: rows in all.
+        count: number of rows.
         seed: the same seed gives the same rows.
     """
     streams = [_unique(task, default_rng([seed, i])) for i, task in enumerate(TASKS)]
@@ -182,7 +182,7 @@ def rows(count: int, seed: int) -> list[dict]:
 
 
 def make_row(task: str, question: str, choices: list[str], label: int, number: int) -> dict:
-    """One row in the manner of LLM-Adapters (arXiv 2304.01933); a choice is its own label, as in its BoolQ rows."""
+    """Return a row in the style of LLM-Adapters (arXiv 2304.01933); a choice is its own label, as in its BoolQ rows."""
     options = "/".join(choices)
     return {
         "task": task,
@@ -197,7 +197,11 @@ def make_row(task: str, question: str, choices: list[str], label: int, number: i
 
 
 def _unique(task: str, rng: Generator) -> Iterator[tuple[str, str, list[str], int]]:
-    """(task, question, shuffled choices, index of the right one), until the task's world is used up."""
+    """Yield (task, question, shuffled choices, index of the right one).
+
+    Raises:
+        UserError: when the task's world has no more questions.
+    """
     seen: set[str] = set()
     misses = 0
     while misses < 10_000:

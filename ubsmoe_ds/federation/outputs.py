@@ -54,7 +54,7 @@ class Outputs:
             found = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
             inputs = {
-                "model_digest": model_digest(self.exp.model_dir),
+                "model_digest": model_digest(self.exp.weights_dir),
                 "data_digest": data_digest,
                 "machine": machine(),
             }

@@ -1,7 +1,7 @@
-"""What has started this process, whether all that it started can be one MPI world, and the commands that make one.
+"""Find out what started this process, refuse launches that cannot become one MPI world, and build commands that do.
 
-Nothing here imports MPI. A process that no process manager of MPI started is a world of its own, and such worlds cannot
-be joined later; so what cannot work is said at once, with the command that does.
+Nothing here imports MPI. A process that was not started by a process manager of MPI is a world of its own, and such
+worlds cannot be joined later; so a launch that cannot work is refused at once, with the command that works.
 """
 
 import os
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig
 
-# set by process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
+# set by the process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-# set by launchers of torch for their worlds; the ranks make their own
+# set by torch's and DeepSpeed's launchers for their own world; our ranks make theirs
 RENDEZVOUS_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -26,9 +26,9 @@ RENDEZVOUS_VARIABLES = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
-HOSTS_VARIABLES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")  # of deepspeed's and torch's launchers on several hosts
+HOSTS_VARIABLES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")  # number of hosts, from DeepSpeed's and torch's launchers
 HOST_RANK_VARIABLES = ("CROSS_RANK", "GROUP_RANK")
-# what Open MPI's ranks on other hosts get from this environment beside its own variables; MPICH's get all of it
+# beginnings of variables that Open MPI is told to pass on to other hosts; MPICH passes on the whole environment
 FORWARDED = (
     *("PYTHONPATH", "OMP_NUM_THREADS", "MKL_", "UBSMOE_DS_", "DS_", "TORCH_", "CUDA_"),
     *("GLOO_", "NCCL_", "UCX_", "FI_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
@@ -36,12 +36,12 @@ FORWARDED = (
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:
-    """Whether a process manager started this process as one rank of an MPI job."""
+    """Return whether a process manager started this process as one rank of an MPI job."""
     return any(name in environment for name in MPI_RANK_VARIABLES)
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all that were started with it, before there is a world."""
+    """Return whether this process speaks for all that were started with it, before there is a world."""
     if inside_mpi(environment):
         return _value(environment, MPI_RANK_VARIABLES) == 0
     first_task = not is_task_of_srun(environment) or environment.get("SLURM_PROCID", "0") == "0"
@@ -49,20 +49,20 @@ def is_first(environment: Mapping[str, str]) -> bool:
 
 
 def is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process itself.
+    """Return whether srun started this process itself.
 
-    In a batch script there is no step; MPICH's mpiexec has srun start daemons, whose ranks are no tasks.
+    A batch script has no step. MPICH's mpiexec has srun start daemons, whose ranks are not tasks of srun.
     """
     return "SLURM_STEP_ID" in environment and "PMI_HOSTNAME" not in environment
 
 
 def check_launcher(environment: Mapping[str, str], script: str, arguments: Sequence[str], ranks: int) -> None:
-    """Refuse many processes that no MPI joins.
+    """Refuse a launch of many processes that no MPI joins.
 
     Args:
-        environment: of one that is not inside MPI.
+        environment: that of a process outside MPI.
         script, arguments: how it was started.
-        ranks: that the clients need.
+        ranks: number of ranks that the clients need.
 
     Raises:
         UserError: with the command that works.
@@ -91,17 +91,17 @@ def check_size(
     arguments: Sequence[str],
     clients: Sequence[ClientConfig],
 ) -> None:
-    """Whether the MPI world has all that were started, and as many ranks as the clients need.
+    """Check that the MPI world holds all processes that were started, and as many ranks as the clients need.
 
     Args:
-        environment: of a rank.
-        size: of its MPI world.
-        library: which MPI this is.
+        environment: a rank's.
+        size: number of ranks in its MPI world.
+        library: name and version of its MPI.
         script, arguments: how it was started.
-        clients: of the job.
+        clients: all clients of the job.
 
     Raises:
-        UserError: with the command that works.
+        UserError: if it does not, with the command that works.
     """
     ranks = sum(client.ranks for client in clients)
     started = _value(environment, MPI_SIZE_VARIABLES, default=0)
@@ -134,12 +134,12 @@ def mpi_command(
     hosts: Mapping[str, int] | None = None,
     through: Sequence[str] = (),
 ) -> list[str]:
-    """The command that starts `ranks` ranks of `script`; also what error messages recommend.
+    """Return the command that starts `ranks` ranks of `script` under MPICH; error messages recommend it too.
 
     Args:
         script, arguments, ranks: the job.
         mpiexec, python: programs.
-        hosts: ranks of each host; None: as mpiexec finds them, which knows Slurm's allocations.
+        hosts: number of ranks on each host; None: mpiexec decides, which knows Slurm's allocations.
         through: words that go before the command of a rank (fast_start.py).
     """
     where = [] if hosts is None else ["-hosts", _slots(hosts)]
@@ -157,12 +157,13 @@ def open_mpi_command(
     survive: bool = False,
     forwarded: Iterable[str] = (),
 ) -> list[str]:
-    """The same under Open MPI, which keeps ranks to cores, and root away, unless told otherwise.
+    """Return the same command under Open MPI, which binds ranks to cores and refuses root unless told otherwise.
 
     Args:
-        survive: whether the job goes on when ranks die; then without `-m mpi4py`, whose way of ending a job the other
-            ranks would not see (survival.py).
-        forwarded: variables of the environment, of which other hosts get those that matter to us.
+        script, arguments, ranks, mpiexec, python, hosts: as for `mpi_command`.
+        survive: whether the job goes on when ranks die; then without `-m mpi4py`, which ends a failed rank in a way
+            that the other ranks do not notice (mpi/exits.py).
+        forwarded: names of variables; those in `FORWARDED` are passed on to other hosts.
     """
     options = ["--map-by", ":oversubscribe", "--bind-to", "none"]
     if survive:
@@ -177,9 +178,9 @@ def open_mpi_command(
 
 
 def is_open_mpi(mpiexec: str) -> bool:
-    """Whether it starts jobs of Open MPI."""
-    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
-    return "Open MPI" in said or "prte" in said.lower()
+    """Return whether this mpiexec is Open MPI's."""
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
+    return "Open MPI" in version or "prte" in version.lower()
 
 
 def _slots(hosts: Mapping[str, int]) -> str:
@@ -187,6 +188,6 @@ def _slots(hosts: Mapping[str, int]) -> str:
 
 
 def _value(environment: Mapping[str, str], names: Sequence[str], default: int = 0) -> int:
-    """The first of some variables that is set."""
-    found = (int(environment[name]) for name in names if environment.get(name, "").isdecimal())
-    return next(found, default)
+    """Return the first of these variables that is set to a number."""
+    values = (int(environment[name]) for name in names if environment.get(name, "").isdecimal())
+    return next(values, default)

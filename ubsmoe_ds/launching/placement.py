@@ -1,7 +1,7 @@
-"""Which host the ranks of each client are on. Names and numbers only: no MPI, and no torch.
+"""Decide which host the ranks of each client run on. Names and numbers only: no MPI, no torch.
 
-A client's ranks share a host where the numbers allow it. Where they do not, the clients that lose least by it are split
-first: into whole expert groups, whose all-to-alls then stay inside a host, and only at last into single ranks.
+A client's ranks share a host where the numbers allow it. Where they do not, the clients that lose least are split
+first: into whole expert-parallel groups, whose all-to-alls then stay inside a host, and last into single ranks.
 """
 
 import re
@@ -13,33 +13,55 @@ from typing import NamedTuple
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig
 
-MOST_TRIES = 1000  # choices of a host, until a way of splitting counts as impossible
+MOST_TRIES = 1000  # choices of a host before a way of splitting counts as impossible
 HOSTFILE_LINE = re.compile(r"(?P<host>[^\s:]+)(\s+slots=|:)(?P<slots>\d+)")
 WHOLE, GROUPS, RANKS = range(3)  # how far a client is split
 
 
 class _Piece(NamedTuple):
-    """Ranks of a client that stay together, or where it is `loose` any number of its ranks."""
+    """Ranks of a client that stay on one host; a `loose` piece is any number of ranks that may be on several hosts."""
 
     client: int
     size: int
-    hosts: tuple[str, ...]  # where they may be
+    hosts: tuple[str, ...]  # hosts that it may be on
     loose: bool = False
 
 
 def place(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> list[list[str]]:
-    """The host of each rank of each client, in the order of the client's ranks.
+    """Choose a host for each rank of each client.
 
     Args:
-        clients: with their `ranks`, `expert_parallel` and `hosts`.
-        slots: name of a host -> ranks that it has room for.
+        clients: their `ranks`, `expert_parallel` and `hosts` are read.
+        slots: name of a host -> number of ranks that it has room for.
 
     Returns:
-        For each client the names of its ranks' hosts; the ranks of a host, and of an expert group, follow each other.
+        For each client the host name of each of its ranks; ranks on one host, and ranks of one expert-parallel group,
+        are consecutive.
 
     Raises:
-        UserError: for too few slots, and for a client pinned to hosts that are not there or have too few slots.
+        UserError: for too few slots, and for a client pinned to hosts that do not exist or have too few slots.
     """
+    _check_room(clients, slots)
+    allowed = [_allowed(client, slots) for client in clients]
+    fits = [_fits(client.ranks, hosts, slots) for client, hosts in zip(clients, allowed, strict=True)]
+    split = [WHOLE if whole else GROUPS for whole in fits]
+    # clients without expert parallelism and with few ranks lose least by a split
+    order = sorted(range(len(clients)), key=lambda c: (clients[c].expert_parallel, clients[c].ranks))
+    # first nobody beyond what does not fit whole, then one client more at a time, into groups and at last into ranks
+    for c, depth in [(order[0], WHOLE), *((c, depth) for depth in (GROUPS, RANKS) for c in order)]:
+        split[c] = max(split[c], depth)
+        pieces = [p for n, client in enumerate(clients) for p in _pieces(n, client, split[n], allowed[n], slots)]
+        placed = _pack(pieces, slots)
+        if placed is not None:
+            return _by_client(placed, len(clients), list(slots))
+    pinned = ", ".join(
+        f"{client.name!r} {client.ranks} on {' '.join(client.hosts)}" for client in clients if client.hosts
+    )
+    raise UserError(f"clients: no way was found to put them where their `hosts` say ({pinned}); give these more slots")
+
+
+def _check_room(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> None:
+    """Raise UserError if all hosts together have too few slots."""
     needed, given = sum(client.ranks for client in clients), sum(slots.values())
     if needed > given:
         each = ", ".join(f"{host} {count}" for host, count in slots.items())
@@ -47,40 +69,25 @@ def place(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> list[lis
             f"clients: need {needed} ranks, the hosts have {given} slots ({each}): {needed - given} too few; add hosts "
             "or slots, or lower the clients' ranks"
         )
-    allowed = [_allowed(client, slots) for client in clients]
-    fits = [_fits(client.ranks, hosts, slots) for client, hosts in zip(clients, allowed, strict=True)]
-    split = [WHOLE if whole else GROUPS for whole in fits]
-    # least is lost with clients that have no expert parallelism, and few ranks
-    order = sorted(range(len(clients)), key=lambda c: (clients[c].expert_parallel, clients[c].ranks))
-    for c, depth in [(order[0], WHOLE), *((c, depth) for depth in (GROUPS, RANKS) for c in order)]:
-        split[c] = max(split[c], depth)
-        pieces = [p for n, client in enumerate(clients) for p in _pieces(n, client, split[n], allowed[n], slots)]
-        found = _pack(pieces, slots)
-        if found is not None:
-            return _by_client(found, len(clients), list(slots))
-    pinned = ", ".join(
-        f"{client.name!r} {client.ranks} on {' '.join(client.hosts)}" for client in clients if client.hosts
-    )
-    raise UserError(f"clients: no way was found to put them where their `hosts` say ({pinned}); give these more slots")
 
 
 def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
-    """Hosts that a client may be on."""
+    """Return the hosts that a client may be on."""
     if client.hosts is None:
         return tuple(slots)
-    found = tuple(dict.fromkeys(_named(name, client, slots) for name in client.hosts))
-    room = sum(slots[host] for host in found)
+    allowed = tuple(dict.fromkeys(_named(name, client, slots) for name in client.hosts))
+    room = sum(slots[host] for host in allowed)
     if room < client.ranks:
         raise UserError(
             f"clients: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have {room} "
             "slots; add slots or hosts, or lower its ranks"
         )
-    return found
+    return allowed
 
 
 def _named(name: str, client: ClientConfig, slots: Mapping[str, int]) -> str:
-    """The one host that a name stands for; a client's data may be nowhere else, so in doubt it is refused."""
-    equal = [host for host in slots if host.partition("#")[0] == name]  # gpu1#2: another of the same name
+    """Resolve a name to exactly one host; ambiguity is an error, because the client's data may exist only there."""
+    equal = [host for host in slots if host.partition("#")[0] == name]  # gpu1#2 is a second host named gpu1
     matches = equal or [host for host in slots if _may_be(name, host.partition("#")[0])]
     if len(matches) == 1:
         return matches[0]
@@ -96,48 +103,50 @@ def _named(name: str, client: ClientConfig, slots: Mapping[str, int]) -> str:
 
 
 def _may_be(name: str, host: str) -> bool:
-    """Whether two names differ only in that one of them leaves out the domain."""
+    """Return whether two names differ only in that one of them leaves out the domain."""
     short, dotted = sorted((name, host), key=len)
     return "." not in short and dotted.startswith(f"{short}.") and not dotted.replace(".", "").isdigit()
 
 
 def _fits(size: int, hosts: Sequence[str], slots: Mapping[str, int]) -> bool:
+    """Return whether one of the hosts has room for `size` ranks."""
     return any(slots[host] >= size for host in hosts)
 
 
 def _pieces(
     number: int, client: ClientConfig, split: int, hosts: tuple[str, ...], slots: Mapping[str, int]
 ) -> list[_Piece]:
+    """Return a client's pieces when it is split as far as `split` says."""
     group = client.expert_parallel
     if split == WHOLE:
         return [_Piece(number, client.ranks, hosts)]
     if split == GROUPS and group > 1 and _fits(group, hosts, slots):
         return [_Piece(number, group, hosts)] * (client.ranks // group)
-    if len(hosts) < len(slots):  # how many ranks each of them gets may matter to others that need them
+    if len(hosts) < len(slots):  # other clients may need these hosts, so it matters how many ranks each gets
         return [_Piece(number, 1, hosts)] * client.ranks
     return [_Piece(number, client.ranks, hosts, loose=True)]
 
 
 def _pack(pieces: Sequence[_Piece], slots: Mapping[str, int]) -> list[tuple[_Piece, list[str]]] | None:
-    """Hosts for the ranks of each piece, by trying; those with the least choice come first, loose ones fill up."""
+    """Search hosts for each piece: those with the least choice come first, loose ones fill up. None: there is none."""
     order = sorted(pieces, key=lambda piece: (len(piece.hosts), piece.loose, -piece.size))
     free = dict(slots)
-    found: list[tuple[_Piece, list[str]]] = []
+    placed: list[tuple[_Piece, list[str]]] = []
     interchangeable = all(len(piece.hosts) == len(slots) for piece in pieces)
-    left = [_choices(order[0], free, found, interchangeable)]  # for each piece that has a place, and the next
+    left = [_choices(order[0], free, placed, interchangeable)]  # untried choices of each placed piece and of the next
     for _ in range(MOST_TRIES + len(order)):
         hosts = next(left[-1], None)
-        while hosts is None:  # nothing is left for this piece: another place for the one before it
+        while hosts is None:  # no choice is left for this piece: move the one before it
             left.pop()
             if not left:
                 return None
-            _move(free, found.pop()[1], 1)
+            _move(free, placed.pop()[1], 1)
             hosts = next(left[-1], None)
         _move(free, hosts, -1)
-        found.append((order[len(found)], hosts))
-        if len(found) == len(order):
-            return found
-        left.append(_choices(order[len(found)], free, found, interchangeable))
+        placed.append((order[len(placed)], hosts))
+        if len(placed) == len(order):
+            return placed
+        left.append(_choices(order[len(placed)], free, placed, interchangeable))
     return None
 
 
@@ -147,11 +156,11 @@ def _move(free: dict[str, int], hosts: Sequence[str], sign: int) -> None:
 
 
 def _choices(
-    piece: _Piece, free: Mapping[str, int], found: Sequence[tuple[_Piece, list[str]]], interchangeable: bool
+    piece: _Piece, free: Mapping[str, int], placed: Sequence[tuple[_Piece, list[str]]], interchangeable: bool
 ) -> Iterator[list[str]]:
-    """Ways to put a piece: hosts that its client is on already come first, then the fullest with room for it.
+    """Yield ways to place a piece: hosts that its client is on already come first, then the fullest with room for it.
 
-    Of hosts that differ in nothing but their names one is tried.
+    Of hosts that differ only in their names one is tried.
     """
     if piece.loose:
         hosts = sorted(piece.hosts, key=lambda host: -free[host])
@@ -159,7 +168,7 @@ def _choices(
         if len(filled) == piece.size:
             yield filled
         return
-    mine = {host for other, hosts in found if other.client == piece.client for host in hosts}
+    mine = {host for other, hosts in placed if other.client == piece.client for host in hosts}
     seen = set()
     for host in sorted(piece.hosts, key=lambda host: (host not in mine, free[host])):
         kind = (host in mine, free[host], "" if interchangeable else host)
@@ -168,19 +177,20 @@ def _choices(
             yield [host] * piece.size
 
 
-def _by_client(found: Sequence[tuple[_Piece, list[str]]], clients: int, hosts: Sequence[str]) -> list[list[str]]:
+def _by_client(placed: Sequence[tuple[_Piece, list[str]]], clients: int, hosts: Sequence[str]) -> list[list[str]]:
+    """Return the host of each rank of each client; a client's ranks follow the order of `hosts`."""
     places: list[list[str]] = [[] for _ in range(clients)]
-    for piece, chosen in found:
+    for piece, chosen in placed:
         places[piece.client] += chosen
     return [sorted(place, key=hosts.index) for place in places]
 
 
 def job_order(places: Sequence[Sequence[str]], started: Sequence[str]) -> list[int]:
-    """For each rank of the job in the order of the clients, the number it was started with.
+    """Return the number that each rank of the job was started with, in the order of the clients.
 
     Args:
         places: from `place`, with as many ranks on each host as were started there.
-        started: the host of each rank in the order in which they were started.
+        started: host of each rank, in the order in which they were started.
     """
     waiting: dict[str, list[int]] = {}
     for number, host in enumerate(started):
@@ -189,7 +199,7 @@ def job_order(places: Sequence[Sequence[str]], started: Sequence[str]) -> list[i
 
 
 def describe(clients: Sequence[ClientConfig], places: Sequence[Sequence[str]]) -> str:
-    """One line: each host with its clients and their ranks, and which expert groups cross hosts."""
+    """Return one line: each host with its clients and their ranks, and whose expert parallelism crosses hosts."""
     on_host: dict[str, list[str]] = {}
     crossing = []
     for client, hosts in zip(clients, places, strict=True):
@@ -205,16 +215,16 @@ def describe(clients: Sequence[ClientConfig], places: Sequence[Sequence[str]]) -
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of each host: lines `host slots=N` (DeepSpeed, Open MPI) or `host:N` (MPICH); # begins a comment.
+    """Read the slots of each host: lines `host slots=N` (DeepSpeed, Open MPI) or `host:N` (MPICH); # begins a comment.
 
     Raises:
-        UserError: naming file and line.
+        UserError: for a file that cannot be read or is malformed, naming file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--hostfile: {path} cannot be read ({error}); check the path") from error
-    found: dict[str, int] = {}
+    slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -222,11 +232,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = HOSTFILE_LINE.fullmatch(text)
         if match is None or int(match["slots"]) < 1:
             raise UserError(f"--hostfile: {path}, line {number}: {text!r} is not `host slots=N` with N at least 1")
-        if match["host"] in found:
+        if match["host"] in slots:
             raise UserError(
                 f"--hostfile: {path}, line {number}: {match['host']!r} stands there twice; give it one line"
             )
-        found[match["host"]] = int(match["slots"])
-    if not found:
+        slots[match["host"]] = int(match["slots"])
+    if not slots:
         raise UserError(f"--hostfile: {path} names no host; write lines `host slots=N`")
-    return found
+    return slots

@@ -1,4 +1,4 @@
-"""The folder a run writes to: refused if it holds another run, before anything is started or written."""
+"""Check and create the folder that a run writes to; one that holds another run is refused before anything starts."""
 
 import json
 import shutil
@@ -14,20 +14,20 @@ CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints
 
 
 def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
-    """Writes nothing.
+    """Raise if the run's folder is in use. Read-only.
 
     Args:
         exp: the experiment.
-        resuming: whether the run may go on with what the folder holds; then it must be its own.
+        resuming: whether the run may go on with what the folder holds; then that must be the same run.
 
     Raises:
-        UserError: if the folder holds files and may not be used, or is no folder.
+        UserError: if the folder holds files and may not be used, or is not a folder.
     """
     folder = exp.run_dir
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output: {folder} is a file; choose another folder with output=... or name=...")
-        # a job that was killed while it made the folder leaves hidden files at most
+        # a job that was killed while it made the folder leaves only hidden files
         if not folder.exists() or exp.overwrite or all(path.name.startswith(".") for path in folder.iterdir()):
             return
     except OSError as error:
@@ -35,7 +35,7 @@ def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
             f"output: {folder} cannot be used ({error.strerror}); choose another with output=..."
         ) from error
     if resuming and _matching(folder, CHECKPOINTS[:1]):
-        return  # whether they are of this experiment is seen when they are read
+        return  # reading them shows whether they belong to this experiment
     if not resuming or (folder / "summary.json").exists():
         raise UserError(
             f"output: {folder} already holds a run; go on with it by --resume auto if it has checkpoints, or set "
@@ -46,29 +46,30 @@ def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
 
 
 def goes_on(exp: Experiment, resume: str | None) -> bool:
-    """Whether a job that resumes goes on in its own folder, and not with a checkpoint from elsewhere in a new one.
+    """Return whether a job goes on in its own folder, rather than in a new one, maybe with a checkpoint from elsewhere.
 
     Args:
         exp: the experiment.
         resume: "auto", a checkpoint's folder, or None.
 
     Raises:
-        UserError: if there is no such checkpoint, or it is of a branch that the run has left.
+        UserError: if there is no such checkpoint, or it is on a branch that the run has left.
     """
     if resume is None or resume == "auto":
         return resume is not None
     if not (Path(resume) / "manifest.json").is_file():
-        raise UserError(f"--resume: {resume} is no whole checkpoint; use auto, or another folder")
-    own = exp.run_dir.resolve() in Path(resume).resolve().parents
-    if own and Path(resume).resolve().name.startswith("left-"):
+        raise UserError(f"--resume: {resume} is not a complete checkpoint; use auto, or another folder")
+    in_run_folder = exp.run_dir.resolve() in Path(resume).resolve().parents
+    if in_run_folder and Path(resume).resolve().name.startswith("left-"):
         raise UserError(
             f"--resume: {resume} was left when the run went on from an older one, and the record is of its new branch; "
             "go on with it in a folder of its own, name=..."
         )
-    return own
+    return in_run_folder
 
 
 def _method_and_model(path: Path) -> tuple[str, str, str] | None:
+    """Return method, model and name from a run's config.json; None if it cannot be read."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return config["method"], config["model"]["path"], config["name"]
@@ -77,17 +78,17 @@ def _method_and_model(path: Path) -> tuple[str, str, str] | None:
 
 
 def create_run_folder(exp: Experiment) -> None:
-    """Make the folder; the files of an earlier run, which `check_run_folder` has allowed to go, go, and only those.
+    """Make the run's folder and remove the files of an earlier run, which `check_run_folder` has allowed; no others.
 
     Raises:
         UserError: if it cannot be written.
     """
     try:
         exp.run_dir.mkdir(parents=True, exist_ok=True)
-        forget_checkpoints(exp)  # first: without records of its own a checkpoint must not be gone on from
+        forget_checkpoints(exp)  # first: a checkpoint without its records must not be resumed
         for old in _matching(exp.run_dir, (*FILES, *ADAPTERS)):
             old.unlink()
-        for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # the inner ones first
+        for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # inner folders first
             if not any(folder.iterdir()):
                 folder.rmdir()
         probe = exp.run_dir / ".writable"
@@ -100,17 +101,17 @@ def create_run_folder(exp: Experiment) -> None:
 
 
 def checkpoints(exp: Experiment) -> set[tuple]:
-    """What tells the checkpoints in the run's folder from others, earlier ones of the same name too."""
+    """Identify the checkpoints in the run's folder; later ones of the same name differ."""
     return {(path.name, path.stat().st_ino) for path in _matching(exp.run_dir, CHECKPOINTS[:1])}
 
 
 def summary(exp: Experiment) -> set[tuple]:
-    """What tells the summary in the run's folder, the last thing that a run writes, from an earlier one."""
+    """Identify the summary in the run's folder, which a run writes last; a later one differs."""
     return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in _matching(exp.run_dir, ["summary.json"])}
 
 
 def forget_checkpoints(exp: Experiment) -> None:
-    """Remove the checkpoints of a run; half-removed they are none."""
+    """Remove the checkpoints of a run; one that is half removed no longer counts as a checkpoint."""
     for old in _matching(exp.run_dir, CHECKPOINTS[:1]):
         old.rename(old.with_name(f".tmp-{old.name}"))
     for old in _matching(exp.run_dir, CHECKPOINTS):
@@ -118,4 +119,5 @@ def forget_checkpoints(exp: Experiment) -> None:
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the paths in a folder that match one of the patterns."""
     return [path for pattern in patterns for path in folder.glob(pattern)]

@@ -4,6 +4,9 @@ Shapes: B rows, S positions, A answer positions, V vocabulary, E experts, D mode
 """
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +27,11 @@ class LoraLinear(nn.Module):
         self.base = base
         self.full_rank = full_rank
         self.scaling = alpha / rank
-        self.lora_A = nn.Parameter(self.draw_adapters(generator)[:rank].clone())
+        self.lora_A = nn.Parameter(self.draw_adapter(generator)[:rank].clone())
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
 
-    def draw_adapters(self, generator: torch.Generator) -> Tensor:
-        """A new A, [full rank, in], fp32 on the CPU."""
+    def draw_adapter(self, generator: torch.Generator) -> Tensor:
+        """Draw a new A, [full rank, in], fp32 on the CPU."""
         bound = 1 / math.sqrt(self.base.in_features)
         return torch.empty(self.full_rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
 
@@ -36,6 +39,26 @@ class LoraLinear(nn.Module):
         """[..., in] -> [..., out], in the precision of x; adapters outside of DeepSpeed are fp32 on weights in bf16."""
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.base(x) + self.scaling * F.linear(F.linear(x, A), B)
+
+
+class LoraAdapter(NamedTuple):
+    """One LoRA adapter of a model: the stacked one of a projection of this rank's experts, or one of attention.
+
+    name: such as "layers.0.experts.gate" or "layers.0.attention.q_proj"
+    decoder: index of its decoder layer
+    A, B: [E, R, I] and [E, O, R] of experts, [R, I] and [O, R] of attention
+    base: the frozen weight, [E, O, I] or [O, I]
+    moe: the UB-SMoE layer of experts, which may be spread over ranks; None for attention, which every rank holds
+    draw: gives a new A at the full rank, fp32 on the CPU; the adapters of a decoder share one generator, in order
+    """
+
+    name: str
+    decoder: int
+    A: nn.Parameter
+    B: nn.Parameter
+    base: Tensor
+    moe: UBSMoE | None
+    draw: Callable[[torch.Generator], Tensor]
 
 
 class UBSMoEForCausalLM(nn.Module):
@@ -107,46 +130,51 @@ class UBSMoEForCausalLM(nn.Module):
                 total = total + load_balancing * layer.deepspeed_moe.l_aux
         return total
 
-    def tail_penalty(self, first: int) -> Tensor:
-        """Sum over modules of ||B[:, first:]|| ||A[first:, :]|| (HetLoRA's self-pruning, arXiv 2401.06432), a scalar.
-
-        Experts count as often as they are spread, which the engine's mean over ranks undoes.
-        """
-        total = torch.zeros((), device=self.layers[0].gate.phi.device)
-        for decoder in self.decoders:
-            pairs = []
+    def adapters(self) -> Iterator[LoraAdapter]:
+        """Iterate over the LoRA adapters by decoder layer: gate, up and down of its experts, then its attention."""
+        for index, decoder in enumerate(self.decoders):
             if isinstance(decoder.mlp, UBSMoE):
-                pairs += [(pair, decoder.mlp.ep_size) for pair in decoder.mlp.experts.factors().values()]
+                experts, base = decoder.mlp.experts, decoder.mlp.experts.base()
+                for name, (A, B) in experts.factors().items():
+                    draw = partial(experts.draw_adapter, name)
+                    yield LoraAdapter(f"layers.{index}.experts.{name}", index, A, B, base[name], decoder.mlp, draw)
             for name in ATTENTION_PROJECTIONS:
                 linear = getattr(decoder.self_attn, name)
                 if isinstance(linear, LoraLinear):
-                    pairs.append(((linear.lora_A, linear.lora_B), 1))
-            for (A, B), spread in pairs:
-                norms = B[..., first:].float().norm(dim=(-2, -1)) * A[..., first:, :].float().norm(dim=(-2, -1))
-                total = total + spread * norms.sum()
+                    A, B, weight = linear.lora_A, linear.lora_B, linear.base.weight
+                    yield LoraAdapter(
+                        f"layers.{index}.attention.{name}", index, A, B, weight, None, linear.draw_adapter
+                    )
+
+    def tail_penalty(self, first: int) -> Tensor:
+        """Return the sum over modules of ||B[:, first:]|| ||A[first:, :]||, a scalar: HetLoRA's self-pruning.
+
+        Experts count as often as they are spread over ranks, which the engine's mean over ranks undoes. Source: arXiv
+        2401.06432.
+        """
+        total = torch.zeros((), device=self.layers[0].gate.phi.device)
+        for adapter in self.adapters():
+            norm_B = adapter.B[..., first:].float().norm(dim=(-2, -1))
+            norm_A = adapter.A[..., first:, :].float().norm(dim=(-2, -1))
+            spread = 1 if adapter.moe is None else adapter.moe.ep_size
+            total = total + spread * (norm_B * norm_A).sum()
         return total
 
     def named_state(self) -> dict[str, Tensor]:
-        """Where what training changes stands, by the names of `federation/units.py`; of the experts this rank's.
+        """Return the live tensors that training changes, of the experts this rank's, by the names of the units.
 
-        Frozen weights of adapted projections are among it, because FLoRA merges into them.
+        Frozen weights of adapted projections are included, because FLoRA merges into them.
         """
-        found: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
         for index, decoder in enumerate(self.decoders):
-            pairs = {}
             if isinstance(decoder.mlp, UBSMoE):
-                gate, experts = decoder.mlp.gate, decoder.mlp.experts
-                pairs = {f"experts.{name}": (*pair, experts.base()[name]) for name, pair in experts.factors().items()}
-                own = {"router.weight": gate.wg.weight, "phi": gate.phi, "scale": gate.scale}
-                found |= {f"layers.{index}.{name}": value for name, value in own.items() if value is not None}
-            for name in ATTENTION_PROJECTIONS:
-                linear = getattr(decoder.self_attn, name)
-                if isinstance(linear, LoraLinear):
-                    pairs[f"attention.{name}"] = (linear.lora_A, linear.lora_B, linear.base.weight)
-            for name, values in pairs.items():
-                endings = ("lora_A", "lora_B", "weight")
-                found |= {f"layers.{index}.{name}.{e}": value for e, value in zip(endings, values, strict=True)}
-        return found
+                gate = decoder.mlp.gate
+                values = {"router.weight": gate.wg.weight, "phi": gate.phi, "scale": gate.scale}
+                state |= {f"layers.{index}.{name}": value for name, value in values.items() if value is not None}
+        for adapter in self.adapters():
+            values = {"lora_A": adapter.A, "lora_B": adapter.B, "weight": adapter.base}
+            state |= {f"{adapter.name}.{ending}": value for ending, value in values.items()}
+        return state
 
     def set_active_experts(self, k: int) -> None:
         """Choose K in every layer."""

@@ -1,19 +1,24 @@
-"""Where a model's files are: built in, in a folder, or on the Hugging Face hub. Imports no torch."""
+"""Find a model's files: built in, in a folder, or on the Hugging Face hub. Imports no torch."""
 
 from functools import cache
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import UserError
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, config and tokenizer; no code
+CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer; no code
+WEIGHT_FILES = ("*.safetensors",)
 BUILTIN_MODELS = {"builtin:tiny_olmoe": Path(__file__).parent / "tiny_olmoe"}
 
 
 @cache
-def model_folder(path: str) -> Path:
-    """The folder that `model.path` names: built in, on disk, or `hub:NAME[@REVISION]` in the hub's local cache.
+def model_folder(path: str, *, weights: bool = False) -> Path:
+    """Return the folder that `model.path` names: built in, on disk, or `hub:NAME[@REVISION]` in the hub's local cache.
 
-    What the cache lacks is fetched, unless HF_HUB_OFFLINE is set.
+    Config and tokenizer that the cache lacks are fetched, weights only if asked for; nothing if HF_HUB_OFFLINE is set.
+
+    Args:
+        path: as in `model.path`.
+        weights: whether the folder must hold the weights too. They are those of the commit whose config was returned.
 
     Raises:
         UserError: for an unknown name, and if the hub has or gives no such model.
@@ -22,11 +27,20 @@ def model_folder(path: str) -> Path:
         raise UserError(f"model.path: {path!r} is not built in; use one of {sorted(BUILTIN_MODELS)} or a folder")
     if not path.startswith("hub:"):
         return BUILTIN_MODELS.get(path, Path(path))
+    name, _, revision = path.removeprefix("hub:").partition("@")
+    if weights:
+        commit = model_folder(path).name
+        return _fetch(path, name, commit, (*CONFIG_FILES, *WEIGHT_FILES))
+    return _fetch(path, name, revision or None, CONFIG_FILES)
+
+
+def _fetch(path: str, name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download  # the network is used only when the config asks for it
 
-    name, _, revision = path.removeprefix("hub:").partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
-        raise UserError(f"model.path: {path!r} cannot be had ({message}); check the name, or use a folder") from error
+        raise UserError(
+            f"model.path: {path!r} cannot be fetched ({message}); check the name, or use a folder"
+        ) from error

@@ -20,7 +20,7 @@ PLAIN = "use weights in float32, float16 or bfloat16"
 MAPPED_BYTES = 64 * 2**20  # pages of a mapped file count as this process's memory: let go of them that often
 
 
-class Checkpoint:
+class WeightFiles:
     """The tensors of a folder by name.
 
     Args:
@@ -45,7 +45,7 @@ class Checkpoint:
             raise UserError(f"model.path: {str(folder)!r} has neither {SINGLE} nor {INDEX}{hint}")
 
     @property
-    def files(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """Names of the files that hold the tensors."""
         return sorted(set(self._files.values()))
 

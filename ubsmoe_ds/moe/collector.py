@@ -22,15 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ubsmoe_ds.moe.layer import TokenGradients, UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import (
+    ESTIMATORS,
     PROJECTIONS,
+    Experts,
     ExpertTokens,
+    GradientSums,
     LoraFactors,
-    dense_oracle,
     draw_tokens,
-    expert_mean,
     inactive_weight,
-    linearised,
-    token_weighted,
 )
 
 Addition = tuple[nn.Parameter, Tensor]  # an expert's LoRA parameter and its pseudo-gradient, fp32
@@ -41,7 +40,7 @@ class PseudoGradientCollector:
 
     Args:
         layers: the model's UB-SMoE layers, in order, their expert groups set (after `deepspeed.initialize`).
-        estimator: "expert_mean", "token_weighted", "linearised" or "dense_oracle".
+        estimator: a key of `ESTIMATORS`.
         rho: scale of the pseudo-gradient.
         tokens_per_expert: drawn from each micro-batch of each rank, see `draw_tokens`; None: all, exact and for tests
             and studies, as it costs what running every expert would. `expert_mean` draws none.
@@ -50,7 +49,8 @@ class PseudoGradientCollector:
     def __init__(
         self, layers: Sequence[UBSMoE], estimator: str, rho: float, tokens_per_expert: int | None = None
     ) -> None:
-        self.layers, self.estimator, self.rho, self.tokens_per_expert = layers, estimator, rho, tokens_per_expert
+        self.layers, self.estimator = layers, ESTIMATORS[estimator]
+        self.rho, self.tokens_per_expert = rho, tokens_per_expert
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._hooks: list[RemovableHandle] = []
         self.reset()
@@ -59,8 +59,8 @@ class PseudoGradientCollector:
         """Become the observer of the layers, which may have one."""
         for i, layer in enumerate(self.layers):
             layer.deepspeed_moe.observer = partial(self._observe, i)
-            layer.deepspeed_moe.with_mixture = self.estimator == "token_weighted"
-            for name, pair in layer.experts.factors().items() if self.estimator == "expert_mean" else ():
+            layer.deepspeed_moe.with_mixture = self.estimator.mixture
+            for name, pair in layer.experts.factors().items() if self.estimator.from_sums else ():
                 for part, parameter in zip("AB", pair, strict=True):
                     self._hooks.append(parameter.register_hook(partial(self._add_gradient, i, f"{name}_{part}")))
         return self
@@ -81,14 +81,14 @@ class PseudoGradientCollector:
     @torch.no_grad()
     def reduce(self) -> list[Addition]:
         """Over all ranks of the client (a collective): what to add to the gradient of each local LoRA parameter."""
-        compute = self._expert_mean if self.estimator == "expert_mean" else self._from_tokens
+        compute = self._from_sums if self.estimator.from_sums else self._from_tokens
         additions: list[Addition] = []
         for i, layer in enumerate(self.layers):
             pseudo = compute(i)
             for name, pair in layer.experts.factors().items() if pseudo else ():
                 additions += zip(pair, pseudo[name], strict=True)
         self.reset()
-        return additions if self.estimator == "expert_mean" else self._over_replicas(additions)
+        return additions if self.estimator.from_sums else self._over_replicas(additions)
 
     def _from_tokens(self, index: int) -> LoraFactors:
         """The pseudo-gradient of a layer's local experts from the tokens of the ranks that share the experts."""
@@ -97,15 +97,11 @@ class PseudoGradientCollector:
             return {}
         parts = [torch.cat(micro, dim=1) for micro in zip(*drawn, strict=True) if micro[0] is not None]
         tokens = ExpertTokens(*self._to_their_experts(self.layers[index], parts))
-        lora = experts.factors()
-        if self.estimator == "token_weighted":
-            return token_weighted(tokens, lora, experts.scaling)
-        if self.estimator == "dense_oracle":
-            return dense_oracle(tokens, experts.base(), lora, experts.scaling)
-        assert experts.moments is not None
-        return linearised(tokens, experts.moments, lora, experts.base()["down"], experts.scaling)
+        assert self.estimator.from_tokens is not None
+        known = Experts(experts.factors(), experts.scaling, experts.base(), experts.moments)
+        return self.estimator.from_tokens(tokens, known)
 
-    def _expert_mean(self, index: int) -> LoraFactors:
+    def _from_sums(self, index: int) -> LoraFactors:
         """The same from the sums over the client's ranks and experts."""
         layer, sums = self.layers[index], self._sums[index]
         if not sums:
@@ -117,7 +113,8 @@ class PseudoGradientCollector:
         total = {key: piece.view_as(part) for (key, part), piece in zip(sums.items(), pieces, strict=True)}
         local = slice(layer.experts.first, layer.experts.first + layer.num_local_experts)
         gradients = {name: (total[f"{name}_A"], total[f"{name}_B"]) for name in PROJECTIONS}
-        return expert_mean(total["pseudo_mass"][local], total["active_mass"], gradients)
+        assert self.estimator.from_sums is not None
+        return self.estimator.from_sums(GradientSums(total["pseudo_mass"][local], total["active_mass"], gradients))
 
     def _to_their_experts(self, layer: UBSMoE, parts: list[Tensor]) -> list[Tensor]:
         """[E, N, ...] of this rank's tokens -> [L, P N, ...] of the tokens of all ranks that share the experts."""
@@ -149,7 +146,7 @@ class PseudoGradientCollector:
         routing = tokens.routing
         c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
         c_TE = c_TE / self._world
-        if self.estimator == "expert_mean":
+        if self.estimator.from_sums:
             self._add(index, "pseudo_mass", c_TE.sum(0))
             self._add(index, "active_mass", (routing.p_TE * routing.active_TE).sum())
         else:

@@ -57,23 +57,24 @@ class StackedExperts(nn.Module):
         gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * rank, dtype)
         down = room(self.num_local_experts, self.width, self.hidden, rank, dtype)
         self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
-        for name, A_ERI in self.draw_adapters(generator).items():
-            outputs = self.base()[name].shape[1]
+        for name in PROJECTIONS:
+            A_ERI, outputs = self.draw_adapter(name, generator), self.base()[name].shape[1]
             self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :rank].clone()))
             self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, rank)))
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]
 
-    def draw_adapters(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """New A of the local experts for each projection, [E local, full rank, in], fp32 on the CPU."""
-        drawn = {}
-        for name, weight in self.base().items():
-            bound = 1 / math.sqrt(weight.shape[2])  # kaiming uniform with a = sqrt 5
-            A_all = torch.empty(self.num_experts, self.full_rank, weight.shape[2])
-            A_all.uniform_(-bound, bound, generator=generator)
-            drawn[name] = A_all[self.first : self.first + self.num_local_experts]
-        return drawn
+    def draw_adapter(self, name: str, generator: torch.Generator) -> Tensor:
+        """Draw a new A of a projection for the model's experts and return the local ones.
+
+        Returns:
+            [E local, full rank, in], fp32 on the CPU.
+        """
+        inputs = self.base()[name].shape[2]
+        bound = 1 / math.sqrt(inputs)  # kaiming uniform with a = sqrt 5
+        A_all = torch.empty(self.num_experts, self.full_rank, inputs).uniform_(-bound, bound, generator=generator)
+        return A_all[self.first : self.first + self.num_local_experts]
 
     def start_moments(self, every: int) -> None:
         """Begin to sum up moments over a sample, 1 / `every` of the rows that training brings."""

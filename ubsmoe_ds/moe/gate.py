@@ -5,6 +5,7 @@ Source: UB-SMoE, arXiv 2605.16690 [paper]; lines marked [ours] are our reading o
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,32 +32,32 @@ class Routing(NamedTuple):
     kept_E: Tensor
 
 
-def _power(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
-    """(sum of the top K_max p / sum of the top K p)^gamma [ours]."""
-    return (full_TN.sum(-1, keepdim=True) / weight_TK.sum(-1, keepdim=True)) ** gamma
+@dataclass(frozen=True)
+class GateConfig:
+    """Settings of a gate, the same in every layer of a client's model.
 
+    k: active experts per token.
+    candidates: N_p, how many of a token's strongest experts phi modulates; at least k.
+    capacity_factor: C = ceil(T / E * capacity_factor * k) from this rank's T; None keeps every token.
+    min_capacity: least C.
+    phi_range: (phi_min, phi_max) of the penalty; None: no modulation, phi stays frozen at 0.
+    modulate: "weights", or "selection" [ours]: phi only chooses, and p = softmax(s) weighs.
+    learned_scale: whether the K weights are multiplied by a trainable scale of this layer and client, at first 1.
+    """
 
-def _sum_to_one(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
-    """1 / sum of the top K p: the weights sum to one at every K, also at K_max."""
-    return 1 / weight_TK.sum(-1, keepdim=True)
-
-
-def _ratio(full_TN: Tensor, weight_TK: Tensor, gamma: float) -> Tensor:
-    """K_max / K (FLAME's fixed scale, arXiv 2506.16600)."""
-    return weight_TK.new_full((len(weight_TK), 1), full_TN.shape[1] / weight_TK.shape[1])
-
-
-# name -> factor [T, 1] on a token's K weights, from the weights of its top K_max and top K; never differentiated
-RESCALE = {"power": _power, "sum_to_one": _sum_to_one, "ratio": _ratio}
+    k: int
+    candidates: int
+    capacity_factor: float | None = None
+    min_capacity: int = 4
+    phi_range: tuple[float, float] | None = (-1.0, 1.0)
+    modulate: str = "weights"
+    learned_scale: bool = False
 
 
 class UBSMoEGate(TopKGate):
-    """Top-K gate with DMR: phi modulates the logits of a token's N_p strongest experts.
+    """Top-K gate with Dynamic Modulated Routing: phi modulates the logits of a token's N_p strongest experts.
 
         s = W_r x (fp32);  m_i = s_i + phi_i for the N_p largest s_i, else s_i;  p = softmax(m);  top K of p  [paper]
-
-    With `modulate` "selection" phi only chooses and p = softmax(s) weighs [ours]. `rescale` makes up for the weight
-    that a small K leaves out (`RESCALE`); at K = K_max "power" and "ratio" are 1.
 
     Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
     over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
@@ -66,43 +67,19 @@ class UBSMoEGate(TopKGate):
     Args:
         hidden: D.
         num_experts: E.
-        k: active experts per token.
-        candidates: N_p, at least k.
-        capacity_factor: C = ceil(T / E * capacity_factor * k) from this rank's T; None keeps every token.
-        min_capacity: least C.
-        normalize: whether the K weights are divided by their sum (any rescaling but the learned one then cancels).
-        phi_range: (phi_min, phi_max) of the penalty; None: no modulation, phi stays frozen at 0.
-        modulate: "weights" or "selection".
-        rescale: a key of `RESCALE`, or "learned": a trainable scale of this layer and client, at first 1.
-        gamma: of rescale "power".
-        k_max: K_max.
+        config: see `GateConfig`.
+        normalize: whether the K weights are divided by their sum, as the model's family does or not.
     """
 
-    def __init__(
-        self,
-        hidden: int,
-        num_experts: int,
-        k: int,
-        *,
-        candidates: int,
-        capacity_factor: float | None,
-        min_capacity: int,
-        normalize: bool,
-        phi_range: tuple[float, float] | None,
-        modulate: str = "weights",
-        rescale: str = "none",
-        gamma: float = 0.5,
-        k_max: int | None = None,
-    ) -> None:
+    def __init__(self, hidden: int, num_experts: int, config: GateConfig, *, normalize: bool) -> None:
+        factor = config.capacity_factor
         super().__init__(
-            hidden, num_experts, k, capacity_factor or 1.0, 1.0, min_capacity, drop_tokens=capacity_factor is not None
+            hidden, num_experts, config.k, factor or 1.0, 1.0, config.min_capacity, drop_tokens=factor is not None
         )
-        self.candidates = candidates
-        self.normalize = normalize
-        self.phi_range, self.modulate = phi_range, modulate
-        self.rescale, self.gamma, self.k_max = rescale, gamma, k_max or k
-        self.scale = nn.Parameter(torch.ones(1)) if rescale == "learned" else None
-        self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=phi_range is not None)
+        self.candidates, self.normalize = config.candidates, normalize
+        self.phi_range, self.modulate = config.phi_range, config.modulate
+        self.scale = nn.Parameter(torch.ones(1)) if config.learned_scale else None
+        self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=config.phi_range is not None)
         self.routing: Routing | None = None
         for name, shape in (("routed_E", (num_experts,)), ("kept_E", (num_experts,)), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
@@ -135,7 +112,8 @@ class UBSMoEGate(TopKGate):
         s_TE = F.linear(input.float(), self.wg.weight.float())
         m_TE = self.modulated_logits(s_TE)
         p_TE = F.softmax(s_TE if self.modulate == "selection" else m_TE, dim=-1)
-        index_TK, weight_TK = self._choose(m_TE, p_TE)
+        index_TK = m_TE.topk(self.k, dim=-1).indices
+        weight_TK = p_TE.gather(1, index_TK)
         active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
         l_aux = self._load_balancing_loss(p_TE, active_TE, used_T)
         index_KT, location_KT, capacity, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
@@ -151,19 +129,6 @@ class UBSMoEGate(TopKGate):
         self.kept_E += kept_E
         self.tokens += used_T.sum()
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
-
-    def _choose(self, m_TE: Tensor, p_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [T, K] by falling m, and their weights before any normalisation, [T, K]."""
-        rescale = RESCALE.get(self.rescale)
-        if rescale is None:
-            index_TK = m_TE.topk(self.k, dim=-1).indices
-            return index_TK, p_TE.gather(1, index_TK)
-        index_TN = m_TE.topk(max(self.k, self.k_max), dim=-1).indices
-        weight_TN = p_TE.gather(1, index_TN)
-        weight_TK = weight_TN[:, : self.k]
-        with torch.no_grad():
-            factor_T1 = rescale(weight_TN[:, : self.k_max], weight_TK, self.gamma)
-        return index_TN[:, : self.k], weight_TK * factor_T1
 
     def modulated_logits(self, s_TE: Tensor) -> Tensor:
         """m_TE: phi added to the N_p largest logits of each token [paper]."""

@@ -9,7 +9,7 @@ An expert's output is W_down h, h = silu(g) * u, with g, u, and the down project
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,43 @@ class ExpertTokens(NamedTuple):
     up_ENF: Tensor | None = None
 
 
+class Moments(NamedTuple):
+    """First-order model of an expert: means over the tokens that were active for it, each [E, F] in fp32.
+
+    hidden_EF: mu = E[h]; gate_EF: E[silu'(g) u], the mean dh/dg; up_EF: E[silu(g)], the mean dh/du
+    """
+
+    hidden_EF: Tensor
+    gate_EF: Tensor
+    up_EF: Tensor
+
+
+class Experts(NamedTuple):
+    """The experts whose pseudo-gradients are computed: those of one rank.
+
+    lora: their factors; scaling: s = alpha / R
+    base: their frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]
+    moments: for estimators that need them
+    """
+
+    lora: LoraFactors
+    scaling: float
+    base: Mapping[str, Tensor]
+    moments: Moments | None = None
+
+
+class GradientSums(NamedTuple):
+    """Sums over a client's tokens and experts, for estimators that need no tokens.
+
+    pseudo_mass_E: sum_x c_i(x) of each expert; active_mass: sum_x sum_j a_j(x) p_j(x), a scalar
+    gradients: the true gradients summed over all experts, (A, B) without the leading E
+    """
+
+    pseudo_mass_E: Tensor
+    active_mass: Tensor
+    gradients: LoraFactors
+
+
 def draw_tokens(
     x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture | None, count: int | None
 ) -> ExpertTokens:
@@ -86,7 +123,7 @@ def draw_tokens(
     return drawn._replace(hidden_ENF=hidden_ENF, gate_ENF=gate_ENF * weight_EN1, up_ENF=up_ENF * weight_EN1)
 
 
-def token_weighted(tokens: ExpertTokens, lora: LoraFactors, scaling: float) -> LoraFactors:
+def token_weighted(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
     """Per-token pseudo-gradient through LoRA's outer products [ours].
 
     Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
@@ -98,12 +135,11 @@ def token_weighted(tokens: ExpertTokens, lora: LoraFactors, scaling: float) -> L
     the cosine with the dense gradient on upcycled experts falls from 0.95 - 0.98 to 0.31 - 0.70.
 
     Args:
-        tokens: of the same experts as `lora`, with the mixture.
-        lora: the experts' factors.
-        scaling: s = alpha / R.
+        tokens: those of the same experts, with the mixture.
+        experts: lora and scaling are used.
 
     Returns:
-        (dA, dB) for each projection, shaped like `lora`, in fp32.
+        (dA, dB) for each projection, shaped like the factors, in fp32.
     """
     assert tokens.hidden_ENF is not None and tokens.gate_ENF is not None and tokens.up_ENF is not None
     pairs = {  # input and gradient of each projection's output
@@ -111,24 +147,13 @@ def token_weighted(tokens: ExpertTokens, lora: LoraFactors, scaling: float) -> L
         "up": (tokens.x_END, tokens.up_ENF),
         "down": (tokens.hidden_ENF, tokens.delta_END),
     }
-    return {name: _outer(*pair, *lora[name], scaling) for name, pair in pairs.items()}
+    return {name: _outer(*pair, *experts.lora[name], experts.scaling) for name, pair in pairs.items()}
 
 
 def _outer(x_ENI: Tensor, dy_ENO: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """(dA, dB) of y = s B A x."""
     x_ENI, dy_ENO = x_ENI.float(), scaling * dy_ENO.float()
     return (dy_ENO @ B_EOR.float()).mT @ x_ENI, dy_ENO.mT @ (x_ENI @ A_ERI.float().mT)
-
-
-class Moments(NamedTuple):
-    """First-order model of an expert: means over the tokens that were active for it, each [E, F] in fp32.
-
-    hidden_EF: mu = E[h]; gate_EF: E[silu'(g) u], the mean dh/dg; up_EF: E[silu(g)], the mean dh/du
-    """
-
-    hidden_EF: Tensor
-    gate_EF: Tensor
-    up_EF: Tensor
 
 
 def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,9 +163,7 @@ def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tenso
     return silu_NF * up_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
 
 
-def linearised(
-    tokens: ExpertTokens, moments: Moments, lora: LoraFactors, down_EDF: Tensor, scaling: float
-) -> LoraFactors:
+def linearised(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
     """Pseudo-gradient of experts replaced by their first-order model [ours].
 
         dB_down = s (sum c delta) (A_down mu)^T                      dA_down = s B_down^T (sum c delta) mu^T
@@ -149,16 +172,15 @@ def linearised(
     W_down is the frozen one. An expert that was never active has moments 0 and gets no pseudo-gradient.
 
     Args:
-        tokens: of the same experts as the rest.
-        moments: the experts' moments.
-        lora: their factors.
-        down_EDF: their frozen down projections.
-        scaling: s = alpha / R.
+        tokens: those of the same experts.
+        experts: all of it is used, of `base` the down projection.
 
     Returns:
-        (dA, dB) for each projection, shaped like `lora`, in fp32.
+        (dA, dB) for each projection, shaped like the factors, in fp32.
     """
-    through_ENF = (tokens.delta_END @ down_EDF).float()
+    assert experts.moments is not None
+    moments, lora, scaling = experts.moments, experts.lora, experts.scaling
+    through_ENF = (tokens.delta_END @ experts.base["down"]).float()
     delta_E1D = tokens.delta_END.sum(1, keepdim=True, dtype=torch.float32)
     return {
         "gate": _outer(tokens.x_END, moments.gate_EF.unsqueeze(1) * through_ENF, *lora["gate"], scaling),
@@ -167,41 +189,62 @@ def linearised(
     }
 
 
-def expert_mean(pseudo_mass_E: Tensor, active_mass: Tensor, grad_sum: LoraFactors) -> LoraFactors:
+def expert_mean(sums: GradientSums) -> LoraFactors:
     """The batch's mean expert gradient, weighted by the router's probability (our plain reading of the paper).
 
         g_i += [sum_x c_i(x)] * [sum_j g_j] / [sum_j sum_x a_j(x) p_j(x)]
 
-    Args:
-        pseudo_mass_E: sum_x c_i(x).
-        active_mass: sum_x sum_j a_j(x) p_j(x), a scalar; where it is zero nothing was active and the result is zero.
-        grad_sum: the true gradients summed over all experts, (A, B) without the leading E.
+    Where the active mass is zero, nothing was active and the result is zero.
 
     Returns:
         (dA, dB) for each projection, with the leading E.
     """
-    share_E = torch.where(active_mass > 0, pseudo_mass_E / active_mass.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    mass = sums.active_mass.clamp_min(torch.finfo(torch.float32).tiny)
+    share_E = torch.where(sums.active_mass > 0, sums.pseudo_mass_E / mass, 0.0)
     return {
         name: tuple(share_E.view(-1, 1, 1) * total.unsqueeze(0) for total in pair)  # type: ignore[misc]
-        for name, pair in grad_sum.items()
+        for name, pair in sums.gradients.items()
     }
 
 
-def dense_oracle(tokens: ExpertTokens, base: dict[str, Tensor], lora: LoraFactors, scaling: float) -> LoraFactors:
+def dense_oracle(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
     """The true gradient of the inactive experts, by running them: the yardstick of tests and studies.
 
     Args:
-        tokens: of the same experts as the rest.
-        base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]; the rest as in `token_weighted`.
+        tokens: those of the same experts.
+        experts: all but the moments is used.
 
     Returns:
-        (dA, dB) for each projection, shaped like `lora`, in fp32: the gradient of sum_x c delta . expert_i(x).
+        (dA, dB) for each projection, shaped like the factors, in fp32: the gradient of sum_x c delta . expert_i(x).
     """
-    leaves = {name: tuple(f.detach().float().requires_grad_() for f in lora[name]) for name in PROJECTIONS}
+    leaves = {name: tuple(f.detach().float().requires_grad_() for f in experts.lora[name]) for name in PROJECTIONS}
     with torch.enable_grad():
-        weight = {name: base[name].float() + scaling * B @ A for name, (A, B) in leaves.items()}
+        weight = {name: experts.base[name].float() + experts.scaling * B @ A for name, (A, B) in leaves.items()}
         x_END = tokens.x_END.detach().float()
         hidden_ENF = F.silu(x_END @ weight["gate"].mT) * (x_END @ weight["up"].mT)
         total = (hidden_ENF @ weight["down"].mT * tokens.delta_END.float()).sum()
         flat = torch.autograd.grad(total, [f for name in PROJECTIONS for f in leaves[name]])
     return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)}
+
+
+class Estimator(NamedTuple):
+    """One row of `ESTIMATORS`: the function, under what it computes from, and what must be gathered for it.
+
+    from_tokens: computes from tokens drawn for each expert
+    from_sums: computes from sums alone; exactly one of the two is given
+    mixture: whether tokens must come with a `TokenMixture`; moments: whether experts must come with `Moments`
+    """
+
+    from_tokens: Callable[[ExpertTokens, Experts], LoraFactors] | None = None
+    from_sums: Callable[[GradientSums], LoraFactors] | None = None
+    mixture: bool = False
+    moments: bool = False
+
+
+# to add an estimator: its function, its row here, and its name in config/sections.py
+ESTIMATORS = {
+    "expert_mean": Estimator(from_sums=expert_mean),
+    "token_weighted": Estimator(from_tokens=token_weighted, mixture=True),
+    "linearised": Estimator(from_tokens=linearised, moments=True),
+    "dense_oracle": Estimator(from_tokens=dense_oracle),
+}

@@ -1,6 +1,6 @@
-"""Where the ranks of a client meet: an address of its first rank that all others have reached, and a free port there.
+"""Choose where the ranks of a group meet: an address of its first rank that all others have reached, and a free port.
 
-A host has several addresses, and not all lead to it from elsewhere: a name may stand for the loopback address in
+A host has several addresses, and not all lead to it from elsewhere: a name may resolve to the loopback address in
 /etc/hosts, and containers give every host the same bridge. So addresses are tried, not guessed.
 """
 
@@ -22,31 +22,31 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.mpi.collectives import gather_json
 
 LOOPBACK = "127.0.0.1"
-TRY_SECONDS = 3.0  # to reach an address
+TRY_SECONDS = 3.0  # limit for reaching an address
 MOST_ADDRESSES = 32
 PORT_TRIES = 100
-FIRST_PORT, SYSTEM_PORTS = 16384, 32768  # between them nobody is given a port by chance, unless set otherwise
-INTERFACES = "GLOO_SOCKET_IFNAME"  # of gloo: names with commas between
+FIRST_PORT, SYSTEM_PORTS = 16384, 32768  # by default the system hands out no port between them
+INTERFACES = "GLOO_SOCKET_IFNAME"  # gloo's variable: names of interfaces, separated by commas
 
 
 class Meeting(NamedTuple):
-    """For MASTER_ADDR and MASTER_PORT; and the interface of this rank's host that leads there, "" if none is known."""
+    """A meeting place of a group, as one of its ranks sees it."""
 
-    address: str
-    port: int
-    interface: str
+    address: str  # MASTER_ADDR
+    port: int  # MASTER_PORT
+    interface: str  # of this rank's host, that leads there; "" if it is unknown
 
 
-def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
-    """Agree on a meeting place (a collective over the client, and over the job).
+def meet(group_comm: Any, job_comm: Any, one_host: bool) -> Meeting:
+    """Agree on a meeting place of a group (a collective over the job).
 
     Args:
         group_comm: communicator of the group.
-        everybody: of the job. Ports are held until all clients have theirs, so that they differ on a host.
-        one_host: whether the client is on one host; then it meets on the loopback interface.
+        job_comm: communicator of the job. Ports are held until all groups have theirs, so that they differ on a host.
+        one_host: whether the group is on one host; then it meets on the loopback interface.
 
     Raises:
-        UserError: on every rank of the job, if no address of some client's first rank is reached by all its others.
+        UserError: on every rank of the job, if no address of some group's first rank is reached by all its others.
     """
     with closing(_Listener()) if group_comm.rank == 0 else nullcontext() as listener:
         offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
@@ -56,7 +56,7 @@ def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
         answers = gather_json(group_comm, [interface is not None for interface in tried])
         reached = np.array(answers, dtype=bool).all(axis=0)
         problem = "" if reached.any() else ", ".join(addresses) or "it has none"
-        problems = [each for each in gather_json(everybody, problem) if each]
+        problems = [each for each in gather_json(job_comm, problem) if each]
     if problems:
         raise UserError(
             f"rendezvous: no address of the client's first host ({problems[0]}) is reached from all its hosts; open "
@@ -67,9 +67,9 @@ def meet(group_comm: Any, everybody: Any, one_host: bool) -> Meeting:
 
 
 class _Listener:
-    """Holds a free port on all interfaces and answers whoever comes with a token, which tells it from other hosts.
+    """Holds a free port on all interfaces and answers each connection with a token, which tells it from other hosts.
 
-    The port is none that the system gives to outgoing connections: it is taken again only when rows have been read.
+    The system gives this port to no outgoing connection: torch takes it again only after rows have been read.
     """
 
     def __init__(self) -> None:
@@ -85,6 +85,7 @@ class _Listener:
         threading.Thread(target=self._answer, daemon=True).start()
 
     def _answer(self) -> None:
+        """Send the token to each connection until the server is closed."""
         while True:
             try:
                 connection, _ = self.server.accept()
@@ -101,7 +102,7 @@ class _Listener:
 
 
 def _on_free_port(listen: Callable[[tuple[str, int]], socket.socket]) -> socket.socket:
-    """A server on a port of our own choice; if all those tried are taken, on any."""
+    """Return a server on a random port below the system's range; on any free port if all those tried are taken."""
     for _ in range(PORT_TRIES):
         with suppress(OSError):
             return listen(("", secrets.choice(range(FIRST_PORT, _first_system_port()))))
@@ -109,7 +110,7 @@ def _on_free_port(listen: Callable[[tuple[str, int]], socket.socket]) -> socket.
 
 
 def _first_system_port() -> int:
-    """From which on the system gives ports to outgoing connections."""
+    """Return the first port that the system gives to outgoing connections."""
     try:
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -118,7 +119,7 @@ def _first_system_port() -> int:
 
 
 def _reach(address: str, port: int, token: str) -> str | None:
-    """The interface through which the listener is reached at an address; None if it is not."""
+    """Return this host's interface through which the listener is reached at an address; None if it is not reached."""
     try:
         with socket.create_connection((address, port), timeout=TRY_SECONDS) as connection:
             if connection.recv(len(token), socket.MSG_WAITALL) != token.encode():
@@ -129,16 +130,16 @@ def _reach(address: str, port: int, token: str) -> str | None:
 
 
 def _addresses(one_host: bool) -> list[str]:
-    """Those of this host that may be reached: of interfaces that are up, in the order of the system; IPv4 first."""
+    """Return addresses under which this host may be reached: IPv4 first, else in the order of the system."""
     if one_host:
         return [LOOPBACK]
     asked = [name for name in os.environ.get(INTERFACES, "").split(",") if name]
-    found = [(family, address) for name, family, address in all_addresses() if not asked or name in asked]
-    return [address for _, address in sorted(found, key=lambda pair: pair[0] != socket.AF_INET)][:MOST_ADDRESSES]
+    candidates = [(family, address) for name, family, address in all_addresses() if not asked or name in asked]
+    return [address for _, address in sorted(candidates, key=lambda pair: pair[0] != socket.AF_INET)][:MOST_ADDRESSES]
 
 
 def all_addresses() -> Iterator[tuple[str, int, str]]:
-    """(interface, family, address) of this host, but those that lead nowhere else."""
+    """Yield (interface, family, address) of this host's interfaces that are up; leave out loopback and link-local."""
     states = psutil.net_if_stats()
     for name, addresses in psutil.net_if_addrs().items():
         for entry in addresses:
@@ -149,7 +150,7 @@ def all_addresses() -> Iterator[tuple[str, int, str]]:
 
 
 def interface_of(address: str) -> str:
-    """Name of this host's interface that has the address; "" if none has."""
+    """Return the name of this host's interface that has the address; "" if none has."""
     plain = address.removeprefix("::ffff:")
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == plain for entry in addresses):

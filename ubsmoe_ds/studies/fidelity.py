@@ -1,8 +1,8 @@
-"""How near each pseudo-gradient estimator comes to the gradient of a dense model, expert by expert.
+"""Measure how close each pseudo-gradient (PG) estimator comes to the gradient of a dense model, expert by expert.
 
-The yardstick is the gradient of the same model with all M experts active, weighted by the router's softmax. Against it
-stand the real gradient at K experts alone (`none`) and completed by each estimator. A bias that grows as K falls is
-what the paper's Corollary 1 says of plain Top-K routing (arXiv 2605.16690).
+The reference is the gradient of the same model with all M experts active, weighted by the router's softmax. Compared
+with it are the real gradient at K experts alone (`none`), and that gradient completed by each estimator. The paper's
+Corollary 1 says that the bias of plain Top-K routing grows as K falls (arXiv 2605.16690).
 
 Shapes: L layers, E experts, P elements of an expert's LoRA factors.
 """
@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
 
-ESTIMATORS = ("none", "expert_mean", "token_weighted", "linearised", "dense_oracle")
+COMPARED = ("none", *ESTIMATORS)  # "none": the real gradient at K experts alone
 
 
 class Measured(NamedTuple):
@@ -31,14 +32,16 @@ class Measured(NamedTuple):
 
 
 def measure(client: Client, batches: Iterator[StepBatch], k: int, estimators: Sequence[str], count: int) -> dict:
-    """Gradients at K = k on `count` steps' rows; the client's weights stay as they are, its own collector is detached.
+    """Measure gradients at K = k on the rows of `count` steps.
+
+    The client's weights do not change; its own collector is detached.
 
     Returns:
-        {estimator: [Measured, one a step]}.
+        {estimator: [Measured, one per step]}.
     """
     rho = client.exp.pseudo_gradient.rho
     scale = 1 - k / client.exp.num_experts if rho == "sparsity" else rho
-    found: dict[str, list[Measured]] = {estimator: [] for estimator in estimators}
+    measured: dict[str, list[Measured]] = {estimator: [] for estimator in estimators}
     collectors = {
         e: None if e == "none" else PseudoGradientCollector(client.model.layers, e, scale) for e in estimators
     }
@@ -49,15 +52,16 @@ def measure(client: Client, batches: Iterator[StepBatch], k: int, estimators: Se
         dense_LEP, _ = _gradients(client, batch, client.exp.num_experts, None)
         for estimator, collector in collectors.items():
             completed_LEP, active_LE = _gradients(client, batch, k, collector)
-            found[estimator].append(Measured(dense_LEP, completed_LEP, active_LE))
-    return found
+            measured[estimator].append(Measured(dense_LEP, completed_LEP, active_LE))
+    return measured
 
 
 def summary(measured: dict[str, list[Measured]], k: int) -> pd.DataFrame:
-    """One row for each estimator, layer and group of experts ("never" or "some" of a batch's tokens activated them).
+    """Return a row for each estimator, layer and group of experts.
 
-    Columns: k, estimator, layer, group, experts (how many, over all batches), cosine (mean; 0 for no gradient at all),
-    size (median of ||completed|| / ||dense||).
+    The groups are "never" (no token of the batch activated the expert) and "some". Columns: k, estimator, layer, group,
+    experts (their number, over all batches), cosine (mean; 0 where there is no gradient at all), size (median of
+    ||completed|| / ||dense||).
     """
     rows = []
     for estimator, batches in measured.items():
@@ -83,9 +87,9 @@ def summary(measured: dict[str, list[Measured]], k: int) -> pd.DataFrame:
 
 
 def bias(measured: dict[str, list[Measured]], k: int) -> pd.DataFrame:
-    """Relative bias ||mean completed - mean dense|| / ||mean dense|| of each estimator, median over experts and layers.
+    """Return each estimator's relative bias ||mean completed - mean dense|| / ||mean dense||, median over experts.
 
-    The mean is over batches, which is what is left of the error when noise averages out.
+    The median is over the experts of all layers, the mean over batches: bias is the error left when noise averages out.
     """
     rows = []
     for estimator, batches in measured.items():
@@ -99,11 +103,11 @@ def bias(measured: dict[str, list[Measured]], k: int) -> pd.DataFrame:
 def _gradients(
     client: Client, batch: StepBatch, k: int, collector: PseudoGradientCollector | None
 ) -> tuple[Tensor, Tensor]:
-    """(gradients of the step's rows, completed by the collector, [L, E, P]; which experts were active, [L, E])."""
+    """Return (gradients of the step's rows, completed by the collector, [L, E, P]; active experts, [L, E] bool)."""
     layers = client.model.layers
     client.model.train()
     for layer in layers:
-        layer.gate.k = k  # beyond N_p too: all experts is the yardstick
+        layer.gate.k = k  # may exceed the candidates N_p: the reference activates all experts
         layer.gate.reset_counts()
     if collector is not None:
         collector.attach()
@@ -117,11 +121,11 @@ def _gradients(
     if collector is not None:
         additions = {id(p): gradient for p, gradient in collector.reduce()}
         collector.detach()
-    found = []
+    gradients = []
     for layer in layers:
         parts = [p for pair in layer.experts.factors().values() for p in pair]
         whole = [p.grad.float() + additions.get(id(p), 0.0) for p in parts if p.grad is not None]
-        found.append(torch.cat([part.flatten(1) for part in whole], dim=1))
+        gradients.append(torch.cat([part.flatten(1) for part in whole], dim=1))
     active_LE = torch.stack([layer.gate.routed_E > 0 for layer in layers])
     client.model.zero_grad()
-    return torch.stack(found).detach().cpu(), active_LE.cpu()
+    return torch.stack(gradients).detach().cpu(), active_LE.cpu()

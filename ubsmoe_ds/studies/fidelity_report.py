@@ -1,4 +1,4 @@
-"""The fidelity report as a Markdown text and a picture."""
+"""Write the fidelity report as Markdown and as a picture."""
 
 import platform
 
@@ -8,17 +8,18 @@ import torch
 from matplotlib.figure import Figure
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.studies.markdown import markdown_table
 
 GROUPS = {"never": "experts that no token of the batch activated", "some": "experts that some token activated"}
 
 
 def markdown(table: pd.DataFrame, bias: pd.DataFrame, command: str, exp: Experiment) -> str:
-    """Cosine and size by layer, group and K, and the bias by K.
+    """Return cosine and size by layer, group and K, and the bias by K.
 
     Args:
         table, bias: see `fidelity.summary` and `fidelity.bias`.
-        command: what was run.
-        exp: of which experiment.
+        command: the command that was run.
+        exp: the experiment it was run for.
     """
     parts = [
         "# Fidelity of pseudo-gradients",
@@ -34,12 +35,12 @@ def markdown(table: pd.DataFrame, bias: pd.DataFrame, command: str, exp: Experim
     parts.append("## Relative bias of the mean gradient (median over experts)")
     wide = bias.pivot(index="estimator", columns="k", values="bias").loc[bias.estimator.unique()]
     rows = [[name, *(f"{value:.3f}" for value in line)] for name, line in zip(wide.index, wide.values, strict=True)]
-    parts.append(_rows(["estimator", *(f"K = {k}" for k in wide.columns)], rows))
+    parts.append(markdown_table(["estimator", *(f"K = {k}" for k in wide.columns)], rows))
     return "\n\n".join(parts)
 
 
 def picture(table: pd.DataFrame, bias: pd.DataFrame) -> Figure:
-    """Three panels over K: cosine of never and of sometimes active experts, and the bias."""
+    """Draw three panels over K: cosine of never and of sometimes active experts, and the bias."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, (group, meaning) in zip(panels, GROUPS.items(), strict=False):
@@ -59,7 +60,7 @@ def picture(table: pd.DataFrame, bias: pd.DataFrame) -> Figure:
 
 
 def _grid(of_group: pd.DataFrame, ks: list[int]) -> str:
-    """One row for each estimator, one column for each K, and the layers at the end of a cell."""
+    """Return a row for each estimator and a column for each K; the figures of the layers end a cell."""
     rows = []
     for estimator, of_one in of_group.groupby("estimator", sort=False):
         cells = []
@@ -72,9 +73,4 @@ def _grid(of_group: pd.DataFrame, ks: list[int]) -> str:
             mean, size = (np.average(at_k[column], weights=at_k.experts) for column in ("cosine", "size"))
             cells.append(f"{mean:.3f} ({size:.2f}); {layers}")
         rows.append([str(estimator), *cells])
-    return _rows(["estimator", *(f"K = {k}" for k in ks)], rows)
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(["estimator", *(f"K = {k}" for k in ks)], rows)

@@ -13,27 +13,22 @@ from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.gate import GateConfig
 
 RANK, ALPHA = 2, 6.0
 
 
 def trained(folder, attention=True):
     """A loaded model whose adapters, routers and phi are no longer those of its base, and its state in our names."""
-    model = load(folder, UBSMoESpec(k=3, candidates=8, lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention))
+    model = load(
+        folder, UBSMoESpec(GateConfig(k=3, candidates=8), lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention)
+    )
     torch.manual_seed(3)
-    state = {}
-    for index, decoder in enumerate(model.decoders):
-        if hasattr(decoder.mlp, "experts"):
-            for name, pair in decoder.mlp.experts.factors().items():
-                for factor, value in zip("AB", pair, strict=True):
-                    state[f"layers.{index}.experts.{name}.lora_{factor}"] = value
-            state[f"layers.{index}.router.weight"] = decoder.mlp.gate.wg.weight
-        for name in peft_format.ATTENTION if attention else ():
-            linear = getattr(decoder.self_attn, name)
-            state |= {f"layers.{index}.attention.{name}.lora_{f}": getattr(linear, f"lora_{f}") for f in "AB"}
-    for value in state.values():
+    live = {name: value for name, value in model.named_state().items() if name.endswith((".lora_A", ".lora_B"))}
+    live |= {name: value for name, value in model.named_state().items() if name.endswith(".router.weight")}
+    for value in live.values():
         value.data.normal_(0, 0.2)
-    return model.eval(), {name: value.detach().clone() for name, value in state.items()}
+    return model.eval(), {name: value.detach().clone() for name, value in live.items()}
 
 
 def save(folder, state, **changes):
@@ -185,3 +180,24 @@ def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
         UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
     ):
         read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "fact, message",
+    [
+        (
+            {"gate_rescale": "power", "gamma": "0.5"},
+            "gate_rescale 'power', which is no longer supported; only none",
+        ),
+        ({"gate_rescale": "sum_to_one"}, "gate_rescale 'sum_to_one', which is no longer supported"),
+        ({"gate_rescale": "ratio"}, "gate_rescale 'ratio', which is no longer supported"),
+        ({"modulate": "both"}, "modulate 'both', must be weights or selection"),
+    ],
+)
+def test_an_adapter_with_an_unknown_gate_is_refused(fact, message, tmp_path):
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    save(tmp_path / "adapter", state, base_model=str(tmp_path / "base"), facts={"k": "3"} | fact)
+    with pytest.raises(UserError, match=f"adapter: its ubsmoe.safetensors says {message}") as raised:
+        read_adapter(tmp_path / "adapter")
+    assert "\n" not in str(raised.value)

@@ -10,15 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests.support import tiny
+from tests.support.conversion import convert
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import PackedRow, encode
 from ubsmoe_ds.federation.monitor import CELL, heat_map
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.cost import ModelShape, flops_per_token, trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
+from ubsmoe_ds.moe.gate import GateConfig
 
 FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
 
@@ -31,7 +33,7 @@ def parts():
     rows.append(rows[0] | {"labels": ["blue", "a dog", "two cats"], "answer": "so it is a dog then", "label": 1})
     rows.append(rows[1] | {"labels": ["answer12", "answer1", "answer123"], "answer": "answer1", "label": 1})
     rows.append(rows[2] | {"labels": ["six of them", "six"], "answer": "six of them", "label": 0})
-    model = load(FOLDER, UBSMoESpec(k=8, candidates=16)).eval()
+    model = load(FOLDER, UBSMoESpec(GateConfig(k=8, candidates=16))).eval()
 
     def logits(tokens, k):
         model.set_active_experts(k)
@@ -90,7 +92,7 @@ def test_one_pass_a_batch_holds_all_options(parts):
 
 def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(parts):
     """Not one that is only shorter than the row, which has all answers."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8)))
     ids = torch.tensor([[2, 3, 4, 5]])
     branch_BS = torch.tensor([[0, 0, 1, 2]])  # 2 3 4 and 2 3 5
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_lowest_budget_halves_the_flops_of_olmoe():
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_trainable_parameters_are_counted(attention):
-    spec = UBSMoESpec(k=2, candidates=8, lora_rank=3, lora_attention=attention)
+    spec = UBSMoESpec(GateConfig(k=2, candidates=8), lora_rank=3, lora_attention=attention)
     hf = tiny.hf_model(num_key_value_heads=1)
     shape = model_shape(hf.config, lora_rank=3, lora_attention=attention)
     model = convert(hf, spec)

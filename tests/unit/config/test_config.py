@@ -183,8 +183,8 @@ def test_models_of_the_hub_come_from_its_cache(tmp_path):
     expected = {
         "hub:org/small": str(cached / "snapshots" / commit),
         "hub:org/small@main": str(cached / "snapshots" / commit),
-        "hub:org/other": "model.path: 'hub:org/other' cannot be had (",
-        "hub:not a name": "model.path: 'hub:not a name' cannot be had (",
+        "hub:org/other": "model.path: 'hub:org/other' cannot be fetched (",
+        "hub:not a name": "model.path: 'hub:not a name' cannot be fetched (",
     }
     for path, beginning in expected.items():
         command = [sys.executable, "-c", script, path]

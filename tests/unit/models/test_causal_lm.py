@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from tests.support import tiny
+from tests.support.conversion import convert
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import LoraLinear
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert, load
-from ubsmoe_ds.models.weights import Checkpoint
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.weights import WeightFiles
+from ubsmoe_ds.moe.gate import GateConfig
 
 SHAPES = {
     "olmoe_like": {},
@@ -48,7 +50,7 @@ def hf_with_k(hf, k):
 def test_logits_equal_hugging_face_at_every_k(shape, mode):
     hf = tiny.hf_model(**SHAPES[shape])
     k_max, experts = hf.config.num_experts_per_tok, hf.config.num_experts
-    model = convert(copy.deepcopy(hf), UBSMoESpec(k=k_max, candidates=experts)).train(mode == "train")
+    model = convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=k_max, candidates=experts))).train(mode == "train")
     ids, used = ids_and_mask()
     for k in (k_max, 1, 2, 3):
         model.set_active_experts(k)
@@ -60,7 +62,7 @@ def test_logits_equal_hugging_face_at_every_k(shape, mode):
 
 def test_padding_changes_nothing_and_is_not_routed():
     hf = tiny.hf_model()
-    model = convert(copy.deepcopy(hf), UBSMoESpec(k=4, candidates=8)).train()
+    model = convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=4, candidates=8))).train()
     ids, used = ids_and_mask(rows=2, length=9)
     used[1, 6:] = False
     with torch.no_grad():
@@ -73,7 +75,7 @@ def test_padding_changes_nothing_and_is_not_routed():
 
 
 def test_answer_positions_select_the_same_logits():
-    model = convert(tiny.hf_model(), UBSMoESpec(k=4, candidates=8)).eval()
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=4, candidates=8))).eval()
     ids, used = ids_and_mask(rows=2, length=5)
     positions = torch.tensor([1, 4, 8])
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_answer_positions_select_the_same_logits():
 def test_expert_lora_equals_merged_weights():
     """W x + s B A x must be what Hugging Face computes with W + s B A as its weights."""
     hf = tiny.hf_model()
-    model = convert(copy.deepcopy(hf), UBSMoESpec(k=4, candidates=8, lora_rank=3, lora_alpha=6.0)).eval()
+    model = convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=4, candidates=8), lora_rank=3, lora_alpha=6.0)).eval()
     for block, layer in zip(hf.model.layers, model.layers, strict=True):
         for name, (A, B) in layer.experts.factors().items():
             torch.nn.init.normal_(B, std=0.2)
@@ -118,21 +120,21 @@ def test_attention_lora_equals_peft():
 
 
 def test_only_adapters_phi_and_router_are_trainable():
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8, router_trainable=False, phi_range=None))
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8, phi_range=None), router_trainable=False))
     assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {
         f"{projection}_lora_{factor}" for projection in ("gate", "up", "down") for factor in "AB"
     }
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8))
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8)))
     names = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
     assert {"phi", "weight"} < names and len(names) == 8
 
 
 def test_expert_parallel_slices_are_the_whole_models_experts():
     hf = tiny.hf_model()
-    whole = convert(copy.deepcopy(hf), UBSMoESpec(k=2, candidates=8)).layers[1].experts
+    whole = convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=2, candidates=8))).layers[1].experts
     for rank in range(4):
         part = (
-            convert(copy.deepcopy(hf), UBSMoESpec(k=2, candidates=8, expert_parallel=4, expert_rank=rank))
+            convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=2, candidates=8), expert_parallel=4, expert_rank=rank))
             .layers[1]
             .experts
         )
@@ -143,9 +145,9 @@ def test_expert_parallel_slices_are_the_whole_models_experts():
 
 def test_conversion_refuses_uneven_experts_and_other_activations():
     with pytest.raises(UserError, match="expert_parallel: 3 does not divide"):
-        convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8, expert_parallel=3))
+        convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8), expert_parallel=3))
     with pytest.raises(UserError, match="hidden_act 'gelu'"):
-        convert(tiny.hf_model(hidden_act="gelu"), UBSMoESpec(k=2, candidates=8))
+        convert(tiny.hf_model(hidden_act="gelu"), UBSMoESpec(GateConfig(k=2, candidates=8)))
 
 
 COMMON = {
@@ -211,7 +213,7 @@ def saved_family(name, folder, shard_size="20KB"):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_hugging_face_at_every_k(family, tmp_path):
     hf = saved_family(family, tmp_path)
-    model = load(tmp_path, UBSMoESpec(k=3, candidates=8)).eval()
+    model = load(tmp_path, UBSMoESpec(GateConfig(k=3, candidates=8))).eval()
     ids, used = ids_and_mask()
     for k in (3, 1, 2):
         model.set_active_experts(k)
@@ -228,7 +230,7 @@ def test_every_family_equals_hugging_face_at_every_k(family, tmp_path):
 def test_continuations_of_one_beginning_do_not_see_each_other(family, tmp_path):
     """Beginning 5 6 7, continuations 8 9 and 3 4 in one row, against two rows of their own."""
     saved_family(family, tmp_path)
-    model = load(tmp_path, UBSMoESpec(k=2, candidates=8)).eval()
+    model = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8))).eval()
     packed, apart = torch.tensor([[5, 6, 7, 8, 9, 3, 4]]), torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 4]])
     branch_BS = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
     with torch.no_grad():
@@ -241,18 +243,18 @@ def test_continuations_of_one_beginning_do_not_see_each_other(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rank_reads_its_experts_only(family, tmp_path, monkeypatch):
     saved_family(family, tmp_path)
-    whole = load(tmp_path, UBSMoESpec(k=2, candidates=8))
+    whole = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8)))
     read = []
-    read_into = Checkpoint.read_into
+    read_into = WeightFiles.read_into
 
     def noted(self, target, name):
         read.append(name)
         read_into(self, target, name)
 
-    monkeypatch.setattr(Checkpoint, "read_into", noted)
+    monkeypatch.setattr(WeightFiles, "read_into", noted)
     for rank in range(4):
         read.clear()
-        part = load(tmp_path, UBSMoESpec(k=2, candidates=8, expert_parallel=4, expert_rank=rank))
+        part = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8), expert_parallel=4, expert_rank=rank))
         assert {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name} == {
             2 * rank,
             2 * rank + 1,
@@ -266,7 +268,7 @@ def test_every_rank_reads_its_experts_only(family, tmp_path, monkeypatch):
 def test_bf16_weights_are_kept_as_they_are_stored(family, tmp_path):
     hf = saved_family(family, tmp_path / "fp32")
     hf.bfloat16().save_pretrained(tmp_path / "bf16")
-    model = load(tmp_path / "bf16", UBSMoESpec(k=2, candidates=8), torch.bfloat16)
+    model = load(tmp_path / "bf16", UBSMoESpec(GateConfig(k=2, candidates=8)), torch.bfloat16)
     frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16}
     stored = next(layer.mlp for layer in hf.model.layers if hasattr(layer.mlp, "experts")).experts.down_proj
@@ -324,7 +326,7 @@ def test_damaged_checkpoints_are_named(damage, tmp_path):
     saved_family("olmoe", tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=DAMAGES[damage]) as raised:
-        load(tmp_path, UBSMoESpec(k=2, candidates=8))
+        load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8)))
     assert "\n" not in str(raised.value)
 
 
@@ -340,7 +342,7 @@ def test_a_model_without_experts_is_refused(values, message, tmp_path):
     saved_family("qwen3_moe", tmp_path)
     set_config(tmp_path, **values)
     with pytest.raises(UserError, match=f"config.json: {message}"):
-        load(tmp_path, UBSMoESpec(k=2, candidates=8))
+        load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8)))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"])
@@ -348,19 +350,19 @@ def test_a_config_that_asks_for_router_logits_does_not_hinder_generation(family,
     """transformers would take them from blocks of its own."""
     saved_family(family, tmp_path)
     set_config(tmp_path, output_router_logits=True)
-    model = load(tmp_path, UBSMoESpec(k=2, candidates=8)).eval()
+    model = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8))).eval()
     assert model.hf.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] >= 4
 
 
 def test_an_empty_folder_is_no_model(tmp_path):
     with pytest.raises(UserError, match=r"config.json: cannot be read .*; name a model folder"):
-        load(tmp_path, UBSMoESpec(k=2, candidates=8))
+        load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=8)))
 
 
 def test_gradient_equals_hugging_face():
     """The embedding's gradient, which has passed through every gate and expert."""
     hf = tiny.hf_model()
-    model = convert(copy.deepcopy(hf), UBSMoESpec(k=4, candidates=8)).train()
+    model = convert(copy.deepcopy(hf), UBSMoESpec(GateConfig(k=4, candidates=8))).train()
     ids, used = ids_and_mask()
     target = torch.randint(0, tiny.VOCAB, (ids.numel(),))
     for network, run in ((model, lambda: model(ids, used)), (hf, lambda: hf(ids).logits)):

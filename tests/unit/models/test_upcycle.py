@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.upcycle import recover, split, upcycle
+from ubsmoe_ds.moe.gate import GateConfig
 
 VOCAB = 31
 
@@ -39,7 +40,7 @@ def test_an_upcycled_model_says_what_the_dense_one_says_for_every_k(tied, tmp_pa
     model = upcycle(dense, experts=4, k=2)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ours = load(tmp_path, UBSMoESpec(k=2, candidates=4)).eval()
+    ours = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=4))).eval()
     with torch.no_grad():
         expected = dense(input_ids=ids).logits
     assert again.config.model_type == "mixtral" and again.config.num_experts_per_tok == 2
@@ -74,7 +75,7 @@ def test_a_split_model_is_read_like_any_other(tmp_path):
     ids = text(3)
     model, _ = split(llama(), text(), experts=4, shared=8, ks=[1, 2, 4])
     model.save_pretrained(tmp_path)
-    ours = load(tmp_path, UBSMoESpec(k=2, candidates=4)).eval()
+    ours = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=4))).eval()
     with torch.no_grad():
         found = ours(ids, torch.ones_like(ids, dtype=torch.bool))
     torch.testing.assert_close(found, logits(model, ids, 2), atol=1e-4, rtol=1e-4)

@@ -8,31 +8,12 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate, topkgating
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubsmoe_ds.moe.gate import UBSMoEGate
+from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
 
 
-def make_gate(
-    k=2,
-    experts=4,
-    hidden=4,
-    candidates=None,
-    capacity_factor=None,
-    normalize=False,
-    phi_range=(-1.0, 1.0),
-    min_capacity=1,
-    **options,
-):
-    gate = UBSMoEGate(
-        hidden,
-        experts,
-        k,
-        candidates=candidates or experts,
-        capacity_factor=capacity_factor,
-        min_capacity=min_capacity,
-        normalize=normalize,
-        phi_range=phi_range,
-        **options,
-    )
+def make_gate(k=2, experts=4, hidden=4, candidates=None, normalize=False, min_capacity=1, **options):
+    config = GateConfig(k=k, candidates=candidates or experts, min_capacity=min_capacity, **options)
+    gate = UBSMoEGate(hidden, experts, config, normalize=normalize)
     if hidden == experts:
         gate.wg.weight.data.copy_(torch.eye(experts))  # the input's entries are the logits
     return gate.train()
@@ -173,53 +154,26 @@ def test_slots_never_collide_and_routes_are_kept_or_counted(tokens, experts, dat
         assert len(set(chosen)) == len(chosen) and (active or not chosen)
 
 
-P = [0.1, 0.2, 0.3, 0.4]  # of four experts; K_max 3: the top three have 0.9, the top one 0.4
+P = [0.1, 0.2, 0.3, 0.4]
 
 
-@pytest.mark.parametrize(
-    ("rescale", "k", "expected"),
-    [
-        ("none", 1, [0.4]),
-        ("power", 1, [0.4 * (0.9 / 0.4) ** 0.5]),  # 0.6
-        ("power", 2, [0.4 * (0.9 / 0.7) ** 0.5, 0.3 * (0.9 / 0.7) ** 0.5]),
-        ("power", 3, [0.4, 0.3, 0.2]),  # nothing at K_max
-        ("sum_to_one", 2, [0.4 / 0.7, 0.3 / 0.7]),
-        ("ratio", 2, [0.4 * 3 / 2, 0.3 * 3 / 2]),
-        ("learned", 2, [0.4, 0.3]),  # the scale starts at 1
-    ],
-)
-def test_gate_rescale_by_hand(rescale, k, expected):
-    gate = make_gate(k=3, rescale=rescale, gamma=0.5, k_max=3)
-    gate.set_active_experts(k)
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_learned_scale_starts_at_one(learned):
+    gate = make_gate(learned_scale=learned)
     _, _, _, index, _, weight, _ = gate(logits_of(P))
-    assert index.flatten().tolist() == [3, 2, 1][:k]
-    torch.testing.assert_close(weight.flatten(), torch.tensor(expected))
-
-
-def test_power_with_gamma_one_and_zero():
-    """gamma 1 gives the top K the whole weight of the top K_max, 0.9; gamma 0 changes nothing."""
-    for gamma, total in ((1.0, 0.9), (0.0, 0.4)):
-        gate = make_gate(k=1, rescale="power", gamma=gamma, k_max=3)
-        torch.testing.assert_close(gate(logits_of(P))[5].sum(), torch.tensor(total))
-
-
-def test_rescaling_factor_is_not_differentiated():
-    """d(weight)/d(logit) is the factor times that of p: for p = 0.4, p (1 - p) = 0.24, times 1.5."""
-    gate = make_gate(k=1, rescale="power", gamma=0.5, k_max=3)
-    logits = logits_of(P).requires_grad_()
-    gate(logits)[5].sum().backward()
-    torch.testing.assert_close(logits.grad[0, 3], torch.tensor(0.24 * 1.5))
+    assert index.flatten().tolist() == [3, 2] and (gate.scale is not None) == learned
+    torch.testing.assert_close(weight.flatten(), torch.tensor([0.4, 0.3]))
 
 
 def test_learned_scale_multiplies_and_learns():
     """Scale 2: weights 0.8 and 0.6; the gradient of their sum is 0.7. With normalised weights it still acts."""
-    gate = make_gate(rescale="learned")
+    gate = make_gate(learned_scale=True)
     gate.scale.data.fill_(2.0)
     weight = gate(logits_of(P))[5]
     torch.testing.assert_close(weight.flatten(), torch.tensor([0.8, 0.6]))
     weight.sum().backward()
     torch.testing.assert_close(gate.scale.grad, torch.tensor([0.7]))
-    normal = make_gate(rescale="learned", normalize=True)
+    normal = make_gate(learned_scale=True, normalize=True)
     normal.scale.data.fill_(2.0)
     torch.testing.assert_close(normal(logits_of(P))[5].sum(), torch.tensor(2.0))
 
@@ -240,11 +194,11 @@ def test_selection_lets_phi_choose_but_not_weigh():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from(["none", "power", "sum_to_one", "ratio"]))
-def test_rescaling_never_changes_the_choice(seed, k, rescale):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(7, 6, generator=generator)
-    plain, scaled = (make_gate(k=k, experts=6, hidden=6, rescale=r, k_max=4) for r in ("none", rescale))
+@given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0.1, 3.0))
+def test_a_learned_scale_never_changes_the_choice(seed, k, scale):
+    logits = torch.randn(7, 6, generator=torch.Generator().manual_seed(seed))
+    plain, scaled = (make_gate(k=k, experts=6, hidden=6, learned_scale=learned) for learned in (False, True))
+    scaled.scale.data.fill_(scale)
     assert torch.equal(plain(logits)[3], scaled(logits)[3])
     ratio = scaled(logits)[5] / plain(logits)[5]
-    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))  # one factor a token
+    torch.testing.assert_close(ratio, torch.full_like(ratio, scale))  # the same factor for every token

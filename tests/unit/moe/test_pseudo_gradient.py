@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from typing import get_args
 
 import pytest
 import torch
@@ -10,15 +11,21 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests.support import reference, tiny
+from tests.support.conversion import convert
+from ubsmoe_ds.config.sections import PseudoGradientConfig
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
-from ubsmoe_ds.models.conversion import UBSMoESpec, convert
+from ubsmoe_ds.models.conversion import UBSMoESpec
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.pseudo_gradient import (
+    ESTIMATORS,
     PROJECTIONS,
+    Experts,
     ExpertTokens,
+    GradientSums,
     Moments,
     TokenMixture,
     dense_oracle,
@@ -31,6 +38,14 @@ from ubsmoe_ds.moe.pseudo_gradient import (
 )
 
 
+def test_the_config_names_every_estimator():
+    """It may not import torch, so its list of names is its own."""
+    names = get_args(PseudoGradientConfig.model_fields["estimator"].annotation)
+    assert names == ("none", *ESTIMATORS)
+    for estimator in ESTIMATORS.values():
+        assert (estimator.from_tokens is None) != (estimator.from_sums is None)
+
+
 def test_inactive_weight_by_hand():
     """rho 0.5, p = (0.1, 0.2, 0.3, 0.4), experts 2 and 3 active: (0.05, 0.1, 0, 0); p is not renormalised."""
     active = torch.tensor([[False, False, True, True]])
@@ -41,9 +56,9 @@ def test_inactive_weight_by_hand():
 def test_expert_mean_by_hand():
     """Masses (0.2, 0, 0.6) over 0.5, gradients summing to 3: (1.2, 0, 3.6); nothing active gives zero, not NaN."""
     total = {name: (torch.full((1, 1), 3.0), torch.full((1, 1), 3.0)) for name in PROJECTIONS}
-    found = expert_mean(torch.tensor([0.2, 0.0, 0.6]), torch.tensor(0.5), total)
+    found = expert_mean(GradientSums(torch.tensor([0.2, 0.0, 0.6]), torch.tensor(0.5), total))
     torch.testing.assert_close(found["up"][0].flatten(), torch.tensor([1.2, 0.0, 3.6]))
-    nothing = expert_mean(torch.zeros(3), torch.tensor(0.0), total)
+    nothing = expert_mean(GradientSums(torch.zeros(3), torch.tensor(0.0), total))
     assert all((g == 0).all() for pair in nothing.values() for g in pair)
 
 
@@ -57,7 +72,7 @@ def test_token_weighted_by_hand():
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
     mixture = TokenMixture(2 * one, 17 * one, 19 * one)
     tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, mixture, None)
-    found = token_weighted(tokens, lora, scaling=2.0)
+    found = token_weighted(tokens, Experts(lora, 2.0, {}))
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
     assert values == {"down": (110.0, 70.0), "gate": (561.0, 357.0), "up": (627.0, 399.0)}
 
@@ -71,9 +86,9 @@ def test_linearised_by_hand():
     """
     one = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
-    moments, down = Moments(2 * one, 17 * one, 19 * one), torch.full((1, 1, 1), 13.0)
+    moments, base = Moments(2 * one, 17 * one, 19 * one), {"down": torch.full((1, 1, 1), 13.0)}
     tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, None, None)
-    found = linearised(tokens, moments, lora, down, scaling=2.0)
+    found = linearised(tokens, Experts(lora, 2.0, base, moments))
     values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
     assert values == {"down": (110.0, 70.0), "gate": (36465.0, 23205.0), "up": (40755.0, 25935.0)}
 
@@ -131,9 +146,9 @@ def test_moments_are_sums_over_rows(every):
 def test_an_expert_without_moments_gets_nothing():
     lora = {n: (torch.randn(2, 1, 3), torch.randn(2, 3, 1)) for n in PROJECTIONS}
     zero = Moments(*torch.zeros(3, 2, 3))
-    down = torch.randn(2, 3, 3)
+    experts = Experts(lora, 1.0, {"down": torch.randn(2, 3, 3)}, zero)
     tokens = ExpertTokens(*torch.randn(2, 2, 4, 3))
-    assert all((g == 0).all() for pair in linearised(tokens, zero, lora, down, 1.0).values() for g in pair)
+    assert all((g == 0).all() for pair in linearised(tokens, experts).values() for g in pair)
 
 
 def test_draws_by_hand():
@@ -186,7 +201,7 @@ def test_a_gradient_that_is_not_finite_does_not_end_the_draw():
 
 def test_linearised_equals_the_loop_over_tokens():
     """Of the tiny model's layers, every LoRA factor, with random moments: within 1e-5."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
         for _, B in layer.experts.factors().values():
@@ -231,7 +246,8 @@ def test_dense_oracle_completes_the_dense_gradient():
 
     factors = [factor for name in PROJECTIONS for factor in lora[name]]
     dense, at_k1 = (torch.autograd.grad(loss(c), factors) for c in (p, p * active))
-    found = dense_oracle(draw_tokens(x, delta, inactive_weight(p, active, 1.0), None, None), base, lora, scaling)
+    drawn = draw_tokens(x, delta, inactive_weight(p, active, 1.0), None, None)
+    found = dense_oracle(drawn, Experts(lora, scaling, base))
     rest = [gradient for name in PROJECTIONS for gradient in found[name]]
     for whole, one, other in zip(dense, at_k1, rest, strict=True):
         torch.testing.assert_close(one + other, whole, atol=1e-4, rtol=1e-4)
@@ -249,7 +265,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             one = weight.data[:1].clone()
             weight.data.copy_(one + noise * one.std() * torch.randn(weight.shape, generator=generator))
-    model = convert(hf, UBSMoESpec(k=k, candidates=16, lora_rank=4, lora_alpha=8.0, seed=seed)).train()
+    model = convert(hf, UBSMoESpec(GateConfig(k=k, candidates=16), lora_rank=4, lora_alpha=8.0, seed=seed)).train()
     for layer in model.layers:
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.01, generator=generator)
@@ -286,7 +302,7 @@ def test_token_weighted_is_exact_for_equal_experts():
     for block in hf.model.layers:
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             weight.data.copy_(weight.data[:1].expand_as(weight))
-    model = convert(hf, UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(hf, UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         for A, B in layer.experts.factors().values():
             A.data.copy_(A.data[:1].expand_as(A))
@@ -305,7 +321,7 @@ def test_token_weighted_is_exact_for_equal_experts():
 
 
 def test_evaluation_and_frozen_passes_collect_nothing():
-    model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(copy.deepcopy(tiny.hf_model()), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     collector = PseudoGradientCollector(model.layers, "token_weighted", 1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 6))
     with torch.no_grad():
@@ -314,10 +330,10 @@ def test_evaluation_and_frozen_passes_collect_nothing():
     assert collector.reduce() == []
 
 
-@pytest.mark.parametrize("estimator", ["expert_mean", "token_weighted", "linearised"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_steps_graph_is_freed(estimator):
     """The hook that reports a layer's gradients hangs on the graph it reads: it must not keep it alive."""
-    model = convert(tiny.hf_model(), UBSMoESpec(k=2, candidates=8)).train()
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.ones(3, 8, 12))
     collector = PseudoGradientCollector(model.layers, estimator, 1.0).attach()

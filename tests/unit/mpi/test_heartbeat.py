@@ -119,7 +119,7 @@ def test_the_address_that_answers_is_used(address, net):
     if ":" in address and not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
     hosts = net(2, addresses=("192.0.2.1", address))
-    assert hosts.beating[1]._reached == {0: hosts.beating[1]._place(1)}
+    assert hosts.beating[1]._reached == {0: hosts.beating[1]._destination(1)}
     time.sleep(2 * TIMEOUT)
     hosts.stop(1)
     hosts.wait_for(0)
@@ -134,7 +134,7 @@ def test_another_address_is_used_when_one_falls_silent_and_the_best_that_answers
         broken.clear()
         broken.update(falls_silent)
         time.sleep(2 * TIMEOUT)
-        assert beating._reached == {0: beating._place(best)}
+        assert beating._reached == {0: beating._destination(best)}
     assert hosts.said == [[], []] and not hosts.ended
 
 
@@ -147,7 +147,7 @@ def test_the_best_address_is_used_though_another_answers_sooner(net, monkeypatch
 
     monkeypatch.setattr(Heartbeat, "_send", late)
     hosts = net(2, addresses=("127.0.0.1", "127.0.0.2"))
-    assert hosts.beating[1]._reached == {0: hosts.beating[1]._place(0)}
+    assert hosts.beating[1]._reached == {0: hosts.beating[1]._destination(0)}
 
 
 def test_strangers_count_for_nothing(net):

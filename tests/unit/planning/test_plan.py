@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import parse, read_job, read_slots
+from launch.plan import parse, read_inputs, read_slots
 from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.models.cost import ModelShape
-from ubsmoe_ds.planning.fitting import Fit, check, fit, memory_bytes, need
-from ubsmoe_ds.planning.memory_model import CPU_KERNELS, CPU_PROCESS, peak
-from ubsmoe_ds.planning.plan import Job, Workload, plan, rank_load, step_bytes, straggler
-from ubsmoe_ds.planning.rank_load import trained_elements
+from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
+from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
+from ubsmoe_ds.planning.memory_model import CPU_KERNELS, CPU_PROCESS, largest_phase
+from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
+from ubsmoe_ds.planning.rank_setup import trained_elements
 
 CONFIGS = REPO / "ds_configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -42,9 +43,9 @@ LARGE = ["deepspeed.train_batch_size=128", "evaluation.batch_size=32", TWO_CLIEN
 
 
 @pytest.fixture(scope="module")
-def job():
+def inputs():
     """The demo's, on the CPU."""
-    return read_job(load_experiment(TINY, ["accelerator=cpu", "train.rounds=1"]))
+    return read_inputs(load_experiment(TINY, ["accelerator=cpu", "train.rounds=1"]))
 
 
 def planned(*arguments: str) -> tuple[int, str, str]:
@@ -55,13 +56,13 @@ def planned(*arguments: str) -> tuple[int, str, str]:
 
 
 def compare_with_run(folder: Path, overrides: list[str]) -> list[float]:
-    """Check the plan of a job on the CPU against what it took; measured bytes of each client."""
+    """Check the plan of a run on the CPU against what it took; return the measured bytes of each client."""
     summary = json.loads((folder / "summary.json").read_text())["clients"]
     metrics = records(folder)[-1]["metrics"]
-    plans = plan(read_job(load_experiment(TINY, [*overrides, "accelerator=cpu"])))
+    plans = plan(read_inputs(load_experiment(TINY, [*overrides, "accelerator=cpu"])))
     found = [1e9 * row["peak_memory_gb"] for row in summary]
     for row, measured, one in zip(summary, found, plans, strict=True):
-        assert peak(one.phases)[1] == pytest.approx(measured, rel=WITHIN), row
+        assert largest_phase(one.phases)[1] == pytest.approx(measured, rel=WITHIN), row
         assert one.sent_bytes / 1e6 == pytest.approx(metrics[f"megabytes_sent/{row['client']}"], rel=0.1)
     return found
 
@@ -86,8 +87,8 @@ def test_bytes_of_flora_are_as_measured(tmp_path):
     compare_with_run(tmp_path / "tiny", overrides)
 
 
-def smollm2() -> list[tuple[Job, int, float]]:
-    """(job, client, measured bytes) of each client of the runs that were measured."""
+def smollm2() -> list[tuple[PlanInput, int, float]]:
+    """(inputs, client, measured bytes) of each client of the runs that were measured."""
     found = []
     with SMOLLM2_FIGURES.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -99,73 +100,74 @@ def smollm2() -> list[tuple[Job, int, float]]:
             CONFIGS / "compare_smollm2.yaml",
             ["model.path=builtin:tiny_olmoe", "model.k_max=16", f"clients=[{clients}]", "deepspeed.train_batch_size=8"],
         )
-        known = [field for field in Workload._fields if field in rows[0]]
-        loads = [Workload(**{field: json.loads(row[field]) for field in known}) for row in of_run]
-        job = Job(exp, SMOLLM2_SHAPE, loads, on_cpu=True)
-        found += [(job, number, 1e9 * float(row["measured_gb"])) for number, row in enumerate(of_run)]
+        known = [field for field in RowLengths._fields if field in rows[0]]
+        lengths = [RowLengths(**{field: json.loads(row[field]) for field in known}) for row in of_run]
+        inputs = PlanInput(exp, SMOLLM2_SHAPE, lengths, on_cpu=True)
+        found += [(inputs, number, 1e9 * float(row["measured_gb"])) for number, row in enumerate(of_run)]
     return found
 
 
 def test_memory_of_smollm2_is_as_measured():
     found = smollm2()
-    assert {rank_load(job, number).k for job, number, _ in found} == {4, 8, 12, 16}
-    for job, number, measured in found:
-        assert need(rank_load(job, number)) == pytest.approx(measured, rel=WITHIN), job.exp.clients[number]
+    assert {rank_setup(inputs, number).k for inputs, number, _ in found} == {4, 8, 12, 16}
+    for inputs, number, measured in found:
+        client = inputs.exp.clients[number]
+        assert bytes_needed(rank_setup(inputs, number)) == pytest.approx(measured, rel=WITHIN), client
 
 
-def test_more_experts_ranks_and_zero_change_memory_as_they_should(job):
-    load = rank_load(job, 3)
-    assert need(replace(load, k=2)) < need(load)
-    assert need(replace(load, capacity=0.5)) < need(load)
-    big = replace(load, shape=replace(load.shape, hidden=2048, expert_width=1024, num_experts=64), on_cpu=False)
+def test_more_experts_ranks_and_zero_change_memory_as_they_should(inputs):
+    setup = rank_setup(inputs, 3)
+    assert bytes_needed(replace(setup, k=2)) < bytes_needed(setup)
+    assert bytes_needed(replace(setup, capacity=0.5)) < bytes_needed(setup)
+    big = replace(setup, shape=replace(setup.shape, hidden=2048, expert_width=1024, num_experts=64), on_cpu=False)
     alone, shared = replace(big, ranks=4, expert_parallel=1), replace(big, ranks=4, expert_parallel=4)
     experts = 3 * 3 * 64 * 2048 * 1024 * 4  # layers, projections, fp32
-    assert need(alone) - need(shared) == pytest.approx(experts * 3 / 4, rel=0.25)
+    assert bytes_needed(alone) - bytes_needed(shared) == pytest.approx(experts * 3 / 4, rel=0.25)
     trained = 3 * 64 * 3 * 8 * (2048 + 1024)
-    kept = {stage: need(replace(alone, zero_stage=stage, bf16=True, reduce_bucket=0)) for stage in (0, 1)}
+    kept = {stage: bytes_needed(replace(alone, zero_stage=stage, bf16=True, reduce_bucket=0)) for stage in (0, 1)}
     assert kept[0] - kept[1] == pytest.approx(12 * trained * 3 / 4, rel=0.3)
 
 
-def test_what_fits_is_the_most_that_fits(job):
+def test_what_fits_is_the_most_that_fits(inputs):
     for number in range(4):
-        memory = need(replace(rank_load(job, number), k=5)) * 1.0001
-        found = fit(job, number, memory)
-        assert found.k == 5 and found.as_it_is == (job.exp.active_experts(job.exp.clients[number]) <= 5)
-        assert need(replace(rank_load(job, number), k=6)) > memory
+        memory = bytes_needed(replace(rank_setup(inputs, number), k=5)) * 1.0001
+        found = fit(inputs, number, memory)
+        assert found.k == 5 and found.fits_now == (inputs.exp.active_experts(inputs.exp.clients[number]) <= 5)
+        assert bytes_needed(replace(rank_setup(inputs, number), k=6)) > memory
 
 
-def test_remedies_really_fit(job):
+def test_remedies_really_fit(inputs):
     for number, memory in ((3, 0.567e9), (1, 0.581e9)):
-        fits = [fit(job, n, memory) for n in range(4)]
-        assert not fits[number].as_it_is
-        changed = job.changed(number, **dict(zip(("ranks", "expert_parallel"), fits[number].layout, strict=True)))
-        assert need(rank_load(changed, number)) <= memory
+        fits = [fit(inputs, n, memory) for n in range(4)]
+        assert not fits[number].fits_now
+        changed = inputs.changed(number, **dict(zip(("ranks", "expert_parallel"), fits[number].layout, strict=True)))
+        assert bytes_needed(rank_setup(changed, number)) <= memory
         with pytest.raises(UserError, match=r"clients\.\d: '\w+' needs 0\.\d+ GB a rank .*there are 0\.5\d+ GB; \w+"):
-            check(job, fits, memory)
+            check_fits(inputs, fits, memory)
 
 
-def test_a_capacity_that_keeps_all_tokens_is_called_null(job):
+def test_a_capacity_that_keeps_all_tokens_is_called_null(inputs):
     """Under expert parallelism a large factor can take more memory than to drop nothing; YAML has no inf."""
     with pytest.raises(UserError, match=r"clients\.0\.capacity_factor=null fits, which keeps all tokens"):
-        check(job, [Fit(as_it_is=False, k=2, capacity=math.inf, layout=None)], memory=0.3e9)
+        check_fits(inputs, [Fit(fits_now=False, k=2, capacity=math.inf, layout=None)], memory=0.3e9)
 
 
-def test_remedies_are_of_the_hosts_that_a_client_names(job):
+def test_remedies_are_of_the_hosts_that_a_client_names(inputs):
     """The laptop's host has one slot: no number of ranks helps it, though others have room."""
-    pinned = job.changed(1, hosts=["small"])
+    pinned = inputs.changed(1, hosts=["small"])
     memory = 0.581e9
     assert fit(pinned, 1, memory, {"large": 8, "small": 2}).layout is not None
     assert fit(pinned, 1, memory, {"large": 8, "small": 1}).layout is None
-    assert fit(job, 1, memory, {"large": 8, "small": 1}).layout is not None
+    assert fit(inputs, 1, memory, {"large": 8, "small": 1}).layout is not None
 
 
-def test_bytes_inside_a_client_by_hand(job):
+def test_bytes_inside_a_client_by_hand(inputs):
     """Dense parameters d and experts' e in fp32 on four ranks: rings of four and of two, and the all-to-alls."""
-    load = replace(rank_load(job, 3), ranks=4, expert_parallel=1, estimator="none")
-    dense, experts = trained_elements(load)
-    assert step_bytes(replace(load, ranks=1)) == 0
-    assert step_bytes(load) == 4 * 2 * 3 / 4 * (dense + experts)
-    split = replace(load, expert_parallel=2, capacity=1.0, micro_batches=2)
+    setup = replace(rank_setup(inputs, 3), ranks=4, expert_parallel=1, estimator="none")
+    dense, experts = trained_elements(setup)
+    assert step_bytes(replace(setup, ranks=1)) == 0
+    assert step_bytes(setup) == 4 * 2 * 3 / 4 * (dense + experts)
+    split = replace(setup, expert_parallel=2, capacity=1.0, micro_batches=2)
     dense, experts = trained_elements(split)
     tokens, hidden = split.training.tokens, split.shape.hidden
     slots = math.ceil(tokens * split.k / 16) * 16  # of each rank, half of them for the other
@@ -173,10 +175,10 @@ def test_bytes_inside_a_client_by_hand(job):
     assert step_bytes(split) == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * experts) + moved)
 
 
-def test_the_straggler_does_the_most_work_on_a_rank(job):
-    plans = plan(job)
+def test_the_straggler_does_the_most_work_on_a_rank(inputs):
+    plans = plan(inputs)
     slowest, over_fastest, over_median = straggler(plans)
-    assert job.exp.clients[slowest].name == "laptop"  # K 4 on one rank; the server has K 8 on two
+    assert inputs.exp.clients[slowest].name == "laptop"  # K 4 on one rank; the server has K 8 on two
     assert over_fastest == pytest.approx(plans[1].round_flops / plans[0].round_flops)
     assert 1 < over_median < over_fastest and min(one.time for one in plans) == 1
 
@@ -185,13 +187,13 @@ def test_the_straggler_does_the_most_work_on_a_rank(job):
     ("text", "expected"), [("80G", 80e9), ("80GiB", 80 * 2**30), ("512M", 512e6), ("1.5 gb", 1.5e9), ("2Ti", 2**41)]
 )
 def test_amounts_of_memory(text, expected):
-    assert memory_bytes(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "80", "G", "-1G", "80Q", "0G", "1e3G", "٣G"])
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError, match="--device-memory: .* is no amount of memory"):
-        memory_bytes(text)
+        parse_bytes(text)
 
 
 def test_command_prints_the_plan_and_where_clients_are(tmp_path):

@@ -12,7 +12,9 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import PRESETS
 from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
-from ubsmoe_ds.studies import comparison
+from ubsmoe_ds.studies.comparison_picture import picture
+from ubsmoe_ds.studies.comparison_runs import ROUND_COLUMNS, Run, check_inputs, collect, departures, machines
+from ubsmoe_ds.studies.comparison_table import by_budget, markdown, paired_differences
 
 CONFIG = "ds_configs/compare_tiny.yaml"
 TWO = "clients=[{name: poor, budget: 0.5}, {name: rich, budget: 1.0}]"
@@ -55,12 +57,12 @@ def made_up(folder: Path, clients: str = TWO, methods: tuple[str, ...] = ("ub_sm
             own = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}", "train.rounds=3"]
             exp = load_experiment(CONFIG, [clients, *own, "evaluation.every=2"])
             finish(exp, LOSS.get(method, (0.6, 0.6, 0.6))[seed])
-            runs.append(comparison.Run(method, seed, exp))
+            runs.append(Run(method, seed, exp))
     return runs
 
 
 def test_one_row_per_client_with_sums_over_rounds(tmp_path):
-    clients, _ = comparison.collect(made_up(tmp_path, methods=("topk", "flexlora")))
+    clients, _ = collect(made_up(tmp_path, methods=("topk", "flexlora")))
     assert len(clients) == 2 * 3 * 2
     assert clients.iloc[3].to_dict() == {
         "method": "topk",
@@ -85,18 +87,18 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
 
 
 def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
-    _, rounds = comparison.collect(made_up(tmp_path, methods=("topk",)))
+    _, rounds = collect(made_up(tmp_path, methods=("topk",)))
     first = rounds[rounds["seed"] == 0]
     assert list(first["round"]) == [0, 1, 2, 3]
     nan = math.nan  # round 1 was not evaluated, round 0 not trained
     assert list(first["loss"]) == pytest.approx([3.3, nan, 1.3, 0.3], nan_ok=True)
     assert list(first["utilisation_cv"]) == pytest.approx([0.0, nan, 0.2, 0.3], nan_ok=True)
     assert list(first["training_utilisation_cv"]) == pytest.approx([nan, 0.4, 0.3, 0.2], nan_ok=True)
-    assert list(rounds.columns) == ["method", "seed", "round", *comparison.OF_ROUND]
+    assert list(rounds.columns) == ["method", "seed", "round", *ROUND_COLUMNS]
 
 
 def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
-    found = comparison.by_budget(comparison.collect(made_up(tmp_path))[0])
+    found = by_budget(collect(made_up(tmp_path))[0])
     assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10, 3))  # of 0.3 0.4 0.5
     assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08, 3))  # of 0.29 0.37 0.45
     assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08, 3))
@@ -104,19 +106,19 @@ def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
 
 def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
-    found = comparison.by_budget(comparison.collect(made_up(tmp_path, three))[0])
+    found = by_budget(collect(made_up(tmp_path, three))[0])
     # a and c: loss and loss - 0.2, so on average 0.1 less; their distance is no spread between seeds
     assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10, 3))
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    found = comparison.paired_differences(comparison.collect(made_up(tmp_path))[0], "topk")
+    found = paired_differences(collect(made_up(tmp_path))[0], "topk")
     assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
     assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02, 3))  # of -0.01 -0.03 -0.05
 
 
 def test_markdown(tmp_path):
-    lines = comparison.markdown(comparison.collect(made_up(tmp_path))[0], "headline").splitlines()
+    lines = markdown(collect(made_up(tmp_path))[0], "headline").splitlines()
     assert lines[0] == "headline"
     results = [line for line in lines if line.startswith("| `")]
     costs = "25.0 | 300 | 0.050 | 13.5 | 12.0 |"
@@ -132,14 +134,14 @@ def test_markdown(tmp_path):
 
 
 def test_markdown_of_one_seed_or_without_the_baseline(tmp_path):
-    clients, _ = comparison.collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1))
-    text = comparison.markdown(clients, "headline")
+    clients, _ = collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1))
+    text = markdown(clients, "headline")
     assert "| `flora` | 0.6000 | 40.0 | 0.5000 | 50.0 |" in text and "nan" not in text and "paired" not in text
 
 
 def test_pictures_show_every_method(tmp_path):
     methods = tuple(PRESETS)
-    figure = comparison.picture(*comparison.collect(made_up(tmp_path, methods=methods)), methods)
+    figure = picture(*collect(made_up(tmp_path, methods=methods)), methods)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(methods)
     accuracy, end, loss, cv = figure.axes
@@ -156,16 +158,16 @@ def test_pictures_show_every_method(tmp_path):
 def test_finished_runs_are_of_the_weights_and_rows_that_are_there(tmp_path):
     """By content: a model split or trained anew has the same names and sizes."""
     (run,) = made_up(tmp_path / "runs", methods=("topk",), seeds=1)
-    comparison.check_inputs([run])  # a run that does not say
+    check_inputs([run])  # a run that does not say
     summary = run.exp.run_dir / "summary.json"
     known = json.loads(summary.read_text())
     inputs = {"model_digest": model_digest(run.exp.model_dir), "data_digest": data_digest(run.exp)}
     summary.write_text(json.dumps(known | inputs))
-    comparison.check_inputs([run])
+    check_inputs([run])
     for name, what in {"model_digest": "weights", "data_digest": "rows"}.items():
         summary.write_text(json.dumps(known | inputs | {name: "0" * 32}))
         with pytest.raises(UserError, match=f"topk-0 holds a finished run with other {what} than there are now"):
-            comparison.check_inputs([run])
+            check_inputs([run])
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -181,7 +183,7 @@ def test_damaged_run_is_named(tmp_path, lines):
     runs = made_up(tmp_path, methods=("topk",), seeds=1)
     (runs[0].exp.run_dir / "metrics.jsonl").write_text(lines)
     with pytest.raises(UserError, match="topk-0 is damaged .*Error.*remove the folder"):
-        comparison.collect(runs)
+        collect(runs)
 
 
 def test_machine(tmp_path):
@@ -200,12 +202,12 @@ def test_machines_are_those_of_the_runs(tmp_path):
     for run, name in zip(runs, ("2 cores of A", "8 cores of B", "2 cores of A"), strict=True):
         path = run.exp.run_dir / "summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": name}))
-    assert comparison.machines(runs) == "2 cores of A; 8 cores of B"
+    assert machines(runs) == "2 cores of A; 8 cores of B"
     finish(runs[1].exp, 0.5)  # as runs were before they said so
-    assert comparison.machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
+    assert machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
 
 
-def lose_the_last(run: comparison.Run) -> None:
+def lose_the_last(run: Run) -> None:
     path = run.exp.run_dir / "summary.json"
     summary = json.loads(path.read_text())
     lost = summary["clients"].pop()["client"]
@@ -215,9 +217,9 @@ def lose_the_last(run: comparison.Run) -> None:
 def test_a_lost_client_has_no_end(tmp_path):
     runs = made_up(tmp_path, methods=("topk",), seeds=1)
     lose_the_last(runs[0])
-    clients, _ = comparison.collect(runs)
+    clients, _ = collect(runs)
     assert clients.set_index("client").loss.isna().to_dict() == {"poor": False, "rich": True}
-    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in comparison.markdown(clients, "headline")
+    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in markdown(clients, "headline")
 
 
 def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_left_counted(tmp_path):
@@ -225,11 +227,11 @@ def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
     runs = made_up(tmp_path, three)
     lose_the_last(next(run for run in runs if (run.method, run.seed) == ("topk", 1)))
-    clients, _ = comparison.collect(runs)
-    found = comparison.by_budget(clients)
+    clients, _ = collect(runs)
+    found = by_budget(clients)
     assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
     assert tuple(found.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
-    text = comparison.markdown(clients, "headline")
+    text = markdown(clients, "headline")
     assert "| `topk` | 0.3000 ± 0.1414 (n = 2) | 70.0 ± 14.1 (n = 2) | 0.3000 ± 0.1000 | 70.0 ± 10.0 |" in text
     assert "| `ub_smoe` | -0.0300 ± 0.0283 (n = 2) | -0.0300 ± 0.0200 |" in text  # of -0.01 -0.05
 
@@ -240,17 +242,17 @@ def test_a_client_that_came_back_sent_nothing_meanwhile(tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     del records[2]["metrics"]["megabytes_sent/rich"], records[2]["seconds"]["seconds_local/rich"]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rich = comparison.collect([run])[0].iloc[1]
+    rich = collect([run])[0].iloc[1]
     assert (rich["megabytes_sent"], rich["local_seconds"]) == (6.0, 8.0)  # of two rounds of three
 
 
 def test_what_a_label_does_not_say_is_told(tmp_path):
-    def departures(label: str, *overrides: str) -> list[str]:
-        return comparison.departures(comparison.Run(label, 0, load_experiment(CONFIG, [f"method={label}", *overrides])))
+    def changed(label: str, *overrides: str) -> list[str]:
+        return departures(Run(label, 0, load_experiment(CONFIG, [f"method={label}", *overrides])))
 
-    assert departures("topk") == departures("ub_smoe") == departures("flora", "dmr.enabled=false") == []
-    assert departures("topk", "dmr.enabled=true", "dmr.zeta=0.5") == ["dmr.enabled=True (not False)"]
-    assert departures("flora", "merge.rule=florist", "lora.alpha=8.0") == ["merge.rule=florist (not flora)"]
+    assert changed("topk") == changed("ub_smoe") == changed("flora", "dmr.enabled=false") == []
+    assert changed("topk", "dmr.enabled=true", "dmr.zeta=0.5") == ["dmr.enabled=True (not False)"]
+    assert changed("flora", "merge.rule=florist", "lora.alpha=8.0") == ["merge.rule=florist (not flora)"]
     exp = load_experiment(CONFIG, ["method=ub_smoe", "dmr.enabled=false", "pseudo_gradient.tokens_per_expert=8"])
-    found = comparison.departures(comparison.Run("ub_smoe-no_dmr", 0, exp))
+    found = departures(Run("ub_smoe-no_dmr", 0, exp))
     assert found == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]

@@ -1,4 +1,4 @@
-"""How long the rows of an experiment are: its data read, dealt and tokenised as a run does, but nothing computed."""
+"""Measure the lengths of an experiment's rows: read, dealt and tokenised as in a run, but nothing is computed."""
 
 import json
 from collections.abc import Sequence
@@ -10,37 +10,36 @@ from ubsmoe_ds.data.batches import Example, PackedRow
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.shares import has_sites, rows_by_client
 from ubsmoe_ds.data.sources import Row
-from ubsmoe_ds.planning.plan import Workload
+from ubsmoe_ds.planning.inputs import RowLengths
 
-MOST_STEPS = 1000  # of a client that are looked at
+MOST_STEPS = 1000  # steps of a client that are measured
 
 
-def workloads(exp: Experiment) -> list[Workload]:
-    """Of each client, from the very batches that it will get.
+def read_row_lengths(exp: Experiment) -> list[RowLengths]:
+    """Return the lengths of each client's rows, from the very batches that it will get.
 
     Raises:
         UserError: for rows, lengths or a tokenizer that a run would refuse too.
     """
     encoder = read_encoder(exp)
-    of_client, eval_rows = rows_by_client(exp)
+    client_rows, eval_rows = rows_by_client(exp)
     # a rank reads the rows of its site, or all common rows
-    of_each = [_bytes(rows) for rows in of_client]
-    read_bytes = of_each if has_sites(exp) else [sum(of_each)] * len(of_each)
-    evaluation = _of_evaluation(encoder.pack(eval_rows), exp.evaluation.batch_size)
-    found = []
-    for number, rows in enumerate(of_client):
+    text_bytes = [_bytes(rows) for rows in client_rows]
+    read_bytes = text_bytes if has_sites(exp) else [sum(text_bytes)] * len(text_bytes)
+    evaluation = _evaluation_lengths(encoder.pack(eval_rows), exp.evaluation.batch_size)
+    lengths = []
+    for number, rows in enumerate(client_rows):
         examples, _ = encoder.encode(rows)
-        training = _of_training(encoder, number, examples)
-        text = read_bytes[number] + _bytes(eval_rows)
-        found.append(Workload(**training, **evaluation, text_bytes=text))
-    return found
+        training = _training_lengths(encoder, number, examples)
+        lengths.append(RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows)))
+    return lengths
 
 
 def _bytes(rows: Sequence[Row]) -> int:
     return sum(len(json.dumps(row)) for row in rows)
 
 
-def _of_training(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:
+def _training_lengths(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:
     exp = encoder.exp
     count = min(MOST_STEPS, exp.train.rounds * exp.train.local_steps)
     lengths, answers = [], []
@@ -52,8 +51,8 @@ def _of_training(encoder: Encoder, number: int, examples: Sequence[Example]) -> 
     return {"length": max(lengths), "answers": max(answers), **means}
 
 
-def _of_evaluation(packed: Sequence[PackedRow], batch_size: int) -> dict[str, Any]:
-    order = sorted(packed, key=len)  # as `Evaluator` takes them
+def _evaluation_lengths(packed: Sequence[PackedRow], batch_size: int) -> dict[str, Any]:
+    order = sorted(packed, key=len)  # as `Evaluator` batches them
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [sum(sum(row.parts()) for row in batch) / len(batch) for batch in batches]
     padded = sum(len(batch) * len(batch[-1]) for batch in batches)

@@ -1,4 +1,4 @@
-"""What benchmarks share: timing in turn within one process, and one line per figure for people or machines."""
+"""Time functions in turn within one process, print one line per figure, and build the models and steps to time."""
 
 import argparse
 import json
@@ -15,17 +15,17 @@ import transformers
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """--json."""
+    """Add the option --json."""
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
 
 
 def device() -> torch.device:
-    """The accelerator if there is one."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    """What this ran on."""
+    """Return processor or accelerator, and the versions that figures depend on."""
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_name()
     else:
@@ -36,7 +36,7 @@ def machine() -> str:
 
 
 def resident(which: str) -> float:
-    """Megabytes of this process: VmRSS now, VmHWM the most so far (getrusage would count its parent's)."""
+    """Return megabytes of this process: VmRSS now, VmHWM the most so far (getrusage would count its parent's)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024 / 1e6
 
@@ -44,7 +44,7 @@ def resident(which: str) -> float:
 def save_checkpoint(
     folder: Path, *, hidden: int, width: int, experts: int, layers: int, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> str:
-    """An OLMoE of these sizes with random weights, in a folder; 8 experts a token."""
+    """Save an OLMoE of these sizes with random weights, 8 experts per token; return the folder."""
     torch.manual_seed(0)
     config = transformers.OlmoeConfig(
         vocab_size=vocabulary,
@@ -62,7 +62,7 @@ def save_checkpoint(
 
 
 def step_batch(tokens: int, vocabulary: int) -> Any:
-    """A `StepBatch` of eight rows of random tokens, the last eighth of each the answer."""
+    """Return a `StepBatch` of eight rows of random tokens; the last eighth of each row is the answer."""
     from ubsmoe_ds.data.batches import Example, StepBatch, collate
 
     generator = torch.Generator().manual_seed(1)
@@ -73,7 +73,7 @@ def step_batch(tokens: int, vocabulary: int) -> Any:
 
 
 def start_alone(exp: Any) -> None:
-    """This process as the only rank of the only client of an `Experiment`."""
+    """Start this process as the only rank of the only client of an `Experiment`."""
     from ubsmoe_ds import run
     from ubsmoe_ds.mpi.join import join
 
@@ -85,7 +85,7 @@ def start_alone(exp: Any) -> None:
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """Wall seconds of one call; on an accelerator between two events, so that launching ahead is not counted."""
+    """Return the wall seconds of one call; on an accelerator, those between events around its kernels."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         function()
@@ -99,9 +99,9 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, all called once per repeat, so that what disturbs the machine disturbs all alike.
+    """Time each function once per repeat, so that disturbances of the machine affect all alike.
 
-    Every other repeat goes through them backwards. The first call of each is not counted.
+    Every second repeat goes through them backwards. The first call of each is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
@@ -111,12 +111,12 @@ def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 
 def ratio(values: list[float], floor: list[float]) -> float:
-    """Median over repeats of value / floor."""
+    """Return the median over repeats of value / floor."""
     return statistics.median(a / b for a, b in zip(values, floor, strict=True))
 
 
 def say(record: Mapping[str, Any], as_json: bool) -> None:
-    """One figure: `bench, impl` and what else applies, `ms` and `ratio`."""
+    """Print one figure: `bench`, `impl` and other keys of the record, `ms` and `ratio`."""
     if as_json:
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
         return

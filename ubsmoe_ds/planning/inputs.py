@@ -1,0 +1,111 @@
+"""Inputs of a plan: the experiment, its model's sizes, the lengths of its rows; and the setup of a rank they lead to.
+
+Pure functions; nothing is read here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import DeepSpeedConfig
+from ubsmoe_ds.models.cost import ModelShape
+from ubsmoe_ds.planning.rank_setup import Batch, RankSetup, copies, with_lora_rank
+
+REDUCE_BUCKET = 5e8  # elements of ZeRO's gradient buffer, DeepSpeed's default
+
+
+class RowLengths(NamedTuple):
+    """Lengths of a client's rows in tokens, padding included.
+
+    length: of the longest step; answers: positions asked for per row, at most; mean_*: of an average row.
+    eval_*: of packed evaluation rows, the same for all clients; eval_rows: their number.
+    text_bytes: of all rows that a rank of the client reads.
+    """
+
+    length: int
+    answers: float
+    mean_length: float
+    mean_answers: float
+    eval_length: int
+    eval_answers: float
+    eval_mean_length: float
+    eval_rows: int
+    text_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """An experiment with the sizes of its model and the lengths of its rows.
+
+    shape: at the LoRA rank of the whole model; row_lengths: of each client; on_cpu: whether the model runs on the CPU.
+    """
+
+    exp: Experiment
+    shape: ModelShape
+    row_lengths: Sequence[RowLengths]
+    on_cpu: bool
+
+    def changed(self, number: int, **changes: object) -> "PlanInput":
+        """Return a copy with other settings of one client."""
+        clients = list(self.exp.clients)
+        clients[number] = clients[number].model_copy(update=changes)
+        return replace(self, exp=self.exp.model_copy(update={"clients": clients}))
+
+    def accumulating(self, steps: int) -> "PlanInput":
+        """Return a copy with another number of gradient accumulation steps."""
+        deepspeed = self.exp.deepspeed.model_copy(update={"gradient_accumulation_steps": steps})
+        return replace(self, exp=self.exp.model_copy(update={"deepspeed": deepspeed}))
+
+
+def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
+    """Return the setup of a client's ranks."""
+    exp, lengths = inputs.exp, inputs.row_lengths[number]
+    client, settings = exp.clients[number], exp.deepspeed
+    micro = settings.gradient_accumulation_steps
+    rows = max(1, settings.train_batch_size // (client.ranks * micro))
+    # all ranks with the same view share its evaluation rows
+    workers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
+    eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / workers))
+    setup = RankSetup(
+        shape=replace(inputs.shape, lora_rank=exp.lora_rank(client)),
+        k=exp.active_experts(client),
+        ranks=client.ranks,
+        expert_parallel=client.expert_parallel,
+        capacity=client.capacity_factor,
+        min_capacity=exp.model.min_capacity,
+        bf16=settings.use_bf16,
+        zero_stage=settings.zero_stage,
+        moments=_moments(settings),
+        reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
+        router=exp.router.trainable,
+        modulated=exp.dmr.enabled,
+        estimator=exp.pseudo_gradient.estimator,
+        tokens_per_expert=exp.pseudo_gradient.tokens_per_expert,
+        training=Batch(rows, lengths.length, math.ceil(rows * lengths.answers)),
+        micro_batches=micro,
+        evaluation=Batch(eval_rows, lengths.eval_length, math.ceil(eval_rows * lengths.eval_answers)),
+        clients=len(exp.clients),
+        world=exp.world_size,
+        receivers=0.0,
+        reply_rank=sum(exp.lora_ranks) if exp.merge.row.stacking else exp.lora_rank(client),
+        reducible=_is_reducible(exp),
+        text_bytes=lengths.text_bytes,
+        on_cpu=inputs.on_cpu,
+    )
+    reply = with_lora_rank(setup, setup.reply_rank)
+    return replace(setup, receivers=sum(copies(reply, other) for other in exp.clients))
+
+
+def _moments(settings: DeepSpeedConfig) -> int:
+    """Return how many values the optimiser keeps for each weight."""
+    if str(settings.optimizer["type"]).lower() == "sgd":
+        return int(bool(settings.optimizer.get("params", {}).get("momentum")))
+    return 2
+
+
+def _is_reducible(exp: Experiment) -> bool:
+    """Return whether updates are summed on the way to the owners, see `Exchange.is_reducible`."""
+    alike = all(client.ranks == 1 for client in exp.clients) and len(set(exp.lora_ranks)) == 1
+    return alike and exp.merge.is_linear and exp.merge.payload == "fp32"

@@ -1,0 +1,145 @@
+"""The numbers that memory, FLOPs and messages of one rank depend on, and sizes that follow from them directly.
+
+Shapes: T tokens, N rows of experts (routes, or slots under expert parallelism).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.models.cost import ModelShape
+
+FP32 = 4  # bytes
+FULLEST_EXPERT = 1.75  # its rows over the mean where nothing is dropped: assumed, from the built-in model's routing
+
+
+class Batch(NamedTuple):
+    """What a rank computes at a time: padded rows, and the positions whose logits are asked for."""
+
+    rows: int
+    length: int
+    answers: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens, padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """Model, client, batches and job as one rank has them.
+
+    shape: with the client's own LoRA rank; k: active experts.
+    capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
+    moments: values that the optimiser keeps for a weight; reduce_bucket: elements, of ZeRO.
+    router, modulated: whether the router and phi are trained.
+    estimator, tokens_per_expert: of pseudo-gradients.
+    training: a micro-batch; micro_batches: of a step; evaluation: a batch of packed rows.
+    clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
+    whose LoRA rank is then reply_rank: FLoRA's stack of all.
+    reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
+    """
+
+    shape: ModelShape
+    k: int
+    ranks: int
+    expert_parallel: int
+    capacity: float | None
+    min_capacity: int
+    bf16: bool
+    zero_stage: int
+    moments: int
+    reduce_bucket: float
+    router: bool
+    modulated: bool
+    estimator: str
+    tokens_per_expert: int | None
+    training: Batch
+    micro_batches: int
+    evaluation: Batch
+    clients: int
+    world: int
+    receivers: float
+    reply_rank: int
+    reducible: bool
+    text_bytes: float
+    on_cpu: bool
+
+    @property
+    def width(self) -> int:
+        """Return the bytes of a weight and of an activation."""
+        return 2 if self.bf16 else FP32
+
+    @property
+    def sparse_layers(self) -> int:
+        """Return the number of layers with experts."""
+        return self.shape.layers - self.shape.dense_layers
+
+    @property
+    def local_experts(self) -> int:
+        """Return the number of experts of each layer on this rank."""
+        return self.shape.num_experts // self.expert_parallel
+
+
+class TrainedElements(NamedTuple):
+    """Trainable elements of one rank."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.dense + self.experts
+
+
+def trained_elements(setup: RankSetup) -> TrainedElements:
+    """Count router, phi and attention LoRA, which every rank has, and the LoRA of the experts that this rank holds."""
+    s = setup.shape
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    dense = setup.sparse_layers * (s.num_experts * s.hidden * setup.router + s.num_experts * setup.modulated)
+    if s.lora_attention:
+        dense += s.layers * s.lora_rank * (2 * (s.hidden + q) + 2 * (s.hidden + kv))
+    experts = setup.sparse_layers * setup.local_experts * 3 * s.lora_rank * (s.hidden + s.expert_width)
+    return TrainedElements(dense, experts)
+
+
+def model_elements(setup: RankSetup) -> float:
+    """Return the trainable elements of the whole model at this client's LoRA rank."""
+    dense, experts = trained_elements(setup)
+    return dense + experts * setup.expert_parallel
+
+
+def copies(setup: RankSetup, client: ClientConfig) -> float:
+    """Return how many ranks of a client hold an average trainable element of the model."""
+    dense, experts = trained_elements(replace(setup, expert_parallel=1, ranks=1))
+    return (dense * client.ranks + experts * client.ranks / client.expert_parallel) / (dense + experts)
+
+
+def with_lora_rank(setup: RankSetup, rank: int) -> RankSetup:
+    """Return a copy with another LoRA rank."""
+    return replace(setup, shape=replace(setup.shape, lora_rank=rank))
+
+
+def expert_rows(setup: RankSetup, tokens: int, k: int, dropping: bool) -> int:
+    """Return the rows that the experts of one rank compute for a batch of so many tokens on each rank.
+
+    Args:
+        setup: of the rank.
+        tokens: on each rank.
+        k: active experts.
+        dropping: whether the capacity factor applies.
+    """
+    experts, routes = setup.shape.num_experts, tokens * k
+    slots = routes
+    if dropping and setup.capacity is not None:
+        slots = max(math.ceil(tokens / experts * setup.capacity * k), setup.min_capacity)
+        if setup.expert_parallel == 1:
+            return min(routes, slots * experts)
+    elif setup.expert_parallel == 1:
+        return routes
+    else:
+        slots = min(tokens, math.ceil(FULLEST_EXPERT * routes / experts))
+    return slots * experts  # on each of P ranks E / P experts with slots for P ranks
