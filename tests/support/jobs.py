@@ -19,6 +19,7 @@ from ubsmoe_ds.launching.fast_start import SERVER, SHIM
 MARK = "UBSMOE_DS_TEST_JOB"
 TRAIN = "launch/train.py"
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
+OWN_SERVER = {SERVER: ""}  # in a job's environment: it starts a fork server of its own, as a user's does
 TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 
 
@@ -96,10 +97,10 @@ class Job:
 
     def pids(self) -> Iterator[int]:
         """All its processes, zombies left out, and orphans of the fork server among them."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in _read(entry / "environ"):
-                if _state(int(entry.name)) != "Z":
-                    yield int(entry.name)
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(path.parent.name)
+            if f"{MARK}={self.mark}".encode() in _read(path) and _state(pid) != "Z":
+                yield pid
         # what a server has forked has the server's mark, if any: a rank is known by the shim that stands for it
         yield from _without_shim()
 
