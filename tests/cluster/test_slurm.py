@@ -118,7 +118,7 @@ def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, t
     python = script(tmp_path / "python", SLOW_PYTHON.format(python=sys.executable))
     arguments = ["--time=10", "--signal=USR1@90", *ON_TWO_NODES, "slurm/train.sbatch", *TWO_RANKS]
     changes = [f"output={tmp_path}", "overwrite=false"]
-    job = BatchJob(slurm | {"PYTHON": python}, tmp_path, *arguments, *changes, FAULT="slow@0")
+    job = BatchJob(slurm | {"PYTHON": python}, tmp_path, *arguments, *changes, UBSMOE_DS_FAULT="slow@0")
     job.wait_for("before ")
     urgent = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=echo first"]
     command(slurm, "sbatch", *urgent)

@@ -32,7 +32,9 @@ def survive(folder: Path, fault: str | None, *changes: str, code: int = 0) -> st
     script = "tests/support/failing_train.py" if fault else "launch/train.py"
     environment = {"PATH": os.pathsep.join([str(PYTHON.parent), os.environ["PATH"]])}
     command = [str(PYTHON), script, *SHRINK, f"output={folder}", *changes]
-    job = Job(command, folder.parent / f"{folder.name}.log", **environment, **({"FAULT": fault} if fault else {}))
+    job = Job(
+        command, folder.parent / f"{folder.name}.log", **environment, **({"UBSMOE_DS_FAULT": fault} if fault else {})
+    )
     assert job.end(300) == code, job.output
     assert "Traceback" not in job.output
     return job.output

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.support.jobs import TRAIN, TWO_CLIENTS, Job, records, train
+from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, train
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
 
@@ -39,7 +39,7 @@ def same_as(whole, folder) -> None:
 @pytest.mark.parametrize("how", ["SIGTERM to the command", "SIGUSR1 to one rank", "SIGKILL to the command"])
 def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "overwrite=false"]
-    job = Job(command, tmp_path / "log", FAULT="slow@1")
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1", **OWN_SERVER)
     job.wait_for("round   1/3")
     time.sleep(0.3)
     if how == "SIGUSR1 to one rank":
@@ -63,7 +63,7 @@ def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     """A rank hangs, so the job never reaches a step boundary."""
     grace = [] if how == "a second signal" else ["checkpoint.grace_s=1"]
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", *grace]
-    job = Job(command, tmp_path / "log", FAULT="hang@0:6")
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="hang@0:6")
     job.wait_for("hanging")
     start = time.monotonic()
     job.process.terminate()
@@ -177,7 +177,9 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
 def test_a_late_client_merges_what_it_has(tmp_path):
     """Client a takes two seconds a step, so it has done some of four steps by the deadline (weight: test_server.py)."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
-    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
+    job = Job(
+        [sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", UBSMOE_DS_FAULT="slow@0"
+    )
     assert job.end() == 0, job.output
     metrics, seconds = (records(tmp_path / "tiny")[-1][part] for part in ("metrics", "seconds"))
     assert 0 < metrics["steps/a"] < 4 and metrics["steps/b"] == 4
@@ -203,7 +205,11 @@ def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
     """DeepSpeed itself skips some such steps, differently in each of its optimisers."""
     limit, changes, out = BAD_STEPS[name]
     changes = [*changes, f"output={tmp_path}", f"train.max_bad_steps={limit}", "train.rounds=2"]
-    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="nan@2:2")
+    job = Job(
+        [sys.executable, "tests/support/failing_train.py", *SHORT, *changes],
+        tmp_path / "log",
+        UBSMOE_DS_FAULT="nan@2:2",
+    )
     assert job.end() == 0, job.output
     warning = "warning: round 1: client 'b' skipped 1 steps with NaN or Inf"
     assert f"{warning}{'; it sits the round out' if out else ''}\n" in job.output

@@ -3,13 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.ranks import REPO, clean_environment
+from tests.support.jobs import train
+from tests.support.ranks import REPO, clean_environment, warm_python
 from tests.unit.models.test_upcycle import llama
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
@@ -28,7 +28,7 @@ def dense(tmp_path_factory):
 
 
 def prepare(*arguments):
-    command = [sys.executable, "launch/prepare.py", *map(str, arguments)]
+    command = [*warm_python(), "launch/prepare.py", *map(str, arguments)]
     environment = clean_environment()
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -66,12 +66,12 @@ def test_split_model_trains(dense, tmp_path):
     assert sum(line.startswith("recovery step") for line in lines) == 3
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 4, 8)
-    command = [sys.executable, "launch/train.py", f"model.path={tmp_path / 'out'}", "train.rounds=1"]
-    command += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 1.0}]", "data.rows=200", "data.eval_rows=20"]
-    command += ["train.local_steps=2", f"output={tmp_path}"]
-    trained = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=300)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "K 1 4 of 4 experts" in trained.stdout and (tmp_path / "tiny" / "adapter").is_dir()
+    overrides = [f"model.path={tmp_path / 'out'}", "train.rounds=1"]
+    overrides += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 1.0}]", "data.rows=200", "data.eval_rows=20"]
+    overrides += ["train.local_steps=2", f"output={tmp_path}"]
+    code, output = train(*overrides)
+    assert code == 0, output
+    assert "K 1 4 of 4 experts" in output and (tmp_path / "tiny" / "adapter").is_dir()
 
 
 SPLIT = ["split", "--model", "{dense}", "--data", "synthetic", "--experts", "4", "--shared", "8", "--ks", "1"]

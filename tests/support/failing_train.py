@@ -1,7 +1,8 @@
 """`launch/train.py` with a fault planted; the tests start it as they start the real one.
 
-FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...  in a job rank's STEP-th (default: second) local
-step; several with + between
+UBSMOE_DS_FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...
+
+in a job rank's STEP-th (default: second) local step; several with + between
 
 raise, user    an error; a user's mistake
 hang           it never comes back
@@ -105,6 +106,6 @@ if __name__ == "__main__":
     if launchers.inside_mpi(os.environ):
         start_mpi(os.environ)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        for fault in os.environ["FAULT"].split("+"):
+        for fault in os.environ["UBSMOE_DS_FAULT"].split("+"):
             plant(fault)
     sys.exit(train.main())

@@ -1,14 +1,13 @@
 """Check the fidelity report: figures by hand, its result on experts trained from scratch, and its command."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from tests.support.ranks import REPO, clean_environment, run_ranks
+from tests.support.ranks import REPO, clean_environment, run_ranks, warm_python
 from ubsmoe_ds.studies.fidelity import Measured, bias, summary
 
 TINY = REPO / "ds_configs" / "compare_tiny.yaml"
@@ -71,7 +70,7 @@ def test_the_bias_of_top_k_grows_as_k_falls(scratch):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(REPO / "launch" / "fidelity.py"), "--config", str(TINY), *arguments]
+    line = [*warm_python(), str(REPO / "launch" / "fidelity.py"), "--config", str(TINY), *arguments]
     return subprocess.run(line, env=clean_environment(), capture_output=True, text=True, timeout=300, cwd=REPO)
 
 
