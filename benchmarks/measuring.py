@@ -78,7 +78,7 @@ def start_alone(exp: Any) -> None:
     from ubsmoe_ds.mpi.join import join
 
     join(exp, "benchmark", [])
-    devices = run.choose_accelerator(exp)
+    devices = run.choose_accelerator(exp.accelerator)
     from ubsmoe_ds.client.engine import start_deepspeed
 
     start_deepspeed(bool(devices), verbose=False)

@@ -117,7 +117,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     from ubsmoe_ds.mpi.join import join
 
     place = join(exp, sys.argv[0], sys.argv[1:])
-    devices = run.choose_accelerator(exp)
+    devices = run.choose_accelerator(exp.accelerator)
     import datasets
     from transformers.utils import logging as transformers_logging
 

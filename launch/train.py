@@ -100,8 +100,8 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         hosts=hosts,
         survive=exp.fault_tolerance == "shrink",
         restarts=options.restarts,
-        saved=partial(checkpoints, exp),
-        finished=partial(summary, exp),
+        saved=partial(checkpoints, exp.run_dir),
+        finished=partial(summary, exp.run_dir),
     )
 
 
@@ -123,7 +123,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         if survives:
             ulfm.check_survivable(os.environ)
         joined = join(exp, sys.argv[0], arguments)
-        who, speaks = run.describe(exp, joined.rank), joined.rank == 0
+        who, speaks = run.describe(exp.clients, joined.rank), joined.rank == 0
         speaks_for_client = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Run one rank of a job from start to end: device, data and model, rounds, and how the job ended."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
 from ubsmoe_ds.mpi.collectives import RanksLost
@@ -38,8 +40,8 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     """
     keep_freed_memory()
     stop = StopRequests(place.comm, exp.checkpoint.grace_s)
-    sign_in(os.environ, describe(exp, place.rank))
-    heartbeat = watchdog.watch(exp, place)
+    sign_in(os.environ, describe(exp.clients, place.rank))
+    heartbeat = watchdog.watch(exp.clients, place, exp.host_timeout_s)
     try:
         ending = _run(exp, place, stop, verbose, resume)
     except UserError:
@@ -54,7 +56,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     """Build the federation, run its rounds, and close the group's torch world."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(world.cores)  # more threads than cores would slow each other down
-    devices = choose_accelerator(exp)
+    devices = choose_accelerator(exp.accelerator)
     check_devices(exp, world, devices)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
@@ -87,26 +89,26 @@ def _close_group(world: World) -> None:
     torch.distributed.destroy_process_group()
 
 
-def describe(exp: Experiment, rank: int) -> str:
+def describe(clients: Sequence[ClientConfig], rank: int) -> str:
     """Return a rank's name for messages: its client, its rank in the group and in the job."""
     first = 0
-    for client in exp.clients:
+    for client in clients:
         if rank < first + client.ranks:
             return f"client {client.name!r}, rank {rank - first} of {client.ranks} (job rank {rank})"
         first += client.ranks
     return f"job rank {rank}"
 
 
-def choose_accelerator(exp: Experiment) -> list[str]:
+def choose_accelerator(accelerator: str) -> list[str]:
     """Tell DeepSpeed to use cpu or cuda, so that it does not guess and print; return the UUIDs of the CUDA devices.
 
     Raises:
         UserError: if `accelerator` is cuda and there is no CUDA device.
     """
     has_cuda = torch.cuda.is_available()
-    if exp.accelerator == "cuda" and not has_cuda:
+    if accelerator == "cuda" and not has_cuda:
         raise UserError("accelerator: cuda, but torch sees no CUDA device; use auto or cpu")
-    use_cuda = has_cuda and exp.accelerator != "cpu"
+    use_cuda = has_cuda and accelerator != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"
     count = torch.cuda.device_count() if use_cuda else 0
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]

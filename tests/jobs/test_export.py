@@ -127,7 +127,7 @@ def test_overwriting_removes_the_adapters_of_the_run_before(tmp_path):
         for name in ("adapter_model.safetensors", SIDECAR, "adapter_config.json"):
             (exp.run_dir / folder / name).write_text("old")
     (exp.run_dir / "adapter" / "notes.txt").write_text("mine")
-    create_run_folder(exp)
+    create_run_folder(exp.run_dir)
     assert [str(path.relative_to(exp.run_dir)) for path in sorted(exp.run_dir.rglob("*"))] == [
         "adapter",
         "adapter/notes.txt",

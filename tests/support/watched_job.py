@@ -24,7 +24,7 @@ def main() -> None:
     clients = ", ".join(f"{{name: c{number}, budget: 1.0}}" for number in range(count))
     exp = load_experiment(CONFIG, [f"clients=[{clients}]", f"host_timeout_s={HOST_TIMEOUT_S}"])
     joined = join(exp, sys.argv[0], sys.argv[1:])
-    heartbeat = watchdog.watch(exp, joined)
+    heartbeat = watchdog.watch(exp.clients, joined, exp.host_timeout_s)
     joined.barrier()
     time.sleep(1)  # all hosts have been heard from
     print(f"waiting {joined.rank}", flush=True)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def owners(units: Sequence[Unit], lora_rank: int, ranks: int) -> np.ndarray:
     return np.minimum((middle / sizes.sum() * ranks).astype(np.int64), ranks - 1)
 
 
-def client_layouts(exp: Experiment) -> list[ClientLayout]:
+def client_layouts(clients: Sequence[ClientConfig]) -> list[ClientLayout]:
     """Give each client consecutive ranks, in the order of the config."""
     layouts, first = [], 0
-    for client in exp.clients:
+    for client in clients:
         layouts.append(ClientLayout(first, client.ranks, client.expert_parallel))
         first += client.ranks
     return layouts

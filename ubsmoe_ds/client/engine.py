@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.gradients import GradientHook
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
+from ubsmoe_ds.config.sections import ClientConfig, DeepSpeedConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
@@ -87,11 +87,11 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
     )
 
 
-def engine_config(exp: Experiment) -> dict[str, Any]:
+def engine_config(settings: DeepSpeedConfig) -> dict[str, Any]:
     """Return the DeepSpeed section as DeepSpeed gets it: no progress lines, no clipping where it would be wrong."""
-    config = exp.deepspeed.model_dump(exclude_none=True)
+    config = settings.model_dump(exclude_none=True)
     config.setdefault("steps_per_print", 2**31)
-    if exp.deepspeed.zero_stage == 0:
+    if settings.zero_stage == 0:
         config["gradient_clipping"] = 0.0  # see GradientHook
     optimizer = config["optimizer"]
     if str(optimizer.get("type", "")).lower() in ADAMS:
@@ -126,7 +126,7 @@ class Client:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with _deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
-                model=self.model, model_parameters=trained, config=engine_config(exp)
+                model=self.model, model_parameters=trained, config=engine_config(exp.deepspeed)
             )
         self.collector, self.moments = None, None
         pg, layers = exp.pseudo_gradient, self.model.layers

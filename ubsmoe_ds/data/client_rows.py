@@ -34,7 +34,7 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     Raises:
         UserError: for a bad row, or a client without any.
     """
-    if not has_sites(exp):
+    if not has_sites(exp.clients):
         rows = common_rows(exp)
         counts = [len(share) for share in rows.shares]
         return ClientRows(rows.of_client(world.client), counts, rows.evaluation, rows.digest)

@@ -39,7 +39,7 @@ def data_digest(exp: Experiment) -> str | None:
     Raises:
         UserError: as `load_rows`.
     """
-    return None if has_sites(exp) else common_rows(exp).digest
+    return None if has_sites(exp.clients) else common_rows(exp).digest
 
 
 def machine(proc: Path = Path("/proc")) -> str:

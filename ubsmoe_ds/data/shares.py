@@ -4,9 +4,11 @@ Imports neither torch nor MPI, so that bad rows are reported before a process is
 about their rows is in `client_rows.py`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import Row, digest, load_rows, load_site
 
@@ -32,9 +34,9 @@ class CommonRows(NamedTuple):
         return digest([*self.training, *self.evaluation])
 
 
-def has_sites(exp: Experiment) -> bool:
+def has_sites(clients: Sequence[ClientConfig]) -> bool:
     """Return whether clients have sources of their own; then all have, and a source may exist only at its site."""
-    return exp.clients[0].source is not None
+    return clients[0].source is not None
 
 
 def common_rows(exp: Experiment) -> CommonRows:
@@ -66,7 +68,7 @@ def rows_by_client(exp: Experiment) -> tuple[list[list[Row]], list[Row]]:
         UserError: for a bad row, or a client that would get none.
     """
     numbers = range(len(exp.clients))
-    if has_sites(exp):
+    if has_sites(exp.clients):
         sites = [site_rows(exp, number) for number in numbers]
         return [training for training, _ in sites], sites[0][1]
     rows = common_rows(exp)
@@ -75,5 +77,5 @@ def rows_by_client(exp: Experiment) -> tuple[list[list[Row]], list[Row]]:
 
 def check_rows(exp: Experiment) -> None:
     """Raise if common rows on this machine are bad or leave a client without any. Rows of sites and of the hub pass."""
-    if not has_sites(exp) and not exp.data.source.startswith("hub:"):
+    if not has_sites(exp.clients) and not exp.data.source.startswith("hub:"):
         common_rows(exp)

@@ -35,7 +35,7 @@ def plan_exchanges(
     def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
         layouts = [
             replace(layout, lora_rank=rank, reply_rank=reply)
-            for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
+            for layout, rank, reply in zip(client_layouts(exp.clients), ranks, reply_ranks, strict=True)
         ]
         payload, same = exp.merge.payload, exp.merge.row.elementwise
         exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_reply=same)

@@ -42,7 +42,7 @@ class Monitor:
     def __init__(self, exp: Experiment, resume_at: int | None = None, config: Mapping[str, Any] | None = None) -> None:
         self.exp, self.folder = exp, exp.run_dir
         if resume_at is None:
-            create_run_folder(exp)
+            create_run_folder(exp.run_dir)
         text = json.dumps(config or exp.model_dump(mode="json"), indent=2) + "\n"
         replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
         self.console = Console()

@@ -77,44 +77,44 @@ def _method_and_model(path: Path) -> tuple[str, str, str] | None:
         return None
 
 
-def create_run_folder(exp: Experiment) -> None:
+def create_run_folder(run_dir: Path) -> None:
     """Make the run's folder and remove the files of an earlier run, which `check_run_folder` has allowed; no others.
 
     Raises:
         UserError: if it cannot be written.
     """
     try:
-        exp.run_dir.mkdir(parents=True, exist_ok=True)
-        forget_checkpoints(exp)  # first: a checkpoint without its records must not be resumed
-        for old in _matching(exp.run_dir, (*FILES, *ADAPTERS)):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        forget_checkpoints(run_dir)  # first: a checkpoint without its records must not be resumed
+        for old in _matching(run_dir, (*FILES, *ADAPTERS)):
             old.unlink()
-        for folder in sorted(exp.run_dir.glob("adapter*/**/"), reverse=True):  # inner folders first
+        for folder in sorted(run_dir.glob("adapter*/**/"), reverse=True):  # inner folders first
             if not any(folder.iterdir()):
                 folder.rmdir()
-        probe = exp.run_dir / ".writable"
+        probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"output: {exp.run_dir} cannot be written ({error.strerror}); choose another with output=..."
+            f"output: {run_dir} cannot be written ({error.strerror}); choose another with output=..."
         ) from error
 
 
-def checkpoints(exp: Experiment) -> set[tuple]:
+def checkpoints(run_dir: Path) -> set[tuple]:
     """Identify the checkpoints in the run's folder; later ones of the same name differ."""
-    return {(path.name, path.stat().st_ino) for path in _matching(exp.run_dir, CHECKPOINTS[:1])}
+    return {(path.name, path.stat().st_ino) for path in _matching(run_dir, CHECKPOINTS[:1])}
 
 
-def summary(exp: Experiment) -> set[tuple]:
+def summary(run_dir: Path) -> set[tuple]:
     """Identify the summary in the run's folder, which a run writes last; a later one differs."""
-    return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in _matching(exp.run_dir, ["summary.json"])}
+    return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in _matching(run_dir, ["summary.json"])}
 
 
-def forget_checkpoints(exp: Experiment) -> None:
+def forget_checkpoints(run_dir: Path) -> None:
     """Remove the checkpoints of a run; one that is half removed no longer counts as a checkpoint."""
-    for old in _matching(exp.run_dir, CHECKPOINTS[:1]):
+    for old in _matching(run_dir, CHECKPOINTS[:1]):
         old.rename(old.with_name(f".tmp-{old.name}"))
-    for old in _matching(exp.run_dir, CHECKPOINTS):
+    for old in _matching(run_dir, CHECKPOINTS):
         shutil.rmtree(old)
 
 

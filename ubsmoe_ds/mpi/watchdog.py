@@ -9,14 +9,14 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.exits import end_host, end_with_daemon
 from ubsmoe_ds.mpi.heartbeat import Heartbeat, Host, open_socket
@@ -24,12 +24,13 @@ from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.mpi.world import World
 
 
-def watch(exp: Experiment, world: World) -> Heartbeat | None:
+def watch(clients: Sequence[ClientConfig], world: World, timeout_s: float) -> Heartbeat | None:
     """Start to watch the other hosts (a collective).
 
     Args:
-        exp: the experiment.
+        clients: of the job.
         world: this rank's.
+        timeout_s: seconds of silence after which a host counts as lost.
 
     Returns:
         The heartbeat on the first rank of each host, to be closed by the caller; None on all other ranks, in a job on
@@ -48,7 +49,7 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     if own_socket is None:
         return None
     hosts = [
-        Host(_describe(exp, world, host), tuple(facts_of[first]["addresses"]), facts_of[first]["port"])
+        Host(_describe(clients, world, host), tuple(facts_of[first]["addresses"]), facts_of[first]["port"])
         for host, first in first_of.items()
     ]
     others = _handles(
@@ -59,7 +60,7 @@ def watch(exp: Experiment, world: World) -> Heartbeat | None:
     )
     token = bytes.fromhex(facts_of[0]["token"])
     me = list(first_of).index(here)
-    return Heartbeat(own_socket, me, hosts, token, exp.host_timeout_s, _say, partial(end_host, others))
+    return Heartbeat(own_socket, me, hosts, token, timeout_s, _say, partial(end_host, others))
 
 
 def _handles(pids: Iterable[int]) -> list[int]:
@@ -80,12 +81,12 @@ def _addresses() -> list[str]:
     return [address for _, _, address in entries][:MOST_ADDRESSES]
 
 
-def _describe(exp: Experiment, world: World, host: str) -> str:
+def _describe(clients: Sequence[ClientConfig], world: World, host: str) -> str:
     """Return a host as messages name it: host n1 (client 'b', job ranks 2 3)."""
     ranks = [rank for rank, other in enumerate(world.hosts) if other == host]
-    names = [repr(exp.clients[client].name) for client in sorted({world.group_of[rank] for rank in ranks})]
-    clients, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
-    return f"host {host} ({clients} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
+    names = [repr(clients[client].name) for client in sorted({world.group_of[rank] for rank in ranks})]
+    noun, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
+    return f"host {host} ({noun} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
 
 
 def _say(line: str) -> None:

@@ -25,7 +25,7 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     client_rows, eval_rows = rows_by_client(exp)
     # a rank reads the rows of its site, or all common rows
     text_bytes = [_bytes(rows) for rows in client_rows]
-    read_bytes = text_bytes if has_sites(exp) else [sum(text_bytes)] * len(text_bytes)
+    read_bytes = text_bytes if has_sites(exp.clients) else [sum(text_bytes)] * len(text_bytes)
     evaluation = _evaluation_lengths(encoder.pack(eval_rows), exp.evaluation.batch_size)
     lengths = []
     for number, rows in enumerate(client_rows):

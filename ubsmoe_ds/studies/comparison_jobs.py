@@ -133,7 +133,7 @@ def run_jobs(jobs: Sequence[Job], runner: Runner, report: Callable[[str, int], i
             if code != 0 or not is_finished(job.run.exp):
                 ending = f"exit code {code}" if code else "exit code 0 but without a summary.json"
                 return report(f"job {job.run.exp.name} ended with {ending}; see {job.log}", code or EXIT_FAILURE)
-            forget_checkpoints(job.run.exp)  # a comparison has many large runs, and none is continued
+            forget_checkpoints(job.run.exp.run_dir)  # a comparison has many large runs, and none is continued
             seconds = time.perf_counter() - start
             spent, ran, took = spent + seconds, ran + 1, f"{seconds:.1f} s"
         left = timedelta(seconds=round(spent / max(ran, 1) * (len(missing) - ran)))

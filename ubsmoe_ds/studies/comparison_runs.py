@@ -42,7 +42,7 @@ def is_finished(exp: Experiment) -> bool:
         UserError: if the folder holds a run of another config, finished or with checkpoints to resume from.
     """
     finished = isinstance(_read_object(exp.run_dir / "summary.json").get("clients"), list)
-    if finished or checkpoints(exp):
+    if finished or checkpoints(exp.run_dir):
         recorded = _read_object(exp.run_dir / "config.json")
         for key, old, new in differences(recorded, exp.model_dump(mode="json"), WITHOUT_EFFECT):
             raise UserError(
