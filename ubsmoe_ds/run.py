@@ -1,4 +1,4 @@
-"""Putting a run together on one rank: world, data, model, exchange, and then the rounds."""
+"""Run the experiment on one rank: set up the environment, build the federation, carry out the rounds."""
 
 import os
 from typing import NamedTuple
@@ -17,41 +17,41 @@ from ubsmoe_ds.mpi.world import World
 
 
 class Ending(NamedTuple):
-    """How a job ended, the same on all ranks that are left: exit code, what to say, and the world they share."""
+    """The end of a job; the same on all remaining ranks."""
 
-    code: int
-    message: str
-    world: World
+    code: int  # exit code
+    message: str  # line for the user, or ""
+    world: World  # of the remaining ranks
 
 
-def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> Ending:
+def run(exp: Experiment, world: World, *, verbose: bool, resume: str | None) -> Ending:
     """Carry out the experiment; every rank of the job calls it.
 
     Args:
         exp: the experiment.
-        place: this rank's.
+        world: this rank's.
         verbose: let DeepSpeed print.
         resume: the checkpoint to go on from: "auto", the newest if there is one; or its folder. None: start anew.
 
     Raises:
-        UserError: before anything is written, and where a checkpoint cannot be.
+        UserError: for a mistake, before anything is written; and if a checkpoint cannot be written.
     """
     keep_freed_memory()
-    stop = StopRequests(place.comm, exp.checkpoint.grace_s)
-    sign_in(os.environ, describe(exp, place.rank))
-    heartbeat = watchdog.watch(exp, place)
+    stop = StopRequests(world.comm, exp.checkpoint.grace_s)
+    sign_in(os.environ, describe(exp, world.rank))
+    heartbeat = watchdog.watch(exp, world)
     try:
-        ending = _run(exp, place, stop, verbose, resume)
+        ending = _run(exp, world, stop, verbose, resume)
     except UserError:
         stop.close()
         raise
-    if heartbeat is not None:  # after an error it goes on: the way out may be cut too
+    if heartbeat is not None:  # after an error it goes on: a host may be lost while the job ends
         heartbeat.close()
     return ending
 
 
 def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resume: str | None) -> Ending:
-    """With a place in the job."""
+    """Build the federation and run it, with requests to stop and the heartbeat already in place."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(world.cores)  # more threads than cores would only get in each other's way
     devices = choose_accelerator(exp)
@@ -72,7 +72,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:
         if world.survives and ulfm.is_group_broken(world):
-            exits.leave_job()  # the error is only that another rank of this client is gone
+            exits.leave_job()  # the error only shows that another rank of this group is gone
         raise
     _close_group(federation.world)
     return Ending(code, message, federation.world)
@@ -83,12 +83,12 @@ def _close_group(world: World) -> None:
     try:
         world.barrier()
     except RanksLost:
-        return  # somebody died after the work was done
+        return  # a rank died after the work was done
     torch.distributed.destroy_process_group()
 
 
 def describe(exp: Experiment, rank: int) -> str:
-    """A rank of the job as messages name it."""
+    """Return a rank of the job as messages name it."""
     first = 0
     for client in exp.clients:
         if rank < first + client.ranks:
@@ -98,15 +98,18 @@ def describe(exp: Experiment, rank: int) -> str:
 
 
 def choose_accelerator(exp: Experiment) -> list[str]:
-    """Tell DeepSpeed cpu or cuda, so that it neither guesses nor prints its guess; returns the devices that it sees.
+    """Tell DeepSpeed cpu or cuda, so that it neither guesses nor prints its guess.
+
+    Returns:
+        Unique identifiers of the CUDA devices that this rank sees and uses.
 
     Raises:
         UserError: if CUDA is asked for and absent.
     """
-    found = torch.cuda.is_available()
-    if exp.accelerator == "cuda" and not found:
+    available = torch.cuda.is_available()
+    if exp.accelerator == "cuda" and not available:
         raise UserError("accelerator: 'cuda' was asked for, but torch sees no CUDA device; use auto or cpu")
-    use_cuda = found and exp.accelerator != "cpu"
+    use_cuda = available and exp.accelerator != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"
     count = torch.cuda.device_count() if use_cuda else 0
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]

@@ -183,11 +183,13 @@ def open_mpi_daemon() -> int | None:
 
 
 def _kill(handles: Iterable[int]) -> None:
+    """Kill the processes of these pidfds, as far as possible."""
     for handle in handles:
         with contextlib.suppress(OSError):  # it has ended, or this is forbidden; this thread has more to do
             signal.pidfd_send_signal(handle, signal.SIGKILL)
 
 
 def _flush() -> None:
+    """Write out what was printed, which `os._exit` would drop."""
     sys.stdout.flush()
     sys.stderr.flush()

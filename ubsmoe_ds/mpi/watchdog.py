@@ -89,4 +89,5 @@ def _describe(exp: Experiment, world: World, host: str) -> str:
 
 
 def _say(line: str) -> None:
+    """Print a line for the user."""
     print(line, file=sys.stderr, flush=True)
