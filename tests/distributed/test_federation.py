@@ -1,4 +1,4 @@
-"""Model-level merge by every rule of clients that hold the same experts on different numbers of ranks."""
+"""Test the merge of whole models under every rule, for clients that spread the same experts over 1, 2 and 4 ranks."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ FACTORS = {
     for rule in ("zero_pad", "hetlora", "flexlora", "florist", "flora")
 } | {"flora_bf16": {"ranks": [1, 2, 3], "deepspeed": {"bf16": True}, "sections": {"merge": {"rule": "flora"}}}}
 WEIGHTS = np.array([1, 2, 5]) / 8
-PLACES = [
+PLACES = [  # of each rank: client, place in the client's group, size of the group
     (0, 0, 1),
     (1, 0, 2),
     (1, 1, 2),
@@ -37,7 +37,7 @@ PLACES = [
     (2, 1, 4),
     (2, 2, 4),
     (2, 3, 4),
-]  # client, place, its group's size
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,14 @@ def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def start(model_path: str) -> dict[str, np.ndarray]:
-    """Every parameter before anything was learned, of a client of full rank."""
+    """Return every parameter of a client of full LoRA rank before training."""
     model = reference.whole_model(tiny.experiment(model_path, [{"budget": 0.5}]))
     parameters = {name: p.detach() for name, p in model.named_parameters()} | reference.base_weights(model)
     return {name: value.numpy() for name, value in parameters.items()}
 
 
 def expected_elements(name: str, key: str, shape: tuple[int, ...], at_start: np.ndarray) -> np.ndarray:
-    """What an elementwise rule makes of a parameter of all experts."""
+    """Return what an elementwise rule merges a parameter to, all experts stacked."""
     of_client = values(key, shape)
     weight = WEIGHTS.reshape(-1, *[1] * len(shape))
     layer = int(key.split("layers.")[1].split(".")[0])
@@ -75,7 +75,7 @@ def expected_elements(name: str, key: str, shape: tuple[int, ...], at_start: np.
         nobody = weight.sum(0) == 0
         return np.where(nobody, at_start, (weight * of_client).sum(0) / np.where(nobody, 1, weight.sum(0)))
     mean = np.average(of_client, axis=0, weights=WEIGHTS)
-    if name == "broken" and "layers.0" in key and ".experts.up" in key:  # client 1's first expert on each of its ranks
+    if name == "broken" and "layers.0" in key and ".experts.up" in key:  # the first expert on each rank of client 1
         mean[[0, 4]] = np.average(of_client[[0, 2]][:, [0, 4]], axis=0, weights=[1, 5])
     if key.endswith("phi"):  # zeta 0.7, u* 0.4, eps 1e-6
         utilisation = np.average([tiny.usage(client)[layer] for client in range(3)], axis=0, weights=WEIGHTS)
@@ -102,16 +102,16 @@ def test_merge_of_one_two_and_four_ranks_equals_numpy(name, merged, model_path):
     assert checked >= 7 * 14
 
 
-def test_what_is_not_finite_is_named(merged):
-    """The owner of the unit knows; the other owners refuse nothing."""
-    named = [list(result["broken/refused"]) for result in merged]
-    assert sorted(sum(named, [])) == ["1 layers.0.experts.0.up", "1 layers.0.experts.4.up"]
+def test_non_finite_units_are_named(merged):
+    """The owner of a unit names it; the other owners refuse nothing."""
+    refused = [list(result["broken/refused"]) for result in merged]
+    assert sorted(sum(refused, [])) == ["1 layers.0.experts.0.up", "1 layers.0.experts.4.up"]
     assert all(not len(result["zero0/refused"]) for result in merged)
 
 
 def projections(rule: str, result: dict, rank: int) -> dict[str, tuple[np.ndarray, list]]:
-    """Module -> (what the client holds, s B A; the clients' factors A and s B)."""
-    found = {}
+    """Return module -> (s B A that the client holds, the clients' factors [(A, s B), ...])."""
+    modules = {}
     prefix = f"{rule}/value/"
     for key, A in result.items():
         if not (key.startswith(prefix) and key.endswith("lora_A") and ".experts." in key):
@@ -126,12 +126,12 @@ def projections(rule: str, result: dict, rank: int) -> dict[str, tuple[np.ndarra
                 for n, s in ((name, shape_A), (name.removesuffix("A") + "B", shape_B))
             ]
             factors.append((pair[0], pair[1] * 6.0 / r))
-        found[name] = 6.0 / rank * B.astype(np.float64) @ A, factors
-    return found
+        modules[name] = 6.0 / rank * B.astype(np.float64) @ A, factors
+    return modules
 
 
 def direct(rule: str, factors: list, rank: int) -> np.ndarray:
-    """What a rule makes of the clients' factors for a client of some rank, [8, m, n], by way of whole matrices."""
+    """Return Delta W that a rule gives a client of LoRA rank `rank`, [8, m, n], computed on whole m x n matrices."""
     deltas = np.stack([b @ a for a, b in factors])
     if rule in ("zero_pad", "hetlora"):
         weight_CE = WEIGHTS[:, None] * np.ones(8) if rule == "zero_pad" else np.linalg.norm(deltas, axis=(2, 3))
@@ -148,7 +148,7 @@ def direct(rule: str, factors: list, rank: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rule", ["zero_pad", "hetlora", "flexlora", "florist"])
 def test_factor_rules_equal_the_direct_computation(rule, merged):
-    """Clients of rank 1, 2, 3 on 1, 2, 4 ranks: what each holds afterwards, against numpy with m x n matrices."""
+    """Clients of LoRA rank 1, 2, 3 on 1, 2, 4 ranks: what each holds afterwards, against numpy with m x n matrices."""
     checked = 0
     for result, (client, place, size) in zip(merged, PLACES, strict=True):
         rank = client + 1
@@ -162,7 +162,7 @@ def test_factor_rules_equal_the_direct_computation(rule, merged):
 
 @pytest.mark.parametrize("rule", ["flora", "flora_bf16"])
 def test_flora_merges_into_the_frozen_weights_of_every_rank(rule, merged, model_path):
-    """base + sum w s B A, the same bits on every rank that holds the expert; new adapters that change nothing."""
+    """W + sum w s B A, equal to the bit on every rank that holds the expert; the new adapters have B = 0."""
     at_start = start(model_path)
     seen: dict[tuple, np.ndarray] = {}
     for result, (client, place, size) in zip(merged, PLACES, strict=True):
@@ -200,7 +200,7 @@ def test_full_state_is_the_same_on_every_rank(name, merged):
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_optimizer_state_is_reset_or_kept(zero, model_path, tmp_path):
-    """Kept, the third round ends at step 9; reset, at step 3; both start alike and then part."""
+    """If kept, the third round ends at step 9, if reset at step 3; first rounds are equal, third rounds differ."""
     (result,) = run_ranks(
         tmp_path, 1, "tests.support.scenarios:optimizer_state", {"model_path": model_path, "zero": zero}
     )

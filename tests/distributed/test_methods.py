@@ -1,4 +1,4 @@
-"""Presets: what each sets, that every part can be overridden, and that each runs end to end on six ranks."""
+"""Test the presets: what each sets, that every key can be overridden, and that each runs end to end on six ranks."""
 
 import json
 
@@ -15,7 +15,7 @@ from ubsmoe_ds.config.methods import ABLATIONS, PRESETS, with_preset
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
 RANK_METHODS = ["hetlora", "hetlora_plain", "flexlora", "flora", "florist"]
-# method: (DMR, PG, gate rescaling, load-balancing coefficient, merge rule)
+# method: (DMR = Dynamic Modulated Routing, PG = pseudo-gradient, gate rescaling, load-balancing weight, merge rule)
 EXPECTED = {
     "ub_smoe": (True, "linearised", "none", 0.0, "fedavg"),
     "topk": (False, "none", "none", 0.0, "fedavg"),
@@ -35,8 +35,8 @@ def test_every_method_has_its_row():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_a_preset_sets(name):
-    """Budgets 0.25 to 1 of K_max 8 or LoRA rank 8: the other of the two is 8 on every client."""
+def test_values_that_a_preset_sets(name):
+    """A budget of 0.25 to 1 scales either K_max 8 or LoRA rank 8; the other is 8 on every client."""
     exp = load_experiment(TINY, [f"method={name}"])
     parts = (exp.dmr.enabled, exp.pseudo_gradient.estimator, exp.router.gate_rescale, exp.router.aux_loss)
     assert (*parts, exp.merge.rule) == EXPECTED[name]
@@ -76,7 +76,7 @@ def test_bad_combinations_are_one_line(overrides, message):
 
 @pytest.mark.parametrize("label", ABLATIONS)
 def test_ablations_are_experiments(label):
-    """Which of the two parts, DMR and PG, are on, read off the label."""
+    """The label names which of DMR and PG is off."""
     raw = with_preset(ABLATIONS[label])
     on = {
         "dmr": raw["dmr"]["enabled"],
@@ -86,8 +86,8 @@ def test_ablations_are_experiments(label):
     assert load_experiment(TINY, compare.as_overrides(ABLATIONS[label])).method == "ub_smoe"
 
 
-def test_who_shares_the_evaluation():
-    """Clients of equal K hold the same model, unless something of it is theirs alone."""
+def test_clients_with_equal_models_share_a_view():
+    """Clients of equal K hold the same model, unless they keep a part of it for themselves."""
     same = ["clients.1.budget=0.25"]
     assert load_experiment(TINY, same).views == ["k2", "k2", "k6", "k8"]
     names = ["phone", "laptop", "desktop", "server"]
@@ -107,7 +107,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_method_learns_on_six_ranks(name, runs):
-    """Four clients of unequal layout; the loss of each falls, and the files of a run are there."""
+    """The loss of each of four clients of unequal layout falls, and the run has its files."""
     folder, results = runs
     summary = json.loads((folder / name / "summary.json").read_text())
     for client in summary["clients"]:
@@ -131,7 +131,7 @@ def test_every_method_learns_on_six_ranks(name, runs):
 
 @pytest.mark.slow
 def test_only_flora_changes_the_frozen_weights(runs):
-    """And it changes them alike everywhere: ranks 0, 1, 4 and 5 hold all experts, ranks 2 and 3 a half each."""
+    """FLoRA changes them equally on all ranks: ranks 0, 1, 4 and 5 hold all experts, ranks 2 and 3 half each."""
     _, results = runs
     for projection in ("gate", "up", "down"):
         before, after = (results[0][f"{name}/base/{projection}"] for name in ("topk", "flora"))

@@ -1,6 +1,6 @@
-"""LoRA factors for the tests of the aggregation rules: made up, multiplied, cut into units.
+"""Make, multiply and split LoRA factors for the tests of the merge rules.
 
-Shapes: U units of one shape, m x n a unit's Delta W, R rank.
+Shapes: U units of one shape, m x n a unit's Delta W, R LoRA rank.
 """
 
 import torch

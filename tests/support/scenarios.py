@@ -191,7 +191,7 @@ def _exchange_in(
             values = _held(plan, client)
             for share in (weights[client], np.full(len(values), weights[client], dtype=np.float32)):
                 reduced.append(plan.gather(plan.reduce(values, share)))
-        same = Exchange(comm, placed, listed, num_experts, owner, payload, way, same_back=True)
+        same = Exchange(comm, placed, listed, num_experts, owner, payload, way, same_reply=True)
         if len({(layout.lora_rank, layout.reply_rank) for layout in placed}) == 1:
             once.append(_exchange_once(same, client, weights))
     assert all(np.allclose(reduced[0], other) for other in reduced)
@@ -226,7 +226,7 @@ def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
     for u in plan.owned:
         for c, layout in enumerate(placed):
             numel = int(layout.sizes(listed, reply=True)[u])
-            total = np.full(numel, 0 if plan.same_back else c, dtype=np.float32)
+            total = np.full(numel, 0 if plan.same_reply else c, dtype=np.float32)
             for other, (flat, weight) in enumerate(zip(received, weights, strict=True)):
                 value = flat[starts[other] :][: int(placed[other].sizes(listed, reply=False)[u])]
                 total[: len(value)] += weight * value[:numel]
@@ -234,7 +234,7 @@ def _exchange_once(plan: Any, client: int, weights: list[float]) -> np.ndarray:
         for c, layout in enumerate(placed):
             starts[c] += int(layout.sizes(listed, reply=False)[u])
     joined = [np.concatenate([np.zeros(0, np.float32), *of_client]) for of_client in replies]
-    return plan.distribute(joined[:1] * len(joined) if plan.same_back else joined)
+    return plan.distribute(joined[:1] * len(joined) if plan.same_reply else joined)
 
 
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:

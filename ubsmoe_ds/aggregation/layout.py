@@ -14,10 +14,10 @@ from ubsmoe_ds.config.experiment import Experiment
 
 @dataclass(frozen=True)
 class Unit:
-    """The trainable state of one module: `numel` elements, or LoRA factors A [R, n] and B [m, R] of `lora` = (m, n).
+    """The trainable state of one module: `numel` elements, or LoRA factors A [R, n] and B [m, R] with `lora` = (m, n).
 
-    kind: "lora", "router" or "phi". expert: the expert it belongs to; None: every rank of a client holds it.
-    layer: its number among the layers with experts.
+    kind: "lora", "router" or "phi". expert: index of its expert; None: every rank of a client holds the unit.
+    layer: its index among the layers with experts.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class ClientLayout:
-    """The ranks of the job that a client has, and how its experts are spread over them (in DeepSpeed's order).
+    """The job ranks of a client, `ranks` from `first` on, and how its experts are spread over them (DeepSpeed's order).
 
-    lora_rank: of what it sends; reply_rank: LoRA rank of what it gets back; None: the same.
+    lora_rank: LoRA rank of what it sends. reply_rank: LoRA rank of the reply; None: the same.
     """
 
     first: int

@@ -10,12 +10,12 @@ from ubsmoe_ds.aggregation.units import UnitStore
 def next_rank(store: UnitStore, update: Tensor, lora_rank: int, tail_start: int) -> int:
     """Return the client's LoRA rank for the next round (a collective over the client).
 
-    The tail, all ranks from `tail_start` on, is given up if its norm shrank during the round; see `tail_norm`. What it
-    has learned still counts in this round's merge [ours].
+    The tail, all LoRA ranks from `tail_start` on, is given up if its norm shrank during the round; see `tail_norm`. Its
+    update still counts in this round's merge [ours].
 
     Args:
-        store: of this rank.
-        update: what local steps changed; see `UnitStore.updates`.
+        store: units of this rank.
+        update: local minus shared state; see `UnitStore.updates`.
         lora_rank: the client's LoRA rank in this round.
         tail_start: see `tail_start` in client/engine.py.
     """
@@ -37,10 +37,10 @@ def tail_norm(store: UnitStore, flat: Tensor, lora_rank: int, first: int) -> flo
     Divided by the number of copies, so that the sum over ranks counts each expert and attention module once.
 
     Args:
-        store: of this rank.
+        store: units of this rank.
         flat: values of the held units.
         lora_rank: LoRA rank of `flat`.
-        first: the tail's first rank.
+        first: the first LoRA rank of the tail.
     """
     total, ranks = 0.0, dist.get_world_size()
     for block, part in store.parts(flat, lora_rank):

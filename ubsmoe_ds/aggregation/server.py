@@ -1,7 +1,8 @@
-"""Do an owner's part of a round for the units that it owns: refuse, clip, merge, server optimiser, DMR's step, reply.
+"""Merge the units that a rank owns: refuse NaN and Inf, clip, merge, server optimiser, DMR's step, reply.
 
-Updates arrive and replies leave as differences to what the client holds. Where a rule needs values (factor rules, DMR)
-the owner keeps what each client holds. Under FLoRA factors are values by themselves: adapters start anew each round.
+Updates and replies are differences to what the client holds. Where a rule needs values (factor rules; DMR, Dynamic
+Modulated Routing) the owner keeps what each client holds. Under FLoRA the factors themselves are sent: adapters start
+anew each round.
 
 Shapes: C clients, L layers, E experts, U units of a segment, N elements of a segment, R LoRA rank.
 """
@@ -26,8 +27,8 @@ from ubsmoe_ds.config.sections import MergeConfig
 class Usage(NamedTuple):
     """How much clients used experts in a round.
 
-    routed_CLE: tokens of a client routed to an expert, over the client's tokens (f of `activation`), fp64.
-    utilisation_LE: u, its mean over clients weighted by w_c, fp32.
+    routed_CLE: tokens that a client routed to an expert, divided by the client's tokens (f of `activation`), fp64.
+    utilisation_LE: u, the mean over clients weighted by w_c, fp32.
     """
 
     routed_CLE: Tensor
@@ -73,8 +74,8 @@ class Server:
         """Set the weights of the round, and u* over the clients whose utilisation counts.
 
         Args:
-            worked: part of its round that each client did, 0 to 1; its weight is that part of w_c [ours].
-            astray: whether a client sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
+            worked: fraction of the round's steps that each client did; its weight is that fraction of w_c [ours].
+            astray: whether each client sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
         """
         weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(worked, dtype=torch.float64)
         self.weight_C = rules.shares(weight_C)
@@ -83,7 +84,7 @@ class Server:
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
 
     def start(self, values: Sequence[np.ndarray]) -> None:
-        """Note what clients hold: their values of the owned units, one array a client."""
+        """Record the clients' values of the owned units, one array a client."""
         self._held = []
         for segment, part_C in zip(self.segments, self._split(values), strict=True):
             self._held.append([] if segment.kind == "elementwise" else [part.clone() for part in part_C])
@@ -92,8 +93,8 @@ class Server:
         """Merge one round.
 
         Args:
-            updates: of the owned units, one fp32 array a client, at `lora_ranks`.
-            usage: of this round.
+            updates: updates of the owned units, one fp32 array a client, at `lora_ranks`.
+            usage: how much clients used experts in this round.
             new_ranks: LoRA rank of each client from now on.
 
         Returns:
@@ -120,11 +121,11 @@ class Server:
         return rules.shares(unit_weights(self.config, self.weight_C, units, usage))[client].float()
 
     def merge_sum(self, sum_N: np.ndarray, usage: Usage) -> np.ndarray:
-        """Finish one round of a linear rule whose weighted sum was formed on the way here.
+        """Finish one round of a linear rule whose weighted sum was formed in transit.
 
         Args:
             sum_N: sum over clients of shares times updates of the owned units, fp32; see `shares`.
-            usage: of this round.
+            usage: how much clients used experts in this round.
 
         Returns:
             The difference that every client adds to what it holds.
@@ -138,7 +139,7 @@ class Server:
         return _joined(deltas)
 
     def _split(self, flat_C: Sequence[np.ndarray]) -> list[list[Tensor]]:
-        """Return [segment][client] views of the clients' arrays."""
+        """Return [segment][client] slices of the clients' arrays, which share their memory."""
         parts = [
             torch.from_numpy(flat).split([segment.numel(rank) for segment in self.segments])
             for flat, rank in zip(flat_C, self.lora_ranks, strict=True)

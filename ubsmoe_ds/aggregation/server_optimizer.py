@@ -1,4 +1,4 @@
-"""Server optimisers (FedOpt, arXiv 2003.00295) on merged updates; an owner keeps the state of its own units.
+"""Apply server optimisers (FedOpt, arXiv 2003.00295) to merged updates. An owner keeps the state of the units it owns.
 
 Shapes: N elements.
 """
@@ -12,10 +12,10 @@ from ubsmoe_ds.config.sections import MergeConfig
 
 
 class ServerOptimizer:
-    """FedOpt (arXiv 2003.00295) on one segment: the merged update is the server's negative gradient.
+    """The server optimiser of one segment. The merged update d stands for the server's negative gradient.
 
-    momentum: m = b1 m + d;  step lr m        adam: m = b1 m + (1 - b1) d, v = b2 v + (1 - b2) d^2;
-                                                    step lr m / (sqrt(v) + eps), without bias correction
+    momentum: m <- b1 m + d; the step is lr m.
+    adam: m <- b1 m + (1 - b1) d, v <- b2 v + (1 - b2) d^2; the step is lr m / (sqrt(v) + eps), without bias correction.
     """
 
     def __init__(self, config: MergeConfig) -> None:
@@ -24,19 +24,19 @@ class ServerOptimizer:
         self.second: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, if there are any yet, [N] each."""
+        """Return the moments, [N] each; none before the first step."""
         return {} if self.first is None or self.second is None else {"first": self.first, "second": self.second}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` once gave."""
+        """Restore moments that `state` returned."""
         self.first, self.second = state.get("first"), state.get("second")
 
-    def step(self, delta_N: Tensor, heard_N: Tensor) -> Tensor:
-        """The update to apply; moments of elements that nobody sent stay as they are.
+    def step(self, delta_N: Tensor, sent_N: Tensor) -> Tensor:
+        """Return the update to apply, [N]. Moments of elements that no client sent stay as they are.
 
         Args:
             delta_N: merged update.
-            heard_N: which elements some client sent; [N] or [1].
+            sent_N: which elements some client sent; [N] or [1].
         """
         if self.config.server_optimizer == "none":
             return delta_N
@@ -44,8 +44,8 @@ class ServerOptimizer:
             self.first, self.second = torch.zeros_like(delta_N), torch.zeros_like(delta_N)
         beta1, beta2 = self.config.server_betas
         if self.config.server_optimizer == "momentum":
-            self.first = torch.where(heard_N, beta1 * self.first + delta_N, self.first)
+            self.first = torch.where(sent_N, beta1 * self.first + delta_N, self.first)
             return self.config.server_lr * self.first
-        self.first = torch.where(heard_N, beta1 * self.first + (1 - beta1) * delta_N, self.first)
-        self.second = torch.where(heard_N, beta2 * self.second + (1 - beta2) * delta_N.square(), self.second)
+        self.first = torch.where(sent_N, beta1 * self.first + (1 - beta1) * delta_N, self.first)
+        self.second = torch.where(sent_N, beta2 * self.second + (1 - beta2) * delta_N.square(), self.second)
         return self.config.server_lr * self.first / (self.second.sqrt() + self.config.server_eps)

@@ -26,7 +26,7 @@ from ubsmoe_ds.moe.layer import UBSMoE
 class Block:
     """Consecutive units of one kind: named parameters whose rows side by side are the `rows` units.
 
-    A LoRA block has A, stacked or not, then B, and `base`, the frozen weight they belong to; its units hold the first
+    A LoRA block has A, stacked or not, then B, and `base`, the frozen weight they adapt; its units hold the first LoRA
     ranks of both. `group` is set where other ranks hold other rows; `first` is the number of the first row here.
     """
 
@@ -79,8 +79,8 @@ class UnitStore:
         masters: its fp32 values.
         lora_rank: LoRA rank of the client at the start.
         dmr: whether phi is shared.
-        stacking: FLoRA: adapters travel whole, and come back as a stack to merge into the frozen weights.
-        seed: of FLoRA's new adapters.
+        stacking: under FLoRA: adapters travel whole, and come back as a stack to merge into the frozen weights.
+        seed: seed of FLoRA's new adapters.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class UnitStore:
         self.model, self.masters, self.stacking, self.seed = model, masters, stacking, seed
         self.units: list[Unit] = []
         self.blocks: list[Block] = []
-        self.remainders: dict[str, Tensor] = {}  # by block: what bf16 weights cannot hold of what FLoRA merged
+        self.remainders: dict[str, Tensor] = {}  # by block: the part of FLoRA's merges that bf16 weights cannot hold
         self._moe_layers = 0
         adapters = list(model.adapters())
         for index, decoder in enumerate(model.decoders):
@@ -118,8 +118,8 @@ class UnitStore:
         Args:
             difference: reply for the held units at `new_rank`; see `Exchange.distribute`.
             old_rank: LoRA rank that the client had.
-            new_rank: LoRA rank from now on (ranks beyond it become zero); of FLoRA the rank of the stack.
-            round_number: what FLoRA's new adapters are drawn for.
+            new_rank: LoRA rank from now on (LoRA ranks beyond it become zero); under FLoRA the LoRA rank of the stack.
+            round_number: round for which FLoRA's new adapters are drawn.
         """
         fresh = self._fresh_adapters(old_rank, round_number) if self.stacking else {}
         parts = []
@@ -127,13 +127,14 @@ class UnitStore:
             self.parts(self.shared, old_rank), self.parts(difference, new_rank), strict=True
         ):
             if block.base is not None and self.stacking:
+                # W <- W + B A, then a new A and B = 0: the shared state of the adapters stays zero
                 name_A, name_B = block.parameters
                 stack = block.split(change, new_rank)
                 self._merge_into_base(block, stack[name_B], stack[name_A])
                 self._write(block, {name_A: fresh[name_A], name_B: torch.zeros(block.parameters[name_B].shape)})
-                parts.append(shared)  # zero
+                parts.append(shared)
                 continue
-            if block.base is not None:
+            if block.base is not None:  # cut the shared state to the new LoRA rank before the reply is added
                 shared = block.join(list(block.split(shared, old_rank).values()), new_rank)
             parts.append(shared + change)
             self._write(block, block.split(parts[-1], new_rank))
@@ -216,7 +217,7 @@ class UnitStore:
         return self.masters.read(parameter).cpu()
 
     def _write(self, block: Block, values: dict[str, Tensor]) -> None:
-        """Load values; ranks of a factor that they lack become zero, so that they neither act nor learn."""
+        """Load values; the LoRA ranks that they lack become zero, so that these neither act nor learn."""
         for name, value in values.items():
             parameter = block.parameters[name]
             whole = torch.zeros(parameter.shape)
@@ -233,9 +234,9 @@ class UnitStore:
 
     @torch.no_grad()
     def _merge_into_base(self, block: Block, B: Tensor, A: Tensor) -> None:
-        """W += B A, in fp64 and one matrix at a time, so that every rank of every client gets the same bits.
+        """Add B A to W, in fp64 and one matrix at a time, so that every rank of every client gets the same bits.
 
-        What bf16 weights cannot hold is kept beside them for the next round.
+        The part that bf16 weights cannot hold is kept beside them for the next round.
         """
         base = block.base
         assert base is not None
@@ -245,6 +246,7 @@ class UnitStore:
         remainders = self.remainders.get(block.name)
         pairs = zip(B.view(len(matrices), *B.shape[-2:]), A.view(len(matrices), *A.shape[-2:]), strict=True)
         for number, (B_mR, A_Rn) in enumerate(pairs):
+            # W + B A + the remainder of earlier rounds; then the new remainder is exact - round(exact)
             exact = matrices[number].double() + (B_mR.double() @ A_Rn.double()).to(base.device)
             if remainders is not None:
                 exact += remainders[number]
@@ -253,4 +255,5 @@ class UnitStore:
 
 
 def _factors(adapter: LoraAdapter) -> dict[str, nn.Parameter]:
+    """Return A and B by the names under which they are saved."""
     return {f"{adapter.name}.lora_A": adapter.A, f"{adapter.name}.lora_B": adapter.B}

@@ -1,4 +1,4 @@
-"""One federated client: its DeepSpeed engine, its local steps, and what it counts. Knows nothing of other clients.
+"""Train one federated client: its DeepSpeed engine, local steps and counts. Other clients are unknown here.
 
 Shapes: L layers, E experts, A answer positions, V vocabulary.
 """
@@ -33,7 +33,7 @@ ADAMS = ("adam", "adamw")
 
 
 class LocalStats(NamedTuple):
-    """One rank's local steps: sums, so that ranks add up; the norms are of the whole client, summed over steps."""
+    """Sums over one rank's local steps of a round: answer loss, tokens, routes, gradient norms of the whole client."""
 
     nll: float
     answer_tokens: float
@@ -43,16 +43,17 @@ class LocalStats(NamedTuple):
     real_norm: float
     pseudo_norm: float
     steps: float
-    bad_steps: float
+    bad_steps: float  # skipped for NaN or Inf
 
 
 @dataclass
 class LocalProgress:
-    """How far a client's local steps of a round have come on one rank; counts of routes are the gates' own.
+    """Progress of one rank's local steps within a round. The gates keep the counts of routes.
 
-    steps: taken or skipped; bad_steps: skipped, for NaN or Inf; sums: fp64 on the CPU: answer loss, answer tokens,
-    used tokens, norm of the real gradient, norm of the pseudo-gradient, over the steps that were taken.
-    deadline: on the monotonic clock; seconds: of the steps so far, before a checkpoint too.
+    steps: steps taken or skipped. bad_steps: steps skipped for NaN or Inf.
+    sums: answer loss, answer tokens, used tokens, norms of the real and of the pseudo-gradient, summed over the steps
+        taken; [5] fp64 on the CPU.
+    deadline: on the monotonic clock. seconds: duration of the steps so far, those before a checkpoint included.
     """
 
     steps: int = 0
@@ -63,7 +64,7 @@ class LocalProgress:
 
 
 def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMoESpec:
-    """What conversion needs to know of one rank of one client."""
+    """Return what the conversion needs to build the model of one rank of a client."""
     gate = GateConfig(
         k=exp.active_experts(config),
         candidates=exp.candidates,
@@ -87,26 +88,29 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
 
 
 def engine_config(exp: Experiment) -> dict[str, Any]:
-    """The DeepSpeed JSON as DeepSpeed gets it: progress lines off, and clipping off where it would be wrong."""
+    """Return the DeepSpeed section as DeepSpeed gets it: no progress lines, no clipping where it would be wrong."""
     config = exp.deepspeed.model_dump(exclude_none=True)
     config.setdefault("steps_per_print", 2**31)
     if exp.deepspeed.zero_stage == 0:
         config["gradient_clipping"] = 0.0  # see GradientHook
     optimizer = config["optimizer"]
     if str(optimizer.get("type", "")).lower() in ADAMS:
-        # DeepSpeed's own Adam is compiled at start; torch's needs no compiler and is as fast for adapters
+        # DeepSpeed compiles its own Adam at start; torch's needs no compiler and is as fast for adapters
         optimizer["params"] = {"torch_adam": True, **optimizer.get("params", {})}
     return config
 
 
 class Client:
-    """A client's engine on one of its ranks; the rendezvous variables are set (see mpi/join.py).
+    """A client's model and DeepSpeed engine on one of its ranks. Needs the rendezvous variables, see mpi/join.py.
 
     Args:
         exp: the experiment.
         config: this client's section.
-        group_rank: this rank's place in the client.
+        group_rank: this rank's place in the client's group.
         verbose: let DeepSpeed print.
+
+    Raises:
+        UserError: if bf16 is asked for and the device has none.
     """
 
     def __init__(self, exp: Experiment, config: ClientConfig, group_rank: int, verbose: bool = False) -> None:
@@ -119,27 +123,23 @@ class Client:
         self.spec = client_spec(exp, config, group_rank)
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         with _deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
-                model=self.model,
-                model_parameters=[p for p in self.model.parameters() if p.requires_grad],
-                config=engine_config(exp),
+                model=self.model, model_parameters=trained, config=engine_config(exp)
             )
-        estimator = exp.pseudo_gradient.estimator
-        tokens, moment_share = exp.pseudo_gradient.tokens_per_expert, exp.pseudo_gradient.moment_share
-        self.collector = None
-        if estimator != "none":
-            collector = PseudoGradientCollector(self.model.layers, estimator, exp.rho(config), tokens)
+        self.collector, self.moments = None, None
+        pg, layers = exp.pseudo_gradient, self.model.layers
+        if pg.estimator != "none":
+            collector = PseudoGradientCollector(layers, pg.estimator, exp.rho(config), pg.tokens_per_expert)
             self.collector = collector.attach()
+            if ESTIMATORS[pg.estimator].moments:
+                self.moments = ExpertMoments(layers, pg.moment_share)
         self._tail = self._tail_of(None)
-        needs_moments = estimator != "none" and ESTIMATORS[estimator].moments
-        self.moments = ExpertMoments(self.model.layers, moment_share) if needs_moments else None
-        self.gradient_hook = GradientHook(
-            self.engine, self.model.layers, exp.deepspeed.gradient_clipping, self.collector
-        )
+        self.gradient_hook = GradientHook(self.engine, layers, exp.deepspeed.gradient_clipping, self.collector)
 
     def begin_round(self) -> LocalProgress:
-        """Before the first local step of a round."""
+        """Return fresh progress, and reset the counts and, if configured, the optimiser."""
         if self.exp.train.optimizer_state == "reset":
             self.reset_optimizer()
         self.reset_counts()
@@ -153,15 +153,14 @@ class Client:
         stop: Callable[[], bool],
         lora_rank: int | None = None,
     ) -> None:
-        """Take local steps from where `local` stands; the sums stay on the device until the end.
+        """Take local steps, going on from `local`. The sums stay on the device until the end.
 
         Args:
-            batches: the steps to come.
-            local: brought up to date.
-            count: steps that make a round.
-            stop: whether to stop before the next step, the same on all ranks of the client; see also
-                `train.max_bad_steps`.
-            lora_rank: the client's current LoRA rank, whose tail self-pruning penalises; None: the first.
+            batches: the batches of the steps to come.
+            local: progress within the round; updated in place.
+            count: steps of a round.
+            stop: whether to stop before the next step, the same on all ranks; too many bad steps stop the client too.
+            lora_rank: the client's current LoRA rank, whose tail self-pruning penalises; None: the configured one.
         """
         self._tail = self._tail_of(lora_rank)
         self.engine.train()
@@ -176,25 +175,25 @@ class Client:
                 continue
             answers = sum(len(tokens.target_A) for tokens in batch.micro)
             sums[0] += nll
-            # numbers go along with the kernels; a tensor of them would be waited for
+            # add Python scalars: building a tensor from them would force a device sync
             for place, value in enumerate((answers, batch.used_tokens, *self.gradient_hook.norms), start=1):
                 sums[place] += value
         local.sums = sums.cpu()
 
     def is_out(self, local: LocalProgress) -> bool:
-        """Whether the client had so many bad steps that it sits the round out."""
+        """Return whether the client had too many bad steps to take part in this round's merge."""
         return local.bad_steps > self.exp.train.max_bad_steps
 
     def local_stats(self, local: LocalProgress) -> LocalStats:
-        """What this rank's local steps of the round come to."""
-        nll, answers, used, real_norm, pseudo_norm = local.sums.tolist()
+        """Return the sums over this rank's local steps of the round."""
+        nll, answer_tokens, used_tokens, real_norm, pseudo_norm = local.sums.tolist()
         dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
         routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
-        steps, bad = local.steps, local.bad_steps
-        return LocalStats(nll, answers, used, dropped, routed, real_norm, pseudo_norm, steps - bad, bad)
+        sums = (nll, answer_tokens, used_tokens, dropped, routed, real_norm, pseudo_norm)
+        return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
     def step(self, batch: StepBatch) -> Tensor:
-        """One optimiser step; returns the summed loss of this rank's answer tokens, detached."""
+        """Take one optimiser step; return the summed loss of this rank's answer tokens, detached."""
         if self.collector is not None:
             self.collector.reset()
         total = torch.zeros((), device=self.device)
@@ -208,10 +207,10 @@ class Client:
         return total
 
     def _loss(self, model: Any, tokens: Tokens, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """(loss for backward, summed answer loss).
+        """Return (loss for backward, summed answer loss).
 
-        The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together;
-        DeepSpeed averages over both, hence the factor. So the gradient does not depend on the client's layout.
+        The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together.
+        DeepSpeed averages over both; the factor undoes that. So the gradient does not depend on the client's layout.
         """
         logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A)
         nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
@@ -223,44 +222,44 @@ class Client:
         return loss, nll.detach()
 
     def _tail_of(self, lora_rank: int | None) -> int | None:
-        """Return the first rank of the tail that self-pruning penalises; None: nothing is penalised."""
+        """Return the first LoRA rank of the tail that self-pruning penalises; None: nothing is penalised."""
         lora_rank = lora_rank or self.exp.lora_rank(self.config)
         start = tail_start(self.exp.lora, lora_rank)
         return start if self.exp.lora.prune_penalty and start < lora_rank else None
 
     @torch.no_grad()
     def calibrate(self, batches: Iterator[StepBatch], count: int) -> None:
-        """Sum up moments over `count` steps' rows without training, so that the first round has some."""
+        """Sum moments over the rows of `count` steps without training, so that the first round has some."""
         assert self.moments is not None
         self.engine.train()
         self.model.set_active_experts(self.k)
         self.reset_counts()
-        self.moments.start(every=1)  # few tokens, and only once
+        self.moments.start(every=1)  # every step: the tokens are few, and this runs only once
         for _ in range(count):
             for tokens in next(batches).micro:
                 self.model(*tokens.to(self.device)[:3])
 
     def reset_counts(self) -> None:
-        """Start counting routed tokens anew, and with them the moments."""
+        """Restart the counts of routed tokens and the moments."""
         for layer in self.model.layers:
             layer.gate.reset_counts()
         if self.moments is not None:
             self.moments.start()
 
     def routed_counts(self) -> Tensor:
-        """Tokens that this rank routed to each expert, and its tokens in the last column, [L, E + 1] int64, CPU."""
+        """Return the tokens that this rank routed to each expert, last its tokens; [L, E + 1] int64 on the CPU."""
         gates = [layer.gate for layer in self.model.layers]
         return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
 
     def recover(self) -> None:
-        """After NaN or Inf, once the shared state is back: forget moments, and learned scales that went astray."""
+        """Reset the optimiser and non-finite learned scales; for use after NaN or Inf, on the reloaded shared state."""
         self.reset_optimizer()
         for layer in self.model.layers:
             if layer.gate.scale is not None and not bool(torch.isfinite(layer.gate.scale).all()):
                 self.gradient_hook.masters.write(layer.gate.scale, torch.ones_like(layer.gate.scale))
 
     def reset_optimizer(self) -> None:
-        """Forget moments and step counts in place, so that ZeRO's views of them stay valid."""
+        """Zero the optimiser's moments and step counts in place, so that ZeRO's references to them stay valid."""
         for state in self.engine.basic_optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
@@ -268,20 +267,20 @@ class Client:
 
     @torch.no_grad()
     def logits(self, tokens: Tokens, k: int) -> Tensor:
-        """Evaluation logits [A, V] with k active experts and nothing dropped."""
+        """Return evaluation logits, [A, V], with `k` active experts and no dropped tokens."""
         self.engine.eval()
         self.model.set_active_experts(k)
         return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
 
 def tail_start(config: LoraConfig, lora_rank: int) -> int:
-    """Return the rank from which on HetLoRA's self-pruning sees a tail: floor(gamma r), at least 1."""
+    """Return the LoRA rank at which the tail of HetLoRA's self-pruning starts: floor(gamma r), at least 1."""
     return max(1, int(config.prune_gamma * lora_rank))
 
 
 def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
-    """Initialise this client's torch world."""
-    # on the CPU DeepSpeed would compile this at start (40-85 s, a compiler); a killed build hangs all later runs
+    """Initialise torch.distributed for this client's group."""
+    # on the CPU DeepSpeed would compile this at start (40-85 s, needs a compiler); a killed build hangs all later runs
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_accelerator:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -293,7 +292,7 @@ def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
 
 @contextlib.contextmanager
 def _deepspeed_output(verbose: bool) -> Iterator[None]:
-    """DeepSpeed prints as well as logs while it sets up; both are kept back unless asked for."""
+    """Suppress what DeepSpeed prints and logs during setup, unless `verbose`."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.INFO if verbose else logging.ERROR)
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):

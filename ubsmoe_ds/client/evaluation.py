@@ -1,7 +1,7 @@
-"""Answer loss, option log-likelihood and exact match of generated answers of a model at a given K.
+"""Score a model at a given K: answer loss, log-likelihood of options, exact match of generated answers.
 
-Clients with the same K hold the same model after a merge, so they share the rows: every rank takes some, and the sums
-are added up by the caller. Shapes: N rows, A answer positions, V vocabulary.
+Clients with the same K hold the same model after a merge, so they share the rows: every rank takes some, and the caller
+adds the sums up. Shapes: A answer positions, V vocabulary.
 """
 
 import math
@@ -18,79 +18,79 @@ from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pa
 from ubsmoe_ds.data.sources import Row, word
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
-# summed; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
+# sums over rows; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
 FIELDS = ("nll", "tokens", "correct", "correct_norm", "rows")
 ANSWER_HEAD = "the correct answer is"
 
 
 class Scoring(Protocol):
-    """What the evaluation needs of a model; a `Client` is one."""
+    """The interface of a model that can be evaluated; `Client` and `LocalModel` have it."""
 
     device: torch.device
 
     def logits(self, tokens: Tokens, k: int) -> torch.Tensor:
-        """[A, V] at the answer positions with k active experts, nothing dropped."""
+        """Return logits at the answer positions, [A, V], with `k` active experts and no dropped tokens."""
 
 
 class LocalModel:
-    """A model that holds all its experts and is no client's, as `Scoring`."""
+    """A `Scoring` of a model that holds all its experts and belongs to no client."""
 
     def __init__(self, model: UBSMoEForCausalLM, device: torch.device) -> None:
         self.model, self.device = model.eval(), device
 
     @torch.no_grad()
     def logits(self, tokens: Tokens, k: int) -> torch.Tensor:
-        """[A, V]."""
+        """Return logits at the answer positions, [A, V]."""
         self.model.set_active_experts(k)
         return self.model(tokens.input_ids, tokens.used, tokens.position_A, tokens.branch_BS)
 
 
 class Evaluator:
-    """The evaluation rows, tokenised once.
+    """Scores models on the evaluation rows, which it tokenises once.
 
-    The answer loss is the mean over all answer tokens (the closing end-of-text token included). A row counts as right
-    if its right option has the largest summed log-probability of its answer tokens: raw, and length-normalised (over
-    their number). End-of-text is no part of that, as in the field's harness, so raw, an option that begins another
-    is never the less likely one.
+    The answer loss is the mean over all answer tokens, the closing end-of-text token included. A row counts as right
+    if the right option has the largest summed log-probability of its answer tokens: raw, and length-normalised (divided
+    by their number). As in the field's harness (lm-eval), end-of-text does not count there, so in raw scoring an option
+    that begins another is never the less likely one.
 
     Args:
         rows: evaluation rows.
         tokenizer: the model's tokenizer.
         max_length: tokens of a row.
-        batch_size: rows a rank takes at a time.
+        batch_size: rows of a batch on a rank.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int) -> None:
         self.rows, self.batch_size, self.pad = rows, batch_size, tokenizer.pad_token_id
         self.packed = pack(rows, tokenizer, max_length)
         self.cut = sum(row.cut for row in self.packed)  # rows whose prompt lost its beginning
-        self.longest = max(row.longest for row in self.packed)  # question with answer, in tokens
+        self.longest = max(row.longest for row in self.packed)  # tokens of a question with its answer
         self.tasks = sorted({row["task"] for row in rows})
-        # long rows together: less padding
+        # rows of about equal length share a batch: less padding
         self._order = sorted(range(len(rows)), key=lambda n: len(self.packed[n]))
 
     def sums(
         self, client: Scoring, k: int, worker: int, workers: int, stop: Callable[[], bool] | None = None
     ) -> np.ndarray:
-        """This rank's part of the rows at K = k (a collective over the client).
+        """Score this rank's part of the rows at K = `k` (a collective over the client).
 
         Args:
-            client: whose model is evaluated.
+            client: the model.
             k: active experts.
             worker, workers: this rank's place among all ranks that share the rows.
-            stop: whether to leave before the next batch, with sums of no use; the same on all ranks of the client.
+            stop: whether to stop before the next batch, the same on all ranks of the client; the sums are then partial.
 
         Returns:
             [tasks, 5] float64 in the order of `self.tasks` and `FIELDS`.
         """
-        mine = self._order[worker::workers]
+        assigned = self._order[worker::workers]
         most = -(-len(self._order) // workers)
         total = np.zeros((len(self.tasks), len(FIELDS)))
         for start in range(0, most, self.batch_size):
             if stop is not None and stop():
                 break
-            # ranks of a client must run equally often: where rows have run out, the first row keeps step
-            numbers = mine[start : start + self.batch_size]
+            # ranks of a client must run equally often: a rank whose rows have run out repeats the first row
+            numbers = assigned[start : start + self.batch_size]
             batch = [self.packed[n] for n in numbers or [0]]
             logp = self._log_probabilities(client, k, batch)
             for n, row_logp in zip(numbers, logp, strict=False):
@@ -98,7 +98,7 @@ class Evaluator:
         return total
 
     def _log_probabilities(self, client: Scoring, k: int, batch: Sequence[PackedRow]) -> list[list[torch.Tensor]]:
-        """Of each row's predicted tokens: the common ones', then each option's."""
+        """Return for each row the log-probabilities of its common tokens, then those of each option."""
         tokens = collate_packed(batch, self.pad)
         logp_AV = F.log_softmax(client.logits(tokens.to(client.device), k), dim=-1)
         logp_A = logp_AV.gather(1, tokens.target_A.to(client.device).view(-1, 1)).squeeze(1).cpu()
@@ -110,27 +110,29 @@ class Evaluator:
 
 
 def score(row: PackedRow, logp: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """What a row adds to the sums.
+    """Return what a row adds to the sums, in the order of `FIELDS`.
+
+    Where several options tie for the best, a right row counts as its chance to be drawn.
 
     Args:
         row: the row.
-        logp: log-probabilities of its common tokens, then of each option's; the end-of-text token is the right
-            option's last and no part of the choice.
-
-    Returns:
-        In the order of `FIELDS`; of a tie for the best, a right row counts as its chance to be drawn.
+        logp: log-probabilities of its common tokens, then of each option. The end-of-text token ends the right option;
+            it counts for the loss but not for the choice.
     """
     common, *options = logp
+    # the choice is among options without end-of-text
     choice = [option[:-1] if n == row.label else option for n, option in enumerate(options)]
+    # log p(option | prompt), and the same per answer token
     raw = [float(common.sum() + option.sum()) for option in choice]
     normalised = [total / (len(common) + len(option)) for total, option in zip(raw, choice, strict=True)]
+    # the loss is that of the right answer, end-of-text included
     nll = -float(common.sum() + options[row.label].sum())
     tokens = len(common) + len(options[row.label])
     return nll, tokens, _chance(raw, row.label), _chance(normalised, row.label), 1
 
 
 def _chance(values: Sequence[float], label: int) -> float:
-    """That the label is chosen for the largest value: logits in bf16 tie often, and the first must not win for that."""
+    """Return the chance to draw the label among the largest values: bf16 often ties, and order must not decide."""
     best = max(values)
     if not all(math.isfinite(value) for value in values) or values[label] != best:
         return 0.0
@@ -148,46 +150,47 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy continuations of the rows' prompts, decoded in batches of rows of about equal length.
+    """Generate greedy continuations of the rows' prompts, in batches of rows of about equal length.
 
     Args:
-        model: holding all its experts.
-        k: active experts; nothing is dropped.
-        rows: what is asked.
-        tokenizer: the model's.
+        model: a model that holds all its experts.
+        k: active experts; no token is dropped.
+        rows: the questions.
+        tokenizer: the model's tokenizer.
         max_length: tokens of a prompt with its right answer; a longer prompt loses its beginning, as in training.
-        batch_size: rows at a time.
-        max_new_tokens: of an answer at most; what is said may go beyond `max_length`.
+        batch_size: rows of a batch.
+        max_new_tokens: most tokens of an answer; prompt and answer together may exceed `max_length`.
 
     Returns:
-        The text of each row up to the end-of-text token.
+        The generated text of each row, up to the end-of-text token.
 
     Raises:
-        UserError: if the model has no positions for so many tokens.
+        UserError: if the model has too few positions.
     """
     model.eval()
     model.set_active_experts(k)
     for layer in model.layers:
-        layer.used_token = None  # generation has its own attention mask, and nothing is dropped in evaluation
+        layer.used_token = None  # generation has its own attention mask, and evaluation drops nothing
     prompts = [example.prompt for example in encode(rows, tokenizer, max_length)[0]]
     needed, positions = max(map(len, prompts)) + max_new_tokens, model.hf.config.max_position_embeddings
     if needed > positions:
         raise UserError(
-            f"max_new_tokens: {max_new_tokens} after the longest prompt are {needed} tokens, the model has {positions} "
-            "positions; lower it, or max_length"
+            f"max_new_tokens: {max_new_tokens} and the longest prompt need {needed} positions, but the model has "
+            f"{positions}; lower max_new_tokens or max_length"
         )
     order = sorted(range(len(rows)), key=lambda n: len(prompts[n]))
     device = next(model.parameters()).device
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        # padded on the left, so that all answers begin at the same position
         longest = max(len(prompts[n]) for n in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for b, n in enumerate(chosen):
             ids[b, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
             mask[b, longest - len(prompts[n]) :] = 1
-        found = model.hf.generate(
+        generated = model.hf.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
@@ -195,18 +198,18 @@ def generate_answers(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        for n, text in zip(chosen, tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True), strict=True):
+        answers = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        for n, text in zip(chosen, answers, strict=True):
             texts[n] = text
     return texts
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:
-    """The label that a generated answer names: the first after "the correct answer is", or the first at all.
+    """Return the index of the label that a generated answer names; None where the text has no label as a word.
 
-    Returns:
-        Its index, or None where no label stands in the text as a word.
+    That is the first label after "the correct answer is", or without this phrase the first in the text.
     """
-    if len({label.lower() for label in labels}) == len(labels):  # else CO would be read as Co
+    if len({label.lower() for label in labels}) == len(labels):  # fold case, but not where CO would be read as Co
         text, labels = text.lower(), [label.lower() for label in labels]
     head = re.search(ANSWER_HEAD, text, re.IGNORECASE)
     names = sorted(labels, key=len, reverse=True)  # so that "C++" is not read as "C"

@@ -1,4 +1,4 @@
-"""How much memory a process has held."""
+"""Measure how much memory a process has held at most."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return this process's peak in bytes: an accelerator's memory for tensors, on the CPU resident memory."""
+    """Return this process's peak in bytes: tensors on an accelerator, resident memory on the CPU."""
     if device.type != "cpu":
         from deepspeed.accelerator import get_accelerator
 

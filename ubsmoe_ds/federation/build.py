@@ -178,7 +178,7 @@ def plan_exchanges(
             for layout, rank, reply in zip(client_layouts(exp), ranks, reply_ranks, strict=True)
         ]
         payload, same = exp.merge.payload, exp.merge.row.elementwise
-        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_back=same)
+        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_reply=same)
         nonlocal warned
         if warn is not None and not warned and memory is not None and exchange.memory is None:
             warned = True

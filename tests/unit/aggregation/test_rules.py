@@ -1,6 +1,6 @@
-"""Aggregation rules as pure functions: by hand, and against numpy, which forms the m x n products.
+"""Test merge rules as pure functions: by hand, and against numpy, which forms the m x n products.
 
-Shapes: C clients, N elements, U units of one shape, m x n a unit's Delta W, R rank.
+Shapes: C clients, N elements, U units of one shape, m x n a unit's Delta W, R LoRA rank.
 """
 
 import math
@@ -30,9 +30,25 @@ def column(*values: float) -> torch.Tensor:
     ],
 )
 def test_fedavg(weights, expected):
-    """(1 * 2 + 3 * 6) / 4 = 5, (1 * -4 + 3 * 0) / 4 = -1, (7 + 3 * 8) / 4 = 7.75; one that counts: its own; none: 0."""
+    """(1 * 2 + 3 * 6) / 4 = 5, (1 * -4 + 3 * 0) / 4 = -1, (7 + 3 * 8) / 4 = 7.75.
+
+    Where one client counts its update is the mean; where none counts the mean is 0.
+    """
     update_CN = torch.tensor([[2.0, -4.0, 7.0], [6.0, 0.0, 8.0]])
     assert_close(rules.fedavg(update_CN, torch.tensor(weights)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("weights", [[[-1.0], [2.0]], [[math.nan], [1.0]], [[math.inf], [1.0]]])
+def test_fedavg_refuses_impossible_weights(weights):
+    with pytest.raises(ValueError, match="client weights"):
+        rules.fedavg(torch.ones(2, 3), torch.tensor(weights))
+
+
+def test_fedavg_sums_bf16_in_fp32():
+    """256 + 1 is 256 in bf16, but the mean of 256 and 1 twice is 86 (bf16 of 86.0)."""
+    stack = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    merged = rules.fedavg(stack, torch.ones(3, 1))
+    assert merged.dtype == torch.bfloat16 and merged.item() == 86.0
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
@@ -57,7 +73,7 @@ def test_activation_weight(temperature, weights, expected):
     """Data weights 1 and 3; expert 0 used 1/2 and 1/4 of the time, expert 1 by one client, expert 2 by none.
 
     Expert 0, updates 2 and 6: t = 0: (1 * 2 + 3 * 6) / 4 = 5; t = 1: (1/2 * 2 + 3/4 * 6) / (5/4) = 4.4;
-    t = 2: (1/4 * 2 + 3/16 * 6) / (7/16) = 26/7. The expert that nobody used gets a zero update.
+    t = 2: (1/4 * 2 + 3/16 * 6) / (7/16) = 26/7. The expert that no client used gets a zero update.
     """
     used_CU = torch.tensor([[0.5, 0.2, 0.0], [0.25, 0.0, 0.0]])
     weight_CU = rules.activation_weight(torch.tensor([1.0, 3.0]), used_CU, temperature)
@@ -81,9 +97,9 @@ def test_activation_weight(temperature, weights, expected):
     ],
 )
 def test_robust_rules(rule, updates, weights, expected):
-    """Median: the middle, or (2 + 4) / 2; trimmed mean: (1 + 3) / 2, and of three floor(3/4) = 0 are cut: 9 / 3.
+    """Median: the middle, or (2 + 4) / 2. Trimmed mean: (1 + 3) / 2; of three clients floor(3/4) = 0 are cut: 9 / 3.
 
-    Clients of weight 0 do not count, in all elements or in one; the sizes of the other weights do not matter.
+    Clients of weight 0 do not count, in all elements or in one element; other weights' sizes do not matter.
     """
     update_C1, weight_C1 = column(*updates), column(*weights)
     assert_close(rule(update_C1, weight_C1), torch.tensor([float(expected)]))
@@ -93,13 +109,13 @@ def test_robust_rules(rule, updates, weights, expected):
 
 
 def test_trimmed_mean_cuts_what_the_share_says():
-    """0.21 * 300 = 63 at either end; in fp32 it would be 62.99999, and 62."""
+    """0.21 * 300 = 63 values are cut at either end; fp32 gives 62.99999, which would cut 62."""
     merged = rules.trimmed_mean(column(*range(300)) ** 2, torch.ones(300, 1), 0.21)
     assert merged.item() == pytest.approx(np.mean(np.arange(63, 237) ** 2), rel=1e-5)
 
 
 def test_clip_factors():
-    """To a norm of 1: 5 * 0.2, 2 * 0.5; smaller ones and zero stay."""
+    """Clip to a norm of 1: 5 * 0.2, 2 * 0.5; smaller norms and zero stay."""
     norm_CU = torch.tensor([[5.0, 0.5], [0.0, 2.0]])
     assert_close(rules.clip_factors(norm_CU, 1.0), torch.tensor([[0.2, 1.0], [1.0, 0.5]]))
 
@@ -128,25 +144,25 @@ STACKED = [one_unit([[1, 2]], [[1], [0]]), one_unit([[4, 0]], [[2], [1]])]
     ],
 )
 def test_factors(rule, clients, weights, A_Rn, B_mR):
-    """zero_pad: (2 + 3 * 6) / 4 = 5, (0 + 3 * 4) / 4 = 3; the padded rank: (0 + 3 * 8) / 4 = 6, (0 + 3 * 2) / 4 = 1.5.
+    """zero_pad: (2 + 3 * 6) / 4 = 5, (0 + 3 * 4) / 4 = 3; the padded row: (0 + 3 * 8) / 4 = 6, (0 + 3 * 2) / 4 = 1.5.
 
-    hetlora: B A = (3, 4) and (9, 12), so weights 1/4 and 3/4, whatever the data weights are, if not zero; where all
-    norms are zero the data weights decide: (4 + 3 * 8) / 4 = 7. flora: the weights 1/4 and 3/4 go into A.
+    hetlora: B A = (3, 4) and (9, 12), so weights 1/4 and 3/4 for any nonzero data weights; where all norms
+    are zero the data weights decide: (4 + 3 * 8) / 4 = 7. flora: the weights 1/4 and 3/4 go into A.
     """
     assert_close(rule(clients, column(*weights)), one_unit(A_Rn, B_mR))
 
 
 @pytest.mark.parametrize("energy, kept", [(0.6, [3, 0, 0]), (0.9, [3, 2, 0]), (0.93, [3, 2, 1]), (1.0, [3, 2, 1])])
 def test_florist(energy, kept):
-    """The mean of diag(6, 4, 0) and diag(0, 0, 2) is diag(3, 2, 1): of 14, 9 is a share of 0.643 and 9 + 4 of 0.929."""
+    """The mean of diag(6, 4, 0) and diag(0, 0, 2) is diag(3, 2, 1): 9 / 14 = 0.643 and (9 + 4) / 14 = 0.929."""
     clients = [one_unit([[0, 1, 0], [1, 0, 0]], [[0, 6], [4, 0], [0, 0]]), one_unit([[0, 0, 1]], [[0], [0], [2]])]
     merged = rules.florist(clients, column(1, 1), energy)
     assert_close(delta(merged)[0], torch.diag(torch.tensor(kept).float()))
     assert_close(merged.B_UmR.norm(dim=1)[0], torch.tensor(kept).float())
 
 
-def test_florist_of_nothing_learned_can_still_learn():
-    """B = 0, as of an expert that nobody used yet: A must not become zero too."""
+def test_florist_keeps_unlearned_units_trainable():
+    """Where B = 0, as for an expert that no client has used yet, A must not become zero too."""
     merged = rules.florist([one_unit([[1, 2]], [[0], [0]])] * 2, column(1, 1), energy=0.9)
     assert (merged.B_UmR == 0).all() and (merged.A_URn.norm(dim=2) > 0.99).all()
 
@@ -162,7 +178,7 @@ def units(request):
 
 @pytest.fixture(params=[(40, 30), (20, 10), (10, 20), (12, 10)], ids=str)
 def clients_and_svd(request, units):
-    """Clients of RANKS, weights with one zero, and numpy's SVD of sum w_c B_c A_c; the stack's rank is 15."""
+    """Return clients of RANKS, weights with a zero, and numpy's SVD of sum w_c B_c A_c. The stack has LoRA rank 15."""
     generator = torch.Generator().manual_seed(0)
     clients = [random_factors(units, *request.param, rank, generator) for rank in RANKS]
     weight_CU = torch.rand(len(RANKS), units, generator=generator) + 0.2
@@ -188,7 +204,7 @@ def test_flora_and_delta_norm_equal_numpy(clients_and_svd):
 
 
 def test_flexlora_equals_numpy(clients_and_svd):
-    """The first ranks are the truncated SVD: rows of A orthonormal, columns of B orthogonal and S long."""
+    """The first LoRA ranks are the truncated SVD: rows of A are orthonormal, columns of B orthogonal with norms S."""
     clients, weight_CU, svd = clients_and_svd
     A_URn, B_UmR = merged = rules.flexlora(clients, weight_CU)
     for rank in (*RANKS, sum(RANKS)):
@@ -200,11 +216,13 @@ def test_flexlora_equals_numpy(clients_and_svd):
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
 def test_florist_equals_numpy(clients_and_svd, energy):
-    """Each unit has the rank and the product of the energy cut on the direct singular values."""
+    """Each unit has the LoRA rank and the product that the energy cut of the direct singular values gives."""
     clients, weight_CU, (U, S_UR, Vh) = clients_and_svd
     merged = rules.florist(clients, weight_CU, energy)
     rank_U = (np.cumsum(S_UR**2, axis=1) < energy * np.sum(S_UR**2, axis=1, keepdims=True)).sum(axis=1) + 1
     for unit, p in enumerate(rank_U):
         assert (merged.B_UmR[unit].norm(dim=0) > 0).sum() == p
-        assert_near(merged.A_URn[unit].norm(dim=1), np.ones(merged.A_URn.shape[1]))  # what was cut can be learned anew
+        assert_near(
+            merged.A_URn[unit].norm(dim=1), np.ones(merged.A_URn.shape[1])
+        )  # the LoRA ranks that were cut can be learned again
         assert_near(delta(unit_of(merged, unit))[0], truncated((U[unit], S_UR[unit], Vh[unit]), p))

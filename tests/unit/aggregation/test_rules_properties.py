@@ -1,6 +1,6 @@
-"""What holds for every aggregation rule and any clients, and that no rule forms an m x n product.
+"""Test properties that every merge rule has for any clients, and that no rule forms an m x n product.
 
-Shapes: C clients, N elements, U units of one shape, m x n a unit's Delta W, R rank.
+Shapes: C clients, N elements, U units of one shape, m x n a unit's Delta W, R LoRA rank.
 """
 
 from functools import partial
@@ -48,17 +48,17 @@ def test_rules_never_form_the_product(name):
     assert largest.numel < side * side / 10
     with largest:
         delta(merged)
-    assert largest.numel == 2 * side * side, "a product that is formed is seen"
+    assert largest.numel == 2 * side * side, "the recorder must see a product"
 
 
 def activation(update_CN, weight_CN):
-    """How much a client used an expert is made up from its update."""
+    """Run `fedavg` with activation weights; the use of an expert is made up from the update."""
     used_CN = update_CN.sigmoid()
     return rules.fedavg(update_CN, weight_CN * rules.activation_weight(torch.ones(len(used_CN)), used_CN, 0.5))
 
 
 def on_products(rule):
-    """An elementwise rule on the clients' Delta W, each unit with its weight."""
+    """Apply an elementwise rule to the clients' Delta W, each unit with its weight."""
 
     def merged(clients, weight_CU):
         update_CUmn = torch.stack([delta(f) for f in clients])
@@ -82,7 +82,7 @@ assert_near = partial(assert_close, atol=1e-4, rtol=1e-3)
 
 @st.composite
 def clients_and_weights(draw):
-    """One to five clients of ranks 1 to 4; a quarter of the weights are zero."""
+    """Draw one to five clients of LoRA ranks 1 to 4; about a quarter of the weights are zero."""
     units, m, n = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 6))
     ranks = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -105,7 +105,7 @@ def test_order_and_scale_do_not_matter(name, drawn, random, scale):
 @properties
 @given(clients_and_weights(), st.integers(1, 5))
 def test_equal_clients_give_that_client(name, drawn, count):
-    """One client is the identity, unless the rule cuts it; where no weight counts nothing is learned."""
+    """A single client is returned as it is, unless the rule cuts it; where all weights are zero the result is zero."""
     (client, *_), weight_CU = drawn
     merged = RULES[name]([client] * count, weight_CU[:1] * torch.arange(1, count + 1).unsqueeze(1))
     expected = RULES[name]([client], torch.ones_like(weight_CU[:1])) if name == "florist_cut" else delta(client)
@@ -126,13 +126,13 @@ def test_a_client_of_weight_zero_does_not_count(name, drawn):
 @properties
 @given(clients_and_weights())
 def test_units_are_independent(name, drawn):
-    """All units at once are the units one by one: which rank owns which of them cannot matter."""
+    """Merging all units at once equals merging each alone, so it does not matter which rank owns which unit."""
     clients, weight_CU = drawn
-    one_by_one = [
+    separate = [
         RULES[name]([unit_of(f, unit) for f in clients], weight_CU[:, unit : unit + 1])
         for unit in range(weight_CU.shape[1])
     ]
-    assert_near(RULES[name](clients, weight_CU), torch.cat(one_by_one))
+    assert_near(RULES[name](clients, weight_CU), torch.cat(separate))
 
 
 @properties
@@ -143,3 +143,28 @@ def test_resize_gives_the_rank(drawn, rank):
     assert resized.A_URn.shape[1] == resized.B_UmR.shape[2] == rank
     assert (torch.linalg.matrix_rank(delta(resized).double(), rtol=1e-4) <= rank).all()
     assert_near(delta(resized), factors.B_UmR[:, :, :rank] @ factors.A_URn[:, :rank])
+
+
+updates_and_weights = st.integers(1, 5).flatmap(
+    lambda c: st.tuples(
+        st.lists(st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4), min_size=c, max_size=c),
+        st.lists(st.floats(0.01, 100), min_size=c, max_size=c),
+    )
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(updates_and_weights, st.floats(0.01, 100), st.randoms())
+def test_fedavg_of_any_updates(drawn, scale, random):
+    """Order and scale of the weights do not matter; one client, or equal clients, give that client's update."""
+    rows, weights = (torch.tensor(part, dtype=torch.float32) for part in drawn)
+    weights = weights.unsqueeze(1)
+    merged = rules.fedavg(rows, weights)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    torch.testing.assert_close(rules.fedavg(rows[order], weights[order]), merged, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(rules.fedavg(rows, weights * scale), merged, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(rules.fedavg(rows[:1], weights[:1]), rows[0])
+    torch.testing.assert_close(
+        rules.fedavg(rows[:1].expand(3, -1), torch.tensor([[1.0], [2.0], [3.0]])), rows[0], atol=1e-4, rtol=1e-5
+    )

@@ -1,4 +1,4 @@
-"""What an owner does with updates, in one process: refusing, clipping, server optimisers, units that nobody used."""
+"""Test an owner's server in one process: refusals, clipping, server optimisers, experts that no client used."""
 
 import numpy as np
 import pytest
@@ -37,14 +37,14 @@ def arrays(ranks: list[int], seed: int, listed: list[Unit]) -> list[np.ndarray]:
 
 
 def new_server(exp: Experiment, listed: list[Unit], weights: list[float]) -> Server:
-    """An owner of all units whose u* is 0.25."""
+    """Return a server that owns all units, with u* = 0.25."""
     server = Server(exp, listed, weights)
     server.target = 0.25
     return server
 
 
 def merged(exp: Experiment, listed: list[Unit], held: list, updates: list, use: Usage | None = None) -> tuple:
-    """(replies, server) of one round, with weights 1 : 3 : ..."""
+    """Merge one round with weights 1 : 3 : 5 ...; return (replies, server)."""
     weights = np.arange(1, 2 * len(updates), 2)
     server = new_server(exp, listed, (weights / weights.sum()).tolist())
     server.start(held)
@@ -55,29 +55,29 @@ def merged(exp: Experiment, listed: list[Unit], held: list, updates: list, use: 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_bad_update_is_refused_and_the_rest_merged(rule, bad):
-    """Client 1's unit 0 holds one NaN: that unit is merged of the others, all other units as if nothing had been."""
+    """Client 1's unit 0 has a bad value: only the other clients' unit 0 is merged; replies for other units stay."""
     ranks, listed = [3, 3, 3], units()
     exp = experiment(ranks, rule=rule)
     held, updates = [np.zeros_like(a) for a in arrays(ranks, 0, listed)], arrays(ranks, 1, listed)
     whole, _ = merged(exp, listed, held, updates)
     broken = [u.copy() for u in updates]
     broken[1][2] = bad
-    found, server = merged(exp, listed, held, broken)
+    replies, server = merged(exp, listed, held, broken)
     assert [(client, unit.name) for client, unit in server.refused] == [(1, "layers.0.experts.0.gate")]
-    size = len(found[0]) - 13 if rule == "flora" else listed[0].size(3) * 2
+    size = len(replies[0]) - 13 if rule == "flora" else listed[0].size(3) * 2
     first = size // 2
-    for reply, before in zip(found, whole, strict=True):
+    for reply, before in zip(replies, whole, strict=True):
         assert np.isfinite(reply).all()
         np.testing.assert_allclose(reply[first:], before[first:], atol=1e-6)
         assert np.abs(reply[:first] - before[:first]).max() > 1e-3
-    if rule == "fedavg":  # weights 1 and 5 of the two others
+    if rule == "fedavg":  # the weights of the two other clients are 1 and 5
         expected = (updates[0][:first] + 5 * updates[2][:first]) / 6
-        np.testing.assert_allclose(found[0][:first], expected, atol=1e-6)
+        np.testing.assert_allclose(replies[0][:first], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_unit_of_which_nothing_is_left_keeps_its_value(rule):
-    """Both clients send NaN for unit 1 and for phi: what they hold stays; FLoRA merges nothing into the base."""
+def test_a_unit_refused_of_all_clients_keeps_its_value(rule):
+    """Both clients send NaN for unit 1 and for phi: their values stay; FLoRA merges nothing into the base."""
     ranks, listed = [3, 3], units()
     exp = experiment(ranks, dmr=True, rule=rule)
     held = arrays(ranks, 0, listed)
@@ -102,8 +102,8 @@ def test_a_unit_of_which_nothing_is_left_keeps_its_value(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_expert_that_nobody_used(rule):
-    """Under `activation` it keeps its value, whatever was sent for it; every other rule merges what it is sent."""
+def test_an_expert_that_no_client_used(rule):
+    """Under `activation` it keeps its value, whatever was sent for it; every other rule merges the updates."""
     ranks, listed = [3, 3], units()
     held = [np.zeros_like(a) for a in arrays(ranks, 0, listed)]
     updates = arrays(ranks, 1, listed)
@@ -118,8 +118,8 @@ def test_an_expert_that_nobody_used(rule):
 def test_weights_of_a_round_by_hand():
     """w = (1, 1, 2) / 4, K = 2, 4, 8 of 8 experts.
 
-    All worked: u* = (2 + 4 + 16) / 4 / 8. The last did half: weights (1, 1, 1) / 3, u* = 14 / 3 / 8. If it went astray
-    besides, its weight stays, for what can be merged of it, but u* = (2 + 4) / 2 / 8, as it has no say in u.
+    All steps done: u* = (2 + 4 + 16) / 4 / 8. The last client did half: weights (1, 1, 1) / 3, u* = 14 / 3 / 8. If it
+    also sent NaN, its weight stays for its finite units, but u* = (2 + 4) / 2 / 8, because it does not count for u.
     """
     clients = [{"budget": budget} for budget in (0.25, 0.5, 1.0)]
     exp = tiny.experiment("unused", clients, num_experts=8, k_max=8, lora={"rank": 3, "alpha": 6.0})
@@ -130,7 +130,7 @@ def test_weights_of_a_round_by_hand():
         assert server.weight_C.tolist() == pytest.approx([1 / 3] * 3) and server.target == pytest.approx(target)
 
 
-def test_phi_stays_where_no_utilisation_counts():
+def test_phi_stays_if_no_clients_utilisation_counts():
     listed = [Unit("layers.0.phi", "phi", 8)]
     server = Server(experiment([3], dmr=True), listed, [1.0])
     server.start([np.ones(8, np.float32)])
@@ -156,31 +156,31 @@ def test_clip_norm_by_hand():
     ],
 )
 def test_server_optimizer_by_hand(kind, expected):
-    """Two rounds in which every client's update is 2; betas 0.9 and 0.99, lr 0.5, eps 0.1."""
+    """In both of two rounds every client's update is 2; betas 0.9 and 0.99, lr 0.5, eps 0.1."""
     options = {"server_optimizer": kind, "server_lr": 0.5, "server_betas": (0.9, 0.99), "server_eps": 0.1}
     listed = [Unit("layers.0.router", "router", 1)]
     server = new_server(experiment([3, 3], **options), listed, [0.5, 0.5])
     server.start([np.zeros(1, np.float32)] * 2)
-    found = []
+    steps = []
     for _ in range(2):
-        found.append(server.merge([np.full(1, 2, np.float32) for _ in range(2)], usage(2), [3, 3])[0].item())
-    assert found == pytest.approx(expected)
+        steps.append(server.merge([np.full(1, 2, np.float32) for _ in range(2)], usage(2), [3, 3])[0].item())
+    assert steps == pytest.approx(expected)
 
 
 def test_moments_of_a_refused_unit_stay():
-    """Round 2 is refused of all: nothing moves, and round 3 goes on from round 1's moment: m = 0.9 * 2 + 2."""
+    """Round 2 is refused: nothing changes, and round 3 continues from round 1's moment: m = 0.9 * 2 + 2."""
     listed = [Unit("layers.0.router", "router", 1)]
     config = {"server_optimizer": "momentum", "server_betas": (0.9, 0.99)}
     server = new_server(experiment([3], **config), listed, [1.0])
     server.start([np.zeros(1, np.float32)])
-    found = [server.merge([np.array([v], np.float32)], usage(1), [3])[0].item() for v in (2.0, np.nan, 2.0)]
-    assert found == pytest.approx([2.0, 0.0, 3.8])
+    steps = [server.merge([np.array([v], np.float32)], usage(1), [3])[0].item() for v in (2.0, np.nan, 2.0)]
+    assert steps == pytest.approx([2.0, 0.0, 3.8])
 
 
 @pytest.mark.parametrize("payload", ["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["flexlora", "zero_pad"])
 def test_owner_and_client_agree_over_rounds(rule, payload):
-    """What the owner thinks a client holds is what the client holds after adding the replies, also when rounded."""
+    """The owner's record of a client equals the client's values after the replies, in a rounded payload too."""
     ranks, listed = [1, 3], units()
     exp = experiment(ranks, dmr=True, rule=rule, payload=payload)
     held = arrays(ranks, 0, listed)
@@ -197,8 +197,8 @@ def test_owner_and_client_agree_over_rounds(rule, payload):
 
 
 @pytest.mark.parametrize("rule", ["hetlora", "zero_pad"])
-def test_pruned_client_gets_its_first_ranks_back(rule):
-    """The client of rank 3 goes down to 2: its reply has rank 2, as a difference to its own first two ranks."""
+def test_a_pruned_client_keeps_its_first_lora_ranks(rule):
+    """A client goes from LoRA rank 3 to 2: its reply has LoRA rank 2, as a difference to its first two LoRA ranks."""
     listed = units()[:2]
     exp = experiment([3, 3], rule=rule)
     held, updates = arrays([3, 3], 0, listed), arrays([3, 3], 1, listed)
@@ -211,27 +211,27 @@ def test_pruned_client_gets_its_first_ranks_back(rule):
     whole = held[1][:21] + replies[1][:21]
     expected = np.concatenate([whole[:12].reshape(3, N)[:2].ravel(), whole[12:].reshape(M, 3)[:, :2].ravel()])
     np.testing.assert_allclose(cut + replies[0][:14], expected, atol=1e-5)
-    assert server.lora_ranks == [3, 3], "the caller sets them, once every rank has its reply"
+    assert server.lora_ranks == [3, 3], "the caller sets them once every rank has its reply"
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(RULES), st.integers(0, 1000), st.integers(0, 4))
 def test_results_do_not_depend_on_how_units_are_spread(rule, seed, cut):
-    """One owner of four units, or two owners that share them at any place."""
+    """Compare one owner of four units with two owners, the units split at any place."""
     ranks = [1, 3] if rule in FACTOR_RULES else [3, 3]
     listed = units()
     exp = experiment(ranks, rule=rule)
     held, updates = [np.zeros_like(a) for a in arrays(ranks, 0, listed)], arrays(ranks, seed, listed)
     whole, _ = merged(exp, listed, held, updates)
     parts: list[list[np.ndarray]] = [[], []]
-    for mine in (slice(0, cut), slice(cut, 4)):
-        own = listed[mine]
+    for where in (slice(0, cut), slice(cut, 4)):
+        part = listed[where]
         bounds = [
-            (sum(u.size(r) for u in listed[: mine.start]), sum(u.size(r) for u in listed[: mine.start] + own))
+            (sum(u.size(r) for u in listed[: where.start]), sum(u.size(r) for u in listed[: where.start] + part))
             for r in ranks
         ]
-        own_held, own_updates = ([a[i:j] for a, (i, j) in zip(x, bounds, strict=True)] for x in (held, updates))
-        for client, reply in enumerate(merged(exp, own, own_held, own_updates)[0]):
+        part_held, part_updates = ([a[i:j] for a, (i, j) in zip(x, bounds, strict=True)] for x in (held, updates))
+        for client, reply in enumerate(merged(exp, part, part_held, part_updates)[0]):
             parts[client].append(reply)
     for reply, pieces in zip(whole, parts, strict=True):
         np.testing.assert_allclose(np.concatenate(pieces), reply, atol=2e-5)
@@ -242,8 +242,8 @@ def test_betas_from_yaml_are_a_list():
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": "activation"}, {"server_optimizer": "adam"}])
-def test_the_cheaper_way_of_linear_rules_gives_the_same(options):
-    """Shares times updates summed on the way to the owner, two rounds, against the stack of all updates."""
+def test_summing_in_transit_equals_merging_at_the_owner(options):
+    """Linear rules, two rounds: the sum of shares times updates against the stack of all updates."""
     ranks, listed = [3, 3, 3], units()
     exp = experiment(ranks, dmr=True, **options)
     held = arrays(ranks[:1], 0, listed) * 3

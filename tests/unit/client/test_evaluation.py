@@ -1,4 +1,4 @@
-"""Loss, option scores, cost and pictures against plain computations."""
+"""Test loss, option scores, generated answers, cost and heat maps against plain computations."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
 def parts():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rows = synthetic.rows(14, seed=9)
-    # options of several tokens that part at their first, that begin alike, and of which one begins another
+    # options of several tokens that differ from the first token on, that share a beginning, that begin another option
     rows.append(rows[0] | {"labels": ["blue", "a dog", "two cats"], "answer": "so it is a dog then", "label": 1})
     rows.append(rows[1] | {"labels": ["answer12", "answer1", "answer123"], "answer": "answer1", "label": 1})
     rows.append(rows[2] | {"labels": ["six of them", "six"], "answer": "six of them", "label": 0})
@@ -44,7 +44,7 @@ def parts():
 
 
 def plain(rows, tokenizer, k):
-    """Every option of every row alone through Hugging Face's model with num_experts_per_tok = k."""
+    """Return the sums of `FIELDS`, each option scored alone by Hugging Face's model with num_experts_per_tok = k."""
     hf = OlmoeForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, num_experts_per_tok=k).eval()
 
     def logp(prompt, answer):
@@ -75,23 +75,23 @@ def plain(rows, tokenizer, k):
 @pytest.mark.parametrize("k", [8, 2])
 def test_evaluation_equals_one_option_at_a_time(k, parts):
     tokenizer, rows, client = parts
-    found = Evaluator(rows, tokenizer, 256, batch_size=4).sums(client, k, 0, 1)
-    assert found.shape == (len({row["task"] for row in rows}), len(FIELDS))
-    np.testing.assert_allclose(found.sum(0), plain(rows, tokenizer, k), rtol=1e-4)
+    sums = Evaluator(rows, tokenizer, 256, batch_size=4).sums(client, k, 0, 1)
+    assert sums.shape == (len({row["task"] for row in rows}), len(FIELDS))
+    np.testing.assert_allclose(sums.sum(0), plain(rows, tokenizer, k), rtol=1e-4)
 
 
-def test_one_pass_a_batch_holds_all_options(parts):
+def test_a_batch_holds_all_options_in_one_pass(parts):
     tokenizer, rows, client = parts
     shapes = []
-    seeing = SimpleNamespace(
+    recording = SimpleNamespace(
         device=client.device, logits=lambda t, k: shapes.append(t.input_ids.shape) or client.logits(t, k)
     )
-    Evaluator(rows, tokenizer, 256, batch_size=4).sums(seeing, 2, 0, 1)
+    Evaluator(rows, tokenizer, 256, batch_size=4).sums(recording, 2, 0, 1)
     assert sum(shape[0] for shape in shapes) == len(rows)
 
 
 def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(parts):
-    """Not one that is only shorter than the row, which has all answers."""
+    """A window that is only shorter than the row, which holds all answers, is accepted."""
     model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8)))
     ids = torch.tensor([[2, 3, 4, 5]])
     branch_BS = torch.tensor([[0, 0, 1, 2]])  # 2 3 4 and 2 3 5
@@ -104,12 +104,12 @@ def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(part
         model(ids, ids.bool(), None, branch_BS)
     tokenizer, rows, _ = parts
     evaluator = Evaluator(rows, tokenizer, 256, batch_size=4)
-    one_by_one = [len(option) + len(row.start) - 1 for row in evaluator.packed for option in row.options]
-    assert evaluator.longest == max(one_by_one)
+    lengths = [len(option) + len(row.start) - 1 for row in evaluator.packed for option in row.options]
+    assert evaluator.longest == max(lengths)
 
 
 def test_the_length_of_an_option_can_decide():
-    """By hand: -1 - 2 over 2 tokens against -2 over 1: raw the second wins, over the number of tokens the first."""
+    """By hand, -3 for 2 tokens against -2 for 1 token: raw the second option wins, normalised by length the first."""
     row = PackedRow([9], 0, [[1, 2, 4], [3]], label=0, cut=False)
     logp = [torch.tensor([]), torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-2.0])]
     assert score(row, logp) == (3.5, 3, 0, 1, 1)
@@ -122,7 +122,7 @@ def test_the_length_of_an_option_can_decide():
     "values, chance", [([-1.0, -1.0], 0.5), ([-1.0, -1.0, -0.5], 0), ([-1.0, float("nan")], 0), ([float("nan")] * 2, 0)]
 )
 def test_a_tie_counts_as_a_draw_and_nan_as_wrong(values, chance):
-    """Else the first option would win, which is right more often than the others in some data."""
+    """Without this the first option would win ties, and in some data it is right more often than the others."""
     row = PackedRow([9], 0, [[1, 4], *([n] for n in range(2, 1 + len(values)))], label=0, cut=False)
     logp = [torch.tensor([]), torch.tensor([values[0], -0.5]), *(torch.tensor([value]) for value in values[1:])]
     assert score(row, logp)[2:] == (chance, chance, 1)
@@ -141,12 +141,12 @@ def test_generated_answers_equal_transformers_one_row_at_a_time(k, parts):
         new = ids[0, -8:].tolist()
         new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
         expected.append(tokenizer.decode(new, skip_special_tokens=True))
-    found = generate_answers(client.model, k, rows[:6], tokenizer, max_length=256, batch_size=4, max_new_tokens=8)
-    assert found == expected and any(found)
+    generated = generate_answers(client.model, k, rows[:6], tokenizer, max_length=256, batch_size=4, max_new_tokens=8)
+    assert generated == expected and any(generated)
 
 
 def test_prompts_are_cut_for_generation_as_in_training(parts):
-    """By the length of the right answer; more may be said than there would be room for."""
+    """The right answer's length decides the cut; the generated answer may be longer than the room left."""
     tokenizer, rows, client = parts
     shortest = min(len(tokenizer(row["instruction"])["input_ids"]) for row in rows[:6])
     examples, cut = encode(rows[:6], tokenizer, shortest)
@@ -158,7 +158,7 @@ def test_prompts_are_cut_for_generation_as_in_training(parts):
         expected.append(tokenizer.decode(ids[0, len(example.prompt) :], skip_special_tokens=True))
     lengths = {"max_length": shortest, "batch_size": 4, "max_new_tokens": shortest + 5}
     assert generate_answers(client.model, 8, rows[:6], tokenizer, **lengths) == expected and any(expected)
-    with pytest.raises(UserError, match="max_new_tokens: 1024 after the longest prompt are .* has 1024 positions"):
+    with pytest.raises(UserError, match="max_new_tokens: 1024 and the longest prompt need .* the model has 1024;"):
         generate_answers(client.model, 8, rows[:6], tokenizer, **lengths | {"max_new_tokens": 1024})
 
 
@@ -183,7 +183,7 @@ def test_workers_share_the_rows(parts):
 
 
 def test_all_workers_run_equally_often(parts):
-    """Ranks of a client meet in the experts' all-to-all, so that none may run one batch more than another."""
+    """Ranks of a client meet in the experts' all-to-all, so none may run one batch more than another."""
     tokenizer, rows, client = parts
     calls = []
     counting = SimpleNamespace(device=client.device, logits=lambda t, k: calls.append(worker) or client.logits(t, k))
@@ -206,7 +206,7 @@ def test_flops_equal_torchs_counter(k):
 
 
 def test_lowest_budget_halves_the_flops_of_olmoe():
-    """OLMoE-1B-7B, K = 2 of 8: the paper's headline is 45 % less."""
+    """OLMoE-1B-7B at K = 2 of 8: the paper reports 45 % fewer FLOPs."""
     olmoe = ModelShape(16, 2048, 1024, 64, 16, 16, 128, 50304, lora_rank=8)
     assert 0.45 < flops_per_token(olmoe, 2, 512) / flops_per_token(olmoe, 8, 512) < 0.6
 
