@@ -112,7 +112,7 @@ def test_another_death_while_the_others_recover(tmp_path):
 
 def test_too_few_clients_end_the_job_and_it_can_be_resumed_with_all(tmp_path):
     output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1)
-    assert "error: min_clients: 2 clients are left of the 3 demanded" in output
+    assert "error: min_clients: 2 clients are left, 3 are demanded; --resume auto goes on" in output
     output = survive(tmp_path / "out", None, "min_clients=3", "--resume", "auto")
     assert "goes on from" in output
     assert [
