@@ -79,18 +79,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     Raises:
         UserError: for rows, a model or an adapter that cannot be used, or a K that it does not have.
     """
-    from ubsmoe_ds.config.sections import DataConfig
-    from ubsmoe_ds.data.sources import evaluation_rows
-
-    default = DataConfig()
-    form: str = default.format
-    max_length = default.max_length
-    if options.adapter is not None:
-        from ubsmoe_ds.adapters.adapter import asked_as
-
-        form, max_length = asked_as(options.adapter)
-    max_length = options.max_length or max_length
-    rows = evaluation_rows(options.data, options.rows, options.seed, options.format or form)
+    rows, max_length = read_rows(options)
     import pandas as pd
     import torch
 
@@ -118,6 +107,26 @@ def evaluate(options: argparse.Namespace) -> Any:
         exact = exact_matches(local.model, k, rows, tokenizer, max_length, options) if options.exact_match else None
         records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
     return pd.DataFrame(records)
+
+
+def read_rows(options: argparse.Namespace) -> tuple[list[Any], int]:
+    """Return (rows to evaluate on, most tokens of a row), in the form that the adapter was trained on by default.
+
+    Raises:
+        UserError: for bad rows, or an adapter that cannot be read.
+    """
+    from ubsmoe_ds.config.sections import DataConfig
+    from ubsmoe_ds.data.sources import evaluation_rows
+
+    default = DataConfig()
+    form: str = default.format
+    max_length = default.max_length
+    if options.adapter is not None:
+        from ubsmoe_ds.adapters.adapter import asked_as
+
+        form, max_length = asked_as(options.adapter)
+    rows = evaluation_rows(options.data, options.rows, options.seed, options.format or form)
+    return rows, options.max_length or max_length
 
 
 def exact_matches(

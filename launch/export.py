@@ -1,10 +1,11 @@
-"""An adapter folder of a run -> plain Hugging Face weights, with the adapter merged into them.
+"""Merge an adapter of a run into its base model and write plain Hugging Face weights.
 
     python launch/export.py --adapter runs/tiny/adapter --merge merged
     python launch/export.py --adapter runs/tiny/adapter/clients/phone --merge phone --base FOLDER
 
-The merged model is read by transformers and whatever reads its checkpoints. It computes what the adapter does with
-PEFT: the model at phi = 0 without gate rescaling, at the K of its config; what is lost by that is said.
+The result is read by transformers and every program that reads its models. It computes what the adapter computes under
+PEFT: the model at phi = 0 without the gate's learned scale, at the K of its config. A note names what is lost.
+
 Exit codes: 0 done, 2 a mistake in the arguments or files.
 """
 
@@ -19,21 +20,21 @@ from ubsmoe_ds.base.command_line import Parser, carry_out
 
 
 def main() -> int:
-    """Merge; returns the exit code."""
+    """Merge; return the exit code."""
     return carry_out(lambda: export(parse(sys.argv[1:])))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, type=Path, help="folder of an adapter")
-    parser.add_argument("--merge", required=True, type=Path, metavar="OUT", help="new folder for the merged checkpoint")
+    parser.add_argument("--merge", required=True, type=Path, metavar="OUT", help="new folder for the merged model")
     parser.add_argument("--base", help="model folder, or as in model.path; default: the one the adapter was trained on")
     return parser.parse_args(arguments)
 
 
 def export(options: argparse.Namespace) -> None:
-    """Read, write, say what is lost."""
+    """Read the adapter, write the merged model, and print what is lost."""
     from ubsmoe_ds.adapters.adapter import read_adapter
     from ubsmoe_ds.adapters.merged import write_merged
     from ubsmoe_ds.models.families import read_facts

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness with trained adapters: its own command line, and `--model ubsmoe` beside its models.
+"""Run lm-evaluation-harness on trained adapters: its own command line, with `--model ubsmoe` beside its models.
 
     pip install '.[lm-eval]'
     python launch/harness.py run --model ubsmoe --model_args adapter=runs/tiny/adapter,k=2 --tasks arc_easy
 
-`--model_args`: adapter, base, k, dtype, and of what the harness's `hf` takes all that does not choose another model
-(batch_size, max_length, ...). The harness fetches its tasks from the hub.
+`--model_args`: adapter, base, k, dtype, and those of the harness's `hf` that do not choose another model (batch_size,
+max_length, ...). The harness fetches its tasks from the hub.
 """
 
 if __name__ == "__main__":
@@ -17,8 +17,8 @@ from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
 
 
 def main() -> int:
-    """Hand over to the harness; returns the exit code."""
-    # the harness imports Hugging Face's `evaluate`, for which this folder's evaluate.py must not be taken
+    """Hand over to the harness; return the exit code."""
+    # the harness imports Hugging Face's `evaluate`, which this folder's evaluate.py would hide
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     try:

@@ -2,9 +2,9 @@
 
     python launch/make_tiny_model.py --out ubsmoe_ds/models/tiny_olmoe
 
-It learns the form of a row (loss on every token) and most tasks to some degree; the facts of the world are left to
-fine-tuning. Its rows come from another seed than any experiment's default, and evaluation questions are held out by
-their text, whatever the seed.
+It learns the form of a row (loss on every token) and most tasks to some degree; facts are left to fine-tuning. Its
+rows come from another seed than any experiment's default, and evaluation questions are held out by their text, whatever
+the seed.
 """
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ UNSEEN_TASKS = tuple(synthetic.FACTS)
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, the tasks' words are short."""
+    """Train a byte-level BPE tokenizer: it encodes any text, and the tasks' words in few tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -44,7 +44,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab: int) -> OlmoeForCausalLM:
-    """16 experts, 8 active, as OLMoE in miniature."""
+    """Make a small OLMoE of 16 experts, 8 of them active."""
     config = OlmoeConfig(
         vocab_size=vocab,
         hidden_size=128,
@@ -65,7 +65,7 @@ def make_model(vocab: int) -> OlmoeForCausalLM:
 def train(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], steps: int, batch: int, lr: float
 ) -> None:
-    """AdamW with a linear decay on the mean loss of all tokens plus the mean loss of the answer's tokens."""
+    """Train by AdamW with a linear decay, on the mean loss of all tokens plus that of the answers' tokens."""
     examples, _ = encode(rows, tokenizer, max_length=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 30) * max(0.05, 1 - s / steps))
@@ -87,7 +87,7 @@ def train(
 
 
 def main() -> None:
-    """Train, round to bf16, save."""
+    """Train the model, round it to bf16, and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1800)

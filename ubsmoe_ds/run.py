@@ -1,4 +1,4 @@
-"""Run the experiment on one rank: set up the environment, build the federation, carry out the rounds."""
+"""Run one rank of a job from start to end: device, data and model, rounds, and how the job ended."""
 
 import os
 from typing import NamedTuple
@@ -17,48 +17,48 @@ from ubsmoe_ds.mpi.world import World
 
 
 class Ending(NamedTuple):
-    """The end of a job; the same on all remaining ranks."""
+    """How a job ended, the same on all remaining ranks: exit code, message, and the world that they share."""
 
-    code: int  # exit code
-    message: str  # line for the user, or ""
-    world: World  # of the remaining ranks
+    code: int
+    message: str
+    world: World
 
 
-def run(exp: Experiment, world: World, *, verbose: bool, resume: str | None) -> Ending:
-    """Carry out the experiment; every rank of the job calls it.
+def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> Ending:
+    """Carry out the experiment; every rank of the job calls this.
 
     Args:
         exp: the experiment.
-        world: this rank's.
+        place: this rank's place in the job.
         verbose: let DeepSpeed print.
-        resume: the checkpoint to go on from: "auto", the newest if there is one; or its folder. None: start anew.
+        resume: the checkpoint to resume from: "auto" for the newest one, if any, or its folder. None: start a new run.
 
     Raises:
-        UserError: for a mistake, before anything is written; and if a checkpoint cannot be written.
+        UserError: before anything is written, and if a checkpoint cannot be written.
     """
     keep_freed_memory()
-    stop = StopRequests(world.comm, exp.checkpoint.grace_s)
-    sign_in(os.environ, describe(exp, world.rank))
-    heartbeat = watchdog.watch(exp, world)
+    stop = StopRequests(place.comm, exp.checkpoint.grace_s)
+    sign_in(os.environ, describe(exp, place.rank))
+    heartbeat = watchdog.watch(exp, place)
     try:
-        ending = _run(exp, world, stop, verbose, resume)
+        ending = _run(exp, place, stop, verbose, resume)
     except UserError:
         stop.close()
         raise
-    if heartbeat is not None:  # after an error it goes on: a host may be lost while the job ends
+    if heartbeat is not None:  # after an error it keeps running: another host may fall silent during the exit too
         heartbeat.close()
     return ending
 
 
 def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resume: str | None) -> Ending:
-    """Build the federation and run it, with requests to stop and the heartbeat already in place."""
+    """Build the federation, run its rounds, and close the group's torch world."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(world.cores)  # more threads than cores would only get in each other's way
+        torch.set_num_threads(world.cores)  # more threads than cores would slow each other down
     devices = choose_accelerator(exp)
     check_devices(exp, world, devices)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
-    # DeepSpeed reads rank, world and accelerator from the environment when it is imported: only now are they all set
+    # DeepSpeed reads rank, world and accelerator from the environment on import; only now are they all set
     from ubsmoe_ds.federation import recovery
     from ubsmoe_ds.federation.build import build
 
@@ -67,19 +67,19 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     try:
         recovery.run(federation)
     except Preempted as stopped:
-        code, message = EXIT_PREEMPTED, f"{stopped}; --resume auto goes on from there"
+        code, message = EXIT_PREEMPTED, f"{stopped}; continue with --resume auto"
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:
         if world.survives and ulfm.is_group_broken(world):
-            exits.leave_job()  # the error only shows that another rank of this group is gone
+            exits.leave_job()  # the error only shows that another rank of this client is gone
         raise
     _close_group(federation.world)
     return Ending(code, message, federation.world)
 
 
 def _close_group(world: World) -> None:
-    """Close the group's torch world once all ranks are done: left open, it can keep a process from ending."""
+    """Close the group's torch world once all ranks are done; left open, it can keep a process from ending."""
     try:
         world.barrier()
     except RanksLost:
@@ -88,7 +88,7 @@ def _close_group(world: World) -> None:
 
 
 def describe(exp: Experiment, rank: int) -> str:
-    """Return a rank of the job as messages name it."""
+    """Return a rank's name for messages: its client, its rank in the group and in the job."""
     first = 0
     for client in exp.clients:
         if rank < first + client.ranks:
@@ -98,18 +98,15 @@ def describe(exp: Experiment, rank: int) -> str:
 
 
 def choose_accelerator(exp: Experiment) -> list[str]:
-    """Tell DeepSpeed cpu or cuda, so that it neither guesses nor prints its guess.
-
-    Returns:
-        Unique identifiers of the CUDA devices that this rank sees and uses.
+    """Tell DeepSpeed to use cpu or cuda, so that it does not guess and print; return the UUIDs of the CUDA devices.
 
     Raises:
-        UserError: if CUDA is asked for and absent.
+        UserError: if `accelerator` is cuda and there is no CUDA device.
     """
-    available = torch.cuda.is_available()
-    if exp.accelerator == "cuda" and not available:
-        raise UserError("accelerator: 'cuda' was asked for, but torch sees no CUDA device; use auto or cpu")
-    use_cuda = available and exp.accelerator != "cpu"
+    has_cuda = torch.cuda.is_available()
+    if exp.accelerator == "cuda" and not has_cuda:
+        raise UserError("accelerator: cuda, but torch sees no CUDA device; use auto or cpu")
+    use_cuda = has_cuda and exp.accelerator != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"
     count = torch.cuda.device_count() if use_cuda else 0
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]

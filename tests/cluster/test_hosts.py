@@ -144,7 +144,7 @@ def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tm
         hosts.mend("n1")
         command = [sys.executable, TRAIN, "--hostfile", hostfile(hosts), *options, "--resume", "auto"]
         job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
-        assert job.end() == 0 and "goes on from" in job.output, job.output
+        assert job.end() == 0 and "resumed from" in job.output, job.output
     assert [record["metrics"] for record in records(tmp_path / "tiny")] == whole
 
 

@@ -118,20 +118,20 @@ def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, t
     python = script(tmp_path / "python", SLOW_PYTHON.format(python=sys.executable))
     arguments = ["--time=10", "--signal=USR1@90", *ON_TWO_NODES, "slurm/train.sbatch", *TWO_RANKS]
     changes = [f"output={tmp_path}", "overwrite=false"]
-    job = BatchJob(slurm | {"PYTHON": python}, tmp_path, *arguments, *changes, FAULT="slow@0")
+    job = BatchJob(slurm | {"PYTHON": python}, tmp_path, *arguments, *changes, UBSMOE_DS_FAULT="slow@0")
     job.wait_for("before ")
     urgent = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=echo first"]
     command(slurm, "sbatch", *urgent)
     job.wait_for(f"job {job.id}, start 2", 60)
     assert (tmp_path / "urgent").read_text() == "first\n"
     started = time.monotonic()
-    job.wait_for("goes on from /")  # from here on USR1 is handled
+    job.wait_for("resumed from /")  # from here on USR1 is handled
     minutes = int(time.monotonic() - started) // 60 + 2
     command(slurm, "scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.wait_for("saved and queued again", 60)
     command(slurm, "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     assert job.end() == 0, job.output
-    assert job.output.count("stopped in round ") == 2 == job.output.count("goes on from /"), job.output
+    assert job.output.count("stopped in round ") == 2 == job.output.count("resumed from /"), job.output
     assert f"job {job.id}, start 3" in job.output and f"job {job.id}, start 4" not in job.output
     assert metrics(tmp_path) == whole
 

@@ -54,11 +54,11 @@ def test_a_key_overrides_its_preset_and_leaves_the_rest():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=ubsmoe"], "method: 'ubsmoe' is no method; use one of ub_smoe, topk"),
+        (["method=ubsmoe"], "method: 'ubsmoe' is not a method; use one of ub_smoe, topk"),
         (["method=flexlora", "merge.rule=fedavg"], "merge.rule: 'fedavg' needs equal LoRA ranks"),
-        (["method=flora", "merge.server_optimizer=adam"], "merge.server_optimizer: 'adam' does not go with"),
+        (["method=flora", "merge.server_optimizer=adam"], "merge.server_optimizer: 'adam' does not work with"),
         (["lora.prune_penalty=0.1"], "merge.rule: 'fedavg' needs equal LoRA ranks"),
-        (["method=flora", "lora.prune_penalty=0.1"], "lora.prune_penalty: flora starts"),
+        (["method=flora", "lora.prune_penalty=0.1"], "lora.prune_penalty: 0.1 does not work with merge.rule 'flora'"),
         (["clients.0.lora_rank=9", "merge.rule=zero_pad"], "clients: lora_rank 9 exceeds lora.rank 8"),
         (["merge.trim=0.5"], "merge.trim: 0.5"),
         (

@@ -1,4 +1,4 @@
-"""Benchmarks run, print what machines can read, and check their own answers; no times are tested."""
+"""Check that benchmarks run, print JSON lines and check their own results; times are not tested."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command that compares methods: which jobs it runs and runs again, what it refuses, and one real comparison."""
+"""Check launch/compare.py: which jobs it runs and runs again, what it refuses, and one real comparison."""
 
 import csv
 import os
@@ -19,7 +19,7 @@ from ubsmoe_ds.studies.comparison_jobs import Runner, run_job
 
 
 class FakeRunner:
-    """Stands in for `run_job`: finishes at once, or ends with the exit code given for a job's name."""
+    """Stand-in for `run_job`: finishes at once, or ends with the exit code given for a job's name."""
 
     def __init__(self, **codes: int) -> None:
         self.codes, self.ran = codes, []
@@ -37,7 +37,7 @@ class FakeRunner:
 
 
 def compare_tiny(out: Path, runner: Runner, *more: str, methods: str = "topk", seeds: str = "0") -> int:
-    """The command, with two clients and two rounds."""
+    """Run the command with two clients and two rounds."""
     arguments = ["--config", CONFIG, "--methods", *methods.split(), "--seeds", *seeds.split(), "--out", str(out)]
     return compare.main([*arguments, TWO, "train.rounds=2", *more], runner)
 
@@ -70,7 +70,7 @@ def test_some_methods_and_some_ablations(tmp_path):
 
 
 def test_experiment_of_each_job(tmp_path):
-    """Overrides reach every job, those of keys that an ablation is about excepted; the others change what it is."""
+    """Overrides reach every job, but not the keys that make an ablation what it is."""
     arguments = ["--config", CONFIG, "--out", str(tmp_path), "--seeds", "5", "--ablate"]
     jobs = compare.read_jobs(compare.parse([*arguments, "lora.alpha=3.0", "dmr.enabled=true", "dmr.zeta=0.25"]))
     of = {job.run.method: job.run.exp for job in jobs}
@@ -87,7 +87,7 @@ def test_experiment_of_each_job(tmp_path):
     assert parts("ub_smoe-no_pg") == (True, False)
 
 
-def test_labels_that_do_not_say_all_are_noted(tmp_path, capsys):
+def test_labels_with_other_keys_than_their_preset_are_noted(tmp_path, capsys):
     assert compare_tiny(tmp_path, FakeRunner(), "dmr.enabled=true", methods="ub_smoe topk") == 0
     note = "`topk` here has dmr.enabled=True (not False)"
     assert capsys.readouterr().err == f"note: {note}\n"
@@ -103,7 +103,7 @@ def test_finished_jobs_are_not_run_again(tmp_path, capsys):
     assert compare_tiny(tmp_path, runner, methods="topk ub_smoe", seeds="0 1") == 0
     assert runner.ran == ["topk-seed1"] and capsys.readouterr().out.count("done before") == 3
     assert (tmp_path / "results.csv").read_text() == results
-    # neither does it matter how the same folder is called
+    # another path to the same folder is the same folder
     assert compare_tiny(tmp_path / "runs" / "..", runner, methods="topk ub_smoe", seeds="0 1") == 0
     assert runner.ran == ["topk-seed1"]
 
@@ -114,15 +114,15 @@ def test_finished_job_of_another_config_is_refused(tmp_path, capsys):
     runner = FakeRunner()
     assert compare_tiny(tmp_path, runner, "train.local_steps=7", seeds="0 1") == 2
     assert runner.ran == [] and (tmp_path / "results.csv").read_text() == before
-    found = capsys.readouterr().err
-    assert found == (
+    error = capsys.readouterr().err
+    assert error == (
         f"error: out: {tmp_path}/runs/topk-seed1 holds a finished run with train.local_steps=10, but this command asks "
         "for 7; remove the folder or choose another --out\n"
     )
 
 
 def test_unfinished_job_of_another_config_is_refused_and_kept(tmp_path, capsys):
-    """Only what could be gone on with: of a run without a checkpoint nothing is lost."""
+    """Only a run with a checkpoint is refused; without one nothing is lost by starting again."""
     assert compare_tiny(tmp_path, FakeRunner(), seeds="0 1") == 0
     folders = [tmp_path / "runs" / f"topk-seed{seed}" for seed in (0, 1)]
     for folder in folders:
@@ -152,7 +152,7 @@ def test_failing_job_ends_the_comparison_with_its_exit_code(tmp_path, capsys):
 
 
 def test_one_job_of_the_list(tmp_path, capsys):
-    """As the tasks of slurm/compare.sbatch do; nothing is written for the other jobs, and no results."""
+    """As in slurm/compare.sbatch: nothing is written for the other jobs, and no results."""
     assert compare_tiny(tmp_path / "out", FakeRunner(), "--list", methods="topk ub_smoe", seeds="0 1") == 0
     names = capsys.readouterr().out.split()
     assert names == ["topk-seed0", "ub_smoe-seed0", "topk-seed1", "ub_smoe-seed1"] and not (tmp_path / "out").exists()
@@ -181,8 +181,8 @@ def test_interruption_is_one_line(tmp_path, capsys):
 
 
 BAD = {
-    "method": (["--methods", "topk", "top"], "methods: 'top' is no method; use all, or some of ub_smoe, topk"),
-    "override among methods": (["--methods", "topk", "train.rounds=1"], "methods: 'train.rounds=1' is no method"),
+    "method": (["--methods", "topk", "top"], "methods: 'top' is not a method; use all, or some of ub_smoe, topk"),
+    "override among methods": (["--methods", "topk", "train.rounds=1"], "methods: 'train.rounds=1' is not a method"),
     "no methods": (["--methods"], "methods: none given"),
     "seed": (["--seeds", "0", "x"], "seeds: 'x' is no seed"),
     "negative seed": (["--seeds", "-1"], "seeds: '-1' is no seed"),
@@ -215,15 +215,15 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_job_runs_outside_of_any_mpi_world(tmp_path, monkeypatch):
-    of_a_job = ("PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_SIZE", "MASTER_PORT", "UBSMOE_DS_PARENT_SPEAKS")
-    for name in (*of_a_job, "UCX_LOG_LEVEL"):
+    job_variables = ("PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_SIZE", "MASTER_PORT", "UBSMOE_DS_PARENT_SPEAKS")
+    for name in (*job_variables, "UCX_LOG_LEVEL"):
         monkeypatch.setenv(name, "1")
     show = "import os, sys; print(*sorted(os.environ)); print('problem', file=sys.stderr); sys.exit(3)"
     log = tmp_path / "job.log"
     assert run_job([sys.executable, "-c", show], log) == 3
     names, problem = log.read_text().splitlines()
     assert problem == "problem" and "UCX_LOG_LEVEL" in names.split()
-    assert not set(of_a_job) & set(names.split())
+    assert not set(job_variables) & set(names.split())
     assert run_job([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log) == 128 + 9
 
 
@@ -261,7 +261,7 @@ def test_interrupted_comparison_leaves_no_job_behind(send, tmp_path):
 
 
 def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0) -> None:
-    """Until the job has written the first line of its log, so that its ranks are at work."""
+    """Wait until the job has written the first line of its log, so that its ranks are running."""
     deadline = time.monotonic() + seconds
     while not (log.exists() and log.stat().st_size):
         assert time.monotonic() < deadline and process.poll() is None

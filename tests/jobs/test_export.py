@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import OlmoeForCausalLM
 
-from tests.support.ranks import REPO, clean_environment, run_ranks
+from tests.support.ranks import REPO, clean_environment, run_ranks, warm_python
 from ubsmoe_ds.adapters.adapter import CLIENTS, load_trained, read_adapter
 from ubsmoe_ds.adapters.peft_format import SIDECAR
 from ubsmoe_ds.base.errors import UserError
@@ -55,7 +54,7 @@ def test_adapters_of_rounds_and_the_end(run):
 
 @pytest.mark.slow
 def test_export_writes_plain_weights_and_says_what_is_lost(run, tmp_path):
-    command = [sys.executable, "launch/export.py", "--adapter", str(run / "adapter"), "--merge", str(tmp_path / "out")]
+    command = [*warm_python(), "launch/export.py", "--adapter", str(run / "adapter"), "--merge", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "note: plain weights have no place for phi" in done.stderr
@@ -104,7 +103,7 @@ def in_own_words(folder: Path, rows: list[dict]) -> float:
 
 def command(name: str, *arguments: str) -> list[dict]:
     """The JSON lines that a command prints."""
-    line = [sys.executable, f"launch/{name}.py", *arguments]
+    line = [*warm_python(), f"launch/{name}.py", *arguments]
     done = subprocess.run(line, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return [json.loads(text) for text in done.stdout.splitlines()]
@@ -116,7 +115,7 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
     state = {**adapter.state, "layers.0.phi": torch.zeros(3)}
     with pytest.raises(UserError, match=r"'layers.0.phi' \[3\] has no place"):
         load_trained(adapter._replace(state=state))
-    line = [sys.executable, "launch/evaluate.py", "--adapter", str(tmp_path), "--data", "synthetic"]
+    line = [*warm_python(), "launch/evaluate.py", "--adapter", str(tmp_path), "--data", "synthetic"]
     done = subprocess.run(line, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "adapter_config.json" in done.stderr
 

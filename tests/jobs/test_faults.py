@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.support.jobs import TRAIN, TWO_CLIENTS, Job, records, train
+from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, train
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
 
@@ -39,7 +39,7 @@ def same_as(whole, folder) -> None:
 @pytest.mark.parametrize("how", ["SIGTERM to the command", "SIGUSR1 to one rank", "SIGKILL to the command"])
 def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "overwrite=false"]
-    job = Job(command, tmp_path / "log", FAULT="slow@1")
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1", **OWN_SERVER)
     job.wait_for("round   1/3")
     time.sleep(0.3)
     if how == "SIGUSR1 to one rank":
@@ -50,11 +50,11 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
         job.process.kill()
     assert job.end(60) == (-9 if how.startswith("SIGKILL") else 75), job.output
     last = [line for line in job.output.splitlines() if line.strip()][-1]
-    assert last.startswith("stopped in round 2 of 3, saved to") and last.endswith("--resume auto goes on from there")
+    assert last.startswith("stopped in round 2 of 3, saved to") and last.endswith("continue with --resume auto")
     assert "Abort" not in job.output and "error" not in job.output
     assert [r["round"] for r in records(tmp_path / "tiny")] == [0, 1]
     code, output = train(*SHORT, f"output={tmp_path}", "overwrite=false", "--resume", "auto")
-    assert code == 0 and "goes on from" in output, output
+    assert code == 0 and "resumed from" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -63,7 +63,7 @@ def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     """A rank hangs, so the job never reaches a step boundary."""
     grace = [] if how == "a second signal" else ["checkpoint.grace_s=1"]
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", *grace]
-    job = Job(command, tmp_path / "log", FAULT="hang@0:6")
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="hang@0:6")
     job.wait_for("hanging")
     start = time.monotonic()
     job.process.terminate()
@@ -76,7 +76,7 @@ def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     if how == "a second signal":
         return  # resuming is the same
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
-    assert code == 0 and "goes on from" in output and "round-1" in output, output
+    assert code == 0 and "resumed from" in output and "round-1" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_pat
     code, output = train(*SHORT, f"output={tmp_path}", "--resume", "auto")
     assert code == 0, output
     assert output.count("warning: checkpoint") == 1 and "rank-00001.safetensors does not have its checksum" in output
-    assert "goes on from" in output and "000002-round-2" in output
+    assert "resumed from" in output and "000002-round-2" in output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -170,14 +170,16 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
     other = "clients=[{name: a, budget: 0.5, ranks: 2, expert_parallel: 2}, {name: b, budget: 1.0}]"
     changes = [other, "deepspeed.zero_optimization.stage=2", f"output={tmp_path}"]
     code, output = train(*SHORT, *changes, "--resume", "auto")
-    assert code == 0 and "goes on from" in output, output
+    assert code == 0 and "resumed from" in output, output
     same_as(whole, tmp_path / "tiny")
 
 
 def test_a_late_client_merges_what_it_has(tmp_path):
     """Client a takes two seconds a step, so it has done some of four steps by the deadline (weight: test_server.py)."""
     changes = ["train.round_deadline_s=5", "train.rounds=2", f"output={tmp_path}"]
-    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="slow@0")
+    job = Job(
+        [sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", UBSMOE_DS_FAULT="slow@0"
+    )
     assert job.end() == 0, job.output
     metrics, seconds = (records(tmp_path / "tiny")[-1][part] for part in ("metrics", "seconds"))
     assert 0 < metrics["steps/a"] < 4 and metrics["steps/b"] == 4
@@ -203,7 +205,11 @@ def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
     """DeepSpeed itself skips some such steps, differently in each of its optimisers."""
     limit, changes, out = BAD_STEPS[name]
     changes = [*changes, f"output={tmp_path}", f"train.max_bad_steps={limit}", "train.rounds=2"]
-    job = Job([sys.executable, "tests/support/failing_train.py", *SHORT, *changes], tmp_path / "log", FAULT="nan@2:2")
+    job = Job(
+        [sys.executable, "tests/support/failing_train.py", *SHORT, *changes],
+        tmp_path / "log",
+        UBSMOE_DS_FAULT="nan@2:2",
+    )
     assert job.end() == 0, job.output
     warning = "warning: round 1: client 'b' skipped 1 steps with NaN or Inf"
     assert f"{warning}{'; it sits the round out' if out else ''}\n" in job.output
@@ -233,7 +239,7 @@ def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):
         time.sleep(0.05)
     os.kill(job.rank_pids()[1], signal.SIGKILL)
     assert job.end() == 0, job.output
-    assert "restart 1 of 1" in job.output and "goes on from" not in job.output
+    assert "restart 1 of 1" in job.output and "resumed from" not in job.output
     same_as(whole, tmp_path / "tiny")
 
 
@@ -245,7 +251,7 @@ def test_a_full_disk_ends_the_job_and_leaves_the_checkpoint_before(tmp_path):
     try:
         code, output = train(*SHORT, f"output={disk}")
         assert code == 2, output
-        assert output.count("error: checkpoint: ") == 1 and "make room there" in output and "Traceback" not in output
+        assert output.count("error: checkpoint: ") == 1 and "free some space" in output and "Traceback" not in output
         kept = [path.name for path in (disk / "tiny" / "checkpoints").glob("[0-9]*")]
         assert kept == ["000001-round-1"]
     finally:

@@ -3,13 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.ranks import REPO, clean_environment
+from tests.support.jobs import train
+from tests.support.ranks import REPO, clean_environment, warm_python
 from tests.unit.models.test_upcycle import llama
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
@@ -28,7 +28,7 @@ def dense(tmp_path_factory):
 
 
 def prepare(*arguments):
-    command = [sys.executable, "launch/prepare.py", *map(str, arguments)]
+    command = [*warm_python(), "launch/prepare.py", *map(str, arguments)]
     environment = clean_environment()
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -51,7 +51,7 @@ def test_layers_that_the_config_leaves_out_are_missed(dense, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     done = prepare("upcycle", "--model", folder, "--out", tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert "tensors that its config.json says nothing of, first 'model.layers.1." in done.stderr
+    assert "tensors that its config.json does not describe, first 'model.layers.1." in done.stderr
 
 
 def test_split_model_trains(dense, tmp_path):
@@ -62,16 +62,16 @@ def test_split_model_trains(dense, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["layer 1/2", "layer 2/2"]
-    assert sum(line.startswith("loss on text held out:") for line in lines) == 2 and "dense" in lines[2]
+    assert sum(line.startswith("loss on held-out text:") for line in lines) == 2 and "dense" in lines[2]
     assert sum(line.startswith("recovery step") for line in lines) == 3
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (4, 4, 8)
-    command = [sys.executable, "launch/train.py", f"model.path={tmp_path / 'out'}", "train.rounds=1"]
-    command += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 1.0}]", "data.rows=200", "data.eval_rows=20"]
-    command += ["train.local_steps=2", f"output={tmp_path}"]
-    trained = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=300)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "K 1 4 of 4 experts" in trained.stdout and (tmp_path / "tiny" / "adapter").is_dir()
+    overrides = [f"model.path={tmp_path / 'out'}", "train.rounds=1"]
+    overrides += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 1.0}]", "data.rows=200", "data.eval_rows=20"]
+    overrides += ["train.local_steps=2", f"output={tmp_path}"]
+    code, output = train(*overrides)
+    assert code == 0, output
+    assert "K 1 4 of 4 experts" in output and (tmp_path / "tiny" / "adapter").is_dir()
 
 
 SPLIT = ["split", "--model", "{dense}", "--data", "synthetic", "--experts", "4", "--shared", "8", "--ks", "1"]
@@ -89,10 +89,10 @@ SPLIT += ["--tokens", "64", "--length", "16"]
         (["split", "--model", "{dense}", "--data", "synthetic", "--experts", "1"], "--experts: 1 must be 2 to 1024"),
         (
             [*SPLIT, "--recover-steps", "3", "--lr", "1e30", "--recover-rows", "1"],
-            "loss on text held out is nan at K 1, recovered; lower --lr",
+            "loss on held-out text is nan at K 1, recovered; lower --lr",
         ),
         (["upcycle", "--model", "{dense}", "--experts", "2", "--k", "3"], "--k: 3 must be 1 to 2"),
-        (["upcycle", "--model", "builtin:tiny_olmoe"], "is of the family 'olmoe'; a dense model of the family 'llama'"),
+        (["upcycle", "--model", "builtin:tiny_olmoe"], "model_type is 'olmoe'; only dense models of type 'llama'"),
         (["upcycle", "--model", "nowhere"], "cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

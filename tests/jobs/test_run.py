@@ -137,7 +137,7 @@ BAD = {
         ["data.max_length=1025", TWO_CLIENTS],
         "data.max_length: 1025 exceeds the model's max_position_embeddings, 1024",
     ),
-    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it is of another model"),
+    "other tokenizer": (["model.path={tmp}/small", TWO_CLIENTS], "tokens, the model 61; it belongs to another model"),
     "empty share": (["data.partition=iid", "clients.0.share=1.0e-9"], "'phone' would get none of the"),
     "folder in use": (["output={tmp}/used", "overwrite=false"], "already holds a run"),
     "cuda": (["accelerator=cuda", TWO_CLIENTS], "torch sees no CUDA device"),
@@ -172,21 +172,25 @@ def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
     ],
 )
 def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
-    found, output = run("deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}", FAULT=fault)
+    found, output = run(
+        "deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}", UBSMOE_DS_FAULT=fault
+    )
     assert found == code, output
     assert output.count(message) == 1 and "Traceback" not in output
 
 
 def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
     overrides = ["deepspeed.bf16.enabled=true", f"output={tmp_path}/new"]
-    code, output = run("deepspeed", "tests/support/failing_train.py", *FEW_RANKS, *overrides, FAULT="nobf16@all")
+    code, output = run(
+        "deepspeed", "tests/support/failing_train.py", *FEW_RANKS, *overrides, UBSMOE_DS_FAULT="nobf16@all"
+    )
     assert code == 2 and output.count("error: deepspeed.bf16.enabled: true, but") == 1, output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_everything(tmp_path):
     command = ["deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}"]
-    job = Job(command, tmp_path / "log", FAULT="hang@2")
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="hang@2")
     job.wait_for("hanging")
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.end(60) != 0, job.output

@@ -1,4 +1,4 @@
-"""Clients whose rows stay at their site: read by nobody else, and the same run as with the same rows of one file."""
+"""Check clients whose rows stay at their site: nobody else reads them, and the run is that of the same common rows."""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A file of all rows, one of evaluation rows, and each client's share of the rows as the job would deal them."""
+    """Write a file of all rows, one of evaluation rows, and one of each client's share as a job deals it."""
     folder = tmp_path_factory.mktemp("sites")
     rows = synthetic.rows(240, seed=5)
     found = {"all": write(folder / "all.jsonl", rows[40:]), "eval": write(folder / "eval.jsonl", rows[:40])}
@@ -77,7 +77,7 @@ def test_nobody_reads_the_rows_of_another_site(files):
 
 
 def test_the_plan_reads_the_rows_of_each_site(files):
-    """So it expects of each client what it does where the same rows are dealt from one file."""
+    """The same rows give the same plan, from sites and dealt from one file."""
     found = []
     for sources in (("null", "null"), (files["a"], files["b"])):
         clients = ", ".join(f"{{name: {n}, budget: 1.0, source: {s}}}" for n, s in zip(NAMES, sources, strict=True))
@@ -101,9 +101,9 @@ def test_other_rows_at_a_site_are_other_data(files):
         (
             ["jsonl:a", None],
             "jsonl:e",
-            "c1 have no source of their own, the others have; give all clients one",
+            "c1 have no `source`, but others do; give one to all clients",
         ),
-        (["jsonl:a", "jsonl:b"], None, "data.eval_source: not set, although each client has its own source"),
+        (["jsonl:a", "jsonl:b"], None, "data.eval_source: must be set if each client has its own `source`"),
     ],
 )
 def test_half_a_description_is_refused(sources, evaluation, message):

@@ -61,7 +61,7 @@ def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
         if chance.random() < STARTING:
             time.sleep(chance.uniform(0, 6))
         else:
-            job.wait_for("goes on from" if "goes on" in job.output else ": ub_smoe, ")
+            job.wait_for("resumed from" if "resumed" in job.output else ": ub_smoe, ")
             time.sleep(chance.uniform(0, 3 * round_seconds))
     except AssertionError:
         return "ended before"  # done, or too slow to be killed

@@ -1,7 +1,8 @@
 """`launch/train.py` with a fault planted; the tests start it as they start the real one.
 
-FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...  in a job rank's STEP-th (default: second) local
-step; several with + between
+UBSMOE_DS_FAULT=KIND@RANK[:STEP] deepspeed tests/support/failing_train.py ...
+
+in a job rank's STEP-th (default: second) local step; several with + between
 
 raise, user    an error; a user's mistake
 hang           it never comes back
@@ -28,7 +29,7 @@ from ubsmoe_ds.mpi.start import start_mpi  # noqa: E402
 # where -> what is called there; the exchange sends before it merges, and the evaluation comes after the merge
 STAGES = {
     "local": ("ubsmoe_ds.client.engine", "Client.step"),
-    "statistics": ("ubsmoe_ds.federation.rounds", "gather"),
+    "statistics": ("ubsmoe_ds.federation.aggregator", "gather"),
     "exchange": ("ubsmoe_ds.aggregation.exchange", "Exchange.distribute"),
     "evaluation": ("ubsmoe_ds.client.evaluation", "Evaluator._log_probabilities"),
     "checkpoint": ("ubsmoe_ds.checkpoint.storage", "write_pieces"),
@@ -105,6 +106,6 @@ if __name__ == "__main__":
     if launchers.inside_mpi(os.environ):
         start_mpi(os.environ)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        for fault in os.environ["FAULT"].split("+"):
+        for fault in os.environ["UBSMOE_DS_FAULT"].split("+"):
             plant(fault)
     sys.exit(train.main())

@@ -13,12 +13,45 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.ranks import REPO, clean_environment
+from tests.support.ranks import REPO, clean_environment, fork_server
+from ubsmoe_ds.launching.fast_start import SERVER, SHIM
 
 MARK = "UBSMOE_DS_TEST_JOB"
 TRAIN = "launch/train.py"
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
+OWN_SERVER = {SERVER: ""}  # in a job's environment: it starts a fork server of its own, as a user's does
 TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
+
+
+def _read(path: Path) -> bytes:
+    """A file of a process; empty if the process has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _state(pid: int) -> str:
+    """R, S, D, Z, ...; Z also if it is gone."""
+    return (_read(Path(f"/proc/{pid}/stat")).decode().rpartition(")")[2].split() or ["Z"])[0]
+
+
+def _stands_for(shim: int) -> int | None:
+    """Process id of the rank for which a shim stands: of the pidfd that it holds."""
+    for entry in Path(f"/proc/{shim}/fdinfo").iterdir():
+        for line in _read(entry).splitlines():
+            if line.startswith(b"Pid:"):
+                return int(line.split()[1])
+    return None
+
+
+def _without_shim() -> Iterator[int]:
+    """Ranks that the tests' fork server has forked and whose shim has ended: for a moment at most."""
+    server = fork_server().pid
+    children = {int(pid) for pid in _read(Path(f"/proc/{server}/task/{server}/children")).split()}
+    commands = {int(path.parent.name): _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+    shims = [pid for pid, command in commands.items() if SHIM.name.encode() in command]
+    yield from (pid for pid in children - {_stands_for(shim) for shim in shims} if _state(pid) != "Z")
 
 
 class Job:
@@ -30,7 +63,7 @@ class Job:
             self.process = subprocess.Popen(
                 command,
                 cwd=REPO,
-                env=clean_environment() | environment | {MARK: self.mark},
+                env=clean_environment() | {SERVER: fork_server().path} | environment | {MARK: self.mark},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -63,30 +96,26 @@ class Job:
         return code
 
     def pids(self) -> Iterator[int]:
-        """All its processes, zombies left out."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environment = (entry / "environ").read_bytes()
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if f"{MARK}={self.mark}".encode() in environment and state != "Z":
-                    yield int(entry.name)
+        """All its processes, zombies left out, and orphans of the fork server among them."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(path.parent.name)
+            if f"{MARK}={self.mark}".encode() in _read(path) and _state(pid) != "Z":
+                yield pid
+        # what a server has forked has the server's mark, if any: a rank is known by the shim that stands for it
+        yield from _without_shim()
 
     def rank_pids(self) -> dict[int, int]:
         """Process id of each job rank that is alive."""
         found = {}
         for pid in self.pids():
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
+            variables, command = (_read(Path(f"/proc/{pid}/{name}")) for name in ("environ", "cmdline"))
             for name in (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK="):
-                ranks = [v.removeprefix(name) for v in variables if v.startswith(name)]
-                if ranks and b"train.py" in command:
-                    found[int(ranks[0])] = pid
+                ranks = [v.removeprefix(name) for v in variables.split(b"\0") if v.startswith(name)]
+                if not ranks or b"train.py" not in command:
+                    continue
+                stands_for = _stands_for(pid) if SHIM.name.encode() in command else pid
+                if stands_for is not None:
+                    found[int(ranks[0])] = stands_for
         return found
 
     def kill(self) -> None:

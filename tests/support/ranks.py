@@ -40,11 +40,16 @@ def fork_server() -> ForkServer:
     return server.__enter__()
 
 
+def warm_python() -> list[str]:
+    """`python` for a script of launch/, forked where it has imported already."""
+    return [*fork_server().through, sys.executable]
+
+
 def run_ranks(folder: Path, count: int, function: str, arguments: dict[str, Any], timeout: float = 300) -> list[dict]:
     """Start `count` ranks of `module:function`; each writes the arrays it returns, and they are read back."""
     out = folder / f"ranks-{count}-{len(list(folder.iterdir()))}"
     out.mkdir(parents=True)
-    command = ["mpiexec", "-n", str(count), *fork_server().through, sys.executable, "-u", "-m", "mpi4py"]
+    command = ["mpiexec", "-n", str(count), *warm_python(), "-u", "-m", "mpi4py"]
     command += [str(Path(__file__)), function, json.dumps(arguments), str(out)]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (

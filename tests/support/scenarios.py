@@ -249,7 +249,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     from ubsmoe_ds.aggregation.server import Server, Usage
     from ubsmoe_ds.aggregation.units import UnitStore
     from ubsmoe_ds.client.engine import Client
-    from ubsmoe_ds.federation.build import plan_exchanges
+    from ubsmoe_ds.federation.exchanges import plan_exchanges
 
     found: dict[str, Any] = {}
     routed_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()

@@ -1,4 +1,4 @@
-"""The adapters that a run leaves behind, the whole's and each client's, and models made of them."""
+"""Save the adapters of a run, the shared one and each client's, and load models with them."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ubsmoe_ds.adapters import peft_format
+from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.merged import check_complete
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import replace_files, require_regular
@@ -23,23 +23,23 @@ from ubsmoe_ds.models.hub import model_folder
 from ubsmoe_ds.models.weights import read_tensors
 from ubsmoe_ds.moe.gate import GateConfig
 
-FOLDER, CLIENTS = "adapter", "clients"  # of a run; within it the clients' own
+FOLDER, CLIENTS = "adapter", "clients"  # folder of a run; in it, the folder of the clients' own adapters
 FORMAT = "ubsmoe_ds.adapter.2"
-WEIGHTS = "weights.safetensors"  # in place of an adapter where weights themselves have changed
+WEIGHTS = "weights.safetensors"  # in place of an adapter where the frozen weights have changed
 
 
 def save_adapter(
     exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, rank: int, scaling: float, k: int
 ) -> None:
-    """Write a folder as `peft_format` does; under FLoRA, whose adapters go into the weights, all in one file of ours.
+    """Write a folder as `peft_format` does; under FLoRA, which merges adapters into the weights, one file of ours.
 
     Args:
         exp: the experiment.
-        folder: to write to.
+        folder: the folder to write.
         state: see `UnitStore.full_state`.
         rank: LoRA rank of the state.
-        scaling: what B A is multiplied with; written as alpha = scaling * rank.
-        k: active experts it is meant for.
+        scaling: factor of B A; written as alpha = scaling * rank.
+        k: active experts that the adapter is meant for.
     """
     path = exp.model.path
     is_name = path.startswith(("hub:", "builtin:"))
@@ -66,7 +66,7 @@ def save_adapter(
 
 
 class Adapter(NamedTuple):
-    """What `read_adapter` found: `state` in our names, scaling of B A, the base's folder, and the sidecar's facts."""
+    """A stored adapter: `state` in our names, LoRA rank, scaling of B A, the base's folder, and the sidecar's facts."""
 
     state: dict[str, Tensor]
     rank: int
@@ -76,11 +76,11 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
-    """A folder that `save_adapter` wrote, or PEFT with the same targets.
+    """Read a folder that `save_adapter` wrote, or one of PEFT's with the same targets.
 
     Args:
-        folder: of the adapter.
-        base: as `model.path`; None: the model it was trained on.
+        folder: the adapter's.
+        base: as `model.path`; None: the model that the adapter was trained on.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -98,7 +98,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
 
 
 def asked_as(folder: Path) -> tuple[str, int]:
-    """How an adapter's training put questions: (data.format, data.max_length); the defaults where it does not say.
+    """Return (data.format, data.max_length) of an adapter's training, or the defaults if it does not say.
 
     Raises:
         UserError: as `read_adapter`.
@@ -111,7 +111,7 @@ def asked_as(folder: Path) -> tuple[str, int]:
 
 
 def _facts(folder: Path) -> dict[str, str]:
-    """What `save_adapter` wrote beside the tensors; none where there is no such file, as in PEFT's own adapters."""
+    """Return the facts that `save_adapter` wrote beside the tensors; none for PEFT's own adapters."""
     path = folder / (WEIGHTS if os.path.lexists(folder / WEIGHTS) else peft_format.SIDECAR)
     if not os.path.lexists(path):
         return {}
@@ -127,7 +127,7 @@ def _facts(folder: Path) -> dict[str, str]:
 
 
 def _check_gate(facts: Mapping[str, str]) -> None:
-    """Refuse an adapter that was trained with a gate that this version has not."""
+    """Raise if the adapter was trained with a gate that this version does not have."""
     modulate, rescale = facts.get("modulate", "weights"), facts.get("gate_rescale", "none")
     if modulate not in ("weights", "selection"):
         raise _wrong_fact("modulate", modulate, "weights or selection")
@@ -139,33 +139,33 @@ def _check_gate(facts: Mapping[str, str]) -> None:
 
 
 def _base_of(folder: Path, facts: Mapping[str, str]) -> str:
-    """The model that the adapter was trained on, as `model.path`."""
+    """Return the model that the adapter was trained on, as `model.path`."""
     base = facts.get("base_model")
     if not base:
         return _base_of_peft(folder)
     if not base.startswith(("hub:", "builtin:")) and not Path(base).is_dir():
-        raise UserError(f"adapter: {str(folder)!r} is of {base!r}, no folder here; use --base FOLDER")
+        raise UserError(f"adapter: {str(folder)!r} was trained on {base!r}, which is no folder here; use --base FOLDER")
     return base
 
 
 def _base_of_peft(folder: Path) -> str:
-    base = peft_format.read_config(folder / peft_format.CONFIG).get("base_model_name_or_path")
+    base = peft_config.read_config(folder / peft_format.CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"adapter: {str(folder / peft_format.CONFIG)!r} names no base model ({base!r}); use --base")
     if not Path(base).is_dir():
         raise UserError(
-            f"adapter: {str(folder / peft_format.CONFIG)!r} is of {base!r}, no folder here; use --base FOLDER, or "
-            f"--base hub:{base} if it is a model of the hub"
+            f"adapter: {str(folder / peft_format.CONFIG)!r} was trained on {base!r}, which is no folder here; use "
+            f"--base FOLDER, or --base hub:{base} if it is a model of the hub"
         )
     return base
 
 
 def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
-    """The base model with the adapter on it, all experts on this rank, for evaluation.
+    """Load the base model with the adapter on it, all experts on this rank, for evaluation.
 
     Args:
-        adapter: see `read_adapter`. Without our facts, as of PEFT's own adapters, it is plain Top-K at the config's K.
-        dtype: of the frozen weights.
+        adapter: see `read_adapter`. Without our facts (PEFT's own adapters) the gate is plain Top-K at the config's K.
+        dtype: precision of the frozen weights.
 
     Raises:
         UserError: if the adapter has a tensor that the model has no place for.
@@ -176,7 +176,7 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
     places = model.named_state()
     for name, value in state.items():
         if adapter.rank == 0 and name.endswith((".lora_A", ".lora_B")):
-            continue  # FLoRA has merged them
+            continue  # FLoRA merged them
         if name not in places or places[name].shape != value.shape:
             raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
         places[name].data.copy_(value)
@@ -186,10 +186,10 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
 
 
 def _spec(adapter: Adapter) -> UBSMoESpec:
-    """How the adapter was trained. Without our facts it is plain Top-K at the config's K.
+    """Return how to convert the base for this adapter.
 
     Raises:
-        UserError: naming the fact that cannot be.
+        UserError: naming a fact that is not valid.
     """
     facts, state = adapter.facts, adapter.state
     family, config = read_facts(adapter.base)

@@ -1,4 +1,4 @@
-"""A trained adapter as a model of EleutherAI's lm-evaluation-harness, for its tasks; needs the extra `lm-eval`."""
+"""Register trained adapters as a model of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OF_HFLM = {  # what `HFLM` heeds of a model that it is given; all else would go by unseen
+HFLM_ARGUMENTS = {  # those that `HFLM` heeds when it is given a model; it ignores all others in silence
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "softmax_dtype"),
     *("mixed_precision_dtype", "add_bos_token", "prefix_token_id"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
@@ -22,15 +22,15 @@ OF_HFLM = {  # what `HFLM` heeds of a model that it is given; all else would go 
 
 @register_model("ubsmoe")
 class UBSMoELM(HFLM):
-    """transformers' model of the harness with our blocks in it, so with phi, gate rescaling and any K.
+    """The harness's transformers model with our blocks in it, so with phi, the learned scale and any K.
 
     Args:
         adapter: folder of an adapter.
-        base: as model.path; None: the model that it was trained on.
+        base: as model.path; None: the model that the adapter was trained on.
         k: active experts; None: the adapter's.
-        dtype: of the frozen weights, "float32" or "bfloat16".
-        device: where it runs; None: an accelerator if there is one.
-        rest: as `HFLM`, see `OF_HFLM`.
+        dtype: precision of the frozen weights, "float32" or "bfloat16".
+        device: where to run; None: an accelerator if there is one.
+        rest: arguments of `HFLM`, see `HFLM_ARGUMENTS`.
 
     Raises:
         UserError: for an adapter that cannot be read, a K that the router cannot choose, or another argument.
@@ -45,22 +45,22 @@ class UBSMoELM(HFLM):
         device: str | None = None,
         **rest: Any,
     ) -> None:
-        rest.pop("trust_remote_code", None)  # the harness adds it for data sets; of the model's folder no code is run
+        rest.pop("trust_remote_code", None)  # the harness adds it for data sets; no code of the model's folder is run
         _check_names(rest)
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
-        found = read_adapter(Path(adapter), base)
-        model = load_trained(found, DTYPES[dtype]).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        stored = read_adapter(Path(adapter), base)
+        model = load_trained(stored, DTYPES[dtype]).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         most = model.layers[0].gate.candidates
         if k is not None and not (type(k) is int and 1 <= k <= most):
             raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")
         model.set_active_experts(k or model.layers[0].gate.k)
-        tokenizer = read_tokenizer(found.base, model.hf.config.vocab_size)
+        tokenizer = read_tokenizer(stored.base, model.hf.config.vocab_size)
         super().__init__(pretrained=model.hf, tokenizer=tokenizer, **rest)
 
 
 def _check_names(rest: Mapping[str, Any]) -> None:
     for name in rest:
-        if name not in OF_HFLM:
-            known = ", ".join(["adapter", "base", "k", "dtype", "device", *sorted(OF_HFLM)])
+        if name not in HFLM_ARGUMENTS:
+            known = ", ".join(["adapter", "base", "k", "dtype", "device", *sorted(HFLM_ARGUMENTS)])
             raise UserError(f"--model_args: {name!r} is not known; use {known}")

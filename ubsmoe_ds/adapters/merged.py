@@ -1,7 +1,7 @@
-"""A checkpoint with an adapter merged into it: plain weights that any program for its family reads.
+"""Write a model folder with an adapter merged into it: plain weights that any program for its family reads.
 
-It computes what the adapter does with PEFT: phi and the gate's rescaling have no place in it. One shard is in memory at
-a time. Shapes: E experts, R LoRA rank, O x I a projection's weight.
+The merged model computes what the adapter computes under PEFT: it has no place for phi and the gate's learned scale.
+One shard is in memory at a time. Shapes: E experts, R LoRA rank, O x I a projection's weight.
 """
 
 import re
@@ -21,24 +21,24 @@ from ubsmoe_ds.models.weights import WeightFiles
 
 
 def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: Path, *, whole: bool) -> None:
-    """Write the base model with W + scaling B A for W, in the precision it is stored in, and the trained routers.
+    """Write the base model with W + scaling B A in place of W, in its stored precision, and the trained routers.
 
     Args:
-        base: checkpoint folder; its other files (config, tokenizer) are copied.
-        state: in our names, see `federation/units.py`; whole weights (FLoRA's) replace the base's.
+        base: model folder; its other files (config, tokenizer) are copied.
+        state: tensors in our names, see aggregation/units.py; whole weights (FLoRA's) replace the base's.
         scaling: alpha / R.
         out: a new or empty folder.
-        whole: whether what one layer has in the state all must have; PEFT may have adapted some layers only.
+        whole: whether to refuse an adapter in which some layers lack tensors; PEFT may adapt some layers only.
 
     Raises:
-        UserError: if `out` is in use, the base cannot be read, or the state is not one of this base, or not whole.
+        UserError: if `out` is in use, the base cannot be read, or the state is not of this base or not whole.
     """
     require_new(out, "--merge")
     family, _ = read_facts(base)
     files = WeightFiles(base)
     if whole:
-        owners = {_own_name(name, family)[0] for name in files.names} - {""}
-        check_complete(state, [f"{own}.{ending}" for own in owners for ending in ("weight", "lora_A", "lora_B")])
+        modules = {_our_name(name, family)[0] for name in files.names} - {""}
+        check_complete(state, [f"{module}.{end}" for module in modules for end in ("weight", "lora_A", "lora_B")])
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
         for name in files.file_names:
@@ -54,16 +54,16 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
 
 
 def check_complete(state: Mapping[str, Tensor], places: Iterable[str]) -> None:
-    """That what one layer has, all layers of that kind have: a part that is lost would pass for one never trained.
+    """Check that no layer's adapter is missing; a lost tensor would look untrained.
 
     Args:
-        state: of an adapter, in our names.
-        places: what the base has a place for, in our names.
+        state: an adapter's tensors, in our names.
+        places: names of all tensors that the base has a place for.
 
     Raises:
-        UserError: naming a tensor that is missing.
+        UserError: naming a tensor that other layers of this kind have.
     """
-    kinds = {name.split(".", 2)[2] for name in state} - {"scale"}  # a client's own, so not in the whole's
+    kinds = {name.split(".", 2)[2] for name in state} - {"scale"}  # a client's own, so the shared adapter has none
     for name in sorted(places):
         if name.split(".", 2)[2] in kinds and name not in state:
             raise UserError(f"adapter: tensor {name!r} is missing, which other layers have; save it again")
@@ -86,24 +86,25 @@ def _merged_shard(
 def _merged_tensor(
     name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
 ) -> Tensor:
-    own, expert = _own_name(name, family)
-    if f"{own}.weight" in state:  # a router, or what FLoRA merged
-        used |= {f"{own}.weight", f"{own}.lora_A", f"{own}.lora_B"}
-        value = _of_expert(state[f"{own}.weight"], expert, own)
+    module, expert = _our_name(name, family)
+    if f"{module}.weight" in state:  # a router, or a weight that FLoRA merged into
+        used |= {f"{module}.weight", f"{module}.lora_A", f"{module}.lora_B"}
+        value = _select_expert(state[f"{module}.weight"], expert, module)
         _check_fit(name, weight, value.shape)
         return value.to(weight.dtype).contiguous()
-    if f"{own}.lora_A" not in state:
+    if f"{module}.lora_A" not in state:
         return weight
-    used |= {f"{own}.lora_A", f"{own}.lora_B"}
-    A, B = (_of_expert(state[f"{own}.lora_{factor}"].float(), expert, own) for factor in "AB")
+    used |= {f"{module}.lora_A", f"{module}.lora_B"}
+    A, B = (_select_expert(state[f"{module}.lora_{factor}"].float(), expert, module) for factor in "AB")
     _check_fit(name, weight, (B.shape[0], A.shape[1]))
     return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
 
 
-def _of_expert(value: Tensor, expert: int | None, own: str) -> Tensor:
+def _select_expert(value: Tensor, expert: int | None, module: str) -> Tensor:
     if expert is not None and expert >= len(value):
         raise UserError(
-            f"merge: the adapter's {own!r} has {len(value)} experts, the base has more; name its own --base"
+            f"merge: the adapter's {module!r} has {len(value)} experts, the base has more; give the --base that it was "
+            "trained on"
         )
     return value if expert is None else value[expert]
 
@@ -112,12 +113,12 @@ def _check_fit(name: str, weight: Tensor, shape: Sequence[int]) -> None:
     if [*weight.shape] != [*shape]:
         raise UserError(
             f"merge: tensor {name!r} of the base has the shape {[*weight.shape]}, the adapter {[*shape]}; "
-            "name the base that it was trained on"
+            "give the --base that it was trained on"
         )
 
 
-def _own_name(name: str, family: Family) -> tuple[str, int | None]:
-    """(our name of a checkpoint's tensor, without its ending; the expert if it is one's)."""
+def _our_name(name: str, family: Family) -> tuple[str, int | None]:
+    """Return (our name, without its ending, of a tensor in a model's files; its expert, if it belongs to one)."""
     projections = {family.gate: "gate", family.up: "up", family.down: "down"}
     expert = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.experts\.(\d+)\.(\w+)\.weight", name)
     if expert and expert[3] in projections:

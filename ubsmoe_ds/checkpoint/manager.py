@@ -1,11 +1,11 @@
-"""Write the checkpoints of a run, and find the one to resume from: what all ranks of the job do together."""
+"""Write the checkpoints of a run and find the one to resume from; all ranks of the job work together."""
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.checkpoint import state, storage
+from ubsmoe_ds.checkpoint import shared_state, state, storage
 from ubsmoe_ds.checkpoint.compatibility import check_same_experiment
 from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, SavedProgress, restored
 from ubsmoe_ds.checkpoint.storage import Damaged, Reader
@@ -27,7 +27,7 @@ AUTO = "auto"
 
 
 class Manifest(Section):
-    """What a run adds to a checkpoint's manifest."""
+    """The run's part of a checkpoint's manifest; storage.py adds files and checksums."""
 
     progress: SavedProgress
     clients: dict[str, SavedClient]
@@ -35,7 +35,7 @@ class Manifest(Section):
     data: str
 
 
-class FoundCheckpoint(NamedTuple):
+class Checkpoint(NamedTuple):
     """A verified checkpoint."""
 
     folder: Path
@@ -44,29 +44,29 @@ class FoundCheckpoint(NamedTuple):
 
 
 class CheckpointManager:
-    """Writes and finds the checkpoints of a run; every rank of the job calls its methods.
+    """Write and find the checkpoints of a run; every rank of the job calls its methods.
 
     Args:
         exp: the experiment.
-        world: this rank's place.
-        data_digest: digest of the rows, which must be the same when the run is resumed.
+        world: this rank's place in the job.
+        data_digest: digest of the rows; a resumed run must have the same.
     """
 
     def __init__(self, exp: Experiment, world: World, data_digest: str) -> None:
         self.exp, self.world, self.data_digest = exp, world, data_digest
-        self.config = exp.model_dump(mode="json")  # with all clients, whoever is lost later
-        # under factor rules each client holds its own LoRA ranks of the shared state
+        self.config = exp.model_dump(mode="json")  # names all clients, also those that are lost later
+        # under factor rules each client holds only its own LoRA ranks of the shared state
         self._one_shared_state = exp.merge.row.elementwise
-        self._saved_round: int | None = None  # the latest complete round that is in a checkpoint
+        self._saved_round: int | None = None  # the latest complete round in a checkpoint
 
     def among(self, exp: Experiment, world: World) -> "CheckpointManager":
-        """Return a manager for the clients that are left."""
+        """Return a manager for the remaining clients."""
         manager = CheckpointManager(exp, world, self.data_digest)
         manager.config, manager._saved_round = self.config, self._saved_round
         return manager
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether the latest complete round should be saved and is not yet."""
+        """Return whether the latest complete round should be saved and has not been."""
         every, complete = self.exp.checkpoint.every, progress.round - 1
         due = bool(every) and complete > 0 and (complete % every == 0 or complete == self.exp.train.rounds)
         return due and complete != self._saved_round
@@ -86,64 +86,75 @@ class CheckpointManager:
         """Write a checkpoint; return its folder (a collective).
 
         Raises:
-            UserError: if a rank could not write, as on a full disk; earlier checkpoints are untouched.
+            UserError: if a rank could not write, for example on a full disk; earlier checkpoints are untouched.
         """
-        run_dir, rank, failure = self.exp.run_dir, self.world.rank, ""
-        newest = max(map(storage.serial_of, storage.folders(run_dir)), default=0) if rank == 0 else 0
+        serial, failure = self._begin()
+        file = None
+        if not failure:
+            file, failure = self._write_file(serial, self._pieces(client, store, server, local))
+        files = gather_json(self.world.comm, file)
+        clients = self._clients(server, progress, local)
+        label = _label(progress, clients)
+        if self.world.rank == 0 and all(files):
+            content = {"progress": progress.saved(), "clients": clients, "config": self.config}
+            failure = self._commit(serial, label, files, content | {"data": self.data_digest})
+        if self.world.any(bool(failure)):
+            self._give_up(serial, failure)
+        return storage.named(self.exp.run_dir, serial, label)
+
+    def _begin(self) -> tuple[int, str]:
+        """Make the temporary folder; return (serial number, rank 0's failure or "") (a collective)."""
+        run_dir, failure = self.exp.run_dir, ""
+        newest = max(map(storage.serial_of, storage.folders(run_dir)), default=0) if self.world.rank == 0 else 0
         serial = gather_json(self.world.comm, newest + 1)[0]
-        if rank == 0:
+        if self.world.rank == 0:
             failure = _failure_of(partial(storage.begin, run_dir, serial))
         self.world.barrier()
-        written = None
-        if not failure:
-            try:
-                pieces = self._pieces(client, store, server, local)
-                size, digest = storage.write_pieces(storage.temporary(run_dir, serial), rank, pieces)
-                written = [size, digest.hex()]
-            except (OSError, SafetensorError) as error:
-                failure = str(error)
-        files = gather_json(self.world.comm, written)
-        clients = self._clients(server, progress, local)
-        complete = not progress.merged and not any(saved["steps"] for saved in clients.values())
-        label = f"round-{progress.round - 1}" if complete else f"within-round-{progress.round}"
-        if rank == 0 and all(files):
-            content = {
-                "progress": progress.saved(),
-                "clients": clients,
-                "config": self.config,
-                "data": self.data_digest,
-            }
-            named = {storage.rank_file(r): (size, bytes.fromhex(digest)) for r, (size, digest) in enumerate(files)}
-            keep = self.exp.checkpoint.keep
-            failure = _failure_of(partial(storage.commit, run_dir, serial, label, named, content, keep))
-        if self.world.any(bool(failure)):
-            if rank == 0:
-                shutil.rmtree(storage.temporary(run_dir, serial), ignore_errors=True)  # it takes the room
-            reason = failure or "another rank could not write"
-            raise UserError(
-                f"checkpoint: {run_dir / storage.FOLDER} cannot be written ({reason}); make room there, and on "
-                "several hosts share it; earlier checkpoints are whole"
-            )
-        return storage.named(run_dir, serial, label)
+        return serial, failure
+
+    def _write_file(self, serial: int, pieces: list[storage.Piece]) -> tuple[list[Any] | None, str]:
+        """Write this rank's file; return ([bytes, SHA-256], "") or (None, the failure)."""
+        try:
+            size, digest = storage.write_pieces(storage.temporary(self.exp.run_dir, serial), self.world.rank, pieces)
+        except (OSError, SafetensorError) as error:
+            return None, str(error)
+        return [size, digest.hex()], ""
+
+    def _commit(self, serial: int, label: str, files: list[Any], content: dict[str, Any]) -> str:
+        """Complete the checkpoint on rank 0; return the failure or ""."""
+        by_name = {storage.rank_file(rank): (size, bytes.fromhex(digest)) for rank, (size, digest) in enumerate(files)}
+        keep = self.exp.checkpoint.keep
+        return _failure_of(partial(storage.commit, self.exp.run_dir, serial, label, by_name, content, keep))
+
+    def _give_up(self, serial: int, failure: str) -> NoReturn:
+        """Remove what was written, which would fill the disk, and raise."""
+        run_dir = self.exp.run_dir
+        if self.world.rank == 0:
+            shutil.rmtree(storage.temporary(run_dir, serial), ignore_errors=True)
+        reason = failure or "another rank could not write"
+        raise UserError(
+            f"checkpoint: {run_dir / storage.FOLDER} cannot be written ({reason}); free some space, and on several "
+            "hosts use a shared folder; earlier checkpoints are intact"
+        )
 
     def _pieces(self, client: Client, store: UnitStore, server: Server, local: LocalProgress) -> list[storage.Piece]:
-        """Collect what this rank writes."""
+        """Collect the pieces that this rank writes."""
         rank, first_client = self.world.group_rank, self.world.client == 0
         keeps = self.exp.train.optimizer_state == "keep" or local.steps > 0
         pieces = [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
         if first_client or not self._one_shared_state:
             lora_rank = server.lora_ranks[self.world.client]
-            pieces += state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_client)
+            pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_client)
         if first_client and rank < client.config.expert_parallel:
-            pieces += state.moment_pieces(client)
-        return [*pieces, *state.server_pieces(server, store.units)]
+            pieces += shared_state.moment_pieces(client)
+        return [*pieces, *shared_state.server_pieces(server, store.units)]
 
     def _owner(self, client: Client) -> str:
-        """Name whose shared state a client's is in a checkpoint."""
-        return state.ALL if self._one_shared_state else client.config.name
+        """Return the name under which a checkpoint holds this client's shared state."""
+        return shared_state.ALL if self._one_shared_state else client.config.name
 
     def _clients(self, server: Server, progress: Progress, local: LocalProgress) -> dict[str, dict[str, Any]]:
-        """Gather each client's entry of the manifest from its first rank, by name (a collective)."""
+        """Gather each client's manifest entry from its first rank, by client name (a collective)."""
         counts = None
         if self.world.group_rank == 0:
             counts = [self.world.client, progress.steps_taken, local.steps, local.bad_steps, local.seconds]
@@ -160,44 +171,44 @@ class CheckpointManager:
             }
         return entries
 
-    def find(self, asked: str) -> FoundCheckpoint | None:
-        """Return the checkpoint to resume from; None: there is none yet. Damaged ones are named and passed over.
+    def find(self, asked: str) -> Checkpoint | None:
+        """Return the checkpoint to resume from, or None if there is none yet. Warn about damaged ones and skip them.
 
         Args:
-            asked: "auto", the newest that is whole; or a checkpoint's folder.
+            asked: "auto" for the newest undamaged checkpoint, or a checkpoint's folder.
 
         Raises:
-            UserError: if all checkpoints, or the folder that was asked for, are damaged or of another experiment.
+            UserError: if all checkpoints, or the requested one, are damaged or belong to another experiment.
         """
         if asked != AUTO:
-            found = self._verified(Path(asked))
-            if found is None:
-                raise UserError(f"--resume: {asked} is not a complete checkpoint; use {AUTO}, or another folder")
-            return self._checked(found)
+            checkpoint = self._verified(Path(asked))
+            if checkpoint is None:
+                raise UserError(f"--resume: {asked} is not a complete checkpoint; use {AUTO} or another folder")
+            return self._checked(checkpoint)
         folders = self._known()
         for folder in folders:
-            found = self._verified(folder)
-            if found is not None:
-                return self._checked(found)
+            checkpoint = self._verified(folder)
+            if checkpoint is not None:
+                return self._checked(checkpoint)
         if folders:
             raise UserError(
                 f"--resume: all checkpoints in {self.exp.run_dir / storage.FOLDER} are damaged; restore one, or "
-                "start anew with another name=..."
+                "start a new run with another name=..."
             )
         return None
 
     def _known(self) -> list[Path]:
-        """Return the checkpoints that rank 0 sees, the newest first (a collective).
+        """Return the checkpoints that rank 0 sees, newest first (a collective).
 
-        Other ranks do not look themselves: on a network file system another host's listing may lag.
+        Other ranks do not list the folder: on a network file system another host's listing may lag.
         """
         names = []
         if self.world.rank == 0:
             names = [folder.name for folder in storage.folders(self.exp.run_dir)]
         return [self.exp.run_dir / storage.FOLDER / name for name in gather_json(self.world.comm, names)[0]]
 
-    def _verified(self, folder: Path) -> FoundCheckpoint | None:
-        """Return the checkpoint if all of it is there and unchanged; each rank looks at its part of the files."""
+    def _verified(self, folder: Path) -> Checkpoint | None:
+        """Return the checkpoint, or None if it is damaged; each rank verifies its share of the files (a collective)."""
         manifest: dict[str, Any] = {"files": {}}
         content, damage = None, ""
         try:
@@ -209,60 +220,59 @@ class CheckpointManager:
         except Damaged as error:
             damage = str(error)
         except ValidationError as error:
-            damage = f"{storage.MANIFEST} is not one of this program ({error.errors()[0]['loc']})"
+            damage = f"{storage.MANIFEST} was not written by this program ({error.errors()[0]['loc']})"
         damages = gather_json(self.world.comm, damage)
         if any(damages):
             if self.world.rank == 0:
                 first = next(filter(None, damages))
-                print(
-                    f"warning: checkpoint {folder} is damaged: {first}; it is passed over", file=sys.stderr, flush=True
-                )
+                print(f"warning: checkpoint {folder} is damaged: {first}; skipping it", file=sys.stderr, flush=True)
             return None
         assert content is not None
-        return FoundCheckpoint(folder, content, Reader(folder, manifest["files"]))
+        return Checkpoint(folder, content, Reader(folder, manifest["files"]))
 
-    def _checked(self, found: FoundCheckpoint) -> FoundCheckpoint:
-        """
+    def _checked(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint if this run can be resumed from it.
+
         Raises:
-            UserError: if it belongs to another experiment.
+            UserError: if it belongs to another experiment, or lacks a client that has its own LoRA ranks.
         """
-        check_same_experiment(found.manifest.config, self.config, found.folder)
-        lost = [client.name for client in self.exp.clients if client.name not in found.manifest.clients]
+        folder, manifest = checkpoint.folder, checkpoint.manifest
+        check_same_experiment(manifest.config, self.config, folder)
+        lost = [client.name for client in self.exp.clients if client.name not in manifest.clients]
         if lost and not self._one_shared_state:
             raise UserError(
-                f"--resume: client {lost[0]!r} was lost before {found.folder}, and under merge.rule "
-                f"{self.exp.merge.rule} nobody else holds its LoRA ranks; resume from an older checkpoint, "
-                "--resume FOLDER"
+                f"--resume: client {lost[0]!r} was lost before {folder} was written, and under merge.rule "
+                f"{self.exp.merge.rule} no other client holds its LoRA ranks; use an older checkpoint, --resume FOLDER"
             )
-        if found.manifest.data != self.data_digest:
+        if manifest.data != self.data_digest:
             raise UserError(
-                f"--resume: data.source holds other rows than when {found.folder} was written; restore them, or start "
-                "anew with another name=..."
+                f"--resume: the rows of data.source have changed since {folder} was written; restore them, or start "
+                "a new run with another name=..."
             )
-        return found
+        return checkpoint
 
     def restore(
-        self, found: FoundCheckpoint, client: Client, store: UnitStore, server: Server
+        self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server
     ) -> tuple[Progress, LocalProgress]:
-        """Bring this rank to where the checkpoint stands.
+        """Restore this rank's state from the checkpoint; return the run's progress and the client's.
 
         Raises:
             UserError: if the checkpoint lacks something.
         """
-        reader, known = found.reader, found.manifest.clients
-        saved = known.get(client.config.name)
+        reader, saved_clients = checkpoint.reader, checkpoint.manifest.clients
+        saved = saved_clients.get(client.config.name)
         server.lora_ranks = [
-            known[config.name].lora_rank if config.name in known else self.exp.lora_rank(config)
+            saved_clients[config.name].lora_rank if config.name in saved_clients else self.exp.lora_rank(config)
             for config in self.exp.clients
         ]
         lora_rank = server.lora_ranks[self.world.client]
-        progress = restored(found.manifest.progress, saved.steps_taken if saved else 0)
+        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0)
         self.note_saved(progress)
-        state.restore_shared(store, reader, self._owner(client), lora_rank)
-        state.restore_moments(client, reader)
-        state.restore_server(server, store.units, reader)
+        shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
+        shared_state.restore_moments(client, reader)
+        shared_state.restore_server(server, store.units, reader)
         client.reset_counts()
-        if saved is None:  # a client that was lost is back, with what all share
+        if saved is None:  # a lost client has come back; it starts from the shared state
             store.load(lora_rank)
             return progress, LocalProgress()
         state.restore_client(client, reader)
@@ -271,8 +281,14 @@ class CheckpointManager:
         return progress, local
 
 
+def _label(progress: Progress, clients: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the second part of a checkpoint's name: whether it was taken after a round or within one."""
+    complete = not progress.merged and not any(saved["steps"] for saved in clients.values())
+    return f"round-{progress.round - 1}" if complete else f"within-round-{progress.round}"
+
+
 def _failure_of(action: Callable[[], object]) -> str:
-    """Run an action; return its OSError as text, "" if there is none."""
+    """Run an action; return its OSError as text, or "" if there was none."""
     try:
         action()
     except OSError as error:

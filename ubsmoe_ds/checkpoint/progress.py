@@ -10,11 +10,11 @@ from torch import Tensor
 from ubsmoe_ds.base.files import finite_or_null
 from ubsmoe_ds.config.sections import Count, NotNegative, Section
 
-Scalars = dict[str, float | None]  # None: not finite, for which JSON has no word
+Scalars = dict[str, float | None]  # None: not finite, which JSON cannot express
 
 
 class SavedPending(Section):
-    """`Progress.pending` in a manifest."""
+    """`Progress.pending` as stored in a manifest."""
 
     metrics: Scalars
     seconds: Scalars
@@ -22,7 +22,7 @@ class SavedPending(Section):
 
 
 class SavedProgress(Section):
-    """`Progress` in a manifest; `steps_taken` is in `SavedClient`."""
+    """`Progress` as stored in a manifest; `steps_taken` is in `SavedClient`."""
 
     round: Count
     merged: bool
@@ -33,10 +33,12 @@ class SavedProgress(Section):
 
 
 class SavedClient(Section):
-    """A client in a manifest.
+    """A client's entry in a manifest.
 
-    layout: ranks and expert parallelism. lora_rank: its current LoRA rank. steps_taken: local steps in the whole run.
-    steps, bad_steps, seconds: of the local steps in the round under way.
+    layout: ranks and expert parallelism.
+    lora_rank: current LoRA rank.
+    steps_taken: local steps in the whole run.
+    steps, bad_steps, seconds: local steps taken and skipped in the current round, and their wall time.
     """
 
     layout: list[Count]
@@ -52,7 +54,7 @@ class Record(NamedTuple):
 
     metrics: scalars by "group/name", the same on every run of the same seed and layout.
     seconds: wall times by name, kept apart because they never repeat.
-    utilisation_LE: global utilisation of the round; None for round 0.
+    utilisation_LE: global utilisation in the round; None for round 0.
     """
 
     number: int
@@ -67,14 +69,14 @@ def _nothing_pending() -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """Progress of a run, the same on all ranks but for `steps_taken`.
+    """Progress of a run; all but `steps_taken` is the same on all ranks.
 
-    round: under way; 0 is the evaluation before training.
-    merged: whether only its evaluation and record are missing.
+    round: the current round; 0 is the evaluation before training.
+    merged: whether the round is merged, so that only its evaluation and record are missing.
     before, after: scalars of the first and of the latest evaluation.
-    pending: what will be recorded of a merged round.
-    steps_taken: local steps of this rank's client in the whole run, which is its place in its data.
-    lost: clients of which a rank died, and the round of it.
+    pending: scalars of the merged round that are not recorded yet.
+    steps_taken: local steps of this rank's client in the whole run; its position in its data.
+    lost: clients that lost a rank, and the round in which they did.
     """
 
     round: int = 0
@@ -86,39 +88,39 @@ class Progress:
     lost: dict[str, int] = field(default_factory=dict)
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
-        """Note that the round is merged, and what to record of it."""
+        """Note that the round is merged, and keep what its record will hold."""
         self.pending = {"metrics": metrics, "seconds": seconds, "utilisation": utilisation_LE}
         self.merged = True
 
     def note_evaluation(self, metrics: dict[str, float]) -> None:
-        """Note the scalars of the round's evaluation."""
+        """Add the scalars of the round's evaluation."""
         self.pending["metrics"] |= metrics
         self.after = metrics
         if self.round == 0:
             self.before = metrics
 
     def record(self) -> Record:
-        """Return what to record of the round."""
+        """Return the record of the round."""
         utilisation = self.pending["utilisation"]
         utilisation_LE = None if utilisation is None else torch.tensor(utilisation)
         return Record(self.round, self.pending["metrics"], self.pending["seconds"], utilisation_LE)
 
     def next_round(self) -> None:
-        """Begin the next round; this one is recorded."""
+        """Move on to the next round, once this one is recorded."""
         self.round, self.merged = self.round + 1, False
         self.pending = _nothing_pending()
 
     def saved(self) -> dict[str, Any]:
-        """Return it as JSON for the manifest."""
+        """Return the progress as JSON types for the manifest."""
         return {key: finite_or_null(getattr(self, key)) for key in SavedProgress.model_fields}
 
 
 def restored(saved: SavedProgress, steps_taken: int) -> Progress:
-    """Make a `Progress` of its form in a manifest; clients that were lost take part again.
+    """Return the `Progress` that a manifest holds; clients that were lost take part again.
 
     Args:
-        saved: in the manifest.
-        steps_taken: of this rank's client.
+        saved: progress from the manifest.
+        steps_taken: local steps of this rank's client so far.
     """
     values = saved.model_dump() | {"lost": {}}
     pending = {key: _from_json(value) for key, value in values["pending"].items() if value is not None}
@@ -127,6 +129,7 @@ def restored(saved: SavedProgress, steps_taken: int) -> Progress:
 
 
 def _from_json(value: Any) -> Any:
+    """Turn `null`, which JSON has in place of NaN and Inf, back into NaN."""
     if isinstance(value, dict):
         return {key: _from_json(part) for key, part in value.items()}
     if isinstance(value, list):

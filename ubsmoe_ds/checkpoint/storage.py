@@ -1,10 +1,11 @@
-"""Checkpoints on disk: written by all ranks in parallel, whole or not at all, and verified before they are used.
+"""Read and write checkpoint files: all ranks write in parallel, completely or not at all, and verify before use.
 
-A checkpoint is a folder `checkpoints/000007-round-12`, 000007 a serial number. Each rank writes one safetensors file of
-pieces, named stretches of flat tensors, so that a job of another layout can read exactly what it needs. The manifest
-(JSON) holds the checksum of every file and of itself. All is written to a temporary folder, synced, then renamed.
+A checkpoint is a folder such as `checkpoints/000007-round-12`, where 000007 is a serial number. Each rank writes one
+safetensors file of pieces, which are named ranges of flat tensors, so that a job of another layout can read exactly the
+ranges it needs. The manifest (JSON) holds the checksums of all files and of itself. Everything is written to a
+temporary folder, synced, then renamed.
 
-This file knows files only: what a federation puts into a checkpoint is in state.py.
+This file knows files only; state.py decides what they contain.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 
 
 class Piece(NamedTuple):
-    """Elements from `offset` on of the flat tensor `name`; `kind` and `owner` tell tensors of one name apart."""
+    """Elements of the flat tensor `name` from `offset` on; `kind` and `owner` tell tensors of the same name apart."""
 
     kind: str
     owner: str
@@ -42,42 +43,42 @@ class Piece(NamedTuple):
     value: Tensor
 
 
-class Damaged(Exception):  # noqa: N818  # no error of this program
-    """Why a checkpoint cannot be used, in one line."""
+class Damaged(Exception):  # noqa: N818  # not an error of this program
+    """A checkpoint cannot be used; the text says why, in one line."""
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """A run's checkpoints, the newest first; half-written ones are none."""
-    found = (path for path in (run_dir / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9][0-9]-*") if path.is_dir())
-    return sorted(found, key=serial_of, reverse=True)
+    """Return a run's checkpoint folders, newest first, without half-written ones."""
+    complete = (path for path in (run_dir / FOLDER).glob("[0-9][0-9][0-9][0-9][0-9][0-9]-*") if path.is_dir())
+    return sorted(complete, key=serial_of, reverse=True)
 
 
 def serial_of(folder: Path) -> int:
-    """The serial number that a checkpoint's name begins with."""
+    """Return the serial number at the beginning of a checkpoint's name."""
     return int(folder.name.partition("-")[0])
 
 
 def set_aside_newer(run_dir: Path, folder: Path) -> None:
-    """Rename the checkpoints that are newer than the one that a run goes on from: their branch has been left.
+    """Rename checkpoints that are newer than the one the run resumes from: they belong to an abandoned branch.
 
     Raises:
-        OSError: where they cannot be renamed.
+        OSError: if one cannot be renamed.
     """
     if folder.parent.resolve() != (run_dir / FOLDER).resolve():
         return
-    for leaving in folders(run_dir):
-        if serial_of(leaving) > serial_of(folder):
-            names = (f"{LEFT}{leaving.name}{f'-{number}' if number else ''}" for number in itertools.count())
-            leaving.rename(next(path for path in map(leaving.with_name, names) if not path.exists()))
+    for newer in folders(run_dir):
+        if serial_of(newer) > serial_of(folder):
+            names = (f"{LEFT}{newer.name}{f'-{number}' if number else ''}" for number in itertools.count())
+            newer.rename(next(path for path in map(newer.with_name, names) if not path.exists()))
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's file in a checkpoint."""
+    """Return the name of a rank's file in a checkpoint."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def begin(run_dir: Path, serial: int) -> Path:
-    """An empty temporary folder for a checkpoint; what an interrupted one left behind is removed. One rank calls it."""
+    """Make an empty temporary folder for a checkpoint and remove leftovers of interrupted ones. One rank calls it."""
     parent = run_dir / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{TEMPORARY}*"):
@@ -88,12 +89,12 @@ def begin(run_dir: Path, serial: int) -> Path:
 
 
 def named(run_dir: Path, serial: int, label: str) -> Path:
-    """Where a checkpoint is once it is complete."""
+    """Return the folder of a complete checkpoint."""
     return run_dir / FOLDER / f"{serial:06d}-{label}"
 
 
 def temporary(run_dir: Path, serial: int) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """Return the folder in which a checkpoint is written before it is complete."""
     return run_dir / FOLDER / f"{TEMPORARY}{serial:06d}"
 
 
@@ -101,10 +102,10 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[int,
     """Write and sync a rank's file.
 
     Returns:
-        (its bytes, its SHA-256).
+        (size in bytes, SHA-256).
 
     Raises:
-        OSError, SafetensorError: as for a full disk.
+        OSError, SafetensorError: if it cannot be written, for example on a full disk.
     """
     tensors = {
         f"{piece.kind}|{piece.owner}|{piece.name}|{piece.offset}": piece.value.detach().reshape(-1).cpu().clone()
@@ -128,17 +129,17 @@ def commit(
 
     Args:
         run_dir: the run's folder.
-        serial: of this checkpoint.
-        label: what its folder's name says beside the serial.
-        files: bytes and SHA-256 of each rank's file, all of them written.
-        content: what else the manifest holds; JSON types only.
-        keep: checkpoints to leave.
+        serial: serial number of this checkpoint.
+        label: rest of its folder's name.
+        files: size in bytes and SHA-256 of each rank's file; all are written.
+        content: further content of the manifest; JSON types only.
+        keep: number of checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: as for a full disk.
+        OSError: if it cannot be written, for example on a full disk.
     """
     source, target = temporary(run_dir, serial), named(run_dir, serial, label)
     listed = {name: {"bytes": size, "sha256": digest.hex()} for name, (size, digest) in files.items()}
@@ -150,14 +151,14 @@ def commit(
     source.rename(target)
     _sync(target.parent)
     for old in folders(run_dir)[keep:]:
-        going = temporary(run_dir, serial_of(old))
-        old.rename(going)  # half-removed it must not be taken for a checkpoint
-        shutil.rmtree(going, ignore_errors=True)  # the new one is whole; what will not go now goes before the next
+        leftover = temporary(run_dir, serial_of(old))
+        old.rename(leftover)  # a half-removed folder must not pass for a checkpoint
+        shutil.rmtree(leftover, ignore_errors=True)  # the new one is complete; `begin` removes what remains
     return target
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, its own checksum verified.
+    """Return the manifest, its own checksum verified.
 
     Raises:
         Damaged: if it is missing, unreadable or changed.
@@ -174,12 +175,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(
         RANK_FILE.fullmatch(name) and isinstance(files[name], dict) for name in files
     ):
-        raise Damaged(f"{MANIFEST} does not list the files of ranks")  # a name must not lead out of the folder
+        raise Damaged(f"{MANIFEST} does not list the files of ranks")  # a name must not lead outside the folder
     return manifest
 
 
 def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
-    """Compare a file with what the manifest says of it.
+    """Compare a file with its size and checksum in the manifest.
 
     Raises:
         Damaged: if it is missing or differs.
@@ -196,14 +197,14 @@ def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
 
 
 class Reader:
-    """The pieces of a verified checkpoint.
+    """Read ranges of tensors from a verified checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        names: its files.
+        folder: the checkpoint's folder.
+        names: names of its files.
 
     Raises:
-        UserError: if a file is none of ours in spite of its checksum.
+        UserError: if a file is not one of ours in spite of its checksum.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
@@ -213,7 +214,7 @@ class Reader:
         for name in names:
             try:
                 file = self._files[name] = safe_open(folder / name, framework="pt")
-                for key in file.keys():  # noqa: SIM118  # a file of tensors is no mapping
+                for key in file.keys():  # noqa: SIM118  # a safetensors file is not a mapping
                     kind, owner, tensor, offset = key.split("|")
                     numel = file.get_slice(key).get_shape()[0]
                     self._index[kind, owner, tensor].append((int(offset), numel, name, key))
@@ -221,22 +222,22 @@ class Reader:
                 raise UserError(f"checkpoint: {folder / name} cannot be read ({error}); use an older one") from error
 
     def has(self, kind: str, owner: str, name: str) -> bool:
-        """Whether there is any piece of this tensor."""
+        """Return whether there is any piece of this tensor."""
         return (kind, owner, name) in self._index
 
     def kinds(self, prefix: str) -> list[str]:
-        """All kinds that begin so."""
+        """Return all kinds that begin with `prefix`."""
         return sorted({kind for kind, _, _ in self._index if kind.startswith(prefix)})
 
     def read(self, kind: str, owner: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements [start, start + numel) of a tensor, from however many pieces; numel None: all from `start` on.
+        """Return elements [start, start + numel) of a tensor, joined from its pieces; numel None: all from `start` on.
 
         Raises:
             UserError: if the pieces do not cover them.
         """
         if numel is None:
-            known = self._index.get((kind, owner, name), [])
-            numel = max((offset + size for offset, size, *_ in known), default=start) - start
+            pieces = self._index.get((kind, owner, name), [])
+            numel = max((offset + size for offset, size, *_ in pieces), default=start) - start
         parts, reached = [], start
         for offset, value in self.overlaps(kind, owner, name, start, numel):
             if offset <= reached < offset + len(value):
@@ -244,13 +245,13 @@ class Reader:
                 reached = offset + len(value)
         if reached < start + numel or not parts:
             raise UserError(
-                f"checkpoint: {self.folder} has no {kind} of {name!r} of {owner!r} from element {reached} on; it is of "
-                "another model or config"
+                f"checkpoint: {self.folder} has no {kind} of {name!r} of {owner!r} from element {reached} on; it "
+                "belongs to another model or config"
             )
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def overlaps(self, kind: str, owner: str, name: str, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
-        """(offset, values) of what there is of elements [start, start + numel), in order."""
+        """Yield (offset, values) of every stored part of elements [start, start + numel), in order."""
         for offset, size, file, key in sorted(self._index.get((kind, owner, name), [])):
             first, end = max(offset, start), min(offset + size, start + numel)
             if first < end:
@@ -270,7 +271,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """To the disk: a file's bytes, or a folder's names."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

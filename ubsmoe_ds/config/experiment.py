@@ -1,4 +1,4 @@
-"""The whole experiment as typed objects, validated once. No other file probes options.
+"""Define the whole experiment as typed objects, validated once. No other file probes options.
 
 `loading.py` reads it: a YAML file holds the experiment, a DeepSpeed JSON beside it the optimiser, ZeRO stage, precision
 and batch size, and the model folder's `config.json` the number of experts. Nothing here imports torch, so a bad key
@@ -35,14 +35,14 @@ from ubsmoe_ds.models.hub import model_folder
 
 
 class Experiment(Section):
-    """Everything a run needs. `loading.load_experiment` makes one; build one directly only in tests."""
+    """Hold everything a run needs. `loading.load_experiment` makes one; build one directly only in tests."""
 
     name: Name = Field(description="the run writes to the folder `output`/`name`")
     method: str = Field("ub_smoe", description="preset of config/methods.py, laid under everything else")
     budget_scales: Literal["experts", "lora_rank"] = Field(
         "experts", description="experts: K_c = floor(K_max beta); lora_rank: rank_c = floor(rank beta), K_max experts"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of all random draws")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random draws")
     output: str = Field("runs", description="folder of runs")
     overwrite: bool = Field(False, description="replace the folder of an earlier run of the same name")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -58,11 +58,11 @@ class Experiment(Section):
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     fault_tolerance: Literal["abort", "shrink"] = Field(
-        "abort", description="when a rank dies: abort ends the job; shrink goes on without its client (Open MPI)"
+        "abort", description="when a rank dies: abort ends the job; shrink continues without its client (Open MPI)"
     )
     min_clients: PositiveInt = Field(1, description="with shrink: end the job when fewer clients are left")
     host_timeout_s: Annotated[float, Field(ge=1)] = Field(
-        60, description="end a job on several hosts when one of them is silent for so many seconds"
+        60, description="end a job on several hosts when one of them is silent for this many seconds"
     )
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
@@ -81,12 +81,12 @@ class Experiment(Section):
 
     @property
     def model_dir(self) -> Path:
-        """Return the model's folder, with config and tokenizer; of a model of the hub the weights may be missing."""
+        """Return the model's folder with config and tokenizer; a model from the hub may lack its weights there."""
         return model_folder(self.model.path)
 
     @property
     def weights_dir(self) -> Path:
-        """Return the same folder once it has the weights too."""
+        """Return the model's folder with its weights, which are downloaded first if need be."""
         return model_folder(self.model.path, weights=True)
 
     @property
@@ -113,8 +113,8 @@ class Experiment(Section):
     def views(self) -> list[str]:
         """Return the name of each client's view, the model that it evaluates.
 
-        Clients of one K hold the same model after a merge and share the view "k4". A client has a view of its own, by
-        its name, where it learns something for itself alone or has its own LoRA rank.
+        Clients of one K hold the same model after a merge and share a view, such as "k4". A client has its own view,
+        under its name, if it learns something for itself alone or has its own LoRA rank.
         """
         own_model = (
             self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
@@ -136,7 +136,7 @@ class Experiment(Section):
     @classmethod
     def _known_method(cls, value: str) -> str:
         if value not in PRESETS:
-            raise ValueError(f"{value!r} is no method; use one of {', '.join(PRESETS)}")
+            raise ValueError(f"{value!r} is not a method; use one of {', '.join(PRESETS)}")
         return value
 
     @model_validator(mode="after")
@@ -167,13 +167,12 @@ def _problems(exp: Experiment) -> list[str]:
     without_source = [client.name for client in exp.clients if client.source is None]
     if 0 < len(without_source) < len(exp.clients):
         problems.append(
-            f"clients: {', '.join(without_source)} have no source of their own, the others have; give all clients one, "
-            "or none"
+            f"clients: {', '.join(without_source)} have no `source`, but others do; give one to all clients or to none"
         )
     if not without_source and exp.data.eval_source is None:
         problems.append(
-            "data.eval_source: not set, although each client has its own source; set it to evaluation rows that all "
-            "clients may read"
+            "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
+            "may read"
         )
     problems += _merge_problems(exp)
     micro_batches = exp.deepspeed.gradient_accumulation_steps
@@ -192,7 +191,7 @@ def _problems(exp: Experiment) -> list[str]:
 
 
 def _merge_problems(exp: Experiment) -> list[str]:
-    """Check that the merge rule goes with the LoRA ranks and the options."""
+    """Check that the merge rule works with the LoRA ranks and the options."""
     problems = []
     rule, elementwise, ranks = exp.merge.rule, exp.merge.row.elementwise, exp.lora_ranks
     if elementwise and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
@@ -203,16 +202,17 @@ def _merge_problems(exp: Experiment) -> list[str]:
         )
     if exp.lora.prune_penalty and exp.merge.row.stacking:
         problems.append(
-            f"lora.prune_penalty: {rule} starts its adapters anew each round, there is no rank to prune; set 0"
+            f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
+            "start anew each round; set it to 0"
         )
     if not elementwise and exp.merge.clip_norm is not None:
         problems.append(
-            f"merge.clip_norm: {exp.merge.clip_norm} does not go with merge.rule {rule!r}, which merges factors, not "
+            f"merge.clip_norm: {exp.merge.clip_norm} does not work with merge.rule {rule!r}, which merges factors, not "
             f"updates; leave it out, or use one of {names(elementwise=True)}"
         )
     if not elementwise and exp.merge.server_optimizer != "none":
         problems.append(
-            f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not go with merge.rule {rule!r}, whose "
+            f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not work with merge.rule {rule!r}, whose "
             f"factors change their basis each round; use none, or one of {names(elementwise=True)}"
         )
     if max(ranks) > exp.lora.rank:
@@ -222,5 +222,5 @@ def _merge_problems(exp: Experiment) -> list[str]:
 
 def _share(whole: int, budget: float) -> int:
     """Return max(1, floor(whole * budget))."""
-    # the small term undoes binary rounding: floor(10 * 0.7) must be 7 although 10 * 0.7 < 7 in some formats
+    # the small term undoes binary rounding: floor(10 * 0.7) must be 7, although 10 * 0.7 < 7 in some formats
     return max(1, int(whole * budget + 1e-9))

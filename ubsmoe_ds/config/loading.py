@@ -1,4 +1,4 @@
-"""Reading an experiment: YAML by the safe loader, overrides, the DeepSpeed JSON, and one-line errors."""
+"""Read an experiment: YAML by the safe loader, overrides, the DeepSpeed JSON, and one-line errors."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ubsmoe_ds.config.sections import ModelConfig
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.models.hub import model_folder
 
-DEEPEST = 20  # levels of an experiment
+DEEPEST = 20  # levels of nesting
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -24,14 +24,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Args:
         path: the YAML file. Its `deepspeed` key names a JSON beside it. Other paths are relative to the working folder.
-        overrides: `key.sub=value` texts, the value in YAML; list items by position (`clients.0.budget=0.5`).
+        overrides: texts `key.sub=value`, the value in YAML; list items by position (`clients.0.budget=0.5`).
 
     Raises:
-        UserError: with one line naming the key, the value and what would be right.
+        UserError: one line with key, value and remedy.
     """
     path = Path(path)
     raw = _read_mapping(path, "YAML")
-    whole_file = [text for text in overrides if text.startswith("deepspeed=")]  # before its keys are overridden
+    whole_file = [text for text in overrides if text.startswith("deepspeed=")]  # applied before overrides of its keys
     for text in whole_file:
         _override(raw, text)
     if isinstance(raw.get("deepspeed"), str):
@@ -57,7 +57,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
-    """A YAML or JSON file whose top level is a mapping."""
+    """Read a YAML or JSON file whose top level is a mapping."""
     try:
         value = parse_yaml(read_text(path, MOST_BYTES)) if kind == "YAML" else parse_json(read_text(path))
     except OSError as error:
@@ -65,12 +65,12 @@ def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}: is not valid {kind} ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold key: value pairs, found {type(value).__name__}")
+        raise UserError(f"{path}: must hold key: value pairs, not a {type(value).__name__}")
     return value
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
-    """Apply one `key.sub=value`; missing sections are made, so that the schema alone decides what is known."""
+    """Apply one `key.sub=value`; create missing sections, so that the schema alone decides which keys exist."""
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise UserError(f"override {text!r}: must read key.sub=value, such as train.rounds=3")
@@ -92,55 +92,55 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _position(part: str) -> int:
-    """Of a list item; counting from the end is not known here."""
+    """Return the position of a list item; negative ones are refused."""
     if not part.isdecimal():
         raise ValueError(part)
     return int(part)
 
 
 def _check_plain(value: Any, key: str = "", depth: int = 0) -> None:
-    """That an experiment is made of what JSON has: it is written down so, and parts of it go to DeepSpeed as is."""
+    """Check that the experiment holds only JSON types: it is saved as JSON, and parts of it go to DeepSpeed as is."""
     problem = None
     if depth > DEEPEST:
         problem = f"is nested more than {DEEPEST} levels deep"
     elif isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
-                raise UserError(f"{key}{'.' if key else ''}{_short(name)}: a key must be a text; write it in quotes")
+                raise UserError(f"{key}{'.' if key else ''}{_short(name)}: a key must be a string; write it in quotes")
             _check_plain(name, key or name, depth + 1)
             _check_plain(inner, f"{key}.{name}" if key else name, depth + 1)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             _check_plain(inner, f"{key}.{number}", depth + 1)
     elif isinstance(value, str):
-        problem = None if _is_text(value) else f"{_short(value)} holds a character that is no text"
+        problem = None if _is_text(value) else f"{_short(value)} holds a character that is not text"
     elif isinstance(value, float):
         problem = None if math.isfinite(value) else f"{value} is not valid: it must be a finite number"
     elif isinstance(value, int):
         problem = None if abs(value) < 2**63 else "is not valid: the number is too large"
     elif value is not None:
-        problem = f"{_short(value)} is a {type(value).__name__}; write a text in quotes, a number, true, false or null"
+        problem = f"{_short(value)} is a {type(value).__name__}; use a string in quotes, a number, true, false or null"
     if problem:
         raise UserError(f"{key}: {problem}")
 
 
 def _is_text(value: str) -> bool:
-    """Whether other programs can be given it: no NUL and no half of a surrogate pair."""
+    """Return whether other programs accept the string: it has no NUL and no lone surrogate."""
     return "\0" not in value and not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
 
 
 def _one_line(error: ValidationError, within: str = "") -> str:
-    """The first problem as `key: value ... what would be right`, and how many more there are."""
+    """Return the first problem as one line, with key, value and remedy, and the number of further problems."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    # "str" and the like are the branch of a union, not part of the key
+    # "str" and the like name the branch of a union; they are not part of the key
     parts = [str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int")]
     key = ".".join(([within] if within else []) + parts)
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         line = f"{key}: {message}" if key else message
     elif first["type"] == "extra_forbidden":
-        line = f"{key}: unknown key (value {_short(first['input'])}); see the README's table of keys"
+        line = f"{key}: unknown key (value {_short(first['input'])}); see docs/configuration.md"
     elif first["type"] == "missing":
         line = f"{key}: is missing and must be given"
     else:
@@ -149,5 +149,6 @@ def _one_line(error: ValidationError, within: str = "") -> str:
 
 
 def _short(value: Any) -> str:
+    """Return a value as text of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Table of merge rules: everything that config, server and planner need to know of a rule. Imports no torch.
+"""List the merge rules with all that config, server and planner need to know about each. Imports no torch.
 
 A new rule is one function in aggregation/rules.py and one row here; `merge.rule` accepts the names of this table.
 """
@@ -11,12 +11,12 @@ from typing import Literal
 class MergeRule:
     """One row of `RULES`.
 
-    function: its name in aggregation/rules.py.
-    kind: "elementwise": (update_CN, weight_CN) -> update_N, all clients have one LoRA rank and get the same back;
-        "factors": (each client's factors, weight_CU) -> factors, clients may differ in LoRA rank.
-    linear: whether the result is the weighted mean, so that sums may be formed on the way to the owners.
-    stacking: whether the factors that come back are merged into the frozen weights and adapters start anew (FLoRA).
-    by_utilisation: whether a client's weight for an expert follows how much it used that expert (FLAME).
+    function: name of the function in aggregation/rules.py.
+    kind: "elementwise": (update_CN, weight_CN) -> update_N; all clients have one LoRA rank and get the same back.
+        "factors": (each client's factors, weight_CU) -> factors; clients may differ in LoRA rank.
+    linear: the result is the weighted mean, so sums can be formed on the way to the owners.
+    stacking: the returned factors are merged into the frozen weights, and adapters start anew (FLoRA).
+    by_utilisation: a client's weight for an expert follows how much it used that expert (FLAME).
     options: keys of the section `merge` that the function takes as keyword arguments.
     """
 
@@ -29,7 +29,7 @@ class MergeRule:
 
     @property
     def elementwise(self) -> bool:
-        """Whether it takes updates element by element, not LoRA factors."""
+        """Return whether the rule takes updates element by element, rather than LoRA factors."""
         return self.kind == "elementwise"
 
 
@@ -47,5 +47,5 @@ RULES: dict[str, MergeRule] = {
 
 
 def names(*, elementwise: bool) -> str:
-    """Return the names of the elementwise (or of the factor) rules for a message."""
+    """Return the names of the elementwise (or factor) rules, for a message."""
     return ", ".join(name for name, rule in RULES.items() if rule.elementwise == elementwise)

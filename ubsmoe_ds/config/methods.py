@@ -1,7 +1,7 @@
-"""The methods that UB-SMoE is compared with, as presets: what `method: NAME` sets where the experiment says nothing.
+"""Define UB-SMoE and the methods it is compared with as presets: the defaults that `method: NAME` sets.
 
-A preset is a mapping shaped like the YAML. Every key of it can be overridden by the experiment. Which lines are the
-papers' and which are ours stands beside each preset and in the README.
+A preset is a mapping shaped like the YAML; the experiment can override every key of it. Comments here and
+docs/methods.md say which parts come from the papers and which are ours.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ _PLAIN = {
     "pseudo_gradient": {"estimator": "none"},
     "router": {"gate_rescale": "none", "aux_loss": 0.0},
     "merge": {"rule": "fedavg"},
-    # Adam's moments go on where they left off as long as the adapters keep their basis [ours]: on a seed that no
-    # comparison uses, every method of that kind did better so, and flexlora, whose basis turns each round, worse
+    # keep Adam's moments between rounds as long as the adapters keep their basis [ours]: on a seed that no comparison
+    # uses, this helped every such method, and hurt flexlora, whose basis changes each round
     "train": {"optimizer_state": "keep"},
 }
 
 
 def _on(base: Settings, changes: Settings) -> dict[str, Any]:
-    """`changes` laid over `base`, section by section."""
+    """Return `base` with `changes` laid over it, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "topk": _PLAIN,
     # the same with a load-balancing loss on every client; the coefficient is ours
     "smoe_llb": _on(_PLAIN, {"router": {"aux_loss": 0.01}}),
-    # our reading of A3SMoE, whose text was not at hand: experts are merged in proportion to their activation
+    # our reading of A3SMoE, whose text we did not have: experts are merged in proportion to their activation
     "a3smoe": _on(_PLAIN, {"merge": {"rule": "activation"}}),
     # arXiv 2506.16600: learnable rescaling and activation-aware merging; share of tokens and temperature 1 are ours
     "flame": _on(_PLAIN, {"router": {"gate_rescale": "learned"}, "merge": {"rule": "activation"}}),
@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "florist": _on(_NEW_BASIS, {"merge": {"rule": "florist"}}),
 }
 
-# of ub_smoe: label -> what changes; without both parts it is topk
+# label -> changes to ub_smoe; without both parts it would be topk
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ub_smoe-no_dmr": {"method": "ub_smoe", "dmr": {"enabled": False}},
     "ub_smoe-no_pg": {"method": "ub_smoe", "pseudo_gradient": {"estimator": "none"}},
@@ -70,6 +70,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(experiment: Settings) -> dict[str, Any]:
-    """The experiment laid over the preset that `method` names (default ub_smoe); an unknown name changes nothing."""
+    """Lay the experiment over the preset that `method` names (default ub_smoe); an unknown name has no preset."""
     name = experiment.get("method", "ub_smoe")
     return _on(PRESETS.get(name, {}) if isinstance(name, str) else {}, experiment)

@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # of a folder
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a folder's name
 RowSource = Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")]
 
 
@@ -41,7 +41,7 @@ class ClientConfig(Section):
     )
     share: Positive = Field(1.0, description="part of the common training rows, relative to other clients")
     source: RowSource | None = Field(
-        None, description="training rows of its own, read by its ranks alone: `jsonl:PATH` or `hub:NAME[@SPLIT]`"
+        None, description="its own training rows, read by its ranks alone: `jsonl:PATH` or `hub:NAME[@SPLIT]`"
     )
     lora_rank: PositiveInt | None = Field(
         None, description="LoRA rank; null: from the budget where it scales ranks, else `lora.rank`"
@@ -132,7 +132,7 @@ class PseudoGradientConfig(Section):
 
 
 class MergeConfig(Section):
-    """What owners do with the clients' updates; aggregation/rules.py has the rules."""
+    """How owners merge the clients' updates; aggregation/rules.py has the rules."""
 
     rule: str = Field("fedavg", description="merge rule, a name of config/merge_rules.py")
     temperature: NotNegative = Field(1.0, description="t of `activation`: weight ~ n_c f^t")
@@ -157,7 +157,7 @@ class MergeConfig(Section):
     @classmethod
     def _known_rule(cls, value: str) -> str:
         if value not in RULES:
-            raise ValueError(f"{value!r} is no merge rule; use one of {', '.join(RULES)}")
+            raise ValueError(f"{value!r} is not a merge rule; use one of {', '.join(RULES)}")
         return value
 
     @property
@@ -167,7 +167,7 @@ class MergeConfig(Section):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the merge is a weighted sum with weights that every rank knows, as long as nothing is refused."""
+        """Return whether the merge is a weighted sum with weights that every rank knows, if nothing is refused."""
         return self.row.linear and self.clip_norm is None
 
     @field_validator("server_betas", mode="before")
@@ -188,9 +188,11 @@ class DataConfig(Section):
         description="instruction: the row's prompt; cloze: the question, answered by a choice's text",
     )
     partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
-    alpha: Positive = Field(0.5, description="of the Dirichlet; small is unequal")
-    rows: PositiveInt | None = Field(None, description="at most so many rows; null: all (4,000 of `synthetic`)")
-    eval_rows: PositiveInt = Field(400, description="at most so many evaluation rows")
+    alpha: Positive = Field(
+        0.5, description="concentration of the Dirichlet distribution; small values deal rows unequally"
+    )
+    rows: PositiveInt | None = Field(None, description="largest number of rows; null: all (4,000 of `synthetic`)")
+    eval_rows: PositiveInt = Field(400, description="largest number of evaluation rows")
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share of the questions held out where `eval_source` is null"
     )
@@ -200,14 +202,14 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage stand in the DeepSpeed JSON."""
+    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage are in the DeepSpeed JSON."""
 
     rounds: PositiveInt = Field(5, description="rounds of the run")
     local_steps: PositiveInt = Field(10, description="optimiser steps of a client in a round")
     optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="whether a client's optimiser moments go on into its next round"
+        "reset", description="keep a client's optimiser moments between rounds, or reset them"
     )
-    save_every: Count = Field(0, description="rounds between saved adapters; 0: only those of the end")
+    save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
     round_deadline_s: Positive | None = Field(
         None, description="seconds of local steps after which a client stops and merges what it has; null: none"
     )
@@ -217,10 +219,10 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What a job can resume from after it was stopped or died; see checkpoint/."""
+    """When checkpoints are saved, from which a job resumes after it was stopped or died; see checkpoint/."""
 
     every: Count = Field(1, description="rounds between checkpoints; 0: only when the job is asked to stop")
-    keep: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    keep: PositiveInt = Field(2, description="number of newest checkpoints to keep")
     grace_s: Positive | None = Field(
         None, description="seconds from SIGTERM or SIGUSR1 to the end, saved or not; null: as long as saving takes"
     )
@@ -232,7 +234,7 @@ class EvalConfig(Section):
     every: PositiveInt = Field(
         1, description="rounds between evaluations; the first state and the last round always are"
     )
-    batch_size: PositiveInt = Field(16, description="rows that a rank takes at a time")
+    batch_size: PositiveInt = Field(16, description="rows that a rank evaluates at a time")
 
 
 class DeepSpeedConfig(Section):
@@ -305,10 +307,10 @@ class DeepSpeedConfig(Section):
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage: 0, 1 or 2."""
+        """Return the ZeRO stage: 0, 1 or 2."""
         return int(self.zero_optimization.get("stage", 0))
 
     @property
     def use_bf16(self) -> bool:
-        """Whether weights and activations are bfloat16 (masters stay fp32)."""
+        """Return whether weights and activations are bfloat16 (masters stay fp32)."""
         return bool(self.bf16.get("enabled", False))

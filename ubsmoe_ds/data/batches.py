@@ -123,11 +123,6 @@ def steps(
         seed: of the order, such as (the experiment's seed, client number).
         first: number of the first step wanted.
     """
-
-    def order(epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
-        return torch.randperm(len(examples), generator=generator).tolist()
-
     micro_rows = batch_size // (ranks * micro_batches)
     step, epoch, current = first, -1, []
     while True:
@@ -135,13 +130,19 @@ def steps(
         for row in range(step * batch_size, (step + 1) * batch_size):
             if row // len(examples) != epoch:
                 epoch = row // len(examples)
-                current = order(epoch)
+                current = _order(len(examples), seed, epoch)
             chosen.append(examples[current[row % len(examples)]])
         length = max(len(e.prompt) + len(e.answer) - 1 for e in chosen)
         parts = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
         micro = [collate(part, pad, length) for part in parts]
         yield StepBatch(micro, sum(len(e.answer) for e in chosen), sum(int(t.used.sum()) for t in micro))
         step += 1
+
+
+def _order(count: int, seed: Sequence[int], epoch: int) -> list[int]:
+    """Return the order of the rows in one pass over them."""
+    generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
+    return torch.randperm(count, generator=generator).tolist()
 
 
 class PackedRow(NamedTuple):

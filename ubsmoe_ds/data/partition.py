@@ -36,10 +36,7 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
         if config.partition == "dirichlet":
             weight_C = share_C * rng.dirichlet(np.full(len(clients), config.alpha))
         elif config.partition == "by_task":
-            client_C = np.arange(len(clients))
-            fewer_tasks = len(groups) < len(clients)
-            owner_C = client_C % len(groups) == number if fewer_tasks else client_C == number % len(clients)
-            weight_C = np.where(owner_C, share_C, 0.0)
+            weight_C = np.where(_takes_task(number, len(groups), len(clients)), share_C, 0.0)
         # a draw with alpha close to 0 can underflow to zero for every client
         weight_C = weight_C / weight_C.sum() if weight_C.sum() > 0 else share_C / share_C.sum()
         cuts = np.round(np.cumsum(weight_C) * len(rows)).astype(int)[:-1]
@@ -52,3 +49,9 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
                 f"{config.partition}); raise its share, data.alpha or data.rows"
             )
     return [sorted(share) for share in dealt]
+
+
+def _takes_task(task: int, tasks: int, clients: int) -> np.ndarray:
+    """Return which clients get rows of a task, [C] bool: one, or with fewer tasks than clients every `tasks`-th."""
+    client_C = np.arange(clients)
+    return client_C % tasks == task if tasks < clients else client_C == task % clients

@@ -1,37 +1,35 @@
 """Merge the clients' updates on all ranks together: statistics, exchange, server, and the result back into the model.
 
-There is no central server: every rank owns some units (see aggregation/layout.py). `merge` changes nothing that a
-later call could not do again; `apply` changes this rank for good and talks to nobody. In between all ranks agree, so
-that a job that survives the death of ranks does a merge on all of them or on none.
+There is no central server: every rank owns some units (see aggregation/layout.py). `merge` can be repeated: it changes
+nothing that a second call could not redo. `apply` changes this rank for good and does not communicate. In between all
+ranks agree, so that a job that survives deaths completes a merge on all ranks or on none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.stopwatch import Stopwatch
-from ubsmoe_ds.checkpoint.state import load_replica, replicate
+from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.exchanges import ExchangeFactory
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
 from ubsmoe_ds.mpi.world import World
-
-ExchangeFactory = Callable[[Sequence[int], Sequence[int]], Exchange]  # LoRA ranks sent and received -> exchange
 
 
 class Merged(NamedTuple):
     """The outcome of a merge on this rank, before it is applied.
 
-    difference: what this rank's held units change by.
-    statistics: of the round, the same on all ranks.
-    refused: names of the units of each client that owners refused, the same on all ranks.
-    replica: see `replicate`; empty where no rank may be lost.
+    difference: change of the units that this rank holds.
+    statistics: the round's statistics, the same on all ranks.
+    refused: for each client the names of its units that owners refused, the same on all ranks.
+    replica: see `replicate`; empty unless the job survives deaths.
     """
 
     difference: Tensor
@@ -41,12 +39,16 @@ class Merged(NamedTuple):
 
 
 class Aggregator:
-    """One rank's part of the aggregator.
+    """Merge on this rank, together with all others.
 
     Args:
-        exp, world, client, store, server: this rank's.
-        exchange_for: makes the exchange for the LoRA ranks that clients send, and those that they get back.
-        stopwatch: gets the stages "exchange", "wait" and "merge".
+        exp: the experiment.
+        world: this rank's place in the job.
+        client: this rank's client.
+        store: the client's units.
+        server: merges the units that this rank owns.
+        exchange_for: makes the exchange for the LoRA ranks that clients send and for those that they get back.
+        stopwatch: records the stages "exchange", "wait" and "merge".
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Aggregator:
         self.exchange_for, self.stopwatch = exchange_for, stopwatch
         self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
         self.started = False  # whether owners know what clients hold
-        self.moments_shared = False  # whether the moments of a first look at the data are, or came from a checkpoint
+        self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
         self.replica: dict[str, Tensor] = {}
 
     @property
@@ -71,8 +73,13 @@ class Aggregator:
         """Return the current LoRA rank of this rank's client."""
         return self.server.lora_ranks[self.world.client]
 
+    def note_restored(self) -> None:
+        """Call this after a restore: the moments are shared already; replicate the optimiser's state (a collective)."""
+        self.moments_shared = True
+        self.replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
+
     def start(self) -> None:
-        """Tell owners what clients hold, and share the moments of a first look at the data (a collective)."""
+        """Tell owners what clients hold, and share the moments from calibration (a collective)."""
         held = self.exchange.collect(self.store.shared.numpy(), exact=True)
         moments_LEX = None
         if not self.moments_shared:
@@ -83,10 +90,10 @@ class Aggregator:
         self.started = self.moments_shared = True
 
     def survive(self, exp: Experiment, world: World, server: Server, exchange_for: ExchangeFactory) -> None:
-        """Go on without the clients that are lost; see recovery.py. `start` comes next.
+        """Continue without the lost clients (see recovery.py); call `start` next.
 
         Args:
-            exp, world, server, exchange_for: as they are among the clients that are left.
+            exp, world, server, exchange_for: those of the remaining clients.
         """
         self.exp, self.world, self.server, self.exchange_for = exp, world, server, exchange_for
         load_replica(server, self.store.units, self.replica)
@@ -97,7 +104,7 @@ class Aggregator:
         """Merge what local steps have changed (a collective).
 
         Args:
-            worked: part of its round that this client did; 0: it sits the round out.
+            worked: part of the round's work that this client did, 0 to 1; 0: it sits the round out.
         """
         store, rank = self.store, self.lora_rank
         update = store.updates(rank) if worked else torch.zeros_like(store.shared)
@@ -116,24 +123,24 @@ class Aggregator:
         return Merged(difference, statistics, refused, replica)
 
     def apply(self, merged: Merged, round_number: int) -> None:
-        """Bring the merge into the model, its moments and the LoRA ranks, for good; no collective."""
-        statistics, own = merged.statistics, self.world.client
+        """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
+        statistics, me = merged.statistics, self.world.client
         old, new = self.server.lora_ranks, statistics.lora_ranks
         reply = self._reply_ranks(new)
-        self.store.apply(merged.difference, old[own], reply[own], round_number)
+        self.store.apply(merged.difference, old[me], reply[me], round_number)
         self.server.lora_ranks = list(new)
         self._take_moments(statistics.moments_LEX)
         if new != old:
             self.exchange = self.exchange_for(new, reply)
-            if new[own] != old[own]:
-                self.client.reset_optimizer()  # moments of the ranks that are gone would move them again
-        if statistics.astray_C[own] or statistics.worked_C[own] == 0:
+            if new[me] != old[me]:
+                self.client.reset_optimizer()  # the moments of pruned LoRA ranks would move them again
+        if statistics.astray_C[me] or statistics.worked_C[me] == 0:
             self.client.recover()
         self.replica = merged.replica
         self.stopwatch.lap("exchange")
 
     def _exchange(self, update: Tensor, statistics: RoundStatistics) -> Tensor:
-        """Send updates to the owners, merge there, and return the difference for this rank."""
+        """Send updates to the owners, merge there, and return the change of this rank's units."""
         old, new = self.server.lora_ranks, statistics.lora_ranks
         self.server.weigh(statistics.worked_C, statistics.astray_C.tolist())
         if new != old:
@@ -147,7 +154,7 @@ class Aggregator:
         return torch.from_numpy(self.exchange.distribute(replies))
 
     def _reduce(self, update: Tensor, usage: Usage) -> Tensor:
-        """Take the cheaper way of linear rules: sums are formed on the way to the owners."""
+        """Do the same for linear rules at less cost: sums are formed on the way to the owners."""
         self.stopwatch.lap("exchange")
         sizes = torch.tensor([unit.size(self.lora_rank) for unit in self.store.units])
         share_U = self.server.shares(self.store.units, usage, self.world.client)
@@ -161,7 +168,7 @@ class Aggregator:
         return torch.from_numpy(self.exchange.gather(delta))
 
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
-        """Return names of the units of each client that owners refused (a collective if a client went astray)."""
+        """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
         clients = len(self.exp.clients)
         if not statistics.astray_C.any():
             return [[] for _ in range(clients)]
@@ -171,10 +178,11 @@ class Aggregator:
         return [[names[u] for c, u in refused if c == client] for client in range(clients)]
 
     def _reply_ranks(self, ranks: Sequence[int]) -> list[int]:
-        """Return the LoRA rank of what each client gets back: its own, or FLoRA's stack of all."""
+        """Return the LoRA rank of each client's reply: its own, or that of FLoRA's stack of all clients."""
         return [sum(ranks)] * len(ranks) if self.exp.merge.row.stacking else list(ranks)
 
     def _take_moments(self, moments_LEX: Tensor | None) -> None:
+        """Update the client's moments, if its pseudo-gradient (PG) estimator needs any."""
         if moments_LEX is not None:
             assert self.client.moments is not None
             self.client.moments.update(moments_LEX)

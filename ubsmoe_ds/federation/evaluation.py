@@ -1,4 +1,4 @@
-"""Evaluate the models of all clients: clients that hold the same model share a view, and its rows.
+"""Evaluate the models of all clients; clients that hold the same model share a view and divide its rows.
 
 Shapes: G views, L layers, E experts, X = E + 1.
 """
@@ -21,10 +21,13 @@ Part = tuple[np.ndarray, np.ndarray]  # sums [G, tasks, fields] in the order of 
 def evaluate_part(
     exp: Experiment, world: World, client: Client, evaluator: Evaluator, stop: Callable[[], bool]
 ) -> Part:
-    """Evaluate this rank's share of the rows on its client's view (a collective over the client).
+    """Evaluate this rank's share of the rows on its client's view (a collective over the client's group).
 
     Args:
-        exp, world, client, evaluator: this rank's.
+        exp: the experiment.
+        world: this rank's place in the job.
+        client: this rank's client.
+        evaluator: holds the evaluation rows.
         stop: see `Evaluator.sums`.
     """
     view_of_client = exp.views
@@ -44,7 +47,7 @@ def evaluate_part(
 def view_scalars(
     exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], part: Part
 ) -> dict[str, float]:
-    """Add up all ranks' parts and name the results (a collective); utilisation is weighted by w_c, as in training."""
+    """Sum all ranks' parts and name the results (a collective); utilisation is weighted by w_c, as in training."""
     view_of_client = exp.views
     views = list(dict.fromkeys(view_of_client))
     sums_G, counts_GLX = world.sum(part[0]), world.sum(part[1])

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line a round, TensorBoard, `metrics.jsonl`, and the table at the end.
+"""Show a run to its user: one line a round, TensorBoard, `metrics.jsonl`, and the table at the end.
 
 Only rank 0 of the job has a monitor that writes. Shapes: L layers, E experts.
 """
@@ -24,37 +24,37 @@ from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.run_folder import create_run_folder
 
-# dark blue - teal - yellow, linear between the stops
+# colour stops from dark blue over teal to yellow, with linear steps between them
 HEAT = np.array([[0.17, 0.11, 0.33], [0.13, 0.37, 0.55], [0.12, 0.63, 0.53], [0.99, 0.91, 0.15]])
 CELL = 12  # pixels
 RECORD = "metrics.jsonl"
 
 
 class Monitor:
-    """Opens the run's folder, which must be free (see `run_folder.py`).
+    """Open the run's folder, which must be free (see `run_folder.py`), and write the run's records.
 
     Args:
-        exp: the experiment, whose `rounds` sets the ETA.
-        go_on_from: the round that a checkpoint goes on from; what was recorded of it and of later ones is dropped.
-        config: to write beside the record; None: of `exp`.
+        exp: the experiment; its `rounds` sets the ETA.
+        resume_at: round at which a resumed run continues; earlier records of it and of later rounds are dropped.
+        config: config to write beside the records; None: that of `exp`.
     """
 
-    def __init__(self, exp: Experiment, go_on_from: int | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, exp: Experiment, resume_at: int | None = None, config: Mapping[str, Any] | None = None) -> None:
         self.exp, self.folder = exp, exp.run_dir
-        if go_on_from is None:
+        if resume_at is None:
             create_run_folder(exp)
         text = json.dumps(config or exp.model_dump(mode="json"), indent=2) + "\n"
         replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
         self.console = Console()
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=go_on_from)
-        kept = recorded_rounds(self.folder / RECORD, before=go_on_from or 0)
-        self.rounds = len(kept)  # on record so far, from an earlier monitor
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_at)
+        kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
+        self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
-        self._start, self._first = time.perf_counter(), go_on_from or 0
+        self._start, self._first = time.perf_counter(), resume_at or 0
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal."""
+        """Print a line to the terminal."""
         print(text, flush=True)
 
     def round(self, record: Record) -> None:
@@ -73,11 +73,11 @@ class Monitor:
         self.say(self._progress(number, metrics, seconds))
 
     def refused(self, number: int, units: Mapping[str, Sequence[str]]) -> None:
-        """Name the units of which a client's update held NaN or Inf.
+        """Warn of units in which a client's update held NaN or Inf.
 
         Args:
-            number: of the round.
-            units: names of units by client.
+            number: the round.
+            units: names of the refused units, by client.
         """
         for client, names in units.items():
             if not names:
@@ -89,36 +89,38 @@ class Monitor:
     def bad_steps(
         self, number: int, clients: Sequence[str], stats: Sequence[LocalStats], worked_C: Sequence[float]
     ) -> None:
-        """Name the clients whose gradients held NaN or Inf.
+        """Warn of clients that skipped steps because their gradients held NaN or Inf.
 
         Args:
-            number: of the round.
-            clients, stats: all of them, and what their local steps came to.
-            worked_C: which part of its round each did; 0: it sits the round out.
+            number: the round.
+            clients: names of all clients.
+            stats: sums of each client's local steps.
+            worked_C: part of the round's work that each client did, 0 to 1; 0: it sits the round out.
         """
-        for client, one, worked in zip(clients, stats, worked_C, strict=True):
-            if one.bad_steps:
-                what = f"skipped {int(one.bad_steps)} steps with NaN or Inf"
-                what += "; it sits the round out" if worked == 0 else ""
-                self.say(f"warning: round {number}: client {client!r} {what}")
-                self._writer.add_text(f"bad_steps/{client}", what, number)
+        for client, sums, worked in zip(clients, stats, worked_C, strict=True):
+            if sums.bad_steps:
+                text = f"skipped {int(sums.bad_steps)} steps with NaN or Inf"
+                text += "; it sits the round out" if worked == 0 else ""
+                self.say(f"warning: round {number}: client {client!r} {text}")
+                self._writer.add_text(f"bad_steps/{client}", text, number)
 
     def lost(self, number: int, clients: Sequence[str], left: int) -> None:
-        """Name the clients that are lost for the rest of the job.
+        """Warn of clients that are lost for the rest of the job.
 
         Args:
-            number: of the round under way.
-            clients: that a rank of has died.
-            left: how many go on.
+            number: the current round.
+            clients: clients of which a rank died.
+            left: number of remaining clients.
         """
         for client in clients:
-            self.say(f"warning: round {number}: client {client!r} is lost (a rank of it died); {left} clients go on")
-            self._writer.add_text(f"lost/{client}", f"in round {number}; {left} clients go on", number)
+            others = f"{left} clients continue"
+            self.say(f"warning: round {number}: client {client!r} is lost (one of its ranks died); {others}")
+            self._writer.add_text(f"lost/{client}", f"in round {number}; {others}", number)
         self._writer.add_scalar("clients/alive", left, number)
         self._writer.flush()
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the record of every round so far, earlier jobs of a resumed run included."""
+        """Return the record of every round so far, including earlier jobs of a resumed run."""
         text = (self.folder / RECORD).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
@@ -152,7 +154,7 @@ class Monitor:
 
 
 def recorded_rounds(path: Path, before: int) -> list[str]:
-    """Lines of a run's record of the rounds before the given one; what a killed job left half-written is dropped."""
+    """Return the lines of a run's record up to the given round, without a half-written line of a killed job."""
     kept: list[str] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -167,7 +169,7 @@ def recorded_rounds(path: Path, before: int) -> list[str]:
 
 
 def heat_map(value_LE: Tensor) -> Tensor:
-    """[3, L * CELL, E * CELL] picture of a matrix, dark = 0, bright = its largest value."""
+    """Return a matrix as a picture [3, L * CELL, E * CELL]: dark = 0, bright = its largest value."""
     value = value_LE.numpy()
     scaled = value / max(float(value.max()), 1e-12) * (len(HEAT) - 1)
     low = np.clip(scaled.astype(int), 0, len(HEAT) - 2)
@@ -177,7 +179,7 @@ def heat_map(value_LE: Tensor) -> Tensor:
 
 
 def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:
-    """The end of a run at a glance."""
+    """Return the final table: a row for each client, and the clients that were lost."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
     title = f"utilisation CV {before:.3f} -> {after:.3f}"
     table = Table(title=title, title_justify="left", collapse_padding=True)  # fits the 80 columns of a log file

@@ -1,4 +1,4 @@
-"""What a run leaves at its end, and every `save_every` rounds: adapters, the table, and `summary.json`."""
+"""Write a run's results: adapters every `save_every` rounds and at the end, `summary.json`, and the final table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.fingerprint import machine, model_digest
 from ubsmoe_ds.federation.aggregator import Aggregator
-from ubsmoe_ds.federation.metrics import measured_speed
+from ubsmoe_ds.federation.metrics import training_speed
 from ubsmoe_ds.models.cost import flops_per_token
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Writes what a run leaves; every rank of the job calls its methods."""
+    """Write a run's results; every rank of the job calls its methods."""
 
     exp: Experiment
     world: World
@@ -41,55 +41,58 @@ class Outputs:
         """Write the adapters, `summary.json` and the table (a collective over the job).
 
         Args:
-            batch: the run's first step; its length is the context that FLOPs are counted for.
-            progress: at the end of the last round.
-            monitor: of the first rank.
-            data_digest: of the rows, see `inputs`.
+            batch: the run's first step; its length is the context for which FLOPs are counted.
+            progress: progress at the end of the last round.
+            monitor: the first rank's monitor; None on other ranks.
+            data_digest: digest of the rows, see data/fingerprint.py.
         """
         self.save_adapters()
         peak_C = self._peak_memory()
         self.world.agree()
         if monitor is not None:
             rows = self._summary(progress, peak_C, context=batch.micro[0].input_ids.shape[1], records=monitor.records())
-            found = (("before", progress.before), ("after", progress.after))
-            cv = {f"utilisation_cv_{when}": m["eval/utilisation_cv"] for when, m in found}
+            evaluations = (("before", progress.before), ("after", progress.after))
+            cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
             inputs = {
                 "model_digest": model_digest(self.exp.weights_dir),
                 "data_digest": data_digest,
                 "machine": machine(),
             }
             monitor.finish(rows, cv | {"lost_in_round": progress.lost} | inputs)
-        self.world.agree()  # if the rank that writes dies meanwhile, another one does it
+        self.world.agree()  # if the first rank dies while it writes, another rank writes again
 
     def save_adapters(self, number: int | None = None) -> None:
-        """Each client's adapter, and the whole's from the client of the largest rank, which has all that is shared.
+        """Write each client's adapter, and the merged one from the client of the largest LoRA rank, which holds it all.
 
         Args:
-            number: of the round, for the folder's name; None: the end.
+            number: round for the folder's name; None: the end of the run.
         """
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
-        state, own = self.aggregator.store.full_state(self.aggregator.lora_rank), self._own_scales()
+        state, scales = self.aggregator.store.full_state(self.aggregator.lora_rank), self._learned_scales()
         if self.world.group_rank == 0:
-            self._write_adapters(folder, state, own, self.exp.lora.alpha / self.exp.lora_rank(config))
+            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config))
         self.world.barrier()
 
-    def _write_adapters(self, folder: Path, state: dict[str, Tensor], own: dict[str, Tensor], scaling: float) -> None:
+    def _write_adapters(
+        self, folder: Path, state: dict[str, Tensor], scales: dict[str, Tensor], scaling: float
+    ) -> None:
+        """Write this client's adapter, and the merged one if this client holds it."""
         save = partial(save_adapter, self.exp, rank=self.aggregator.lora_rank, scaling=scaling)
-        save(folder / CLIENTS / self.client.config.name, state | own, k=self.client.k)
+        save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)
 
-    def _own_scales(self) -> dict[str, Tensor]:
-        """What the gates learned for this client alone (a collective over it under ZeRO)."""
-        found = {}
+    def _learned_scales(self) -> dict[str, Tensor]:
+        """Return the scales that the gates learned for this client alone (a collective over its ranks under ZeRO)."""
+        scales = {}
         for index, decoder in enumerate(self.client.model.decoders):
             if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
-                found[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(decoder.mlp.gate.scale).cpu()
-        return found
+                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(decoder.mlp.gate.scale).cpu()
+        return scales
 
     def _peak_memory(self) -> np.ndarray:
-        """Of each client the bytes that the fullest of its ranks has held at most (a collective over the job)."""
+        """Return each client's peak memory in bytes, the largest of its ranks (a collective over the job)."""
         table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
         table_CR[self.world.client, self.world.group_rank] = peak_bytes(self.client.device)
         return self.world.sum(table_CR).max(axis=1)
@@ -97,7 +100,7 @@ class Outputs:
     def _summary(
         self, progress: Progress, peak_C: np.ndarray, context: int, records: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Return one row a client; `records` are the rounds of the whole run (see `Monitor.records`)."""
+        """Return one row for each client; `records` are all rounds of the run (see `Monitor.records`)."""
         lora = self.exp.lora
         shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
         full = flops_per_token(shape, self.exp.k_max, context)
@@ -106,9 +109,9 @@ class Outputs:
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
-            row |= {"flops_ratio": flops / full, **measured_speed(records, config.name)}
+            row |= {"flops_ratio": flops / full, **training_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
-            for field in ("loss", "accuracy"):  # not known of a client that was lost then and has come back
+            for field in ("loss", "accuracy"):  # unknown for a client that was lost at the time and has come back
                 row[f"{field}_before"] = progress.before.get(f"eval_{field}/{config.name}", math.nan)
                 row[f"{field}_after"] = progress.after.get(f"eval_{field}/{config.name}", math.nan)
             rows.append(row)

@@ -1,13 +1,13 @@
-"""Go on when ranks die: drop the clients they belong to, and merge among the others.
+"""Continue a run when ranks die: drop their clients, and merge among the others.
 
-Every stage of rounds.py is done by all ranks or by none. What the dead owned goes to new owners: the shared state from
-any client, which all hold it; the server optimiser's from its replica.
+Every stage of rounds.py is completed by all ranks or by none. The units of dead owners go to new owners: their shared
+state comes from any client, since all hold it; the server optimiser's state comes from its replica.
 """
 
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.federation.build import plan_exchanges
+from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.ulfm import recover
@@ -15,11 +15,11 @@ from ubsmoe_ds.mpi.world import World
 
 
 def run(federation: Federation) -> None:
-    """Call `Federation.run`, again after every death; ranks of a client that lost one leave.
+    """Call `Federation.run`, and again after every death; the other ranks of a lost client leave the job.
 
     Raises:
         TooFewClients: if fewer than `min_clients` are left.
-        Preempted: as there.
+        Preempted: if the job was asked to stop; its progress has been saved.
     """
     deaths = []  # kept, see `wait_quietly`
     while True:
@@ -32,20 +32,20 @@ def run(federation: Federation) -> None:
             try:
                 _shrink(federation)
                 break
-            except RanksLost as death:  # another one meanwhile
+            except RanksLost as death:  # another rank died during recovery
                 deaths.append(death)
 
 
 def _shrink(federation: Federation) -> None:
-    """Drop the clients that are lost, and bring everything that depends on the list of clients up to date."""
+    """Drop the lost clients, and update everything that depends on the list of clients."""
     world, lost = recover(federation.world, [federation.stop.comm])
     if not lost:
         raise RuntimeError("MPI has failed although no rank has died")
-    old, number = federation.exp, federation.progress.round
+    old = federation.exp
     kept = [client for client in range(len(old.clients)) if client not in lost]
     names = [old.clients[client].name for client in lost]
     exp = old.model_copy(update={"clients": [old.clients[client] for client in kept]})
-    federation.progress.lost |= dict.fromkeys(names, number)
+    federation.progress.lost |= dict.fromkeys(names, federation.progress.round)
     before = federation.aggregator.server
     weights = [before.weights[client] for client in kept]
     exchange_for, owned = plan_exchanges(exp, world, federation.aggregator.store)
@@ -55,22 +55,22 @@ def _shrink(federation: Federation) -> None:
     federation.exp, federation.world = exp, world
     federation.checkpoints = federation.checkpoints.among(exp, world)
     federation.aggregator.survive(exp, world, server, exchange_for)
-    federation.stop.listen_on(world.comm)  # last: it may find another death
+    federation.stop.listen_on(world.comm)  # last, because it may meet another death
     if len(kept) < exp.min_clients:
         raise TooFewClients(
-            f"min_clients: {len(kept)} clients are left, {exp.min_clients} are demanded; --resume auto goes on from "
-            "the last checkpoint"
+            f"min_clients: {len(kept)} clients are left, fewer than the {exp.min_clients} required; continue with "
+            "--resume auto"
         )
 
 
 def _pass_on_monitor(federation: Federation, exp: Experiment, world: World, lost: list[str]) -> None:
-    """Open a monitor where the rank that wrote is gone, and name the clients that are lost."""
+    """Open a monitor on the new first rank if the old one died, and name the lost clients."""
     number = federation.progress.round
     if world.rank == 0 and federation.monitor is None:
         from ubsmoe_ds.federation.monitor import Monitor
 
-        federation.monitor = Monitor(exp, go_on_from=number, config=federation.checkpoints.config)
+        federation.monitor = Monitor(exp, resume_at=number, config=federation.checkpoints.config)
         if federation.record is not None and federation.monitor.rounds < number:
-            federation.monitor.round(federation.record)  # it died before it had written that
+            federation.monitor.round(federation.record)  # the old first rank died before it wrote this record
     if federation.monitor is not None:
         federation.monitor.lost(number, lost, len(exp.clients))

@@ -1,8 +1,17 @@
-"""The loop of rounds, written once: local steps, merge, evaluation, record, checkpoint.
+"""Run the rounds of a federation. Every rank of the job runs the same loop; a round is:
 
-A job may be asked to stop at any moment. It does so between two local steps or two batches of an evaluation, and saves
-its progress. In a job that survives the death of ranks every stage can be done again up to its `World.agree`; changes
-of this rank for good come after that, and talk to nobody (see recovery.py).
+    1. save a checkpoint of the rounds so far, if due            `_save`
+    2. take local steps, until a deadline or a request to stop   `_train`
+    3. send updates to the units' owners, merge, send back       `_merge`: `Aggregator.merge`
+    4. agree with all ranks that the merge is complete           `_merge`: `World.agree`
+    5. write the merge into the model                            `_merge`: `Aggregator.apply`
+    6. evaluate each client's model, if due                      `_evaluate`
+    7. save adapters, if due                                     `_record`
+    8. write the record: metrics.jsonl, TensorBoard, one line    `_record`
+
+Round 0 is the state before training: steps 6 to 8 alone. A job may be asked to stop at any moment; it stops between two
+local steps or two batches of an evaluation, and saves its progress. In a job that survives deaths (see recovery.py) a
+stage can be repeated up to its `World.agree`; only after that does a rank change for good, and without communicating.
 
 Shapes: C clients, L layers, E experts.
 """
@@ -25,7 +34,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.federation.aggregator import Aggregator, Merged
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
-from ubsmoe_ds.federation.metrics import RoundSeconds, add_later_seconds, seconds_scalars, training_scalars
+from ubsmoe_ds.federation.metrics import RoundSeconds, complete_seconds, seconds_scalars, training_scalars
 from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -36,13 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Federation:
-    """Everything that one rank needs for the rounds; every rank of the job calls `run`.
+    """One rank's part of a federation; every rank of the job calls `run`.
 
     aggregator: merges the clients' updates.
-    batches_from: number of a step -> that step of this rank's client and all that follow.
+    batches_from: returns this rank's batches from a step's number on.
     monitor: writes and prints; None on all ranks but the first.
-    progress: of the run, resumable; local: of this client's round under way.
-    record: the latest round's, on every rank, in case the one that writes it dies.
+    progress: resumable progress of the run.
+    local: progress of this client in the current round.
+    record: record of the latest round, kept on every rank in case the first rank dies before it is written.
     """
 
     exp: Experiment
@@ -60,11 +70,11 @@ class Federation:
     record: Record | None = field(default=None)
 
     def run(self) -> None:
-        """Run all rounds that are left.
+        """Run all remaining rounds, then write the results.
 
         Raises:
             Preempted: if the job was asked to stop; its progress has been saved.
-            RanksLost: if a rank has died; after recovery (see recovery.py) call it again.
+            RanksLost: if a rank has died; call `run` again after recovery (see recovery.py).
         """
         if not self.aggregator.started:
             self.aggregator.start()
@@ -83,7 +93,7 @@ class Federation:
         self.stop.close()
 
     def _train(self) -> None:
-        """Take local steps up to the round's number, a deadline or a request to stop, whichever comes first."""
+        """Take the round's local steps, fewer if a deadline or a request to stop comes first."""
         self.stopwatch.reset()
         train = self.exp.train
         if self.local.steps == 0:
@@ -102,13 +112,14 @@ class Federation:
         self.local.seconds += self.stopwatch.lap("local")
 
     def _stop_if_asked(self) -> None:
-        """Save and leave if any rank was asked to stop (a collective)."""
+        """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
         if self.world.any(self.stop.poll()):
             folder = self._save()
             self.stop.close()
             raise Preempted(f"stopped in round {self.progress.round} of {self.exp.train.rounds}, saved to {folder}")
 
     def _save(self) -> Path:
+        """Save a checkpoint; return its folder (a collective)."""
         folder = self.checkpoints.save(
             self.client, self.aggregator.store, self.aggregator.server, self.progress, self.local
         )
@@ -117,22 +128,22 @@ class Federation:
         return folder
 
     def _merge(self) -> None:
-        """Merge what local steps have changed into every client's model."""
+        """Merge the changes of all clients' local steps into every client's model (a collective)."""
         self.stopwatch.lap("wait")
         number, stats = self.progress.round, self.client.local_stats(self.local)
-        merged = self.aggregator.merge(self._worked())
-        of_client, metrics, seconds = self._training_scalars(stats, merged)
-        self.world.agree()
+        merged = self.aggregator.merge(self._work_done())
+        stats_C, metrics, seconds = self._training_scalars(stats, merged)
+        self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
         self.aggregator.apply(merged, number)
         self.progress.note_merge(metrics, seconds, merged.statistics.usage.utilisation_LE.tolist())
         self.local = LocalProgress()
         if self.monitor is not None:
             self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, self._names, of_client, merged.statistics.worked_C)
+            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.worked_C)
 
     def _evaluate(self) -> dict[str, float] | None:
-        """Evaluate every client's model where the round is due; round 0 is the state before training."""
+        """Evaluate every client's model; return its scalars, or None if this round is not due (a collective)."""
         number = self.progress.round
         self.stopwatch.start()
         if number % self.exp.evaluation.every and number != self.exp.train.rounds:
@@ -148,7 +159,7 @@ class Federation:
         return scalars
 
     def _record(self, evaluated: dict[str, float] | None) -> None:
-        """Complete the round: save adapters where due, then write its record."""
+        """Complete the round: save adapters if due, then write its record (a collective)."""
         number, every = self.progress.round, self.exp.train.save_every
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
@@ -158,17 +169,17 @@ class Federation:
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)
         if number:
-            add_later_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
+            complete_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
         self.stopwatch.reset()
         self.record = self.progress.record()
         if self.monitor is not None:
             self.monitor.round(self.record)
         self.progress.next_round()
 
-    def _worked(self) -> float:
-        """Return the part of its round that this client did: 1, less after a deadline, 0 if it sits the round out.
+    def _work_done(self) -> float:
+        """Return the part of the round's work that this client did: 1, less after a deadline, 0 if it sits it out.
 
-        Measured in tokens: of those that its local steps would have processed had it taken them all.
+        Work is measured in tokens: those processed, over those that all local steps of the round would process.
         """
         local, count = self.local, self.exp.train.local_steps
         if self.client.is_out(local) or local.steps == local.bad_steps:
@@ -183,24 +194,24 @@ class Federation:
     def _training_scalars(
         self, stats: LocalStats, merged: Merged
     ) -> tuple[list[LocalStats], dict[str, float], dict[str, float]]:
-        """Return (each client's sums, metrics, wall times) of all clients (a collective)."""
+        """Return (sums of each client's local steps, metrics, wall times) (a collective)."""
         stages = self.stopwatch.seconds
         seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
-        if self.world.group_rank > 0:  # norms and steps are the client's, times are its first rank's
+        if self.world.group_rank > 0:  # norms and steps are the client's, times its first rank's: count them once
             stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds = RoundSeconds(*np.zeros(len(seconds)))
         table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent])
-        of_client = [LocalStats(*row) for row in table[:, : len(stats)]]
-        times = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
+        stats_C = [LocalStats(*row) for row in table[:, : len(stats)]]
+        seconds_C = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
         refused = [len(units) for units in merged.refused]
         statistics = merged.statistics
         metrics = training_scalars(
-            self._names, of_client, table[:, -1], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
+            self._names, stats_C, table[:, -1], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
         )
-        return of_client, metrics, seconds_scalars(self._names, of_client, times)
+        return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
 
     def _client_table(self, values: Sequence[float]) -> np.ndarray:
-        """Return [C, len(values)], each client's row the sum over its ranks (a collective)."""
+        """Sum `values` over each client's ranks; return [C, len(values)] (a collective)."""
         table = np.zeros((len(self.exp.clients), len(values)))
         table[self.world.client] = values
         return self.world.sum(table)

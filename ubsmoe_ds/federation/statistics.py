@@ -1,6 +1,7 @@
-"""Sum over the job what every rank counted in its local steps: routed tokens, moments, LoRA ranks, who went astray.
+"""Sum the counts of all ranks' local steps over the job: routed tokens, moments, LoRA ranks, clients gone astray.
 
-Every rank ends with the same numbers, so that owners need not send them along with their units.
+All ranks end with the same numbers, so owners need not send them along with their units. A client has gone astray if
+its update holds NaN or Inf.
 Shapes: C clients, L layers, E experts, F expert width, X = E + 1.
 """
 
@@ -17,12 +18,12 @@ from ubsmoe_ds.mpi.world import World
 
 
 class RoundStatistics(NamedTuple):
-    """The same on all ranks.
+    """Statistics of a round, the same on all ranks.
 
     usage: see `Usage`.
-    lora_ranks: LoRA rank of each client from now on.
-    astray_C: whether a client sent NaN or Inf.
-    worked_C: part of its round that each client did, 0 to 1.
+    lora_ranks: each client's LoRA rank after the round.
+    astray_C: whether a client's update holds NaN or Inf.
+    worked_C: part of the round's work that each client did, 0 to 1.
     moments_LEX: see `sum_moments`.
     """
 
@@ -36,17 +37,19 @@ class RoundStatistics(NamedTuple):
 def gather(
     world: World, client: Client, weights: Sequence[float], *, lora_rank: int, finite: bool, worked: float
 ) -> RoundStatistics:
-    """Sum a round's counts over the job (a collective); changes nothing on this rank.
+    """Sum a round's counts over the job (a collective); change nothing on this rank.
 
-    The utilisation of a client that went astray does not count: with NaN in its weights its routing says nothing.
+    The utilisation of a client gone astray does not count: with NaN in its weights its routing means nothing.
 
     Args:
-        world, client: this rank's.
-        weights: w_c.
-        lora_rank: the client's LoRA rank from now on.
-        finite: whether everything that this rank sends is finite.
-        worked: part of its round that the client did, 0 to 1.
+        world: this rank's place in the job.
+        client: this rank's client.
+        weights: w_c of all clients.
+        lora_rank: the client's LoRA rank after the round.
+        finite: whether this rank's update is finite.
+        worked: part of the round's work that the client did, 0 to 1.
     """
+    # one table carries everything: each rank adds its counts and flags to its client's row
     counts_LX = client.routed_counts().double()
     table = np.zeros((len(weights), counts_LX.numel() + 3))
     first = world.group_rank == 0
@@ -67,11 +70,12 @@ def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
     """Sum the experts' moments over the active tokens of all clients, weighted like their utilisation (a collective).
 
     Args:
-        world, client: this rank's.
+        world: this rank's place in the job.
+        client: this rank's client.
         weight: w_c of this client; 0 leaves its tokens out.
 
     Returns:
-        What `ExpertMoments.update` takes; None where no pseudo-gradient needs moments.
+        The argument of `ExpertMoments.update`; None if no pseudo-gradient (PG) estimator needs moments.
     """
     if client.moments is None:
         return None
@@ -81,7 +85,7 @@ def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
 
 
 def count_refused(world: World, refused: Sequence[tuple[int, int]], clients: int, units: int) -> list[tuple[int, int]]:
-    """Return (client, unit number) of every refused update, known to all ranks (a collective)."""
+    """Return (client, unit number) of every refused update, the same on all ranks (a collective)."""
     table = np.zeros((clients, units))
     for client, unit in refused:
         table[client, unit] = 1

@@ -22,8 +22,11 @@ PRELOADED = (
     "ubsmoe_ds.client.engine",
     "transformers.models.olmoe.modeling_olmoe",
     "transformers.models.auto.tokenization_auto",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "setuptools",
     "torch.utils.tensorboard",
-    "rich.table",
+    "rich.console",
 )
 SHIM = Path(__file__).with_name("fork_shim.py")
 

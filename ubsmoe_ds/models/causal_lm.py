@@ -1,4 +1,4 @@
-"""A UB-SMoE language model: a decoder of transformers whose blocks conversion.py has replaced, with its adapters.
+"""A UB-SMoE language model: a transformers decoder whose blocks conversion.py has replaced, and its LoRA adapters.
 
 Shapes: B rows, S positions, A answer positions, V vocabulary, E experts, D model width.
 """
@@ -20,7 +20,7 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus s B A x; used for attention (the experts have their own stacked form)."""
+    """A frozen linear layer plus s B A x, for attention; the experts have their own stacked form."""
 
     def __init__(self, base: nn.Linear, rank: int, full_rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
         return torch.empty(self.full_rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], in the precision of x; adapters outside of DeepSpeed are fp32 on weights in bf16."""
+        """Map [..., in] to [..., out] in the precision of x; outside of DeepSpeed, fp32 adapters meet bf16 weights."""
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.base(x) + self.scaling * F.linear(F.linear(x, A), B)
 
@@ -70,12 +70,12 @@ class UBSMoEForCausalLM(nn.Module):
 
     @property
     def layers(self) -> list[UBSMoE]:
-        """The UB-SMoE layers, in order; a model may have dense layers between them."""
+        """Return the UB-SMoE layers, in order; a model may have dense layers between them."""
         return [decoder.mlp for decoder in self.decoders if isinstance(decoder.mlp, UBSMoE)]
 
     @property
     def decoders(self) -> list[nn.Module]:
-        """All HF decoder layers."""
+        """Return all decoder layers."""
         return list(self.hf.model.layers)
 
     def forward(
@@ -85,15 +85,15 @@ class UBSMoEForCausalLM(nn.Module):
         answer_position_A: Tensor | None = None,
         branch_BS: Tensor | None = None,
     ) -> Tensor:
-        """Next-token logits.
+        """Return next-token logits.
 
-        Rows are padded on the right only: causal attention then never sees padding, so plain texts need no mask.
+        Rows must be padded on the right only: causal attention then never sees padding, so plain texts need no mask.
 
         Args:
             input_ids: [B, S] int64.
             used: [B, S] bool, False for padding; padding is not routed to experts.
             answer_position_A: flat positions (b * S + s) whose next token is asked for; None: all.
-            branch_BS: several continuations of one beginning in a row, see `Tokens`; None: plain texts.
+            branch_BS: marks several continuations of one beginning in a row, see `Tokens`; None: plain texts.
 
         Returns:
             [A, V] or [B, S, V] in fp32.
@@ -110,7 +110,7 @@ class UBSMoEForCausalLM(nn.Module):
         return self.hf.lm_head(hidden).float()
 
     def _branches(self, branch_BS: Tensor) -> dict[str, Tensor]:
-        """A token sees what comes before it in the beginning and in its own continuation, and is placed after that."""
+        """Return mask and positions: a token sees the tokens before it in the beginning and in its own continuation."""
         query_BS1, key_B1S = branch_BS.unsqueeze(2), branch_BS.unsqueeze(1)
         seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)).tril()
         if sliding_window(self.hf.config) < branch_BS.shape[1]:  # few models have one so short
@@ -121,7 +121,7 @@ class UBSMoEForCausalLM(nn.Module):
         return {"attention_mask": mask_BSS.unsqueeze(1), "position_ids": seen_BSS.sum(2) - 1}
 
     def auxiliary_loss(self, penalty: float, load_balancing: float) -> Tensor:
-        """penalty * (range penalty of phi) + load_balancing * (l_aux), summed over layers, of the last forward pass."""
+        """Return penalty * (range penalty of phi) + load_balancing * l_aux of the last forward pass, over layers."""
         total = torch.zeros((), device=self.layers[0].gate.phi.device)
         for layer in self.layers:
             if penalty:
@@ -177,23 +177,23 @@ class UBSMoEForCausalLM(nn.Module):
         return state
 
     def set_active_experts(self, k: int) -> None:
-        """Choose K in every layer."""
+        """Set K in every layer."""
         for layer in self.layers:
             layer.gate.set_active_experts(k)
 
 
 class SharedExpert(nn.Module):
-    """What every token passes beside its K experts (Qwen2-MoE): sigmoid(gate x) * expert(x)."""
+    """The expert that every token passes beside its K experts (Qwen2-MoE): sigmoid(gate x) * expert(x)."""
 
     def __init__(self, expert: nn.Module, gate: nn.Module) -> None:
         super().__init__()
         self.expert, self.gate = expert, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Map [..., D] to [..., D]."""
         return torch.sigmoid(self.gate(x)) * self.expert(x)
 
 
 def lora_generator(seed: int, layer: int, round_number: int = 0) -> torch.Generator:
-    """What a layer's A are drawn from: the same for all clients; FLoRA draws anew each round."""
+    """Return the generator of a layer's A, the same for all clients; FLoRA draws new ones each round."""
     return torch.Generator().manual_seed((seed * 10_007 + layer) * 100_003 + round_number)

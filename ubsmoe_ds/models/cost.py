@@ -1,11 +1,14 @@
-"""FLOPs, parameters and bytes of a client, analytic. Multiply and add count as two; softmax and norms are left out."""
+"""Compute FLOPs and trainable parameters of a model from its sizes.
+
+A multiplication and an addition count as two FLOPs; softmax and norms are left out.
+"""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a mixture-of-experts decoder: the numbers that its cost depends on."""
+    """Sizes of a mixture-of-experts decoder that its cost depends on."""
 
     layers: int
     hidden: int
@@ -17,15 +20,15 @@ class ModelShape:
     vocab: int
     lora_rank: int
     lora_attention: bool = False
-    dense_layers: int = 0  # of the layers, those with a plain MLP of `dense_width` in place of experts
+    dense_layers: int = 0  # layers with a plain MLP of `dense_width` in place of experts
     dense_width: int = 0
-    shared_width: int = 0  # of what every token passes beside its experts
+    shared_width: int = 0  # width of the expert that every token passes beside its K
     tied_embeddings: bool = False  # the head is the embedding
     normed_queries: bool = False  # queries and keys pass a norm
 
 
 def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
-    """Forward FLOPs of one token.
+    """Return the forward FLOPs of one token.
 
     Args:
         shape: the model.
@@ -33,8 +36,8 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
         context: tokens attended to, counted in full (no causal halving).
 
     Returns:
-        FLOPs. Training takes two to three times as much alike for every k, so that ratios between k hold for it too:
-        the backward pass of a frozen matrix costs one product, of a LoRA factor two.
+        FLOPs. Training takes two to three times as much, the same factor for every k, so that ratios between k hold
+        for it too: the backward pass of a frozen matrix costs one product, that of a LoRA factor two.
     """
     d, f, r = shape.hidden, shape.expert_width, shape.lora_rank
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -50,12 +53,12 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
 
 
 def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: int) -> float:
-    """Forward and backward of one step: twice the forward products, and once more those of LoRA.
+    """Return the FLOPs of one step, forward and backward: twice the forward products, and once more those of LoRA.
 
     Args:
-        shape, k, context: as above.
-        tokens: of all rows, padding included.
-        answers: positions whose next token is asked for; the head is computed there alone.
+        shape, k, context: as in `flops_per_token`.
+        tokens: number of tokens of all rows, padding included.
+        answers: number of positions whose next token is asked for; the head is computed only there.
     """
     forward = flops_per_token(shape, k, context)
     lora = forward - flops_per_token(replace(shape, lora_rank=0), k, context)
@@ -64,7 +67,12 @@ def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: in
 
 
 def trainable_parameters(shape: ModelShape, router: bool) -> int:
-    """LoRA, phi (also where DMR is off, which sends none) and, if trained, the router: what a client sends."""
+    """Return the number of values a client sends: LoRA, phi (also where DMR is off and none is sent), the router.
+
+    Args:
+        shape: the model.
+        router: whether the router is trained.
+    """
     d, f, r = shape.hidden, shape.expert_width, shape.lora_rank
     per_layer = shape.num_experts * 3 * r * (d + f) + shape.num_experts + (shape.num_experts * d if router else 0)
     total = (shape.layers - shape.dense_layers) * per_layer

@@ -1,7 +1,8 @@
-"""What differs between families of mixture-of-experts checkpoints: names, and the rule of the K weights.
+"""The supported families of mixture-of-experts models: their names for the same things, and the rule of the K weights.
 
-All are decoders whose blocks are softmax router -> top K -> SwiGLU experts; transformers gives them one form in memory
-(`mlp.gate.weight`, `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), so that only files and configs differ.
+All are decoders whose blocks are softmax router -> top K -> SwiGLU experts. transformers gives them one form in memory
+(`mlp.gate.weight`, `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), so only files and configs differ. A new family
+is one entry of `FAMILIES`, and one model in tests/support/families.py.
 """
 
 from collections.abc import Mapping
@@ -13,17 +14,17 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
 
 MOST_EXPERTS = 2**16
-COUNTS = ("num_experts", "num_local_experts")  # one and the same: transformers reads either, and may write the other
+COUNTS = ("num_experts", "num_local_experts")  # the same number: transformers reads either, and may write the other
 
 
 @dataclass(frozen=True)
 class Family:
-    """Of one `model_type`.
+    """How models of one `model_type` are stored, and what they compute.
 
-    block: a layer's MoE block in a checkpoint's tensor names, `model.layers.0.<block>.`
-    gate, up, down: an expert's projections there, `experts.0.<gate>.weight`
-    num_experts, width: the config's keys for the experts of a layer and an expert's F
-    shared: modules of the block that every token passes
+    block: name of a layer's MoE block in the weights' tensor names, `model.layers.0.<block>.`
+    gate, up, down: names of an expert's projections there, `experts.0.<gate>.weight`
+    num_experts, width: keys of the config for the number of experts of a layer and an expert's F
+    shared: names of the block's modules that every token passes
     normed_queries: whether queries and keys pass a norm
     always_normalizes: whether a token's K weights sum to one whatever the config says
     """
@@ -39,7 +40,7 @@ class Family:
     always_normalizes: bool = False
 
     def normalizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a token's K weights are made to sum to one."""
+        """Return whether a token's K weights are made to sum to one."""
         return self.always_normalizes or bool(config["norm_topk_prob"])
 
 
@@ -57,7 +58,7 @@ FAMILIES = {
 
 
 def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
-    """A model folder's family, and its config.json; that it has experts and how many are active is checked.
+    """Return a model folder's family and its config.json, after checking the numbers of experts and of active ones.
 
     Raises:
         UserError: naming the file, the key and its value.
@@ -81,8 +82,8 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
     facts |= dict.fromkeys(COUNTS, counts[0] if counts else None)
     most = MOST_EXPERTS
     for name in (family.num_experts, "num_experts_per_tok"):
-        if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is no number here
-            raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, not a number from 1 to {most}")
+        if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is not a number here
+            raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, must be a number from 1 to {most}")
         most = facts[name]
     if facts.get("quantization_config"):
         raise UserError(f"model.path: {path}: has a quantization_config; use the weights before quantisation")

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: read, checked, and the numbers in it that costs depend on."""
+"""Read and check a model folder's config.json, and take from it the numbers that costs depend on."""
 
 import math
 from pathlib import Path
@@ -11,15 +11,15 @@ from ubsmoe_ds.models.families import FAMILIES, read_facts
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The folder's config.
+    """Return the folder's config.
 
     Raises:
-        UserError: if there is none, it is of a family that is not supported, or no layer has experts.
+        UserError: if it is missing, of a family that is not supported, or of a model in which no layer has experts.
     """
     read_facts(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its checks of a hundred keys run into
+    except Exception as error:  # transformers checks a hundred keys and raises anything
         raise unusable(folder, error) from error
     every, layers = getattr(config, "decoder_sparse_step", 1), config.num_hidden_layers
     if type(every) is not int or every < 1:
@@ -33,16 +33,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def is_sparse(config: PreTrainedConfig, layer: int) -> bool:
-    """Whether a layer has experts; in Qwen's families some need not."""
+    """Return whether a layer has experts; in Qwen's families some layers may have none."""
     every = getattr(config, "decoder_sparse_step", 1)
     return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % every == 0
 
 
 def check_length(config: PreTrainedConfig, length: int, key: str) -> None:
-    """That the model has positions for so many tokens, of which `key` is the setting.
+    """Check that the model has positions for so many tokens; `key` names the setting.
 
     Raises:
-        UserError: if it has not.
+        UserError: if it has fewer.
     """
     if length > config.max_position_embeddings:
         raise UserError(
@@ -51,7 +51,7 @@ def check_length(config: PreTrainedConfig, length: int, key: str) -> None:
 
 
 def check_window(config: PreTrainedConfig, length: int) -> None:
-    """That attention reaches over so many tokens, which the mask of rows with continuations takes for granted.
+    """Check that attention reaches back over so many tokens, as the mask of rows with continuations assumes.
 
     Raises:
         UserError: if the model has a shorter sliding window.
@@ -64,18 +64,18 @@ def check_window(config: PreTrainedConfig, length: int) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> float:
-    """Tokens that attention reaches back over, inf if all."""
-    return getattr(config, "sliding_window", None) or math.inf  # 0 and None: there is none
+    """Return how many tokens attention reaches back over, inf if all."""
+    return getattr(config, "sliding_window", None) or math.inf  # 0 and None mean no window
 
 
 def unusable(folder: Path, error: Exception) -> UserError:
-    """For what transformers raised at the folder's config."""
+    """Return the error to raise where transformers refused the folder's config."""
     reason = " ".join(str(error).split())[:300]
-    return UserError(f"model.path: {str(folder / 'config.json')!r} describes no model ({reason}); copy it again")
+    return UserError(f"model.path: {str(folder / 'config.json')!r} cannot be used ({reason}); copy it again")
 
 
 def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention: bool = False) -> ModelShape:
-    """The numbers that FLOPs and bytes depend on."""
+    """Return the numbers that FLOPs and bytes depend on."""
     family = FAMILIES[config.model_type]
     dense = sum(not is_sparse(config, layer) for layer in range(config.num_hidden_layers))
     return ModelShape(

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, as far as the program needs one."""
+"""Read the tokenizer of a model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,26 @@ from ubsmoe_ds.base.errors import UserError
 
 
 def read_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """The folder's tokenizer, with a padding token; no code of the folder is run.
+    """Return the folder's tokenizer, with a padding token; no code of the folder is run.
 
     Args:
-        folder: of the model.
-        vocabulary: tokens that the model knows.
+        folder: the model's.
+        vocabulary: number of tokens that the model knows.
 
     Raises:
-        UserError: if there is none that can be used.
+        UserError: if it is missing or cannot be used with the model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the readers of many formats raise whatever they run into
+    except Exception as error:  # there are readers of many formats, which raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.path: {str(folder)!r} has no usable tokenizer ({reason}); copy it again") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: the tokenizer in {str(folder)!r} has no end-of-text token")
+        raise UserError(f"model.path: the tokenizer in {str(folder)!r} has no end-of-text token; set eos_token")
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"model.path: the tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the model {vocabulary}; "
-            "it is of another model"
+            "it belongs to another model"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so its id does not matter

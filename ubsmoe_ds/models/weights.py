@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder read tensor by tensor, so that a rank never holds what it does not keep.
+"""Read the weights of a model folder tensor by tensor, so that a rank never holds weights that it does not keep.
 
 safetensors only: nothing in the folder is executed or unpickled.
 """
@@ -15,19 +15,19 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # else it is quantised, or no weight
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others are quantised, or not weights
 PLAIN = "use weights in float32, float16 or bfloat16"
-MAPPED_BYTES = 64 * 2**20  # pages of a mapped file count as this process's memory: let go of them that often
+MAPPED_BYTES = 64 * 2**20  # unmap a file after so many: its pages count as this process's memory
 
 
 class WeightFiles:
-    """The tensors of a folder by name.
+    """The safetensors files of a model folder, read by tensor name.
 
     Args:
-        folder: with `model.safetensors`, or its shards and their index.
+        folder: holds `model.safetensors`, or its shards and their index.
 
     Raises:
-        UserError: here and in every method; it names the file, and the tensor where there is one.
+        UserError: here and in every method, naming the file, and the tensor where there is one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,39 +46,39 @@ class WeightFiles:
 
     @property
     def file_names(self) -> list[str]:
-        """Names of the files that hold the tensors."""
+        """Return the names of the files."""
         return sorted(set(self._files.values()))
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors."""
+        """Return the names of the tensors."""
         return list(self._files)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def require(self, names: Collection[str]) -> None:
-        """Refuse a folder that lacks some of these."""
+        """Raise unless the files hold these tensors."""
         missing = [name for name in names if name not in self]
         if missing:
             raise UserError(f"model.path: {str(self.folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
 
     def require_shapes(self, shapes: Mapping[str, Collection[int]]) -> None:
-        """Refuse other shapes before memory is taken for these, which might be any that config.json says."""
+        """Raise unless these tensors have these shapes; before memory is taken for whatever config.json says."""
         self.require(shapes)
         for name, shape in shapes.items():
             try:
-                found = self._handle(self._files[name], name).get_slice(name).get_shape()
+                stored = self._handle(self._files[name], name).get_slice(name).get_shape()
             except SafetensorError as error:
                 raise self._unreadable(self._files[name], name, error) from error
-            if [*found] != [*shape]:
+            if [*stored] != [*shape]:
                 raise UserError(
                     f"model.path: in {str(self.folder / self._files[name])!r}, tensor {name!r} has the shape "
-                    f"{[*found]}, config.json asks for {[*shape]}"
+                    f"{[*stored]}, config.json asks for {[*shape]}"
                 )
 
     def refuse_others(self, prefix: str, known: Collection[str]) -> None:
-        """Refuse tensors of layers that would be left out: config.json is of another model."""
+        """Raise if a tensor under the prefix is not known: config.json describes another model then."""
         for name in self._files:
             if name.startswith(prefix) and name not in known and "rotary_emb" not in name:
                 raise UserError(
@@ -87,7 +87,7 @@ class WeightFiles:
                 )
 
     def read_into(self, target: Tensor, name: str) -> None:
-        """Copy a tensor, in whatever precision it is stored, to where it is kept, of the same shape."""
+        """Copy a tensor, in whatever precision it is stored, into one of the same shape."""
         self.require_shapes({name: target.shape})
         file = self._files[name]
         try:
@@ -134,10 +134,10 @@ class WeightFiles:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small file, such as an adapter: plain numbers, each finite.
+    """Read all tensors of a small file, such as an adapter's.
 
     Raises:
-        UserError: naming the file, and the tensor where there is one.
+        UserError: if the file cannot be read, or a tensor is not of floats or not finite; names file and tensor.
     """
     try:
         require_regular(path)

@@ -1,12 +1,12 @@
-"""Pseudo-gradients at work in one client: collected during backward, computed once per step where the experts are.
+"""Collect pseudo-gradients (PG) in one client: tokens during backward, gradients once per step where the experts are.
 
-A rank knows everything of its own tokens (input, dL/dy, router, and, by the layer's all-to-all, the mixture of their
-active experts) and draws some for each expert of the model. One all-to-all a layer brings them to the experts, whose
-factors, frozen weights and moments are at home; replicas of an expert add up what they found. `expert_mean` needs no
-tokens, only the gradients that there are. Division by the number of ranks matches DeepSpeed's expert gradients.
+A rank knows its own tokens (input, dL/dy, router and, by the layer's all-to-all, the mixture of their active experts)
+and draws some for each expert of the model. One all-to-all a layer brings them to the ranks of the experts, which have
+the factors, frozen weights and moments. Replicas of an expert then add up their results. `expert_mean` needs no tokens,
+only sums of the real gradients. Division by the number of ranks matches DeepSpeed's expert gradients.
 
 Shapes: T tokens, N tokens drawn for an expert, D model width, E experts, L local experts, P ranks that share the
-experts, X what is known of a token.
+experts, X values known of a token.
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,14 @@ Addition = tuple[nn.Parameter, Tensor]  # an expert's LoRA parameter and its pse
 
 
 class PseudoGradientCollector:
-    """Watches the layers of one client: `attach` once, then `reset`, backward passes, `reduce`.
+    """Observes the layers of one client: `attach` once, then for each step `reset`, backward passes, `reduce`.
 
     Args:
         layers: the model's UB-SMoE layers, in order, their expert groups set (after `deepspeed.initialize`).
         estimator: a key of `ESTIMATORS`.
         rho: scale of the pseudo-gradient.
-        tokens_per_expert: drawn from each micro-batch of each rank, see `draw_tokens`; None: all, exact and for tests
-            and studies, as it costs what running every expert would. `expert_mean` draws none.
+        tokens_per_expert: number drawn from each micro-batch of each rank, see `draw_tokens`; None: all of them, which
+            is exact but costs as much as running every expert, so for tests and studies. `expert_mean` draws none.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PseudoGradientCollector:
         self.reset()
 
     def attach(self) -> Self:
-        """Become the observer of the layers, which may have one."""
+        """Become the layers' observer; a layer has at most one."""
         for i, layer in enumerate(self.layers):
             layer.deepspeed_moe.observer = partial(self._observe, i)
             layer.deepspeed_moe.with_mixture = self.estimator.mixture
@@ -66,7 +66,7 @@ class PseudoGradientCollector:
         return self
 
     def detach(self) -> None:
-        """Leave the layers as they were before `attach`."""
+        """Restore the layers to their state before `attach`."""
         for layer in self.layers:
             layer.deepspeed_moe.observer = None
         for hook in self._hooks:
@@ -74,13 +74,13 @@ class PseudoGradientCollector:
         self._hooks = []
 
     def reset(self) -> None:
-        """Before a step, and after a pass that does not count: forget what was collected."""
+        """Drop everything collected: before a step, and after a pass that does not count."""
         self._drawn: list[list[ExpertTokens]] = [[] for _ in self.layers]
-        self._sums: list[dict[str, Tensor]] = [{} for _ in self.layers]  # expert_mean
+        self._sums: list[dict[str, Tensor]] = [{} for _ in self.layers]  # of estimators that compute from sums
 
     @torch.no_grad()
     def reduce(self) -> list[Addition]:
-        """Over all ranks of the client (a collective): what to add to the gradient of each local LoRA parameter."""
+        """Return what to add to each local LoRA parameter's gradient, over all ranks of the client (a collective)."""
         compute = self._from_sums if self.estimator.from_sums else self._from_tokens
         additions: list[Addition] = []
         for i, layer in enumerate(self.layers):
@@ -91,7 +91,7 @@ class PseudoGradientCollector:
         return additions if self.estimator.from_sums else self._over_replicas(additions)
 
     def _from_tokens(self, index: int) -> LoraFactors:
-        """The pseudo-gradient of a layer's local experts from the tokens of the ranks that share the experts."""
+        """Compute a layer's pseudo-gradient for its local experts from tokens of the ranks that share experts."""
         drawn, experts = self._drawn[index], self.layers[index].experts
         if not drawn:
             return {}
@@ -102,7 +102,7 @@ class PseudoGradientCollector:
         return self.estimator.from_tokens(tokens, known)
 
     def _from_sums(self, index: int) -> LoraFactors:
-        """The same from the sums over the client's ranks and experts."""
+        """Compute it from sums over the client's ranks and experts."""
         layer, sums = self.layers[index], self._sums[index]
         if not sums:
             return {}
@@ -117,12 +117,12 @@ class PseudoGradientCollector:
         return self.estimator.from_sums(GradientSums(total["pseudo_mass"][local], total["active_mass"], gradients))
 
     def _to_their_experts(self, layer: UBSMoE, parts: list[Tensor]) -> list[Tensor]:
-        """[E, N, ...] of this rank's tokens -> [L, P N, ...] of the tokens of all ranks that share the experts."""
+        """Exchange this rank's tokens [E, N, ...] for those of the local experts from all ranks, [L, P N, ...]."""
         if layer.ep_size == 1:
             return parts
         group = layer.deepspeed_moe.ep_group
         drawn_ENX = torch.cat(parts, dim=2)
-        if self.tokens_per_expert is None:  # as many as there are, and ranks may have different numbers
+        if self.tokens_per_expert is None:  # all tokens, of which ranks may have different numbers
             longest = torch.tensor(drawn_ENX.shape[1], device=drawn_ENX.device)
             dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
             drawn_ENX = F.pad(drawn_ENX, (0, 0, 0, int(longest) - drawn_ENX.shape[1]))
@@ -132,7 +132,7 @@ class PseudoGradientCollector:
         return list(by_rank_PLNX.transpose(0, 1).flatten(1, 2).split([part.shape[2] for part in parts], dim=2))
 
     def _over_replicas(self, additions: list[Addition]) -> list[Addition]:
-        """Summed over the ranks that hold the same experts, in one message."""
+        """Sum over the ranks that hold the same experts, in one message."""
         if self._world == self.layers[0].ep_size or not additions:
             return additions
         flat = torch.cat([gradient.reshape(-1) for _, gradient in additions])
@@ -142,7 +142,7 @@ class PseudoGradientCollector:
 
     @torch.no_grad()
     def _observe(self, index: int, tokens: TokenGradients) -> None:
-        """One layer's backward pass of one micro-batch."""
+        """Take one layer's backward pass of one micro-batch."""
         routing = tokens.routing
         c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
         c_TE = c_TE / self._world

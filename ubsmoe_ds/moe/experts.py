@@ -1,4 +1,4 @@
-"""Frozen SwiGLU experts of one rank, with LoRA: the parameters around `expert_mlp`, and the moments that they gather.
+"""One rank's frozen SwiGLU experts with LoRA: the parameters for `expert_mlp.py`, and the moments summed up on them.
 
 Shapes: E local experts, P ranks, C slots per rank, N rows, S sampled rows, T tokens, K experts per token,
 D model width, F expert width, R LoRA rank, X = 3 F + 1.
@@ -18,14 +18,14 @@ class StackedExperts(nn.Module):
     """The experts that one rank holds: W frozen [E, out, in], LoRA A [E, R, in] and B [E, out, R] trainable.
 
     A starts uniform as in PEFT (kaiming, a = sqrt 5) and B at zero, so that the model starts as the base model.
-    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`). The frozen weights are zero at
-    first: whoever has them copies them to where `base` points.
+    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`). Frozen weights start at zero;
+    the loader fills them in place through `base()`.
 
     Args:
         shape: E, F and D.
-        dtype: of the frozen weights; adapters start in fp32.
+        dtype: precision of the frozen weights; adapters start in fp32.
         rank: R.
-        full_rank: rank of the largest client; A is drawn at this rank and cut, so that clients start alike.
+        full_rank: LoRA rank of the shared adapters; A is drawn at this rank and cut, so that clients start alike.
         alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
         group_name: DeepSpeed's name of the expert group, "ep_size_N".
         generator: draws A for all `num_experts` experts of the model, so that A does not depend on expert parallelism.
@@ -52,8 +52,8 @@ class StackedExperts(nn.Module):
         self.num_local_experts, self.hidden, self.width = shape
         self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
-        self.moment_sums_EX: Tensor | None = None  # adds up where set: three moments [E, F] and a count
-        self.moment_every = 1  # of how many rows one is looked at for moments
+        self.moment_sums_EX: Tensor | None = None  # where set, sums of three moments [E, F] and a count
+        self.moment_every = 1  # one of so many rows is looked at for moments
         gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * rank, dtype)
         down = room(self.num_local_experts, self.width, self.hidden, rank, dtype)
         self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
@@ -77,16 +77,16 @@ class StackedExperts(nn.Module):
         return A_all[self.first : self.first + self.num_local_experts]
 
     def start_moments(self, every: int) -> None:
-        """Begin to sum up moments over a sample, 1 / `every` of the rows that training brings."""
+        """Start summing up moments over a sample of 1 / `every` of the training rows."""
         self.moment_every = every
         self.moment_sums_EX = torch.zeros(self.num_local_experts, 3 * self.hidden + 1, device=self.down.device)
 
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """(A, B) of each projection: the live parameters."""
+        """Return the live parameters (A, B) of each projection."""
         return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}
 
     def base(self) -> dict[str, Tensor]:
-        """The frozen weight of each projection, a view: "gate", "up" [E, F, D], "down" [E, D, F]."""
+        """Return a view of each projection's frozen weight: "gate", "up" [E, F, D], "down" [E, D, F]."""
         gate_up = self.gate_up.data[:, : 2 * self.hidden, : self.width]
         return {
             "gate": gate_up[:, : self.hidden],
@@ -95,10 +95,10 @@ class StackedExperts(nn.Module):
         }
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Run every local expert on its slots, as expert parallelism hands them over.
+        """Run every local expert on its slots, under expert parallelism.
 
         Args:
-            slots: [P, E, C, D], as `MOELayer` hands them over after the all-to-all; empty slots are zero.
+            slots: [P, E, C, D], as `MOELayer` passes them after the all-to-all; empty slots are zero.
 
         Returns:
             The experts' outputs in the same shape.
@@ -110,7 +110,7 @@ class StackedExperts(nn.Module):
         return y_ND.view(num_experts, ranks, capacity, width).transpose(0, 1)
 
     def run(self, x: Tensor, weight_TK: Tensor | None, rows: Rows) -> Tensor:
-        """Tokens x_TD to sum_k weight * expert(x) [T, D]; without weights, rows x_ND to expert(x) [N, D]."""
+        """Map tokens x_TD to sum_k weight * expert(x) [T, D]; without weights, rows x_ND to expert(x) [N, D]."""
         factors = self.factors()
         self._extend_with(factors)
         summing = self.training and self.moment_sums_EX is not None
@@ -133,7 +133,7 @@ class StackedExperts(nn.Module):
         torch.mul(B_EDR, self.scaling, out=self.down[:, : self.width, self.hidden : self.hidden + self.rank])
 
     def _sum_moments(self, rows: Rows) -> Callable[[Tensor, Tensor], None]:
-        """What adds up the moments of all rows, or of a sample of them of a size that does not depend on routing."""
+        """Return a function that sums moments over all rows, or over a sample whose size does not depend on routing."""
 
         def add(x_ND: Tensor, gate_up_NO: Tensor) -> None:
             assert self.moment_sums_EX is not None
@@ -143,11 +143,11 @@ class StackedExperts(nn.Module):
                 row_S = torch.randint(count, (-(-count // self.moment_every),), device=x_ND.device)
             gate_SF, up_SF = gate_up_NO[row_S].split(self.hidden, dim=1)
             expert_S = torch.searchsorted(rows.ends_E, row_S.int(), right=True)
-            filled_S1 = x_ND[row_S].any(dim=1, keepdim=True)  # empty slots are zero and only their count would matter
+            filled_S1 = x_ND[row_S].any(dim=1, keepdim=True)  # empty slots are zero: only their count would matter
             values_SX = torch.cat([*moment_values(gate_SF.float(), up_SF.float()), filled_S1], dim=1)
             if rows.kept_TK is not None:
-                values_SX = values_SX * rows.kept_TK.any()  # without any route, `ends_E` speaks of one all the same
+                values_SX = values_SX * rows.kept_TK.any()  # without any route, `ends_E` has one all the same
             sums_EX = self.moment_sums_EX.new_zeros(self.num_local_experts + 1, values_SX.shape[1])
-            self.moment_sums_EX += sums_EX.index_add_(0, expert_S, values_SX)[:-1]  # the last: rows of nobody
+            self.moment_sums_EX += sums_EX.index_add_(0, expert_S, values_SX)[:-1]  # the last: rows of no expert
 
         return add

@@ -1,4 +1,4 @@
-"""The UB-SMoE gate: Dynamic Modulated Routing for any K on top of DeepSpeed's `TopKGate`.
+"""The UB-SMoE gate: Dynamic Modulated Routing (DMR) for any K on top of DeepSpeed's `TopKGate`.
 
 Shapes: T tokens, D model width, E experts, K experts per token, C slots per expert and rank.
 Source: UB-SMoE, arXiv 2605.16690 [paper]; lines marked [ours] are our reading of its summaries.
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 
 class Routing(NamedTuple):
-    """What the gate decided for a batch, detached: pseudo-gradients and statistics read it.
+    """A gate's decisions for a batch, detached; pseudo-gradients and statistics read them.
 
     p_TE: softmax of the modulated logits; active_TE: chosen by the token, dropped or not (bool)
     index_KT: expert of each route, -1 where the route was dropped; location_KT: its slot; weight_KT: its gate weight
-    used_T: False for padding; kept_E: routes of each expert that were not dropped
+    used_T: False for padding; kept_E: number of each expert's routes that were not dropped
     """
 
     p_TE: Tensor
@@ -55,7 +55,7 @@ class GateConfig:
 
 
 class UBSMoEGate(TopKGate):
-    """Top-K gate with Dynamic Modulated Routing: phi modulates the logits of a token's N_p strongest experts.
+    """Top-K gate with DMR: phi modulates the logits of a token's N_p strongest experts.
 
         s = W_r x (fp32);  m_i = s_i + phi_i for the N_p largest s_i, else s_i;  p = softmax(m);  top K of p  [paper]
 
@@ -104,11 +104,8 @@ class UBSMoEGate(TopKGate):
         """
         if not sparse_routes or use_tutel:
             raise ValueError("UBSMoEGate serves MOELayer's sparse routes without Tutel only")
-        used_T = (
-            torch.ones(len(input), dtype=torch.bool, device=input.device)
-            if used_token is None
-            else used_token.view(-1).bool()
-        )
+        everything = torch.ones(len(input), dtype=torch.bool, device=input.device)
+        used_T = everything if used_token is None else used_token.view(-1).bool()
         s_TE = F.linear(input.float(), self.wg.weight.float())
         m_TE = self.modulated_logits(s_TE)
         p_TE = F.softmax(s_TE if self.modulate == "selection" else m_TE, dim=-1)
@@ -121,24 +118,22 @@ class UBSMoEGate(TopKGate):
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
         if self.scale is not None:
             weight_TK = weight_TK * self.scale.float()
-        # rounded as Hugging Face's router does, but handed on in fp32: what `MOELayer` sums takes their dtype
+        # rounded as Hugging Face's router does, but passed on in fp32: `MOELayer` sums in the weights' dtype
         weight_KT = weight_TK.t().contiguous().to(input.dtype).float()
         kept_E = torch.minimum(routed_E, capacity)
         self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
-        self.routed_E += routed_E
-        self.kept_E += kept_E
-        self.tokens += used_T.sum()
+        self._count(routed_E, kept_E, used_T)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def modulated_logits(self, s_TE: Tensor) -> Tensor:
-        """m_TE: phi added to the N_p largest logits of each token [paper]."""
+        """Return m_TE: phi added to the N_p largest logits of each token [paper]."""
         if self.phi_range is None:
             return s_TE
         candidate_TE = torch.zeros_like(s_TE).scatter_(1, s_TE.topk(self.candidates, dim=-1).indices, 1.0)
         return s_TE + candidate_TE * self.phi.float()
 
     def range_penalty(self) -> Tensor:
-        """|| ReLU(phi_min - phi) ||^2 + || ReLU(phi - phi_max) ||^2, a scalar [paper]."""
+        """Return || ReLU(phi_min - phi) ||^2 + || ReLU(phi - phi_max) ||^2, a scalar [paper]."""
         if self.phi_range is None:
             return self.phi.new_zeros((), dtype=torch.float32)
         low, high = self.phi_range
@@ -146,23 +141,32 @@ class UBSMoEGate(TopKGate):
         return F.relu(low - phi_E).square().sum() + F.relu(phi_E - high).square().sum()
 
     def set_active_experts(self, k: int) -> None:
-        """Choose K for the batches that follow; evaluation and timing move between budgets with it."""
+        """Set K for the batches that follow; evaluation and timing switch between budgets with it.
+
+        Raises:
+            ValueError: for a K that is not 1 to N_p.
+        """
         if not 1 <= k <= self.candidates:
             raise ValueError(f"k {k} must lie between 1 and the {self.candidates} candidates N_p")
         self.k = k
 
     @property
     def dropped(self) -> Tensor:
-        """Routes that found no slot since the counts were reset."""
+        """Return the number of routes dropped since the counts were reset."""
         return (self.routed_E - self.kept_E).sum()
 
+    def _count(self, routed_E: Tensor, kept_E: Tensor, used_T: Tensor) -> None:
+        self.routed_E += routed_E
+        self.kept_E += kept_E
+        self.tokens += used_T.sum()
+
     def reset_counts(self) -> None:
-        """Start counting anew: before local steps, and before an evaluation."""
+        """Set all counts to zero: before local steps, and before an evaluation."""
         for counter in (self.routed_E, self.kept_E, self.tokens):
             counter.zero_()
 
     def _load_balancing_loss(self, p_TE: Tensor, active_TE: Tensor, used_T: Tensor) -> Tensor:
-        """DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that count."""
+        """Return DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that are not padding."""
         n = used_T.sum().clamp_min(1)
         mean_p_E = (p_TE * used_T.unsqueeze(-1)).sum(0) / n
         share_E = active_TE.sum(0) / n
@@ -171,7 +175,11 @@ class UBSMoEGate(TopKGate):
     def _assign_slots(
         self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give every route a slot of its expert; routes beyond the capacity get expert -1, padding too."""
+        """Give every route a slot of its expert; routes beyond the capacity and those of padding get expert -1.
+
+        Returns:
+            (index_KT, location_KT, capacity, routed_E).
+        """
         num_experts = self.wg.weight.shape[0]
         expert_N = torch.where(used_T, index_KT, num_experts).reshape(-1)  # padding sorts behind the last expert
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
@@ -190,19 +198,19 @@ class UBSMoEGate(TopKGate):
         return index_N.view_as(index_KT), (location_N * kept_N).view_as(index_KT), capacity, routed_E
 
     def most_routes(self, num_tokens: int) -> int:
-        """An upper bound of the routes kept of so many tokens, known without asking the device."""
+        """Return an upper bound of the routes kept of so many tokens, without asking the device."""
         routes = num_tokens * self.k
         if not (self.drop_tokens and self.training):
             return routes
         return min(routes, self._slots(num_tokens) * len(self.wg.weight))
 
     def _slots(self, num_tokens: int) -> int:
-        """Slots per expert when dropping."""
+        """Return the slots per expert when dropping."""
         slots = math.ceil(num_tokens / len(self.wg.weight) * self.capacity_factor * self.k)
         return max(slots, self.min_capacity)
 
     def _capacity(self, num_tokens: int, routed_E: Tensor, dropping: bool) -> Tensor:
-        """Slots per expert; equal on all ranks of an expert group, which the all-to-all needs."""
+        """Return the slots per expert; equal on all ranks of an expert group, as the all-to-all needs."""
         if dropping:
             return torch.tensor(self._slots(num_tokens))
         capacity = routed_E.max().clamp_min(1)

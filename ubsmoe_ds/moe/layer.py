@@ -22,7 +22,7 @@ from ubsmoe_ds.moe.pseudo_gradient import TokenMixture
 
 
 class TokenGradients(NamedTuple):
-    """What one rank knows of its own tokens after a layer's backward pass; the input of every pseudo-gradient."""
+    """One rank's own tokens after a layer's backward pass: the input of every pseudo-gradient."""
 
     x_TD: Tensor
     delta_TD: Tensor
@@ -32,7 +32,7 @@ class TokenGradients(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What a pass has shown so far: by forward routing and slot_TK (the row of each route), by backward delta_TD."""
+    """A pass so far: forward sets routing and slot_TK (the row of each route), backward delta_TD."""
 
     x_TD: Tensor
     routing: Routing = field(init=False)
@@ -41,34 +41,34 @@ class _Seen:
 
 
 class UBSMoELayer(MOELayer):
-    """`MOELayer` that can report, during backward, what its tokens and their active experts saw.
+    """`MOELayer` that can report its tokens, and what their active experts computed, during backward.
 
     Where a rank holds all experts, its tokens go to them in rows, without `MOELayer`'s slots; under expert parallelism
     `MOELayer` does the dispatch.
 
-    Under expert parallelism the active experts of a token live on several ranks. Their hidden units and gradients come
-    back to the token's rank by one all-to-all of width 3 F a slot, so that `observer` gets everything of the local
-    tokens, whichever ranks their experts are on. Observers that need no mixture are spared that.
+    Under expert parallelism the active experts of a token are on several ranks. One all-to-all of width 3 F a slot
+    brings their hidden units and gradients back to the token's rank, so that `observer` gets all of the local tokens,
+    whichever ranks their experts are on. It is left out for observers that need no mixture.
     """
 
     observer: Callable[[TokenGradients], None] | None = None
     with_mixture = True
 
     def forward(self, *input: Tensor) -> Tensor:
-        """x [..., D], used_token [T] or None -> y [..., D]."""
+        """Map x [..., D] and used_token ([T] or None) to y [..., D]."""
         x, used_token = input
         observing = self.observer is not None and self.training and torch.is_grad_enabled()
         seen = _Seen(x.detach().reshape(-1, x.shape[-1]))
         self.experts.on_backward = partial(self._report, seen) if observing and self.with_mixture else None
         y = super().forward(x, used_token) if self.ep_size > 1 else self._forward_on_one_rank(x, used_token, seen)
-        self.experts.on_backward = None  # the graph has it; here it would keep this batch alive
+        self.experts.on_backward = None  # the graph holds it; kept here, it would keep this batch alive
         seen.routing = self.gate.routing
         if observing:
             y.register_hook(partial(self._see_delta, seen))
         return y
 
     def _forward_on_one_rank(self, x: Tensor, used_token: Tensor | None, seen: _Seen) -> Tensor:
-        """All experts are here: rows sorted by expert, without slots, padding or a wait for their number."""
+        """Run rows sorted by expert, where all experts are here: no slots, no padding, no wait for their number."""
         x_TD = x.reshape(-1, x.shape[-1])
         self.l_aux, _, _, _, _, weight_KT, self.exp_counts = self.gate(x_TD, used_token)
         _, _, index_KT, location_KT, _, _, kept_E = self.gate.routing
@@ -78,22 +78,22 @@ class UBSMoELayer(MOELayer):
         return self.experts.run(x_TD, weight_KT.t().to(x.dtype), rows).view_as(x)
 
     def _see_delta(self, seen: _Seen, delta: Tensor) -> None:
-        """dL/dy is there; without a mixture to wait for, that is all an observer needs."""
+        """Take dL/dy; without a mixture to wait for, the observer needs no more."""
         seen.delta_TD = delta.reshape_as(seen.x_TD)
         if not self.with_mixture:
-            self._tell(seen, None)
+            self._observe(seen, None)
 
     def _report(self, seen: _Seen, h_NF: Tensor, gate_up_NO: Tensor) -> None:
-        """The experts have gone through backward: h and dL/d gate_up of their rows."""
-        self._tell(seen, self._mix(seen, h_NF, gate_up_NO))
+        """Take h and dL/d gate_up of the experts' rows, after their backward pass."""
+        self._observe(seen, self._mix(seen, h_NF, gate_up_NO))
 
-    def _tell(self, seen: _Seen, mixture: TokenMixture | None) -> None:
+    def _observe(self, seen: _Seen, mixture: TokenMixture | None) -> None:
         assert self.observer is not None
         self.observer(TokenGradients(seen.x_TD, seen.delta_TD, seen.routing, mixture))
 
     @torch.no_grad()
     def _mix(self, seen: _Seen, h_NF: Tensor, gate_up_NO: Tensor) -> TokenMixture:
-        """Bring the rows back to their tokens and mix the routes with gamma."""
+        """Bring the rows back to their tokens and mix each token's routes by gamma, see `TokenMixture`."""
         routing, width = seen.routing, h_NF.shape[1]
         table = torch.cat([h_NF, gate_up_NO], dim=1)
         kept_TK = (routing.index_KT >= 0).t()
@@ -101,6 +101,7 @@ class UBSMoELayer(MOELayer):
             table, slot_TK = self._bring_back(table, routing)
         else:
             slot_TK = seen.slot_TK
+        # gamma = w / sum w over the kept routes; gradients still have w in them, so they are mixed by 1 / sum w
         weight_TK = routing.weight_KT.t() * kept_TK
         total_T1 = weight_TK.sum(dim=-1, keepdim=True)
         per_total_T1 = torch.where(total_T1 > 0, 1 / total_T1, 0.0)
@@ -109,7 +110,10 @@ class UBSMoELayer(MOELayer):
         return TokenMixture(_weighted_rows(values, slot_TK, weight_TK * per_total_T1), *gradient_TG.chunk(2, dim=-1))
 
     def _bring_back(self, table: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Rows of the experts here -> rows of the tokens here (an all-to-all), and the row of each route, 0 if none."""
+        """Return (rows of the local tokens, the row of each route, 0 if dropped) for rows of the local experts.
+
+        A collective (an all-to-all).
+        """
         local = table.view(self.num_local_experts, self.ep_size, -1, table.shape[1]).transpose(0, 1).contiguous()
         returned = torch.empty_like(local)
         dist.all_to_all_single(returned, local, group=self.ep_group)
@@ -119,15 +123,15 @@ class UBSMoELayer(MOELayer):
 
 
 class UBSMoE(MoE):
-    """A drop-in for a Hugging Face sparse MoE block: hidden states in, hidden states out.
+    """Replaces a Hugging Face sparse MoE block: hidden states in, hidden states out.
 
-    `used_token` is set by the model before each forward pass ([B, S] bool, False for padding) because the HF decoder
+    `used_token` is set by the model before each forward pass ([B, S] bool, False for padding), because the HF decoder
     layer calls its block with the hidden states alone.
 
     Args:
-        gate, experts: the UB-SMoE parts, which replace what `MoE` would build.
-        ep_size: ranks that share the experts.
-        shared: what every token passes beside its experts, [..., D] -> [..., D], added to their output.
+        gate, experts: the UB-SMoE parts, in place of those that `MoE` would build.
+        ep_size: number of ranks that share the experts.
+        shared: module that every token passes beside its experts, [..., D] -> [..., D]; its output is added.
     """
 
     def __init__(
@@ -140,21 +144,21 @@ class UBSMoE(MoE):
         self.used_token: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, S, D] -> [B, S, D]; l_aux and counts stay readable at `deepspeed_moe` and `gate`."""
+        """Map [B, S, D] to [B, S, D]; l_aux and counts stay readable at `deepspeed_moe` and `gate`."""
         y = self.deepspeed_moe(hidden_states, self.used_token)
         return y if self.shared is None else y + self.shared(hidden_states)
 
     @property
     def gate(self) -> UBSMoEGate:
-        """The layer's gate."""
+        """Return the layer's gate."""
         return self.deepspeed_moe.gate
 
     @property
     def experts(self) -> StackedExperts:
-        """The layer's local experts."""
+        """Return the layer's local experts."""
         return self.deepspeed_moe.experts
 
 
 def _weighted_rows(table: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """sum_k weight_TK * table[row_TK] without the [T, K, width] intermediate."""
+    """Return sum_k weight_TK * table[row_TK] without the [T, K, width] intermediate."""
     return F.embedding_bag(row_TK, table.contiguous(), mode="sum", per_sample_weights=weight_TK.contiguous())

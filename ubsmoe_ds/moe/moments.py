@@ -1,4 +1,4 @@
-"""The moments that `linearised` pseudo-gradients stand on: summed up during local steps, replaced between rounds.
+"""The moments that `linearised` pseudo-gradients are computed from: summed in local steps, replaced between rounds.
 
 Shapes: L layers, E experts, F expert width.
 """
@@ -13,11 +13,13 @@ from ubsmoe_ds.moe.pseudo_gradient import Moments
 
 
 class ExpertMoments:
-    """Of one rank's experts. All replicas of an expert use the same moments for a whole round, so that they stay equal.
+    """The moments of one rank's experts.
+
+    All replicas of an expert use the same moments for a whole round, so that they stay equal.
 
     Args:
         layers: the model's UB-SMoE layers, in order.
-        share: about which share of the experts' rows is looked at.
+        share: the approximate share of the experts' rows that is looked at.
     """
 
     def __init__(self, layers: Sequence[UBSMoE], share: float = 1.0) -> None:
@@ -28,35 +30,35 @@ class ExpertMoments:
             layer.experts.moments = Moments(zero_EF, zero_EF, zero_EF)  # no pseudo-gradient before there are moments
 
     def start(self, every: int | None = None) -> None:
-        """Begin to sum up anew.
+        """Start new sums.
 
         Args:
-            every: look at a sample of 1 / every of the rows; None: as `share` says.
+            every: look at a sample of 1 / every of the rows; None: at `share` of them.
         """
         for layer in self.layers:
             layer.experts.start_moments(every or self.every)
 
     def sums(self) -> Tensor:
-        """Sums over the tokens looked at by this rank's experts, and in the last column their number.
+        """Return the sums over the rows looked at on this rank, and in the last column their number.
 
         Returns:
             [L, E, 3 F + 1] fp64 on the CPU; only the sum over the ranks of a client has a meaning.
         """
-        found = []
+        sums = []
         for layer in self.layers:
             experts = layer.experts
             assert experts.moment_sums_EX is not None
-            own_EX = experts.moment_sums_EX.double().cpu()
-            sums_EX = own_EX.new_zeros(layer.num_experts, own_EX.shape[1])
-            sums_EX[experts.first : experts.first + len(own_EX)] = own_EX
-            found.append(sums_EX)
-        return torch.stack(found)
+            local_EX = experts.moment_sums_EX.double().cpu()
+            sums_EX = local_EX.new_zeros(layer.num_experts, local_EX.shape[1])
+            sums_EX[experts.first : experts.first + len(local_EX)] = local_EX
+            sums.append(sums_EX)
+        return torch.stack(sums)
 
     def update(self, total_LEX: Tensor) -> None:
-        """Take the means of the experts that were active at all; the others keep theirs.
+        """Set the moments to the means of these sums; experts that were never active keep theirs.
 
         Args:
-            total_LEX: like `sums`, of all ranks together, weighted or not.
+            total_LEX: like `sums`, summed over all ranks, weighted or not.
         """
         for layer, total_EX in zip(self.layers, total_LEX, strict=True):
             experts = layer.experts

@@ -1,4 +1,4 @@
-"""The Universal Pseudo-Gradient (PG): what an expert would have learned from tokens that did not activate it.
+"""Universal Pseudo-Gradients (PG): estimate what an expert would have learned from tokens that did not activate it.
 
 Pure functions on gradients and router statistics; nothing here knows of ranks or DeepSpeed. Source: UB-SMoE, arXiv
 2605.16690 [paper, in words: the formula is not public to us]; the estimators below are our readings of it.
@@ -21,10 +21,10 @@ LoraFactors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class TokenMixture(NamedTuple):
-    """What the active experts of each token tell about it, mixed by gamma (their weights normalised to one).
+    """Hidden units and gradients of each token's active experts, mixed by gamma (their weights normalised to one).
 
     hidden_TF: hbar = sum_j gamma_j h_j
-    gate_TF, up_TF: sum_j gamma_j dL/dg_j / w_j and the same for u, the gradient before the gate weight w_j
+    gate_TF, up_TF: sum_j gamma_j dL/dg_j / w_j and likewise for u: the gradient without the gate weight w_j
     """
 
     hidden_TF: Tensor
@@ -33,12 +33,12 @@ class TokenMixture(NamedTuple):
 
 
 def inactive_weight(p_TE: Tensor, active_TE: Tensor, rho: float) -> Tensor:
-    """c = rho * p * (1 - active) [paper, in words]: p the full softmax, so that the active experts keep their share."""
+    """Return c = rho * p * (1 - active) [paper, in words], p the full softmax: the active experts keep their share."""
     return rho * p_TE * ~active_TE
 
 
 class ExpertTokens(NamedTuple):
-    """N tokens of each expert, which differ between experts; what is a gradient has been multiplied by the weight c.
+    """N tokens for each expert, which differ between experts; gradients have been multiplied by the weight c.
 
     x_END; delta_END: c delta; hidden_ENF: hbar, gate_ENF and up_ENF: c times those of `TokenMixture`, or None
     """
@@ -51,7 +51,7 @@ class ExpertTokens(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """First-order model of an expert: means over the tokens that were active for it, each [E, F] in fp32.
+    """First-order model of an expert: means over the tokens that activated it, each [E, F] in fp32.
 
     hidden_EF: mu = E[h]; gate_EF: E[silu'(g) u], the mean dh/dg; up_EF: E[silu(g)], the mean dh/du
     """
@@ -62,11 +62,11 @@ class Moments(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """The experts whose pseudo-gradients are computed: those of one rank.
+    """The experts of one rank, whose pseudo-gradients are computed.
 
-    lora: their factors; scaling: s = alpha / R
-    base: their frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]
-    moments: for estimators that need them
+    lora: LoRA factors; scaling: s = alpha / R
+    base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]
+    moments: set for estimators that need them
     """
 
     lora: LoraFactors
@@ -90,20 +90,20 @@ class GradientSums(NamedTuple):
 def draw_tokens(
     x_TD: Tensor, delta_TD: Tensor, c_TE: Tensor, mixture: TokenMixture | None, count: int | None
 ) -> ExpertTokens:
-    """For each expert `count` tokens, with replacement, in proportion to c ||dL/dy|| [ours].
+    """Draw `count` tokens for each expert, with replacement, in proportion to c ||dL/dy|| [ours].
 
-    Gradients are weighted c / (count pi), pi the chance of the token, so that sums over the tokens drawn are unbiased
-    estimates of sums over all. Few tokens decide what an inactive expert learns: those with a large gradient to which
-    the router nearly gave it.
+    Gradients are weighted by c / (count pi), pi the chance of the token, so that sums over the tokens drawn are
+    unbiased estimates of sums over all. Few tokens decide what an inactive expert learns: those with a large gradient
+    that the router nearly sent to it.
 
     Args:
         x_TD, delta_TD: the layer's input and dL/dy.
         c_TE: see `inactive_weight`.
-        mixture: if the estimator needs it.
-        count: tokens of an expert; None: all there are, once each.
+        mixture: given if the estimator needs it.
+        count: tokens for each expert; None: all of them, once each.
 
     Returns:
-        The tokens of all experts, in the dtype of x.
+        The tokens for all experts, in the dtype of x.
     """
     tokens, experts = c_TE.shape
     if count is None:
@@ -124,19 +124,19 @@ def draw_tokens(
 
 
 def token_weighted(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
-    """Per-token pseudo-gradient through LoRA's outer products [ours].
+    """Compute the pseudo-gradient token by token, through LoRA's outer products [ours].
 
-    Each inactive expert is taken to respond to a token as the token's active experts did, and the chain rule runs
+    Each inactive expert is assumed to respond to a token as the token's active experts did, and the chain rule runs
     through the expert's own LoRA factors:
         dB_down = s sum_x c delta (A_down hbar)^T     dA_down = s B_down^T sum_x c delta hbar^T
         dB_gate = s sum_x c vbar (A_gate x)^T     dA_gate = s B_gate^T sum_x c vbar x^T     (up alike)
-    Exact when all experts are equal; useless when their hidden units share no basis (experts trained from scratch).
-    The expert's own A_down matters: with the mixture sum_j gamma_j A_down,j h_j of the active experts in its place,
-    the cosine with the dense gradient on upcycled experts falls from 0.95 - 0.98 to 0.31 - 0.70.
+    It is exact when all experts are equal, and useless when their hidden units share no basis (experts trained from
+    scratch). The expert's own A_down matters: with the mixture sum_j gamma_j A_down,j h_j of the active experts in its
+    place, the cosine with the dense gradient on upcycled experts falls from 0.95 - 0.98 to 0.31 - 0.70.
 
     Args:
-        tokens: those of the same experts, with the mixture.
-        experts: lora and scaling are used.
+        tokens: drawn for these experts, with the mixture.
+        experts: `lora` and `scaling` are used.
 
     Returns:
         (dA, dB) for each projection, shaped like the factors, in fp32.
@@ -151,29 +151,29 @@ def token_weighted(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
 
 
 def _outer(x_ENI: Tensor, dy_ENO: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(dA, dB) of y = s B A x."""
+    """Return (dA, dB) of y = s B A x: dA = (s B^T dy) x^T and dB = s dy (A x)^T, summed over tokens."""
     x_ENI, dy_ENO = x_ENI.float(), scaling * dy_ENO.float()
     return (dy_ENO @ B_EOR.float()).mT @ x_ENI, dy_ENO.mT @ (x_ENI @ A_ERI.float().mT)
 
 
 def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h, silu'(g) u and silu(g) of every token: what `Moments` are the means of; zero where g = u = 0."""
+    """Return h, silu'(g) u and silu(g) of every token, whose means are `Moments`; zero where g = u = 0."""
     sigmoid_NF = torch.sigmoid(gate_NF)
     silu_NF = gate_NF * sigmoid_NF
     return silu_NF * up_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
 
 
 def linearised(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
-    """Pseudo-gradient of experts replaced by their first-order model [ours].
+    """Compute the pseudo-gradient of experts replaced by their first-order model [ours].
 
         dB_down = s (sum c delta) (A_down mu)^T                      dA_down = s B_down^T (sum c delta) mu^T
         dB_gate = s sum z (A_gate x)^T                               dA_gate = s B_gate^T sum z x^T
         z = diag(E[silu' u]) W_down^T c delta                        (up alike, with E[silu])
-    W_down is the frozen one. An expert that was never active has moments 0 and gets no pseudo-gradient.
+    W_down is the frozen weight. An expert that was never active has moments 0 and gets no pseudo-gradient.
 
     Args:
-        tokens: those of the same experts.
-        experts: all of it is used, of `base` the down projection.
+        tokens: drawn for these experts.
+        experts: with moments; of `base` the down projection is used.
 
     Returns:
         (dA, dB) for each projection, shaped like the factors, in fp32.
@@ -190,7 +190,7 @@ def linearised(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
 
 
 def expert_mean(sums: GradientSums) -> LoraFactors:
-    """The batch's mean expert gradient, weighted by the router's probability (our plain reading of the paper).
+    """Give each expert the batch's mean expert gradient, weighted by the router (our plain reading of the paper).
 
         g_i += [sum_x c_i(x)] * [sum_j g_j] / [sum_j sum_x a_j(x) p_j(x)]
 
@@ -208,11 +208,11 @@ def expert_mean(sums: GradientSums) -> LoraFactors:
 
 
 def dense_oracle(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
-    """The true gradient of the inactive experts, by running them: the yardstick of tests and studies.
+    """Compute the true gradient of the inactive experts by running them: the yardstick of tests and studies.
 
     Args:
-        tokens: those of the same experts.
-        experts: all but the moments is used.
+        tokens: drawn for these experts.
+        experts: all but `moments` is used.
 
     Returns:
         (dA, dB) for each projection, shaped like the factors, in fp32: the gradient of sum_x c delta . expert_i(x).
@@ -228,10 +228,10 @@ def dense_oracle(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
 
 
 class Estimator(NamedTuple):
-    """One row of `ESTIMATORS`: the function, under what it computes from, and what must be gathered for it.
+    """One row of `ESTIMATORS`: the function, and what must be collected for it.
 
-    from_tokens: computes from tokens drawn for each expert
-    from_sums: computes from sums alone; exactly one of the two is given
+    from_tokens: the function, if it computes from tokens drawn for each expert
+    from_sums: the function, if it computes from sums alone; exactly one of the two is set
     mixture: whether tokens must come with a `TokenMixture`; moments: whether experts must come with `Moments`
     """
 

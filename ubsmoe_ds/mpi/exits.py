@@ -5,7 +5,7 @@ function           called by                        this rank          its clien
 `end_after_error`  a rank after an error            if all ranks failed like `end_together`; else like `abort_job`, or
                                                     with ULFM like `die`
 `abort_job`        one rank, for all                MPI's Abort        ends              ends with code (not with ULFM)
-`end_host`         first rank of a host, when a     ends with 1        its ranks here    ends with 1 where it is reached:
+`end_host`         first rank of a host, when a     ends with 1        its ranks here    ends with 1 if it is reached;
                    host is lost                                        end               each host ends its own
 `end_now`          a rank asked to stop twice       ends with 143      ends              ends with 143
 `leave_job`        ranks whose client lost a rank   ends with 0        is lost           goes on (ULFM only)

@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What fits a given memory, each with the client's other settings unchanged.
+    """The largest settings that fit a given memory, each with the client's other settings unchanged.
 
     fits_now: whether the client fits as it is; k: largest K, 0: none; capacity: largest capacity factor, inf: nothing
     dropped, 0: none; layout: fewest ranks with the expert parallelism they need, None: no number of ranks fits.

@@ -6,7 +6,7 @@ Pure functions; nothing is read here.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import DeepSpeedConfig
@@ -68,6 +68,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     # all ranks with the same view share its evaluation rows
     workers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
     eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / workers))
+    training = Batch(rows, lengths.length, math.ceil(rows * lengths.answers))
     setup = RankSetup(
         shape=replace(inputs.shape, lora_rank=exp.lora_rank(client)),
         k=exp.active_experts(client),
@@ -81,9 +82,8 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
         router=exp.router.trainable,
         modulated=exp.dmr.enabled,
-        estimator=exp.pseudo_gradient.estimator,
-        tokens_per_expert=exp.pseudo_gradient.tokens_per_expert,
-        training=Batch(rows, lengths.length, math.ceil(rows * lengths.answers)),
+        **_pseudo_gradients(exp, training.tokens),
+        training=training,
         micro_batches=micro,
         evaluation=Batch(eval_rows, lengths.eval_length, math.ceil(eval_rows * lengths.eval_answers)),
         clients=len(exp.clients),
@@ -103,6 +103,24 @@ def _moments(settings: DeepSpeedConfig) -> int:
     if str(settings.optimizer["type"]).lower() == "sgd":
         return int(bool(settings.optimizer.get("params", {}).get("momentum")))
     return 2
+
+
+def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:
+    """Return what the estimator of pseudo-gradients keeps, for a micro-batch of so many tokens."""
+    # imported here, as it imports torch: mistakes in a config are reported before that
+    from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
+
+    config = exp.pseudo_gradient
+    if config.estimator == "none":
+        return {"pseudo_gradients": False, "drawn_tokens": 0, "mixture": False, "pooled_moments": False}
+    estimator = ESTIMATORS[config.estimator]
+    drawn = tokens if config.tokens_per_expert is None else config.tokens_per_expert
+    return {
+        "pseudo_gradients": True,
+        "drawn_tokens": 0 if estimator.from_tokens is None else drawn,
+        "mixture": estimator.mixture,
+        "pooled_moments": estimator.moments,
+    }
 
 
 def _is_reducible(exp: Experiment) -> bool:

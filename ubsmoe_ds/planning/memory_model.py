@@ -30,9 +30,9 @@ def memory_by_phase(setup: RankSetup) -> dict[str, float]:
     """Return the bytes alive at most in each phase of a run, the process itself included."""
     trained, states = trained_elements(setup), optimizer_bytes(setup)
     process, weights = _process_bytes(setup), frozen_bytes(setup)
-    adapters = FP32 * trained.experts * (setup.estimator != "none")  # pseudo-gradients, kept until the next step
+    adapters = FP32 * trained.experts * setup.pseudo_gradients  # pseudo-gradients, kept until the next step
     moments = FP32 * 6 * setup.sparse_layers * setup.local_experts * setup.shape.expert_width
-    held = process + weights + states.kept + adapters + moments * (setup.estimator == "linearised")
+    held = process + weights + states.kept + adapters + moments * setup.pooled_moments
     if setup.on_cpu:
         # the shared state of the last merge, and the memory that ranks exchange through
         held += CPU_KERNELS + FP32 * trained.total + _shared_memory_bytes(setup)
@@ -186,12 +186,9 @@ def _drawn_bytes(setup: RankSetup) -> float:
 
     They are inputs and gradients, and hidden units where the estimator needs them.
     """
-    if setup.estimator in ("none", "expert_mean"):
-        return 0
-    s, mixture = setup.shape, setup.estimator == "token_weighted"
-    count = setup.training.tokens if setup.tokens_per_expert is None else setup.tokens_per_expert
-    known = 2 * s.hidden + 3 * s.expert_width * mixture
-    return setup.sparse_layers * setup.micro_batches * s.num_experts * count * known * setup.width
+    s = setup.shape
+    token = 2 * s.hidden + 3 * s.expert_width * setup.mixture
+    return setup.sparse_layers * setup.micro_batches * s.num_experts * setup.drawn_tokens * token * setup.width
 
 
 def evaluation_bytes(setup: RankSetup) -> float:

@@ -81,7 +81,7 @@ def step_bytes(setup: RankSetup) -> float:
     """
     dense, experts = trained_elements(setup)
     replicas = setup.ranks // setup.expert_parallel
-    pseudo = FP32 * experts * (setup.estimator not in ("none", "expert_mean"))
+    pseudo = FP32 * experts * (setup.drawn_tokens > 0)
     # rings: dense parameters over all ranks, experts over those that hold the same ones
     sent = 2 * (setup.ranks - 1) / setup.ranks * setup.width * dense
     sent += 2 * (replicas - 1) / replicas * (setup.width * experts + pseudo)
@@ -90,11 +90,9 @@ def step_bytes(setup: RankSetup) -> float:
     # all-to-alls: inputs and outputs of the experts and their gradients; a mixture of experts adds hidden units
     s, away = setup.shape, (setup.expert_parallel - 1) / setup.expert_parallel
     slots = expert_rows(setup, setup.training.tokens, setup.k, dropping=True)
-    mixture = setup.estimator == "token_weighted"
-    micro = slots * setup.width * (4 * s.hidden + 3 * s.expert_width * mixture)
-    if setup.estimator not in ("none", "expert_mean"):
-        count = setup.training.tokens if setup.tokens_per_expert is None else setup.tokens_per_expert
-        micro += s.num_experts * count * setup.width * (2 * s.hidden + 3 * s.expert_width * mixture)
+    micro = slots * setup.width * (4 * s.hidden + 3 * s.expert_width * setup.mixture)
+    drawn = s.num_experts * setup.drawn_tokens
+    micro += drawn * setup.width * (2 * s.hidden + 3 * s.expert_width * setup.mixture)
     return sent + away * setup.sparse_layers * setup.micro_batches * micro
 
 

@@ -15,7 +15,7 @@ FULLEST_EXPERT = 1.75  # its rows over the mean where nothing is dropped: assume
 
 
 class Batch(NamedTuple):
-    """What a rank computes at a time: padded rows, and the positions whose logits are asked for."""
+    """A rank's batch: padded rows, and the positions whose logits are computed."""
 
     rows: int
     length: int
@@ -35,7 +35,8 @@ class RankSetup:
     capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
     moments: values that the optimiser keeps for a weight; reduce_bucket: elements, of ZeRO.
     router, modulated: whether the router and phi are trained.
-    estimator, tokens_per_expert: of pseudo-gradients.
+    pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
+    mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
     training: a micro-batch; micro_batches: of a step; evaluation: a batch of packed rows.
     clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
     whose LoRA rank is then reply_rank: FLoRA's stack of all.
@@ -54,8 +55,10 @@ class RankSetup:
     reduce_bucket: float
     router: bool
     modulated: bool
-    estimator: str
-    tokens_per_expert: int | None
+    pseudo_gradients: bool
+    drawn_tokens: int
+    mixture: bool
+    pooled_moments: bool
     training: Batch
     micro_batches: int
     evaluation: Batch

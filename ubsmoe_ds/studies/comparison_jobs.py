@@ -84,7 +84,7 @@ def settings_by_label(methods: Sequence[str], ablate: bool) -> dict[str, Mapping
         raise UserError(f"methods: none given; use all, or some of {', '.join(known)}")
     for name in methods:
         if name != "all" and name not in known:
-            raise UserError(f"methods: {name!r} is no method; use all, or some of {', '.join(known)}")
+            raise UserError(f"methods: {name!r} is not a method; use all, or some of {', '.join(known)}")
     names = [*(PRESETS if "all" in methods else ()), *methods, *(ABLATIONS if ablate else ())]
     return {name: known[name] for name in names if name != "all"}
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.families import MODELS, ids_and_mask, saved_family
 from tests.unit.adapters.test_peft_format import ALPHA, RANK, trained
-from tests.unit.models.test_causal_lm import FAMILIES, ids_and_mask, rename, saved_family
+from tests.unit.models.test_conversion import rename
 from ubsmoe_ds.adapters.merged import write_merged
 from ubsmoe_ds.base.errors import UserError
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_merged_weights_give_our_logits(family, tmp_path):
     saved_family(family, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.unit.models.test_causal_lm import FAMILIES, ids_and_mask, saved_family
-from ubsmoe_ds.adapters import peft_format
+from tests.support.families import MODELS, ids_and_mask, saved_family
+from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
@@ -37,7 +37,7 @@ def save(folder, state, **changes):
 
 
 @pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_peft_computes_our_logits(family, attention, tmp_path):
     hf = saved_family(family, tmp_path / "base")
     model, state = trained(tmp_path / "base", attention)
@@ -91,7 +91,7 @@ def test_adapters_that_peft_trained_come_in(tmp_path):
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["q_proj", "v_proj"],
-        target_parameters=[peft_format.GATE_UP, peft_format.DOWN],
+        target_parameters=[peft_config.GATE_UP, peft_config.DOWN],
     )
     peft = get_peft_model(hf, lora).eval()
     torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_adapters_that_peft_trained_come_in(tmp_path):
 def test_foreign_and_damaged_adapters_are_named(tmp_path):
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
-    with pytest.raises(UserError, match=r"adapter: tensor 'base_model.model.lm_head.lora_A.weight' is none"):
+    with pytest.raises(UserError, match=r"adapter: tensor 'base_model.model.lm_head.lora_A.weight' is not one"):
         peft_format.from_peft({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}, 8, RANK)
     mixed = peft_format.to_peft(state)
     mixed["base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"].fill_(1.0)
@@ -173,11 +173,11 @@ def test_a_base_that_is_no_folder_is_named_with_the_option(tmp_path):
     save(tmp_path / "adapter", state, base_model="allenai/OLMoE-1B-7B-0924")
     sidecar = tmp_path / "adapter" / peft_format.SIDECAR
     save_file(load_file(sidecar), sidecar, metadata={"k": "2", "base_model": "/gone"})
-    with pytest.raises(UserError, match="adapter' is of '/gone', no folder here; use --base FOLDER"):
+    with pytest.raises(UserError, match="adapter' was trained on '/gone', which is no folder here; use --base FOLDER"):
         read_adapter(tmp_path / "adapter")
     sidecar.unlink()
     with pytest.raises(
-        UserError, match="'allenai/OLMoE-1B-7B-0924', no folder here; use --base FOLDER, or --base hub:"
+        UserError, match="'allenai/OLMoE-1B-7B-0924', which is no folder here; use --base FOLDER, or --base hub:"
     ):
         read_adapter(tmp_path / "adapter")
 

@@ -1,4 +1,4 @@
-"""Rows, their partition, and batches."""
+"""Check rows, their partition, and batches."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_synthetic_rows_repeat_and_differ():
 
 
 def test_synthetic_answers_are_right():
-    """Worked again from the text of the question."""
+    """Answers are computed again from the text of the question."""
     checked = 0
     for row in synthetic.rows(800, seed=3):
         words, answer = row["question"].rstrip("?").split(), row["choices"][row["label"]]
@@ -67,7 +67,7 @@ def test_synthetic_answers_are_right():
     assert checked > 200
 
 
-def test_synthetic_worlds_are_finite_and_say_so():
+def test_asking_for_more_rows_than_a_synthetic_world_has_is_an_error():
     with pytest.raises(UserError, match="data.rows: task 'colours' has only 792 different questions; use at most 8712"):
         synthetic.rows(9000, 0)
 
@@ -132,7 +132,7 @@ def test_empty_and_missing_files(tmp_path):
         read_jsonl(tmp_path / "missing.jsonl")
 
 
-def test_hub_rows_are_checked_and_a_missing_hub_is_said(monkeypatch):
+def test_hub_rows_are_checked_and_an_unreachable_hub_is_reported(monkeypatch):
     import datasets
 
     found = {
@@ -231,8 +231,8 @@ def test_encode_cuts_long_prompts_at_the_front(tokenizer):
     assert cut == 1 and short.prompt == whole.prompt[-4:] and short.answer == whole.answer
 
 
-def test_texts_begin_as_the_tokenizer_has_them_begin(tokenizer):
-    """Llama's and Mixtral's put a token before a text, without which their models do worse; it is never cut."""
+def test_texts_begin_with_the_tokenizers_own_first_token(tokenizer):
+    """Llama's and Mixtral's tokenizers put a token before a text, which their models need; it is never cut."""
     assert beginning(tokenizer) == []
     other = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
     other.add_special_tokens({"bos_token": "<begin>"})
@@ -299,7 +299,7 @@ def test_cloze_rows_by_hand(tmp_path):
     assert [rows[0]["instruction"].split()[1] for rows in load_rows(config, 0)] == ["why?", "how?"]
 
 
-def test_options_share_the_prompt_and_what_they_begin_with(tokenizer):
+def test_options_share_the_prompt_and_their_common_beginning(tokenizer):
     row = GOOD | {"labels": ["answer1", "answer2"], "answer": "the correct answer is answer2"}
     ((start, common, options, label, cut),) = pack([row], tokenizer, 256)
     assert tokenizer.decode(start) == row["instruction"] + "\nthe correct answer is answer"

@@ -9,11 +9,11 @@ import torch
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
-    add_later_seconds,
+    complete_seconds,
     evaluation_scalars,
-    measured_speed,
     seconds_scalars,
     training_scalars,
+    training_speed,
 )
 
 STATS = [
@@ -28,51 +28,53 @@ def test_evaluation_is_of_each_view_task_and_client():
     sums = np.zeros((2, 2, 5))  # nll, tokens, correct, correct normalised, rows
     sums[0] = [[6.0, 3, 1, 2, 4], [2.0, 1, 1, 0, 1]]
     sums[1] = [[3.0, 3, 4, 4, 4], [1.0, 1, 0, 1, 1]]
-    found = evaluation_scalars(["a", "b", "c"], ["k2", "k8", "k2"], ["x", "y"], sums, weighted_cv=0.3)
-    assert found["eval_k2/loss_x"] == 2.0 and found["eval_k2/loss_y"] == 2.0 and found["eval_k2/loss_all"] == 2.0
-    assert found["eval_k8/loss_all"] == 1.0 and found["eval_k8/accuracy_x"] == 1.0
-    assert found["eval_k2/accuracy_all"] == pytest.approx(2 / 5)
-    assert found["eval_k2/accuracy_norm_x"] == 0.5 and found["eval_k8/accuracy_norm_all"] == 1.0
-    assert [found[f"eval_loss/{name}"] for name in "abc"] == [2.0, 1.0, 2.0]
-    assert found["eval/loss"] == pytest.approx(5 / 3)
-    assert found["eval/accuracy"] == pytest.approx((0.4 + 0.8 + 0.4) / 3)
-    assert found["eval/utilisation_cv"] == 0.3
+    scalars = evaluation_scalars(["a", "b", "c"], ["k2", "k8", "k2"], ["x", "y"], sums, weighted_cv=0.3)
+    assert scalars["eval_k2/loss_x"] == 2.0 and scalars["eval_k2/loss_y"] == 2.0 and scalars["eval_k2/loss_all"] == 2.0
+    assert scalars["eval_k8/loss_all"] == 1.0 and scalars["eval_k8/accuracy_x"] == 1.0
+    assert scalars["eval_k2/accuracy_all"] == pytest.approx(2 / 5)
+    assert scalars["eval_k2/accuracy_norm_x"] == 0.5 and scalars["eval_k8/accuracy_norm_all"] == 1.0
+    assert [scalars[f"eval_loss/{name}"] for name in "abc"] == [2.0, 1.0, 2.0]
+    assert scalars["eval/loss"] == pytest.approx(5 / 3)
+    assert scalars["eval/accuracy"] == pytest.approx((0.4 + 0.8 + 0.4) / 3)
+    assert scalars["eval/utilisation_cv"] == 0.3
 
 
 def test_training_sums_over_clients_and_divides_by_what_was_done():
     utilisation_LE = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
-    found = training_scalars(["a", "b"], STATS, np.array([3e6, 1e6]), utilisation_LE, [8, 2], [0, 7])
-    assert (found["train_loss/a"], found["train_loss/b"], found["train/loss"]) == (2.0, 0.5, 7 / 5)
-    assert (found["dropped_share/a"], found["dropped_share/b"], found["train/dropped_share"]) == (0.25, 0.0, 0.1)
-    assert (found["gradient_norm/a"], found["gradient_norm/b"]) == (2.0, 1.5)
-    assert found["pseudo_over_real_norm/a"] == 0.25 and found["train/pseudo_over_real_norm"] == pytest.approx(2 / 11)
-    assert (found["tokens/a"], found["steps/b"], found["bad_steps/b"], found["lora_rank/b"]) == (40, 2, 1, 2)
-    assert (found["refused_units/a"], found["refused_units/b"]) == (0, 7)
-    assert (found["megabytes_sent/a"], found["megabytes_sent/b"], found["exchange/megabytes"]) == (3.0, 1.0, 4.0)
+    scalars = training_scalars(["a", "b"], STATS, np.array([3e6, 1e6]), utilisation_LE, [8, 2], [0, 7])
+    assert (scalars["train_loss/a"], scalars["train_loss/b"], scalars["train/loss"]) == (2.0, 0.5, 7 / 5)
+    assert (scalars["dropped_share/a"], scalars["dropped_share/b"], scalars["train/dropped_share"]) == (0.25, 0.0, 0.1)
+    assert (scalars["gradient_norm/a"], scalars["gradient_norm/b"]) == (2.0, 1.5)
+    assert scalars["pseudo_over_real_norm/a"] == 0.25 and scalars["train/pseudo_over_real_norm"] == pytest.approx(
+        2 / 11
+    )
+    assert (scalars["tokens/a"], scalars["steps/b"], scalars["bad_steps/b"], scalars["lora_rank/b"]) == (40, 2, 1, 2)
+    assert (scalars["refused_units/a"], scalars["refused_units/b"]) == (0, 7)
+    assert (scalars["megabytes_sent/a"], scalars["megabytes_sent/b"], scalars["exchange/megabytes"]) == (3.0, 1.0, 4.0)
     # CV of (0.5, 0.5) is 0, of (0.75, 0.25) it is 0.25 / 0.5, with the population's deviation
-    assert found["utilisation/cv"] == pytest.approx(0.25)
+    assert scalars["utilisation/cv"] == pytest.approx(0.25)
 
 
 def test_a_client_that_did_nothing_has_no_loss():
     idle = LocalStats(*[0.0] * len(LocalStats._fields))
-    found = training_scalars(["a", "b"], [STATS[0], idle], np.zeros(2), torch.ones(1, 2), [8, 8], [0, 0])
-    assert "train_loss/b" not in found and found["train/loss"] == found["train_loss/a"]
-    assert all(map(math.isfinite, found.values()))
+    scalars = training_scalars(["a", "b"], [STATS[0], idle], np.zeros(2), torch.ones(1, 2), [8, 8], [0, 0])
+    assert "train_loss/b" not in scalars and scalars["train/loss"] == scalars["train_loss/a"]
+    assert all(map(math.isfinite, scalars.values()))
     assert "train/loss" not in training_scalars(["b"], [idle], np.zeros(1), torch.ones(1, 2), [8], [0])
 
 
 def test_seconds_are_those_of_the_slowest_client():
-    found = seconds_scalars(["a", "b"], STATS, SECONDS)
-    assert (found["seconds/local"], found["seconds/wait"]) == (4.0, 3.0)
-    assert (found["seconds/exchange"], found["seconds/merge"]) == (0.75, 0.5)
-    assert (found["seconds_local/b"], found["seconds_merge/a"]) == (2.0, 0.25)
-    assert found["seconds/round"] == 6.25  # b: 2 + 3 + 0.75 + 0.5, a: 5.75
-    assert (found["tokens_per_second/a"], found["tokens_per_second/b"]) == (10.0, 5.0)
-    assert found["train/tokens_per_second"] == 12.5  # all tokens in the time of the slowest
-    add_later_seconds(found, ["a", "b", "new"], np.array([0.5, 0.0, 0.125]), np.array([1.0, 2.0, 1.5]))
-    assert [found[f"seconds_exchange/{name}"] for name in ("a", "b", "new")] == [1.0, 0.75, 0.125]
-    assert found["seconds/exchange"] == 1.0 and found["seconds/evaluation"] == 2.0
-    assert found["seconds_evaluation/a"] == 1.0 and found["seconds/round"] == 6.25 + 2.0 + 0.5
+    scalars = seconds_scalars(["a", "b"], STATS, SECONDS)
+    assert (scalars["seconds/local"], scalars["seconds/wait"]) == (4.0, 3.0)
+    assert (scalars["seconds/exchange"], scalars["seconds/merge"]) == (0.75, 0.5)
+    assert (scalars["seconds_local/b"], scalars["seconds_merge/a"]) == (2.0, 0.25)
+    assert scalars["seconds/round"] == 6.25  # b: 2 + 3 + 0.75 + 0.5, a: 5.75
+    assert (scalars["tokens_per_second/a"], scalars["tokens_per_second/b"]) == (10.0, 5.0)
+    assert scalars["train/tokens_per_second"] == 12.5  # all tokens in the time of the slowest
+    complete_seconds(scalars, ["a", "b", "new"], np.array([0.5, 0.0, 0.125]), np.array([1.0, 2.0, 1.5]))
+    assert [scalars[f"seconds_exchange/{name}"] for name in ("a", "b", "new")] == [1.0, 0.75, 0.125]
+    assert scalars["seconds/exchange"] == 1.0 and scalars["seconds/evaluation"] == 2.0
+    assert scalars["seconds_evaluation/a"] == 1.0 and scalars["seconds/round"] == 6.25 + 2.0 + 0.5
 
 
 def test_speed_is_averaged_over_the_rounds_that_the_client_was_part_of():
@@ -85,5 +87,5 @@ def test_speed_is_averaged_over_the_rounds_that_the_client_was_part_of():
     before = {"round": 0, "metrics": {"eval/loss": 3.0}, "seconds": {}}
     away = {"round": 2, "metrics": {"tokens/b": 5.0}, "seconds": {"seconds_local/b": 1.0}}
     records = [before, record(1, 7, 1, 40.0, 4.0), away, record(3, 2, 0, 20.0, 1.0)]
-    assert measured_speed(records, "a") == {"tokens_per_second": 12.0, "seconds_per_step": 0.5}
-    assert all(map(math.isnan, measured_speed([before, record(1, 0, 0, 0.0, 0.5)], "a").values()))
+    assert training_speed(records, "a") == {"tokens_per_second": 12.0, "seconds_per_step": 0.5}
+    assert all(map(math.isnan, training_speed([before, record(1, 0, 0, 0.0, 0.5)], "a").values()))

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
-from ubsmoe_ds.models.upcycle import recover, split, upcycle
+from ubsmoe_ds.models.split import recover, split
+from ubsmoe_ds.models.upcycle import upcycle
 from ubsmoe_ds.moe.gate import GateConfig
 
 VOCAB = 31
@@ -113,11 +114,11 @@ def test_repair_and_recovery_bring_a_split_model_nearer():
 
 
 def test_what_cannot_be_prepared_is_named():
-    with pytest.raises(UserError, match="has mlp_bias true"):
+    with pytest.raises(UserError, match="mlp_bias is true"):
         upcycle(llama(mlp_bias=True), 2, 1)
-    with pytest.raises(UserError, match="40 - 9 neurons cannot be dealt to 4 experts"):
+    with pytest.raises(UserError, match="40 - 9 neurons cannot be divided among 4 experts evenly"):
         split(llama(), text(2), experts=4, shared=9, ks=[1])
-    with pytest.raises(UserError, match="'olmoe'; a dense model of the family 'llama'"):
+    with pytest.raises(UserError, match="model_type is 'olmoe'; only dense models of type 'llama'"):
         from tests.support import tiny
 
         upcycle(tiny.hf_model(), 2, 1)

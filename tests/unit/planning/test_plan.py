@@ -1,4 +1,4 @@
-"""What the plan says of memory and bytes against what runs have measured, and what it refuses."""
+"""Check planned memory and bytes against runs that were measured, and the plans that are refused."""
 
 import csv
 import json
@@ -44,12 +44,12 @@ LARGE = ["deepspeed.train_batch_size=128", "evaluation.batch_size=32", TWO_CLIEN
 
 @pytest.fixture(scope="module")
 def inputs():
-    """The demo's, on the CPU."""
+    """Return the demo's inputs, on the CPU."""
     return read_inputs(load_experiment(TINY, ["accelerator=cpu", "train.rounds=1"]))
 
 
 def planned(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of launch/plan.py."""
+    """Run launch/plan.py; return exit code, output and errors."""
     command = [sys.executable, "launch/plan.py", "accelerator=cpu", "train.rounds=1", *arguments]
     done = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
@@ -60,16 +60,16 @@ def compare_with_run(folder: Path, overrides: list[str]) -> list[float]:
     summary = json.loads((folder / "summary.json").read_text())["clients"]
     metrics = records(folder)[-1]["metrics"]
     plans = plan(read_inputs(load_experiment(TINY, [*overrides, "accelerator=cpu"])))
-    found = [1e9 * row["peak_memory_gb"] for row in summary]
-    for row, measured, one in zip(summary, found, plans, strict=True):
-        assert largest_phase(one.phases)[1] == pytest.approx(measured, rel=WITHIN), row
-        assert one.sent_bytes / 1e6 == pytest.approx(metrics[f"megabytes_sent/{row['client']}"], rel=0.1)
-    return found
+    measured = [1e9 * row["peak_memory_gb"] for row in summary]
+    for row, peak_bytes, cost in zip(summary, measured, plans, strict=True):
+        assert largest_phase(cost.phases)[1] == pytest.approx(peak_bytes, rel=WITHIN), row
+        assert cost.sent_bytes / 1e6 == pytest.approx(metrics[f"megabytes_sent/{row['client']}"], rel=0.1)
+    return measured
 
 
 @pytest.mark.slow
 def test_memory_and_bytes_are_as_measured(tmp_path):
-    """With batches so large that a plan which knows only the process would not pass; test_run.py has the demo."""
+    """Batches are so large that a plan of the bare process would fail; test_run.py checks the demo."""
     overrides = [*SHORT, "train.rounds=1", *LARGE]
     code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}")
     assert code == 0, output
@@ -79,7 +79,7 @@ def test_memory_and_bytes_are_as_measured(tmp_path):
 
 @pytest.mark.slow
 def test_bytes_of_flora_are_as_measured(tmp_path):
-    """Clients of unequal LoRA ranks send their own and get the stack of all; so does the memory plan."""
+    """Clients of unequal LoRA ranks send their own LoRA rank and get the stack of all; so must the plan."""
     overrides = [*SHORT, "train.rounds=1", "method=flora"]
     overrides += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 0.5, ranks: 2}, {name: c, budget: 1.0}]"]
     code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}")
@@ -88,8 +88,8 @@ def test_bytes_of_flora_are_as_measured(tmp_path):
 
 
 def smollm2() -> list[tuple[PlanInput, int, float]]:
-    """(inputs, client, measured bytes) of each client of the runs that were measured."""
-    found = []
+    """Return (inputs, client, measured bytes) of each client of the measured runs."""
+    measured_clients = []
     with SMOLLM2_FIGURES.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for name in dict.fromkeys(row["run"] for row in rows):
@@ -103,14 +103,14 @@ def smollm2() -> list[tuple[PlanInput, int, float]]:
         known = [field for field in RowLengths._fields if field in rows[0]]
         lengths = [RowLengths(**{field: json.loads(row[field]) for field in known}) for row in of_run]
         inputs = PlanInput(exp, SMOLLM2_SHAPE, lengths, on_cpu=True)
-        found += [(inputs, number, 1e9 * float(row["measured_gb"])) for number, row in enumerate(of_run)]
-    return found
+        measured_clients += [(inputs, number, 1e9 * float(row["measured_gb"])) for number, row in enumerate(of_run)]
+    return measured_clients
 
 
 def test_memory_of_smollm2_is_as_measured():
-    found = smollm2()
-    assert {rank_setup(inputs, number).k for inputs, number, _ in found} == {4, 8, 12, 16}
-    for inputs, number, measured in found:
+    measured_clients = smollm2()
+    assert {rank_setup(inputs, number).k for inputs, number, _ in measured_clients} == {4, 8, 12, 16}
+    for inputs, number, measured in measured_clients:
         client = inputs.exp.clients[number]
         assert bytes_needed(rank_setup(inputs, number)) == pytest.approx(measured, rel=WITHIN), client
 
@@ -131,8 +131,8 @@ def test_more_experts_ranks_and_zero_change_memory_as_they_should(inputs):
 def test_what_fits_is_the_most_that_fits(inputs):
     for number in range(4):
         memory = bytes_needed(replace(rank_setup(inputs, number), k=5)) * 1.0001
-        found = fit(inputs, number, memory)
-        assert found.k == 5 and found.fits_now == (inputs.exp.active_experts(inputs.exp.clients[number]) <= 5)
+        result = fit(inputs, number, memory)
+        assert result.k == 5 and result.fits_now == (inputs.exp.active_experts(inputs.exp.clients[number]) <= 5)
         assert bytes_needed(replace(rank_setup(inputs, number), k=6)) > memory
 
 
@@ -147,13 +147,13 @@ def test_remedies_really_fit(inputs):
 
 
 def test_a_capacity_that_keeps_all_tokens_is_called_null(inputs):
-    """Under expert parallelism a large factor can take more memory than to drop nothing; YAML has no inf."""
+    """Under expert parallelism a large factor can take more memory than dropping nothing; YAML has no inf."""
     with pytest.raises(UserError, match=r"clients\.0\.capacity_factor=null fits, which keeps all tokens"):
         check_fits(inputs, [Fit(fits_now=False, k=2, capacity=math.inf, layout=None)], memory=0.3e9)
 
 
-def test_remedies_are_of_the_hosts_that_a_client_names(inputs):
-    """The laptop's host has one slot: no number of ranks helps it, though others have room."""
+def test_remedies_use_only_the_hosts_that_a_client_names(inputs):
+    """The laptop's host has one slot: no number of ranks makes it fit, though other hosts have room."""
     pinned = inputs.changed(1, hosts=["small"])
     memory = 0.581e9
     assert fit(pinned, 1, memory, {"large": 8, "small": 2}).layout is not None
@@ -162,8 +162,8 @@ def test_remedies_are_of_the_hosts_that_a_client_names(inputs):
 
 
 def test_bytes_inside_a_client_by_hand(inputs):
-    """Dense parameters d and experts' e in fp32 on four ranks: rings of four and of two, and the all-to-alls."""
-    setup = replace(rank_setup(inputs, 3), ranks=4, expert_parallel=1, estimator="none")
+    """Dense and expert parameters in fp32 on four ranks: rings of four and of two, and the all-to-alls."""
+    setup = replace(rank_setup(inputs, 3), ranks=4, expert_parallel=1, drawn_tokens=0, mixture=False)
     dense, experts = trained_elements(setup)
     assert step_bytes(replace(setup, ranks=1)) == 0
     assert step_bytes(setup) == 4 * 2 * 3 / 4 * (dense + experts)
@@ -180,7 +180,7 @@ def test_the_straggler_does_the_most_work_on_a_rank(inputs):
     slowest, over_fastest, over_median = straggler(plans)
     assert inputs.exp.clients[slowest].name == "laptop"  # K 4 on one rank; the server has K 8 on two
     assert over_fastest == pytest.approx(plans[1].round_flops / plans[0].round_flops)
-    assert 1 < over_median < over_fastest and min(one.time for one in plans) == 1
+    assert 1 < over_median < over_fastest and min(client.time for client in plans) == 1
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_amounts_of_memory(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "80", "G", "-1G", "80Q", "0G", "1e3G", "٣G"])
-def test_what_is_no_amount_of_memory_is_refused(text):
+def test_other_texts_are_refused_as_amounts_of_memory(text):
     with pytest.raises(UserError, match="--device-memory: .* is no amount of memory"):
         parse_bytes(text)
 
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_ends_with_code_2_and_one_line(name):
+def test_a_refused_plan_ends_with_code_2_and_one_line(name):
     arguments, expected = REFUSED[name]
     code, _, errors = planned(*arguments)
     assert code == 2 and errors.startswith(expected) and errors.count("\n") == 1, errors

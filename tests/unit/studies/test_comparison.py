@@ -1,4 +1,4 @@
-"""Tables worked by hand from made-up run folders, and pictures of them."""
+"""Check tables and pictures of made-up run folders against figures worked by hand."""
 
 import json
 import math
@@ -22,7 +22,7 @@ LOSS = {"topk": (0.30, 0.40, 0.50), "ub_smoe": (0.29, 0.37, 0.45)}  # by seed; t
 
 
 def finish(exp: Experiment, loss: float) -> None:
-    """Leave the folder that a finished run leaves.
+    """Write the folder that a finished run leaves.
 
     The client at place i has loss - 0.1 i, accuracy 1 - that, and 0.01 more of it normalised by length.
     """
@@ -50,12 +50,12 @@ def finish(exp: Experiment, loss: float) -> None:
 
 
 def made_up(folder: Path, clients: str = TWO, methods: tuple[str, ...] = ("ub_smoe", "topk"), seeds: int = 3) -> list:
-    """Finished runs with the losses of `LOSS`."""
+    """Return finished runs with the losses of `LOSS`."""
     runs = []
     for method in methods:
         for seed in range(seeds):
-            own = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}", "train.rounds=3"]
-            exp = load_experiment(CONFIG, [clients, *own, "evaluation.every=2"])
+            job_keys = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}"]
+            exp = load_experiment(CONFIG, [clients, *job_keys, "train.rounds=3", "evaluation.every=2"])
             finish(exp, LOSS.get(method, (0.6, 0.6, 0.6))[seed])
             runs.append(Run(method, seed, exp))
     return runs
@@ -86,7 +86,7 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
     assert clients[["k", "lora_rank"]].values.tolist()[::6] == [[4, 8], [8, 4]]
 
 
-def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
+def test_rounds_are_nan_where_nothing_was_measured(tmp_path):
     _, rounds = collect(made_up(tmp_path, methods=("topk",)))
     first = rounds[rounds["seed"] == 0]
     assert list(first["round"]) == [0, 1, 2, 3]
@@ -98,23 +98,23 @@ def test_rounds_have_nothing_where_nothing_was_measured(tmp_path):
 
 
 def test_mean_and_sample_standard_deviation_over_seeds(tmp_path):
-    found = by_budget(collect(made_up(tmp_path))[0])
-    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10, 3))  # of 0.3 0.4 0.5
-    assert tuple(found.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08, 3))  # of 0.29 0.37 0.45
-    assert tuple(found.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08, 3))
+    table = by_budget(collect(made_up(tmp_path))[0])
+    assert tuple(table.loc[("topk", 0.5), "loss"]) == pytest.approx((0.40, 0.10, 3))  # of 0.3 0.4 0.5
+    assert tuple(table.loc[("ub_smoe", 0.5), "loss"]) == pytest.approx((0.37, 0.08, 3))  # of 0.29 0.37 0.45
+    assert tuple(table.loc[("ub_smoe", 1.0), "accuracy"]) == pytest.approx((0.73, 0.08, 3))
 
 
 def test_clients_of_one_budget_are_averaged_within_a_run(tmp_path):
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
-    found = by_budget(collect(made_up(tmp_path, three))[0])
+    table = by_budget(collect(made_up(tmp_path, three))[0])
     # a and c: loss and loss - 0.2, so on average 0.1 less; their distance is no spread between seeds
-    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10, 3))
+    assert tuple(table.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, 0.10, 3))
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    found = paired_differences(collect(made_up(tmp_path))[0], "topk")
-    assert set(found.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
-    assert tuple(found.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02, 3))  # of -0.01 -0.03 -0.05
+    table = paired_differences(collect(made_up(tmp_path))[0], "topk")
+    assert set(table.index) == {("ub_smoe", 0.5), ("ub_smoe", 1.0)}
+    assert tuple(table.loc[("ub_smoe", 0.5)]) == pytest.approx((-0.03, 0.02, 3))  # of -0.01 -0.03 -0.05
 
 
 def test_markdown(tmp_path):
@@ -155,18 +155,18 @@ def test_pictures_show_every_method(tmp_path):
     assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
 
 
-def test_finished_runs_are_of_the_weights_and_rows_that_are_there(tmp_path):
-    """By content: a model split or trained anew has the same names and sizes."""
+def test_finished_runs_must_have_used_the_weights_and_rows_that_exist_now(tmp_path):
+    """Digests are of contents: a model split or trained anew has the same names and sizes."""
     (run,) = made_up(tmp_path / "runs", methods=("topk",), seeds=1)
-    check_inputs([run])  # a run that does not say
+    check_inputs([run])  # a run that recorded no digests passes
     summary = run.exp.run_dir / "summary.json"
-    known = json.loads(summary.read_text())
+    recorded = json.loads(summary.read_text())
     inputs = {"model_digest": model_digest(run.exp.model_dir), "data_digest": data_digest(run.exp)}
-    summary.write_text(json.dumps(known | inputs))
+    summary.write_text(json.dumps(recorded | inputs))
     check_inputs([run])
-    for name, what in {"model_digest": "weights", "data_digest": "rows"}.items():
-        summary.write_text(json.dumps(known | inputs | {name: "0" * 32}))
-        with pytest.raises(UserError, match=f"topk-0 holds a finished run with other {what} than there are now"):
+    for name, meaning in {"model_digest": "weights", "data_digest": "rows"}.items():
+        summary.write_text(json.dumps(recorded | inputs | {name: "0" * 32}))
+        with pytest.raises(UserError, match=f"topk-0 holds a finished run with other {meaning} than there are now"):
             check_inputs([run])
     folder = tmp_path / "model"
     folder.mkdir()
@@ -197,13 +197,13 @@ def test_machine(tmp_path):
     assert elsewhere.startswith(cores) and ", torch " in elsewhere
 
 
-def test_machines_are_those_of_the_runs(tmp_path):
+def test_machines_are_read_from_the_runs(tmp_path):
     runs = made_up(tmp_path, methods=("topk",), seeds=3)
     for run, name in zip(runs, ("2 cores of A", "8 cores of B", "2 cores of A"), strict=True):
         path = run.exp.run_dir / "summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": name}))
     assert machines(runs) == "2 cores of A; 8 cores of B"
-    finish(runs[1].exp, 0.5)  # as runs were before they said so
+    finish(runs[1].exp, 0.5)  # as runs were before they recorded it
     assert machines(runs) == f"2 cores of A; machine not recorded, table made on {machine()}"
 
 
@@ -214,7 +214,7 @@ def lose_the_last(run: Run) -> None:
     path.write_text(json.dumps(summary | {"lost_in_round": {lost: 2}}))
 
 
-def test_a_lost_client_has_no_end(tmp_path):
+def test_a_lost_client_has_no_final_figures(tmp_path):
     runs = made_up(tmp_path, methods=("topk",), seeds=1)
     lose_the_last(runs[0])
     clients, _ = collect(runs)
@@ -222,21 +222,21 @@ def test_a_lost_client_has_no_end(tmp_path):
     assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in markdown(clients, "headline")
 
 
-def test_a_budget_without_one_of_its_clients_is_left_out_and_the_seeds_that_are_left_counted(tmp_path):
-    """Or the mean of seed 1 would be of other clients than that of the other seeds."""
+def test_a_budget_that_lost_a_client_is_left_out_and_the_other_seeds_are_counted(tmp_path):
+    """Otherwise the mean of seed 1 would be over other clients than the mean of the other seeds."""
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
     runs = made_up(tmp_path, three)
     lose_the_last(next(run for run in runs if (run.method, run.seed) == ("topk", 1)))
     clients, _ = collect(runs)
-    found = by_budget(clients)
-    assert tuple(found.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
-    assert tuple(found.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
+    table = by_budget(clients)
+    assert tuple(table.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
+    assert tuple(table.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
     text = markdown(clients, "headline")
     assert "| `topk` | 0.3000 ± 0.1414 (n = 2) | 70.0 ± 14.1 (n = 2) | 0.3000 ± 0.1000 | 70.0 ± 10.0 |" in text
     assert "| `ub_smoe` | -0.0300 ± 0.0283 (n = 2) | -0.0300 ± 0.0200 |" in text  # of -0.01 -0.05
 
 
-def test_a_client_that_came_back_sent_nothing_meanwhile(tmp_path):
+def test_a_client_that_rejoined_sent_nothing_meanwhile(tmp_path):
     (run,) = made_up(tmp_path, methods=("topk",), seeds=1)
     path = run.exp.run_dir / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -246,7 +246,7 @@ def test_a_client_that_came_back_sent_nothing_meanwhile(tmp_path):
     assert (rich["megabytes_sent"], rich["local_seconds"]) == (6.0, 8.0)  # of two rounds of three
 
 
-def test_what_a_label_does_not_say_is_told(tmp_path):
+def test_keys_that_depart_from_the_label_are_named(tmp_path):
     def changed(label: str, *overrides: str) -> list[str]:
         return departures(Run(label, 0, load_experiment(CONFIG, [f"method={label}", *overrides])))
 
@@ -254,5 +254,5 @@ def test_what_a_label_does_not_say_is_told(tmp_path):
     assert changed("topk", "dmr.enabled=true", "dmr.zeta=0.5") == ["dmr.enabled=True (not False)"]
     assert changed("flora", "merge.rule=florist", "lora.alpha=8.0") == ["merge.rule=florist (not flora)"]
     exp = load_experiment(CONFIG, ["method=ub_smoe", "dmr.enabled=false", "pseudo_gradient.tokens_per_expert=8"])
-    found = departures(Run("ub_smoe-no_dmr", 0, exp))
-    assert found == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]
+    changes = departures(Run("ub_smoe-no_dmr", 0, exp))
+    assert changes == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]

@@ -1,21 +1,20 @@
-"""The fidelity report: its numbers by hand, what it finds on experts trained from scratch, and its command."""
+"""Check the fidelity report: figures by hand, its result on experts trained from scratch, and its command."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from tests.support.ranks import REPO, clean_environment, run_ranks
+from tests.support.ranks import REPO, clean_environment, run_ranks, warm_python
 from ubsmoe_ds.studies.fidelity import Measured, bias, summary
 
 TINY = REPO / "ds_configs" / "compare_tiny.yaml"
 
 
 def hand_made() -> dict[str, list[Measured]]:
-    """One layer, two experts with gradients of two elements, two batches; expert 1 was active in the second only."""
+    """Return one layer, two experts with gradients of two elements, two batches; expert 1 is active in the second."""
     dense = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
     first = Measured(dense, torch.tensor([[[4.0, 3.0], [0.0, 0.0]]]), torch.tensor([[True, False]]))
     second = Measured(dense, torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]), torch.tensor([[True, True]]))
@@ -71,7 +70,7 @@ def test_the_bias_of_top_k_grows_as_k_falls(scratch):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(REPO / "launch" / "fidelity.py"), "--config", str(TINY), *arguments]
+    line = [*warm_python(), str(REPO / "launch" / "fidelity.py"), "--config", str(TINY), *arguments]
     return subprocess.run(line, env=clean_environment(), capture_output=True, text=True, timeout=300, cwd=REPO)
 
 
@@ -92,7 +91,7 @@ def test_command_writes_table_and_picture(tmp_path):
     [
         (["--ks", "17"], "--ks: 17 must lie between 1 and the model's 16 experts"),
         (["--batches", "0"], "--batches 0 must be at least 1"),
-        (["method=nothing"], "method: 'nothing' is no method"),
+        (["method=nothing"], "method: 'nothing' is not a method"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message):

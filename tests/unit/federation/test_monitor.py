@@ -1,0 +1,20 @@
+"""The record of a run, across the jobs that it was resumed by."""
+
+from tests.support import tiny
+from ubsmoe_ds.checkpoint.progress import Record
+from ubsmoe_ds.federation.monitor import Monitor
+
+
+def record_rounds(monitor: Monitor, numbers: range) -> None:
+    for number in numbers:
+        monitor.round(Record(number, {"exchange/megabytes": 1.0, "steps/a": number}, {"seconds/round": 2.0}, None))
+
+
+def test_records_are_of_all_jobs_of_a_run(tmp_path):
+    """Rounds 0 to 2, then a checkpoint of round 1 is resumed: its job records rounds 2 and 3."""
+    exp = tiny.experiment("unused", [{"budget": 1.0}]).model_copy(update={"output": str(tmp_path)})
+    record_rounds(Monitor(exp), range(3))
+    resumed = Monitor(exp, go_on_from=2)
+    assert [record["round"] for record in resumed.records()] == [0, 1]
+    record_rounds(resumed, range(2, 4))
+    assert [record["metrics"]["steps/a"] for record in resumed.records()] == [0, 1, 2, 3]

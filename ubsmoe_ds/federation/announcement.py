@@ -1,0 +1,59 @@
+"""Lines that a run prints before its first round: what is about to run, and what the experiment loses."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from ubsmoe_ds.client.engine import Client
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching.placement import describe
+from ubsmoe_ds.models.cost import trainable_parameters
+from ubsmoe_ds.models.hf_config import model_shape
+from ubsmoe_ds.mpi.world import World
+
+GROUPED_PRODUCTS = (9, 0)  # CUDA's compute capability from which torch multiplies all experts in one kernel
+
+
+def headline(exp: Experiment, client: Client) -> str:
+    """Return one line that sums up the run: method, clients, K, LoRA ranks, adapter size, rounds."""
+    ks = " ".join(str(exp.active_experts(c)) for c in exp.clients)
+    ranks = " ".join(map(str, dict.fromkeys(exp.lora_ranks)))
+    shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
+    adapter = trainable_parameters(shape, exp.router.trainable)
+    return (
+        f"{exp.name}: {exp.method}, {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), "
+        f"K {ks} of {exp.num_experts} experts, LoRA rank {ranks}, "
+        f"adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
+    )
+
+
+def placement(exp: Experiment, world: World) -> str:
+    """Return one line that says on which hosts the clients run, and which address a group uses if not the default."""
+    meetings = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
+    return "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *meetings])
+
+
+def warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Yield a line for everything that the experiment loses: pseudo-gradients, speed, beginnings of prompts.
+
+    Args:
+        exp: the experiment.
+        cuts: (prompts that were cut, all prompts) of "training" and "evaluation".
+    """
+    pseudo_gradients = exp.pseudo_gradient.estimator != "none"
+    if exp.merge.row.by_utilisation and pseudo_gradients:
+        yield (
+            f"warning: merge.rule {exp.merge.rule} gives no weight to a client that did not use an expert, so its "
+            "pseudo-gradients for that expert are lost; set merge.rule fedavg to keep them"
+        )
+    if torch.cuda.is_available() and exp.accelerator != "cpu":
+        capability = torch.cuda.get_device_capability()
+        if capability < GROUPED_PRODUCTS or not exp.deepspeed.use_bf16:
+            yield (
+                "warning: torch computes experts one by one here; it computes them together in bf16 on devices of "
+                "compute capability 9.0 or more "
+                f"(this one: {'.'.join(map(str, capability))}, bf16 {exp.deepspeed.use_bf16})"
+            )
+    if any(cut for cut, _ in cuts.values()):
+        counts = " and ".join(f"{cut} of {total} {kind}" for kind, (cut, total) in cuts.items())
+        yield f"note: {counts} prompts lose their beginning to data.max_length={exp.data.max_length}"
