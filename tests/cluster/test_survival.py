@@ -114,11 +114,7 @@ def test_another_death_while_the_others_recover(tmp_path):
 
 def test_too_few_clients_end_the_job_and_it_can_be_resumed_with_all(tmp_path):
     output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1)
-<<<<<<< HEAD
-    assert "error: min_clients: 2 clients are left, 3 are demanded; --resume auto goes on" in output
-=======
     assert "error: min_clients: 2 clients are left, fewer than the 3 required" in output
->>>>>>> origin/main
     output = survive(tmp_path / "out", None, "min_clients=3", "--resume", "auto")
     assert "resumed from" in output
     assert [
