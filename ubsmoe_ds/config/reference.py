@@ -20,10 +20,16 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.methods import PRESETS
 from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 DERIVED = ("num_experts", "k_max")  # read from the model folder
-CHOICES = {"method": tuple(PRESETS), "merge.rule": tuple(RULES)}  # names in tables, which a type does not list
+# names in tables, which a type does not list
+CHOICES = {
+    "method": tuple(PRESETS),
+    "merge.rule": tuple(RULES),
+    "pseudo_gradient.estimator": ("none", *ESTIMATORS),
+}
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 KINDS = {
     int: "whole number",

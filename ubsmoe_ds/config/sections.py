@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ubsmoe_ds.config.merge_rules import RULES, MergeRule
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 ZERO_STAGES = (0, 1, 2)
 
@@ -120,7 +121,7 @@ class DmrConfig(Section):
 class PseudoGradientConfig(Section):
     """Universal Pseudo-Gradient (paper, in words); moe/pseudo_gradient.py has the estimators."""
 
-    estimator: Literal["none", "expert_mean", "token_weighted", "linearised", "dense_oracle"] = Field(
+    estimator: str = Field(
         "none",
         description="how gradients of experts that were not activated are estimated; dense_oracle: for studies",
     )
@@ -129,6 +130,13 @@ class PseudoGradientConfig(Section):
         None, description="tokens that each expert draws from a micro-batch of a rank; null: all of them"
     )
     moment_share: Fraction = Field(1.0, description="share of the experts' rows that `linearised` takes moments from")
+
+    @field_validator("estimator")
+    @classmethod
+    def _known_estimator(cls, value: str) -> str:
+        if value != "none" and value not in ESTIMATORS:
+            raise ValueError(f"{value!r} is no estimator; use one of none, {', '.join(ESTIMATORS)}")
+        return value
 
 
 class MergeConfig(Section):
