@@ -94,7 +94,7 @@ def _values(kind: Any, limits: Sequence[Any] = ()) -> str:
     """Return what a key may be: its literals, or its type with limits."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _values(inner[0], [one for part in inner[1:] for one in getattr(part, "metadata", [part])])
+        return _values(inner[0], [limit for part in inner[1:] for limit in getattr(part, "metadata", [part])])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, UnionType):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import DeepSpeedConfig
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.planning.rank_setup import Batch, RankSetup, copies, with_lora_rank
