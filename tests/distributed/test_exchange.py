@@ -34,7 +34,9 @@ def test_exchange_equals_numpy(name, tmp_path):
     units += [("dmr", 8, None, None)]
     weights = [1.0, 2.0, 4.0][: len(layouts)]
     arguments = {"layouts": layouts, "units": units, "num_experts": experts, "weights": weights}
-    results = run_ranks(tmp_path, size, "tests.support.scenarios:exchange", arguments | {"payloads": list(TOLERANCE)})
+    results = run_ranks(
+        tmp_path, size, "tests.support.exchange_scenarios:exchange", arguments | {"payloads": list(TOLERANCE)}
+    )
     rank = 0
     for client, (ranks, ep, sent_rank, reply_rank) in enumerate(layouts):
         for group_rank in range(ranks):
@@ -75,7 +77,9 @@ def _elements(numel, lora, rank):
 def test_bf16_halves_the_traffic(tmp_path):
     units = [("e0.gate", 0, 0, (3, 2)), ("e1.gate", 0, 1, (3, 2))]
     arguments = {"layouts": [(1, 1, 4, None), (1, 1, 4, None)], "units": units, "num_experts": 2, "weights": [1.0, 1.0]}
-    results = run_ranks(tmp_path, 2, "tests.support.scenarios:exchange", arguments | {"payloads": ["fp32", "bf16"]})
+    results = run_ranks(
+        tmp_path, 2, "tests.support.exchange_scenarios:exchange", arguments | {"payloads": ["fp32", "bf16"]}
+    )
     sent = {payload: [int(result[f"{payload}/bytes"]) for result in results] for payload in ("fp32", "bf16")}
     assert sent["fp32"] == [2 * 20 * 4] * 2  # to the other rank: 20 elements of its unit, and 20 of the reply
     assert sent["bf16"] == [2 * 20 * 2] * 2

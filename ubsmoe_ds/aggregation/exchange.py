@@ -50,8 +50,7 @@ class Exchange:
         memory: SharedMemory | None = None,
         same_reply: bool = False,
     ) -> None:
-        self.comm, self.units, self.layouts = comm, units, layouts
-        self.payload, self.num_experts, self.same_reply = payload, num_experts, same_reply
+        self.comm, self.layouts, self.payload, self.same_reply = comm, layouts, payload, same_reply
         spans = RankSpans(comm.rank, comm.size, layouts, units, num_experts, owner)
         self.owned, self.held_numel, self._reply_numel = spans.owned, spans.held_numel, spans.reply_numel
         self._to_owners, self._to_holders = spans.to_owners(), spans.to_holders()

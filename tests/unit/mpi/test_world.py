@@ -176,14 +176,14 @@ def test_bf16_is_refused_where_the_device_lacks_it(monkeypatch):
 def test_ranks_share_the_cores_that_they_may_run_on(tmp_path):
     """Rank 0 may run on cores 0 - 7, rank 1 on 0 - 3, rank 2 on core 9 alone, rank 3 on 0 - 3 and 10 - 11."""
     sets = [[*range(8)], [*range(4)], [9], [*range(4), 10, 11]]
-    ranks = run_ranks(tmp_path, 4, "tests.support.scenarios:fair_cores", {"sets": sets})
+    ranks = run_ranks(tmp_path, 4, "tests.support.mpi_scenarios:fair_cores", {"sets": sets})
     assert [int(rank["cores"]) for rank in ranks] == [5, 1, 1, 3]  # 4/3 + 4, 4/3, 1, 4/3 + 2
 
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
     """Four ranks started on two hosts in turn, as by `-ppn 1`; client a has two ranks, b and c have one."""
-    return run_ranks(tmp_path_factory.mktemp("joined"), 4, "tests.support.scenarios:joined", {})
+    return run_ranks(tmp_path_factory.mktemp("joined"), 4, "tests.support.mpi_scenarios:joined", {})
 
 
 @pytest.mark.slow

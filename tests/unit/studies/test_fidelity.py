@@ -38,7 +38,7 @@ def test_bias_by_hand():
 def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fidelity")
     arguments = {"folder": str(folder / "model"), "train_steps": 100, "batches": 8}
-    (result,) = run_ranks(folder, 1, "tests.support.scenarios:fidelity", arguments, timeout=500)
+    (result,) = run_ranks(folder, 1, "tests.support.fidelity_scenario:fidelity", arguments, timeout=500)
     columns = ("estimator", "group", "layer", "experts", "cosine", "size")
     return pd.DataFrame({column: result[column] for column in columns}), result
 

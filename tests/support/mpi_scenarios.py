@@ -1,0 +1,75 @@
+"""Functions that the ranks of MPI tests run; each returns arrays (see `ranks.py`). Nothing here needs DeepSpeed."""
+
+import os
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from tests.support import tiny
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.mpi import join as join_module
+from ubsmoe_ds.mpi.join import join
+from ubsmoe_ds.mpi.rendezvous import meet
+from ubsmoe_ds.mpi.world import World
+
+
+def fair_cores(sets: list[list[int]]) -> dict[str, Any]:
+    """Return this rank's cores if rank r may run on the cores `sets[r]`."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    with mock.patch("os.sched_getaffinity", return_value=set(sets[comm.rank])):
+        return {"cores": np.array(join_module._fair_cores(comm))}
+
+
+def gathered(lengths: list[int]) -> dict[str, Any]:
+    """Gather a text of every rank, of `lengths[r]` characters on rank r; return what this rank received."""
+    from mpi4py import MPI
+
+    from ubsmoe_ds.mpi.collectives import gather_json
+
+    rank = MPI.COMM_WORLD.rank
+    values = gather_json(MPI.COMM_WORLD, {"rank": rank, "text": "é" * lengths[rank], "third": rank / 3})
+    return {
+        "ranks": np.array([value["rank"] for value in values]),
+        "lengths": np.array([len(value["text"]) for value in values]),
+        "thirds": np.array([value["third"] for value in values]),
+    }
+
+
+def joined() -> dict[str, Any]:
+    """Join a job on two made-up hosts; return this rank's place in it, its device and its rendezvous."""
+    from mpi4py import MPI
+
+    exp = tiny.experiment("unused", [{"budget": 1.0, "ranks": count} for count in (2, 1, 1)])
+    with mock.patch.object(join_module, "_hosts", return_value=["n0", "n1", "n0", "n1"]):
+        world = join(exp, "train.py", [])
+    assert world.hosts == ("n0", "n0", "n1", "n1") and not any(world.meetings)
+    values: dict[str, Any] = {
+        "rank": world.rank,
+        "client": world.client,
+        "group_rank": world.group_rank,
+        "port": int(os.environ["MASTER_PORT"]),
+        "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),
+        "local_of_one": _local_rank(exp, world, [["a"], ["a"], ["c"], ["d"]]),
+    }
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    meeting = meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
+    values |= {"address": meeting.address, "meeting_port": meeting.port, "interface": meeting.interface}
+    os.environ["GLOO_SOCKET_IFNAME"] = "none0"
+    try:
+        meet(MPI.COMM_WORLD, MPI.COMM_WORLD, one_host=False)
+    except UserError as error:
+        values["error"] = str(error)
+    return {key: np.array(value) for key, value in values.items()}
+
+
+def _local_rank(exp: Experiment, world: World, devices: list[list[str]]) -> int:
+    """Return LOCAL_RANK if rank r of the job sees `devices[r]`; -1 if they are too few."""
+    try:
+        join_module.check_devices(exp, world, devices[world.rank])
+    except UserError:
+        return -1
+    return int(os.environ["LOCAL_RANK"])
