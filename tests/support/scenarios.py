@@ -69,17 +69,23 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
             losses.append(float(nll) / batch.answer_tokens)
             norms.append(client.gradient_hook.norms[0])
         results |= {f"{name}/losses": np.array(losses), f"{name}/norms": np.array(norms)}
-        masters = client.gradient_hook.masters
-        for key, parameter in client.model.named_parameters():
-            if parameter.requires_grad:
-                master = masters.read(parameter)
-                results[f"{name}/value/{key}"] = master.numpy()
-                assert master.dtype == torch.float32
-                assert torch.equal(parameter.detach(), master.to(parameter.dtype)), "the weight is its master, rounded"
-                assert parameter.dtype == (torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
+        results |= {f"{name}/value/{key}": value for key, value in _masters(client).items()}
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+def _masters(client: Any) -> dict[str, np.ndarray]:
+    """Return the fp32 values of the trainable parameters; check that each weight is its master, rounded."""
+    values = {}
+    for key, parameter in client.model.named_parameters():
+        if parameter.requires_grad:
+            master = client.gradient_hook.masters.read(parameter)
+            assert master.dtype == torch.float32
+            assert parameter.dtype == (torch.bfloat16 if client.exp.deepspeed.use_bf16 else torch.float32)
+            assert torch.equal(parameter.detach(), master.to(parameter.dtype)), "the weight is not its master, rounded"
+            values[key] = master.numpy()
+    return values
 
 
 def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
@@ -143,23 +149,13 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         replies = [sum(server.lora_ranks)] * len(clients) if flora else server.lora_ranks
         exchange = exchange_for(server.lora_ranks, replies)
         server.start(exchange.collect(store.shared.numpy(), exact=True))
-        for key, parameter in client.model.named_parameters():
-            if parameter.requires_grad:
-                value = _local_value(key, world.client, parameter, config, world.group_rank)
-                if variant.get("broken") == [world.client, key]:
-                    value.view(-1)[0] = float("nan")
-                client.gradient_hook.masters.write(parameter, value)
+        _write_known_values(client, world, variant.get("broken"))
         usage = Usage(routed_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), routed_CLE).float())
         merged = server.merge(exchange.collect(store.updates(lora_rank).numpy()), usage, server.lora_ranks)
         reply = torch.from_numpy(exchange.distribute(merged))
         store.apply(reply, lora_rank, replies[world.client], round_number=1)
         results[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
-        for key, parameter in client.model.named_parameters():
-            if parameter.requires_grad:
-                results[f"{name}/value/{key}"] = client.gradient_hook.masters.read(parameter).numpy()
-                assert torch.allclose(
-                    parameter.detach().float(), client.gradient_hook.masters.read(parameter), atol=0.02
-                )
+        results |= {f"{name}/value/{key}": value for key, value in _masters(client).items()}
         if flora:
             frozen = reference.base_weights(client.model)
             results |= {f"{name}/value/{key}": weight.float().numpy() for key, weight in frozen.items()}
@@ -168,6 +164,16 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+def _write_known_values(client: Any, world: World, broken: list | None) -> None:
+    """Set every trainable parameter to its known value; `broken` = [client, parameter] gets a NaN."""
+    for key, parameter in client.model.named_parameters():
+        if parameter.requires_grad:
+            value = _local_value(key, world.client, parameter, client.config, world.group_rank)
+            if broken == [world.client, key]:
+                value.view(-1)[0] = float("nan")
+            client.gradient_hook.masters.write(parameter, value)
 
 
 def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, rank: int) -> torch.Tensor:

@@ -183,13 +183,7 @@ def generate_answers(
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        # padded on the left, so that all answers begin at the same position
-        longest = max(len(prompts[n]) for n in chosen)
-        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for b, n in enumerate(chosen):
-            ids[b, longest - len(prompts[n]) :] = torch.tensor(prompts[n])
-            mask[b, longest - len(prompts[n]) :] = 1
+        ids, mask = _padded_on_the_left([prompts[n] for n in chosen], tokenizer.pad_token_id)
         generated = model.hf.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -198,10 +192,21 @@ def generate_answers(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        answers = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
         for n, text in zip(chosen, answers, strict=True):
             texts[n] = text
     return texts
+
+
+def _padded_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, [rows, longest], so that all answers begin at the same position."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[b, longest - len(prompt) :] = 1
+    return ids, mask
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:
