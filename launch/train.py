@@ -118,20 +118,16 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
     from ubsmoe_ds.mpi.join import join, started_rank
 
     survives = exp.fault_tolerance == "shrink"
-    who, speaks, speaks_for_client = f"rank {started_rank()}", launchers.is_first(os.environ), True
+    who, speaks, speaks_for_group = f"rank {started_rank()}", launchers.is_first(os.environ), True
     try:
         if survives:
             ulfm.check_survivable(os.environ)
         joined = join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp.clients, joined.rank), joined.rank == 0
-        speaks_for_client = joined.group_rank == 0
+        speaks_for_group = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:
-        if speaks:
-            report(error)
-        together = exits.all_ranks_failed()
-        if speaks_for_client and not speaks and not together:
-            report(error)
+        together = report_once(error, speaks, speaks_for_group)
         return exits.end_after_error(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
         if speaks and PARENT_SPEAKS not in os.environ:
@@ -149,6 +145,18 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         print(ending.message, file=sys.stderr, flush=True)
     sign_off(os.environ, ending.code)
     return exits.end_together(ending.world.comm, ending.code, survives)
+
+
+def report_once(error: UserError, speaks: bool, speaks_for_group: bool) -> bool:
+    """Print a user's mistake once; once per group if only some ranks have it. Return whether every rank has failed."""
+    from ubsmoe_ds.mpi import exits
+
+    if speaks:
+        report(error)
+    together = exits.all_ranks_failed()
+    if speaks_for_group and not speaks and not together:
+        report(error)
+    return together
 
 
 def report(error: UserError) -> int:

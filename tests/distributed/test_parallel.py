@@ -62,7 +62,7 @@ def model_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(model_path):
-    """The plain loop's losses, norms and final weights, computed when first asked for."""
+    """Return a function from a variant to the plain loop's losses, norms, final and first weights; cached."""
     cache = {}
 
     def get(name):
@@ -118,16 +118,16 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
             twin = rank % ep if ".experts." in key else 0
             np.testing.assert_array_equal(held[rank], held[twin], err_msg=f"{key} on rank {rank}")
             assert ".experts." not in key or len(held[rank]) == experts
-    found = np.concatenate([v.ravel() for k, v in result.items() if k.startswith(f"{name}/value/")])
-    fine = (found.astype(np.float32).view(np.uint32) & 0xFFFF != 0).mean()  # what bf16 has no bits for
+    learned = np.concatenate([v.ravel() for k, v in result.items() if k.startswith(f"{name}/value/")])
+    fine = (learned.astype(np.float32).view(np.uint32) & 0xFFFF != 0).mean()  # bits that bf16 does not have
     assert fine > 0.5, "masters keep what bf16 weights cannot hold"
-    # bf16 is too coarse to compare weights one by one; but they must be clearly nearer to those with PG than without
+    # bf16 is too coarse to compare weights one by one; they must be clearly nearer to those with PG than without
     assert not bf16 or distance < 0.5 * without_pg, (distance, without_pg)
 
 
 @pytest.mark.parametrize("name, like", [("dropping", "token_clip"), ("drawing", "linearised_clip")])
 def test_what_depends_on_the_layout_stays_near_the_loop(name, like, trained, expected):
-    """Each rank drops by its own tokens and draws its own for pseudo-gradients; replicas must agree all the same."""
+    """Each rank drops and draws among its own tokens; replicas must agree nevertheless."""
     ranks, ep, results = trained
     losses = [result[f"{name}/losses"] for result in results]
     assert np.isfinite(losses).all() and all((other == losses[0]).all() for other in losses)
@@ -140,7 +140,7 @@ def test_what_depends_on_the_layout_stays_near_the_loop(name, like, trained, exp
 
 
 def test_load_balancing_loss(trained, expected):
-    """A product of means over a rank's tokens: one rank trains like the loop, several stay near it."""
+    """The loss is a product of means over a rank's tokens: one rank trains like the loop, several stay near it."""
     ranks, _, results = trained
     losses = expected("load_balancing")[0]
     assert np.abs(losses - expected("plain")[0]).max() > 2e-3, "the coefficient does nothing"

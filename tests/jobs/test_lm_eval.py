@@ -26,7 +26,7 @@ def adapter(tmp_path):
             state[f"layers.{layer}.experts.{name}.lora_B"] = torch.randn(16, shape[0], 2, generator=generator) / 10
         state[f"layers.{layer}.phi"] = torch.rand(16, generator=generator) * 2 - 1
     facts = {"k": "2", "k_max": "8", "candidates": "16", "gate_rescale": "none", "base_model": "builtin:tiny_olmoe"}
-    peft_format.save(tmp_path / "adapter", state, rank=2, alpha=2.0, base_model=str(FOLDER), facts=facts)
+    peft_format.save(tmp_path / "adapter", state, lora_rank=2, alpha=2.0, base_model=str(FOLDER), facts=facts)
     return tmp_path / "adapter"
 
 

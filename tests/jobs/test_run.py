@@ -102,7 +102,7 @@ def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
 
 def test_adapter_holds_the_whole_merged_state(demo):
     adapter = read_adapter(demo[0] / "adapter")
-    assert adapter.rank == 8 and adapter.scaling == 2.0 and adapter.facts["k_max"] == "8"
+    assert adapter.lora_rank == 8 and adapter.scaling == 2.0 and adapter.facts["k_max"] == "8"
     assert adapter.state["layers.0.experts.gate.lora_A"].shape == (16, 8, 128)
     assert adapter.state["layers.2.experts.down.lora_B"].shape == (16, 128, 8)
     assert abs(adapter.state["layers.1.phi"]).max() > 0

@@ -58,7 +58,7 @@ def prepared() -> Path:
     places = load(folder / "moe", spec).named_state()
     state = {name: torch.randn(value.shape) / 9 for name, value in places.items() if ".lora_" in name or "phi" in name}
     facts = {"k": "2", "k_max": "4", "candidates": "8", "base_model": str(folder / "moe")}
-    peft_format.save(folder / "adapter", state, rank=2, alpha=4.0, base_model=str(folder / "moe"), facts=facts)
+    peft_format.save(folder / "adapter", state, lora_rank=2, alpha=4.0, base_model=str(folder / "moe"), facts=facts)
     questions = [GOOD.replace(b"Which?", f"Which {n}?".encode()) for n in range(60)]
     (folder / "rows.jsonl").write_bytes(b"\n".join(questions))
     return folder

@@ -53,7 +53,7 @@ def prepared() -> Path:
     facts = {"format": "ubsmoe_ds.adapter.2", "base_model": str(folder / "single"), "method": "ub_smoe"}
     facts |= {"k": "2", "k_max": "4", "candidates": "8", "modulate": "weights", "gate_rescale": "learned"}
     base = str(folder / "single")
-    peft_format.save(folder / "adapter", state, rank=RANK, alpha=6.0, base_model=base, facts=facts)
+    peft_format.save(folder / "adapter", state, lora_rank=RANK, alpha=6.0, base_model=base, facts=facts)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A small random model of every supported family, and of what differs within one."""
+"""Small random models: every supported family, and variants within some."""
 
 import copy
 from pathlib import Path

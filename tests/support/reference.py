@@ -1,4 +1,4 @@
-"""Slow and plain second implementations: one process, no DeepSpeed, loops over tokens and experts."""
+"""Second implementations to compare with, slow and plain: one process, no DeepSpeed, loops over tokens and experts."""
 
 from functools import partial
 
@@ -17,13 +17,13 @@ from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
 
 def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
-    """The model of the first client with all experts in this process."""
+    """Return the model of the first client with all experts in this process."""
     config = exp.clients[0].model_copy(update={"expert_parallel": 1, "ranks": 1})
     return load(exp.weights_dir, client_spec(exp, config, 0)).train()
 
 
 def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM]:
-    """`count` steps of the first client as a plain loop; (mean answer losses, gradient norms, the model)."""
+    """Train the first client for `count` steps in a plain loop; return (mean losses, gradient norms, the model)."""
     model = whole_model(exp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     options = exp.deepspeed.optimizer["params"]
@@ -60,7 +60,7 @@ def _keep(record: dict[str, Tensor], module: UBSMoE, inputs: tuple[Tensor, ...],
 
 
 def watch(layers: list[UBSMoE]) -> list[dict[str, Tensor]]:
-    """Records of each layer's input and output gradient, filled in anew by every forward and backward pass."""
+    """Return records of each layer's input and output gradient, updated by every forward and backward pass."""
     records: list[dict[str, Tensor]] = [{} for _ in layers]
     for record, layer in zip(records, layers, strict=True):
         layer.register_forward_hook(partial(_keep, record))
@@ -68,7 +68,7 @@ def watch(layers: list[UBSMoE]) -> list[dict[str, Tensor]]:
 
 
 def base_weights(model: UBSMoEForCausalLM) -> dict[str, Tensor]:
-    """Copies of the experts' frozen weights, named like the LoRA factors beside them."""
+    """Return copies of the experts' frozen weights, named like the LoRA factors beside them."""
     return {
         f"hf.model.layers.{index}.mlp.deepspeed_moe.experts.{name}_weight": weight.clone()
         for index, layer in enumerate(model.layers)
@@ -77,21 +77,21 @@ def base_weights(model: UBSMoEForCausalLM) -> dict[str, Tensor]:
 
 
 def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> list:
-    """(parameter, pseudo-gradient) of every LoRA factor, token by token."""
+    """Return (parameter, pseudo-gradient) of every LoRA factor, computed token by token."""
     estimator, rho = exp.pseudo_gradient.estimator, exp.rho(exp.clients[0])
-    found = []
+    additions = []
     for layer, record in zip(model.layers, seen, strict=True):
         if estimator == "none":
             continue
         functions = [token_weighted, expert_mean, dense_oracle, linearised]
         function = next(f for f in functions if f.__name__ == estimator)
         gradients = function(layer, record, rho)
-        found += [(p, gradients[id(p)]) for pair in layer.experts.factors().values() for p in pair]
-    return found
+        additions += [(p, gradients[id(p)]) for pair in layer.experts.factors().values() for p in pair]
+    return additions
 
 
 def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
-    """(p, active experts, their weights) of one token."""
+    """Return (p, active experts, their weights) of one token."""
     gate = layer.gate
     s_E = gate.wg.weight.detach() @ x_D
     m_E = s_E.clone()
@@ -109,17 +109,17 @@ def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
 
 
 def _expert(layer: UBSMoE, j: int) -> dict[str, Tensor]:
-    """Effective weights W + s B A of expert j, and its A and B."""
+    """Return the effective weights W + s B A of expert j, and its A and B."""
     e = layer.experts
-    found = {}
+    weights = {}
     for name in PROJECTIONS:
         A, B = (f.detach()[j] for f in e.factors()[name])
-        found |= {name: e.base()[name][j] + e.scaling * B @ A, f"A_{name}": A, f"B_{name}": B}
-    return found
+        weights |= {name: e.base()[name][j] + e.scaling * B @ A, f"A_{name}": A, f"B_{name}": B}
+    return weights
 
 
 def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
-    """The formulas of the docstring, one token and one inactive expert at a time."""
+    """Compute the formulas of moe/pseudo_gradient.py, one token and one inactive expert at a time."""
     factors, s = layer.experts.factors(), layer.experts.scaling
     out = {id(p): torch.zeros_like(p) for pair in factors.values() for p in pair}
     for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
@@ -148,7 +148,7 @@ def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict
 
 
 def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
-    """HetLoRA's penalty, one expert at a time."""
+    """Return HetLoRA's penalty, one expert at a time."""
     total = torch.zeros(())
     for layer in model.layers:
         for A, B in layer.experts.factors().values():
@@ -158,32 +158,32 @@ def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
 
 
 def slopes(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, dh/dg, dh/du) of one token, by autograd."""
+    """Return (h, dh/dg, dh/du) of one token, by autograd."""
     g, u = g.clone().requires_grad_(), u.clone().requires_grad_()
     h = F.silu(g) * u
     return h.detach(), *torch.autograd.grad(h.sum(), [g, u])
 
 
 def calibrate(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Tensor]]) -> None:
-    """Moments of each expert over the tokens of the first two steps that chose it, token by token."""
+    """Set each expert's moments from the tokens of the first two steps that chose it, token by token."""
     batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
     values: list[list[list]] = [[[] for _ in range(layer.num_experts)] for layer in model.layers]
     for _ in range(2):
         tokens = next(batches).micro[0]
         model(tokens.input_ids, tokens.used, tokens.position_A)
-        for layer, record, found in zip(model.layers, seen, values, strict=True):
+        for layer, record, of_experts in zip(model.layers, seen, values, strict=True):
             for x, used in zip(record["x"], record["used"], strict=True):
                 for j in route(layer, x)[1] if used else []:
                     w = _expert(layer, j)
-                    found[j].append(torch.stack(slopes(w["gate"] @ x, w["up"] @ x)))
-    for layer, found in zip(model.layers, values, strict=True):
+                    of_experts[j].append(torch.stack(slopes(w["gate"] @ x, w["up"] @ x)))
+    for layer, of_experts in zip(model.layers, values, strict=True):
         width = layer.experts.base()["gate"].shape[1]
-        means = [torch.stack(f).mean(0) if f else torch.zeros(3, width) for f in found]
+        means = [torch.stack(f).mean(0) if f else torch.zeros(3, width) for f in of_experts]
         layer.experts.moments = Moments(*torch.stack(means, dim=1))
 
 
 def linearised(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
-    """The first-order model's gradient, one token and one inactive expert at a time."""
+    """Compute the first-order model's gradient, one token and one inactive expert at a time."""
     factors, s, base = layer.experts.factors(), layer.experts.scaling, layer.experts.base()
     out = {id(p): torch.zeros_like(p) for pair in factors.values() for p in pair}
     for x, delta, used in zip(record["x"], record["delta"], record["used"], strict=True):
@@ -203,7 +203,7 @@ def linearised(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int
 
 
 def expert_mean(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
-    """g_i = [sum_x c_i] [sum_j g_j] / [sum_j sum_x a_j p_j]."""
+    """Return g_i = [sum_x c_i] [sum_j g_j] / [sum_j sum_x a_j p_j]."""
     pseudo, active_mass = torch.zeros(layer.num_experts), 0.0
     for x, used in zip(record["x"], record["used"], strict=True):
         if used:
@@ -216,7 +216,7 @@ def expert_mean(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[in
 
 
 def dense_oracle(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
-    """Autograd through the inactive experts, one token and one expert at a time."""
+    """Differentiate through the inactive experts by autograd, one token and one expert at a time."""
     leaves = {n: [f.detach().clone().requires_grad_() for f in pair] for n, pair in layer.experts.factors().items()}
     base, s = layer.experts.base(), layer.experts.scaling
     total = torch.zeros(())

@@ -1,4 +1,4 @@
-"""The smallest things that tests share: a random OLMoE checkpoint, an experiment around it, and rows of tokens."""
+"""Small things that tests share: a random OLMoE, an experiment with it, and rows of tokens."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ VOCAB = 61
 
 
 def hf_model(seed: int = 0, **changes: Any) -> "OlmoeForCausalLM":
-    """A random OLMoE with weights large enough that experts and router matter."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM  # seconds, of which ranks that need none have many
+    """Return a random OLMoE with weights large enough that experts and router matter."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM  # takes seconds, for nothing in ranks that need none
 
     torch.manual_seed(seed)
     sizes = {
@@ -40,13 +40,13 @@ def hf_model(seed: int = 0, **changes: Any) -> "OlmoeForCausalLM":
 
 
 def save_model(folder: Path, **changes: Any) -> str:
-    """Write `hf_model` as a checkpoint folder."""
+    """Save `hf_model` as a model folder and return the folder."""
     hf_model(**changes).save_pretrained(folder)
     return str(folder)
 
 
 def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experiment:
-    """An experiment around a checkpoint of 8 experts, 4 active, without reading a YAML."""
+    """Return an experiment with a model of 8 experts, 4 active, without reading a YAML."""
     raw: dict[str, Any] = {
         "name": "test",
         "model": {"path": model_path},
@@ -64,7 +64,7 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
 def deepspeed(
     zero: int = 0, accumulation: int = 1, clip: float = 0.0, bf16: bool = False, gradients: str | None = None
 ) -> dict:
-    """A DeepSpeed config for 8 rows a step."""
+    """Return a DeepSpeed config for 8 rows a step."""
     return {
         "train_batch_size": 8,
         "gradient_accumulation_steps": accumulation,
@@ -77,7 +77,7 @@ def deepspeed(
 
 
 def examples(count: int = 24, seed: int = 3) -> list[Example]:
-    """Rows of random tokens of unequal length."""
+    """Return rows of random tokens of unequal length."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -88,9 +88,13 @@ def examples(count: int = 24, seed: int = 3) -> list[Example]:
 
 
 def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
-    """`base` changed: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA), ...
+    """Return `base` with changes.
 
-    "ranks": LoRA rank of each client; "sections": {section: {key: value}} for everything else.
+    Args:
+        base: the experiment.
+        changes: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA), "rescale",
+            "candidates", "capacity_factor"; "ranks": LoRA rank of each client; "sections": {section: {key: value}} for
+            everything else.
     """
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
@@ -107,12 +111,12 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
 
 
 def usage(client: int) -> Tensor:
-    """Share of a client's tokens that used each expert, [2 layers, 8 experts]; nobody used the last."""
+    """Return the share of a client's tokens that used each expert, [2 layers, 8 experts]; none used the last."""
     used = torch.from_numpy(federated_value("usage", client, (2, 8))).abs()
     used[:, -1] = 0
     return used
 
 
 def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Known weights: a draw that depends on the parameter's name and the client alone."""
+    """Return known weights: a draw that depends on the parameter's name and the client alone."""
     return np.random.default_rng([client, *name.encode()]).normal(size=shape).astype(np.float32)

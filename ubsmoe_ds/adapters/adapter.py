@@ -29,7 +29,7 @@ WEIGHTS = "weights.safetensors"  # in place of an adapter where the frozen weigh
 
 
 def save_adapter(
-    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, rank: int, scaling: float, k: int
+    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, lora_rank: int, scaling: float, k: int
 ) -> None:
     """Write a folder as `peft_format` does; under FLoRA, which merges adapters into the weights, one file of ours.
 
@@ -37,8 +37,8 @@ def save_adapter(
         exp: the experiment.
         folder: the folder to write.
         state: see `UnitStore.full_state`.
-        rank: LoRA rank of the state.
-        scaling: factor of B A; written as alpha = scaling * rank.
+        lora_rank: that of the state.
+        scaling: factor of B A; written as alpha = scaling * lora_rank.
         k: active experts that the adapter is meant for.
     """
     path = exp.model.path
@@ -61,15 +61,17 @@ def save_adapter(
     base, _, revision = path.removeprefix("hub:").partition("@")
     if not path.startswith("hub:"):
         base, revision = str(exp.model_dir.resolve()), ""
-    alpha = scaling * rank
-    peft_format.save(folder, state, rank=rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None)
+    alpha = scaling * lora_rank
+    peft_format.save(
+        folder, state, lora_rank=lora_rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None
+    )
 
 
 class Adapter(NamedTuple):
     """A stored adapter: `state` in our names, LoRA rank, scaling of B A, the base's folder, and the sidecar's facts."""
 
     state: dict[str, Tensor]
-    rank: int
+    lora_rank: int
     scaling: float
     base: Path
     facts: dict[str, str]
@@ -93,8 +95,8 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     family, config = read_facts(model_folder(name))
     if merged:
         return Adapter(read_tensors(whole), 0, 0.0, model_folder(name, weights=True), facts)
-    state, rank, alpha = peft_format.read(folder, config[family.num_experts])
-    return Adapter(state, rank, alpha / rank, model_folder(name, weights=True), facts)
+    state, lora_rank, alpha = peft_format.read(folder, config[family.num_experts])
+    return Adapter(state, lora_rank, alpha / lora_rank, model_folder(name, weights=True), facts)
 
 
 def asked_as(folder: Path) -> tuple[str, int]:
@@ -175,7 +177,7 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
     model = load(adapter.base, spec, dtype)
     places = model.named_state()
     for name, value in state.items():
-        if adapter.rank == 0 and name.endswith((".lora_A", ".lora_B")):
+        if adapter.lora_rank == 0 and name.endswith((".lora_A", ".lora_B")):
             continue  # FLoRA merged them
         if name not in places or places[name].shape != value.shape:
             raise UserError(f"adapter: tensor {name!r} {list(value.shape)} has no place in {str(adapter.base)!r}")
@@ -193,7 +195,7 @@ def _spec(adapter: Adapter) -> UBSMoESpec:
     """
     facts, state = adapter.facts, adapter.state
     family, config = read_facts(adapter.base)
-    experts, rank = config[family.num_experts], max(adapter.rank, 1)
+    experts, lora_rank = config[family.num_experts], max(adapter.lora_rank, 1)
     k_max = _whole(facts, "k_max", config["num_experts_per_tok"], 1, experts)
     k = _whole(facts, "k", k_max, 1, experts)
     gate = GateConfig(
@@ -205,8 +207,8 @@ def _spec(adapter: Adapter) -> UBSMoESpec:
     )
     return UBSMoESpec(
         gate=gate,
-        lora_rank=rank,
-        lora_alpha=adapter.scaling * rank,
+        lora_rank=lora_rank,
+        lora_alpha=adapter.scaling * lora_rank,
         lora_attention=any(".attention." in name for name in state),
     )
 

@@ -128,7 +128,7 @@ def save(
     folder: Path,
     state: Mapping[str, Tensor],
     *,
-    rank: int,
+    lora_rank: int,
     alpha: float,
     base_model: str,
     facts: Mapping[str, str],
@@ -139,13 +139,13 @@ def save(
     Args:
         folder: created if missing; files of these names in it are replaced.
         state: tensors in our names.
-        rank, alpha: LoRA rank and alpha.
+        lora_rank, alpha: those of LoRA.
         base_model: folder or id of the base, for readers.
         facts: K, N_p and the like, for the sidecar's metadata.
         revision: revision of the base, if it is an id that has one.
     """
     tensors = to_peft(state)
-    config = adapter_config(tensors, rank, alpha, base_model, revision)
+    config = adapter_config(tensors, lora_rank, alpha, base_model, revision)
     beside = {name: value.contiguous() for name, value in state.items() if name.endswith(SIDECAR_ENDINGS)}
     replace_files(
         folder,

@@ -87,6 +87,7 @@ def finite_or_null(value: Any) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON; raise ValueError for a key that stands twice."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -96,6 +97,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
+    """Refuse NaN and Infinity."""
     raise ValueError(f"{text} is not a number in JSON")
 
 

@@ -1,4 +1,4 @@
-"""How the C library keeps and returns memory in a training process."""
+"""Settings of the C library: keep freed memory for the next step, or return it to the system."""
 
 import ctypes
 

@@ -182,8 +182,9 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     """Return the final table: a row for each client, and the clients that were lost."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
     title = f"utilisation CV {before:.3f} -> {after:.3f}"
-    table = Table(title=title, title_justify="left", collapse_padding=True)  # fits the 80 columns of a log file
-    for heading in ("client", "K", "rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
+    # fits the 80 columns of a log file
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("client", "K", "LoRA rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for row in rows:
         table.add_row(

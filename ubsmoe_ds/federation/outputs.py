@@ -78,7 +78,7 @@ class Outputs:
         self, folder: Path, state: dict[str, Tensor], scales: dict[str, Tensor], scaling: float
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
-        save = partial(save_adapter, self.exp, rank=self.aggregator.lora_rank, scaling=scaling)
+        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling)
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)

@@ -184,6 +184,7 @@ def is_open_mpi(mpiexec: str) -> bool:
 
 
 def _slots(hosts: Mapping[str, int]) -> str:
+    """Return hosts and their numbers of ranks as mpiexec takes them, such as n0:4,n1:2."""
     return ",".join(f"{host}:{count}" for host, count in hosts.items())
 
 

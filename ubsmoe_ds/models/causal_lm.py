@@ -22,16 +22,18 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class LoraLinear(nn.Module):
     """A frozen linear layer plus s B A x, for attention; the experts have their own stacked form."""
 
-    def __init__(self, base: nn.Linear, rank: int, full_rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear, lora_rank: int, full_rank: int, alpha: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.base = base
         self.full_rank = full_rank
-        self.scaling = alpha / rank
-        self.lora_A = nn.Parameter(self.draw_adapter(generator)[:rank].clone())
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.scaling = alpha / lora_rank
+        self.lora_A = nn.Parameter(self.draw_adapter(generator)[:lora_rank].clone())
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, lora_rank))
 
     def draw_adapter(self, generator: torch.Generator) -> Tensor:
-        """Draw a new A, [full rank, in], fp32 on the CPU."""
+        """Draw a new A, [full LoRA rank, in], fp32 on the CPU."""
         bound = 1 / math.sqrt(self.base.in_features)
         return torch.empty(self.full_rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
 
@@ -49,7 +51,7 @@ class LoraAdapter(NamedTuple):
     A, B: [E, R, I] and [E, O, R] of experts, [R, I] and [O, R] of attention
     base: the frozen weight, [E, O, I] or [O, I]
     moe: the UB-SMoE layer of experts, which may be spread over ranks; None for attention, which every rank holds
-    draw: gives a new A at the full rank, fp32 on the CPU; the adapters of a decoder share one generator, in order
+    draw: draws a new A at the full LoRA rank, fp32 on the CPU; the adapters of a decoder share one generator, in order
     """
 
     name: str
@@ -62,7 +64,7 @@ class LoraAdapter(NamedTuple):
 
 
 class UBSMoEForCausalLM(nn.Module):
-    """The converted model. Trainable: experts' LoRA, phi, and by choice the router and attention LoRA."""
+    """The converted model. Trainable: experts' LoRA, phi, and if asked the router and attention's LoRA."""
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()

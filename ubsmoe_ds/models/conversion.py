@@ -35,7 +35,7 @@ Fill = Callable[[dict[str, Tensor], int], None]
 
 @dataclass(frozen=True)
 class UBSMoESpec:
-    """What conversion adds to a model; `config/sections.py` says what the values mean and checks them.
+    """Settings of a conversion; config/sections.py says what the values mean and checks them.
 
     gate: settings of every layer's gate.
     full_rank: LoRA rank of the shared adapters, of which this client's are the first part; None: `lora_rank`.
@@ -198,7 +198,7 @@ def convert_block(
     experts = StackedExperts(
         (count, width, config.hidden_size),
         block.gate.weight.dtype,
-        rank=spec.lora_rank,
+        lora_rank=spec.lora_rank,
         full_rank=spec.full_rank or spec.lora_rank,
         alpha=spec.lora_alpha,
         group_name=f"ep_size_{spec.expert_parallel}",

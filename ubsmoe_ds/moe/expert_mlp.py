@@ -76,7 +76,7 @@ class Weights(NamedTuple):
     down: Tensor
     width: int  # D
     hidden: int  # F
-    rank: int
+    lora_rank: int
     scaling: float
 
 
@@ -156,12 +156,12 @@ class ExpertMLP(torch.autograd.Function):
             down_B = _product(_aligned_copy(ha_NQ * weights.scaling).t(), dy_ND, rows).mT
         # silu: dL/dg and dL/du
         dgut_NO = _through_silu(dh_NF, weights, gate_up_NO, silu_NF)
-        dgu_NO, dgua_NQ = dgut_NO[:, : 2 * weights.hidden], dgut_NO[:, 2 * weights.hidden :][:, : 2 * weights.rank]
+        dgu_NO, dgua_NQ = dgut_NO[:, : 2 * weights.hidden], dgut_NO[:, 2 * weights.hidden :][:, : 2 * weights.lora_rank]
         if ctx.observer.backward is not None:
             ctx.observer.backward(h_NF, dgu_NO)
         # gate and up: the tail s B^T dgu, then dL/dx = W^T dgu + A^T (s B^T dgu), summed over a token's routes
         gate_up, width = weights.gate_up, weights.width
-        dgua_NQ.copy_(_product(dgu_NO, gate_up[:, : 2 * weights.hidden, width : width + 2 * weights.rank], rows))
+        dgua_NQ.copy_(_product(dgu_NO, gate_up[:, : 2 * weights.hidden, width : width + 2 * weights.lora_rank], rows))
         dx = None
         if ctx.needs_input_grad[3]:
             dx = _product(dgut_NO, gate_up[:, :, :width], rows)
@@ -201,7 +201,7 @@ def _gate_up_gradients(
 
     Gate and up are one product with A stacked; of B only the two blocks on the diagonal are theirs.
     """
-    hidden, rank = weights.hidden, weights.rank
+    hidden, rank = weights.hidden, weights.lora_rank
     x_ND = _take(x_TD, rows.token_N, _aligned_empty(dgu_NO, weights.width))
     A_EQD = _product(_aligned_copy(dgua_NQ).t(), x_ND, rows)  # where the tail begins is not aligned
     B_EOQ = _product(_aligned_copy(xa_NQ * weights.scaling).t(), dgu_NO, rows).mT

@@ -24,7 +24,7 @@ class StackedExperts(nn.Module):
     Args:
         shape: E, F and D.
         dtype: precision of the frozen weights; adapters start in fp32.
-        rank: R.
+        lora_rank: R.
         full_rank: LoRA rank of the shared adapters; A is drawn at this rank and cut, so that clients start alike.
         alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
         group_name: DeepSpeed's name of the expert group, "ep_size_N".
@@ -38,7 +38,7 @@ class StackedExperts(nn.Module):
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         *,
-        rank: int,
+        lora_rank: int,
         full_rank: int,
         alpha: float,
         group_name: str,
@@ -47,20 +47,22 @@ class StackedExperts(nn.Module):
         first: int,
     ) -> None:
         super().__init__()
-        self.rank, self.scaling = rank, alpha / rank
+        self.lora_rank, self.scaling = lora_rank, alpha / lora_rank
         self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
         self.num_local_experts, self.hidden, self.width = shape
         self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # where set, sums of three moments [E, F] and a count
         self.moment_every = 1  # one of so many rows is looked at for moments
-        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * rank, dtype)
-        down = room(self.num_local_experts, self.width, self.hidden, rank, dtype)
+        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * lora_rank, dtype)
+        down = room(self.num_local_experts, self.width, self.hidden, lora_rank, dtype)
         self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
         for name in PROJECTIONS:
             A_ERI, outputs = self.draw_adapter(name, generator), self.base()[name].shape[1]
-            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :rank].clone()))
-            self.register_parameter(f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, rank)))
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :lora_rank].clone()))
+            self.register_parameter(
+                f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, lora_rank))
+            )
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]
@@ -69,7 +71,7 @@ class StackedExperts(nn.Module):
         """Draw a new A of a projection for the model's experts and return the local ones.
 
         Returns:
-            [E local, full rank, in], fp32 on the CPU.
+            [E local, full LoRA rank, in], fp32 on the CPU.
         """
         inputs = self.base()[name].shape[2]
         bound = 1 / math.sqrt(inputs)  # kaiming uniform with a = sqrt 5
@@ -115,7 +117,7 @@ class StackedExperts(nn.Module):
         self._extend_with(factors)
         summing = self.training and self.moment_sums_EX is not None
         observer = Observer(self._sum_moments(rows) if summing else None, self.on_backward)
-        weights = Weights(self.gate_up, self.down, self.width, self.hidden, self.rank, self.scaling)
+        weights = Weights(self.gate_up, self.down, self.width, self.hidden, self.lora_rank, self.scaling)
         return ExpertMLP.apply(weights, rows, observer, x, weight_TK, *(f for pair in factors.values() for f in pair))
 
     @torch.no_grad()
@@ -123,14 +125,14 @@ class StackedExperts(nn.Module):
         """Copy the factors to their places beside the frozen weights."""
         for i, name in enumerate(("gate", "up")):
             A_ERD, B_EFR = factors[name]
-            rows, columns = i * self.hidden, i * self.rank
+            rows, columns = i * self.hidden, i * self.lora_rank
             A_place = self.gate_up[:, 2 * self.hidden + columns :, : self.width]
             B_place = self.gate_up[:, rows : rows + self.hidden, self.width + columns :]
-            A_place[:, : self.rank].copy_(A_ERD)
-            torch.mul(B_EFR, self.scaling, out=B_place[:, :, : self.rank])
+            A_place[:, : self.lora_rank].copy_(A_ERD)
+            torch.mul(B_EFR, self.scaling, out=B_place[:, :, : self.lora_rank])
         A_ERF, B_EDR = factors["down"]
-        self.down[:, self.width : self.width + self.rank, : self.hidden].copy_(A_ERF)
-        torch.mul(B_EDR, self.scaling, out=self.down[:, : self.width, self.hidden : self.hidden + self.rank])
+        self.down[:, self.width : self.width + self.lora_rank, : self.hidden].copy_(A_ERF)
+        torch.mul(B_EDR, self.scaling, out=self.down[:, : self.width, self.hidden : self.hidden + self.lora_rank])
 
     def _sum_moments(self, rows: Rows) -> Callable[[Tensor, Tensor], None]:
         """Return a function that sums moments over all rows, or over a sample whose size does not depend on routing."""

@@ -1,16 +1,15 @@
 """All ways in which a rank ends, and what each does to its client and to the job.
 
-function           called by                      this rank        its client        the job
-`end_together`     every remaining rank           ends with code   ends              ends with code
-`end_after_error`  a rank whose error ends it all ends with code   ends              ends with code
-`abort_job`        one rank, for all              MPI's Abort      ends              ends with code (not with ULFM)
-`end_host`         a host's first rank: a host    ends with 1      its ranks here    ends with 1 where it is reached;
-                   is lost or this one cut off                                       each host ends its own ranks
-`end_now`          a rank asked to stop twice     ends with 143    ends              ends with 143
-`leave_job`        ranks of a client that lost    ends with 0      is lost           goes on (ULFM only)
-                   one
-`die`              a rank with an error of its    SIGKILL          is lost           goes on (ULFM only)
-                   own
+function           called by                        this rank          its client        the job
+`end_together`     every remaining rank             ends with code     ends              ends with code
+`end_after_error`  a rank after an error            if all ranks failed like `end_together`; else like `abort_job`, or
+                                                    with ULFM like `die`
+`abort_job`        one rank, for all                MPI's Abort        ends              ends with code (not with ULFM)
+`end_host`         first rank of a host, when a     ends with 1        its ranks here    ends with 1 if it is reached;
+                   host is lost                                        end               each host ends its own
+`end_now`          a rank asked to stop twice       ends with 143      ends              ends with 143
+`leave_job`        ranks whose client lost a rank   ends with 0        is lost           goes on (ULFM only)
+`die`              a rank with an error of its own  SIGKILL            is lost           goes on (ULFM only)
 
 MPICH, and Open MPI without ULFM: mpiexec ends all ranks when one aborts or is killed, and returns its code. Ranks that
 fail together call Finalize first: then their exit codes stand, and nobody has to be ended by force.
@@ -183,11 +182,13 @@ def open_mpi_daemon() -> int | None:
 
 
 def _kill(handles: Iterable[int]) -> None:
+    """Kill the processes of these pidfds, as far as possible."""
     for handle in handles:
         with contextlib.suppress(OSError):  # it has ended, or this is forbidden; this thread has more to do
             signal.pidfd_send_signal(handle, signal.SIGKILL)
 
 
 def _flush() -> None:
+    """Write out what was printed, which `os._exit` would drop."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -90,4 +90,5 @@ def _describe(clients: Sequence[ClientConfig], world: World, host: str) -> str:
 
 
 def _say(line: str) -> None:
+    """Print a line for the user."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Where a rank stands in the job, in its group and on its host; and the collectives that the round needs."""
+"""`World`: a rank's place in the job, in its group and on its host, and the collectives that a round needs."""
 
 from dataclasses import dataclass
 

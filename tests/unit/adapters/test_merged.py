@@ -1,4 +1,4 @@
-"""Adapters merged into plain weights, against transformers with the folder as it is written."""
+"""Adapters merged into plain weights, against transformers reading the written folder."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_merged_weights_give_our_logits(family, tmp_path):
 
 
 def test_whole_weights_replace_those_of_the_base(tmp_path):
-    """As FLoRA leaves them, beside adapters that do nothing; all else is the base's, to the bit."""
+    """As FLoRA saves them, with adapters that do nothing; all other weights equal the base's to the bit."""
     hf = saved_family("olmoe", tmp_path / "base")
     torch.manual_seed(0)
     value = torch.randn(8, 12, 16)
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path):
 
 
 def test_shards_are_those_of_the_index(tmp_path):
-    """One that is missing is named before anything is written; a file that is none of them stays behind."""
+    """A missing shard is named before anything is written; a file that is not in the index is not copied."""
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
     (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"not of the checkpoint")
@@ -74,7 +74,7 @@ def test_shards_are_those_of_the_index(tmp_path):
 @pytest.mark.parametrize(
     "lost", ["layers.1.experts.down.lora_B", "layers.0.router.weight", "layers.2.experts.gate.lora_A"]
 )
-def test_a_part_that_is_lost_is_missed(lost, tmp_path):
+def test_a_lost_tensor_is_named(lost, tmp_path):
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
     del state[lost]
@@ -83,7 +83,7 @@ def test_a_part_that_is_lost_is_missed(lost, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_whole_weights_that_are_lost_are_missed_where_their_factors_are_left(tmp_path):
+def test_lost_whole_weights_are_named_even_if_their_factors_are_there(tmp_path):
     hf = saved_family("olmoe", tmp_path / "base")
     state = {}
     for layer in range(hf.config.num_hidden_layers):

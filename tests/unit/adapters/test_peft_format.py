@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: by hand, by PEFT itself on transformers' models, and there and back."""
+"""Adapters in PEFT's format: by hand, by PEFT itself on transformers' models, and as a round trip."""
 
 import json
 
@@ -19,7 +19,7 @@ RANK, ALPHA = 2, 6.0
 
 
 def trained(folder, attention=True):
-    """A loaded model whose adapters, routers and phi are no longer those of its base, and its state in our names."""
+    """Return a loaded model with random adapters and routers, and these in our names."""
     model = load(
         folder, UBSMoESpec(GateConfig(k=3, candidates=8), lora_rank=RANK, lora_alpha=ALPHA, lora_attention=attention)
     )
@@ -32,8 +32,8 @@ def trained(folder, attention=True):
 
 
 def save(folder, state, **changes):
-    facts = {"k": "3"}
-    peft_format.save(folder, state, **({"rank": RANK, "alpha": ALPHA, "base_model": "base", "facts": facts} | changes))
+    values = {"lora_rank": RANK, "alpha": ALPHA, "base_model": "base", "facts": {"k": "3"}}
+    peft_format.save(folder, state, **(values | changes))
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -51,7 +51,7 @@ def test_peft_computes_our_logits(family, attention, tmp_path):
     assert (ours - base).abs().max() > 0.1  # the adapter does something
 
 
-def test_there_and_back_is_equal_to_the_bit(tmp_path):
+def test_a_round_trip_is_equal_to_the_bit(tmp_path):
     saved_family("qwen3_moe", tmp_path / "base")
     _, state = trained(tmp_path / "base")
     state["layers.0.phi"] = torch.randn(8)
@@ -67,7 +67,7 @@ def test_there_and_back_is_equal_to_the_bit(tmp_path):
 
 
 def test_gate_and_up_become_one_adapter_by_hand():
-    """E = 2, R = 1, D = 2, F = 1: A is the experts' rows, gate then up; B rank by rank, a diagonal each expert."""
+    """E = 2, R = 1, D = 2, F = 1: A stacks the experts, gate then up in each; B stacks them for each rank."""
     state = {
         "layers.0.experts.gate.lora_A": torch.tensor([[[1.0, 2.0]], [[5.0, 6.0]]]),
         "layers.0.experts.up.lora_A": torch.tensor([[[3.0, 4.0]], [[7.0, 8.0]]]),
@@ -76,16 +76,16 @@ def test_gate_and_up_become_one_adapter_by_hand():
         "layers.0.experts.down.lora_A": torch.tensor([[[1.0]], [[2.0]]]),
         "layers.0.experts.down.lora_B": torch.tensor([[[3.0], [4.0]], [[5.0], [6.0]]]),
     }
-    found = peft_format.to_peft(state)
+    tensors = peft_format.to_peft(state)
     prefix = "base_model.model.model.layers.0.mlp.experts."
-    assert found[prefix + "base_layer.lora_A.weight"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
-    assert found[prefix + "base_layer.lora_B.weight"].tolist() == [[10, 30, 0, 0], [0, 0, 20, 40]]
-    assert found[prefix + "lora_A.weight"].tolist() == [[1], [2]]
-    assert found[prefix + "lora_B.weight"].tolist() == [[3, 5], [4, 6]]
+    assert tensors[prefix + "base_layer.lora_A.weight"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert tensors[prefix + "base_layer.lora_B.weight"].tolist() == [[10, 30, 0, 0], [0, 0, 20, 40]]
+    assert tensors[prefix + "lora_A.weight"].tolist() == [[1], [2]]
+    assert tensors[prefix + "lora_B.weight"].tolist() == [[3, 5], [4, 6]]
 
 
-def test_adapters_that_peft_trained_come_in(tmp_path):
-    """PEFT's own adapter, saved by PEFT, gives its logits in our model; gate and up share an A there."""
+def test_adapters_that_peft_trained_are_read(tmp_path):
+    """PEFT's own adapter, whose gate and up share an A, gives the same logits in our model."""
     hf = saved_family("olmoe", tmp_path / "base")
     lora = LoraConfig(
         r=RANK,
@@ -143,7 +143,7 @@ def test_foreign_and_damaged_adapters_are_named(tmp_path):
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_adapters_run_on_weights_in_bf16(attention, tmp_path):
-    """Adapters stay fp32 beside them; the logits are those of fp32 but for what bf16 cannot tell."""
+    """Adapters stay in fp32; the logits are those of fp32 up to the precision of bf16."""
     saved_family("olmoe", tmp_path / "base")
     _, state = trained(tmp_path / "base", attention)
     save(tmp_path / "adapter", state, base_model=str(tmp_path / "base"))

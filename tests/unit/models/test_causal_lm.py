@@ -159,10 +159,10 @@ def test_continuations_of_one_beginning_do_not_see_each_other(family, tmp_path):
     packed, apart = torch.tensor([[5, 6, 7, 8, 9, 3, 4]]), torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 4]])
     branch_BS = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
     with torch.no_grad():
-        (found,) = model(packed, torch.ones_like(packed, dtype=torch.bool), None, branch_BS)
+        (together,) = model(packed, torch.ones_like(packed, dtype=torch.bool), None, branch_BS)
         first, second = model(apart, torch.ones_like(apart, dtype=torch.bool))
-    torch.testing.assert_close(found[:5], first, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[5:], second[3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[:5], first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[5:], second[3:], rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_equals_hugging_face():

@@ -1,4 +1,4 @@
-"""Dense models made mixtures of experts: exact where it must be, better where repair and recovery say so."""
+"""Mixtures of experts made from dense models: equal where they must be, nearer after repair and recovery."""
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ def logits(model, ids, k):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_upcycled_model_says_what_the_dense_one_says_for_every_k(tied, tmp_path):
-    """In memory, from its files through transformers, and through our own reader."""
+def test_an_upcycled_model_equals_the_dense_one_for_every_k(tied, tmp_path):
+    """In memory, read from its files by transformers, and by our own reader."""
     dense, ids = llama(tie_word_embeddings=tied), text(3)
     model = upcycle(dense, experts=4, k=2)
     model.save_pretrained(tmp_path)
@@ -50,12 +50,12 @@ def test_an_upcycled_model_says_what_the_dense_one_says_for_every_k(tied, tmp_pa
         torch.testing.assert_close(logits(again, ids, k), expected, atol=1e-4, rtol=1e-4)
         ours.set_active_experts(k)
         with torch.no_grad():
-            found = ours(ids, torch.ones_like(ids, dtype=torch.bool))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            given = ours(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_upcycling_keeps_the_precision_and_tokens_that_are_none(tmp_path):
-    """Without a word of it a Mixtral would end texts at its own token 2."""
+    """If the config left them out, a Mixtral would end texts at its own token 2."""
     dense = llama(eos_token_id=None, bos_token_id=None).bfloat16()
     upcycle(dense, experts=2, k=1).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -64,7 +64,7 @@ def test_upcycling_keeps_the_precision_and_tokens_that_are_none(tmp_path):
 
 
 def test_a_split_model_with_equal_weights_and_all_experts_is_the_dense_one():
-    """Without spread of the router every weight is 1 / E; with K = E nothing is left out, so nothing needs repair."""
+    """With a router of spread 0 every weight is 1 / E, and with K = E nothing is left out or needs repair."""
     dense, ids = llama(), text(3)
     model, report = split(dense, text(), experts=4, shared=8, ks=[4], router_std=1e-6)
     assert max(report.error_before) < 1e-8
@@ -78,8 +78,8 @@ def test_a_split_model_is_read_like_any_other(tmp_path):
     model.save_pretrained(tmp_path)
     ours = load(tmp_path, UBSMoESpec(GateConfig(k=2, candidates=4))).eval()
     with torch.no_grad():
-        found = ours(ids, torch.ones_like(ids, dtype=torch.bool))
-    torch.testing.assert_close(found, logits(model, ids, 2), atol=1e-4, rtol=1e-4)
+        given = ours(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(given, logits(model, ids, 2), atol=1e-4, rtol=1e-4)
 
 
 def test_the_neurons_that_matter_are_shared():
@@ -94,7 +94,7 @@ def test_the_neurons_that_matter_are_shared():
 
 
 def test_repair_and_recovery_bring_a_split_model_nearer():
-    """Error of the layers by repair; divergence from the dense model by training, on text not seen."""
+    """Repair lowers the layers' error, training the divergence from the dense model on held-out text."""
     dense, unseen = llama(), text(16, seed=9)
     model, report = split(dense, text(), experts=4, shared=8, ks=[1, 2, 4])
     assert all(after < 0.9 * before for before, after in zip(*report, strict=True))
@@ -102,8 +102,8 @@ def test_repair_and_recovery_bring_a_split_model_nearer():
     def divergence(k):
         with torch.no_grad():
             wanted = dense(input_ids=unseen).logits.log_softmax(-1)
-        found = logits(model, unseen, k).log_softmax(-1)
-        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        given = logits(model, unseen, k).log_softmax(-1)
+        return float((wanted.exp() * (wanted - given)).sum(-1).mean())
 
     before = [divergence(k) for k in (1, 2, 4)]
     steps = list(recover(model, dense, [text(16, seed=s) for s in range(60)], ks=[1, 2, 4], lr=3e-3))

@@ -1,4 +1,4 @@
-"""The collector on whole models: against loops over tokens, and the worth of estimators on upcycled experts."""
+"""The collector on whole models: against loops over tokens, and how good estimators are on upcycled experts."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS, Moments
 
 
 def test_linearised_equals_the_loop_over_tokens():
-    """Of the tiny model's layers, every LoRA factor, with random moments: within 1e-5."""
+    """Every LoRA factor of the tiny model, with random moments, within 1e-5."""
     model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
@@ -31,28 +31,28 @@ def test_linearised_equals_the_loop_over_tokens():
     collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
-    found = collector.reduce()
-    assert len(found) == 2 * 6
+    additions = collector.reduce()
+    assert len(additions) == 2 * 6
     truth = {}
     for layer, record in zip(model.layers, seen, strict=True):
         truth |= reference.linearised(layer, record, rho=0.7)
-    for parameter, ours in found:
+    for parameter, ours in additions:
         assert truth[id(parameter)].abs().max() > 1e-4
         torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-5, rtol=1e-4)
 
 
 def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(pseudo-gradient, dense oracle by loops) of each layer of an upcycled model on real rows, flat, all experts.
+    """Return (pseudo-gradient, dense oracle by loops), flat, of each layer of an upcycled model on real rows.
 
     Every expert of the built-in model becomes a copy of the first plus `noise` times its spread, as when upcycled
-    experts have gone apart; the adapters are those of a client in mid-training (A and B differ between experts).
+    experts have diverged; the adapters are those of a client in mid-training (A and B differ between experts).
     """
     hf = OlmoeForCausalLM.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for block in hf.model.layers:
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
-            one = weight.data[:1].clone()
-            weight.data.copy_(one + noise * one.std() * torch.randn(weight.shape, generator=generator))
+            first = weight.data[:1].clone()
+            weight.data.copy_(first + noise * first.std() * torch.randn(weight.shape, generator=generator))
     model = convert(hf, UBSMoESpec(GateConfig(k=k, candidates=16), lora_rank=4, lora_alpha=8.0, seed=seed)).train()
     for layer in model.layers:
         for _, B in layer.experts.factors().values():
@@ -85,7 +85,7 @@ def test_collector_oracle_is_the_loops_oracle():
 
 
 def test_token_weighted_is_exact_for_equal_experts():
-    """Copies without noise and with equal adapters: what the active experts saw is what the others would have seen."""
+    """With equal weights and adapters, inactive experts would have computed the same as the active ones."""
     hf = tiny.hf_model()
     for block in hf.model.layers:
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
@@ -99,11 +99,11 @@ def test_token_weighted_is_exact_for_equal_experts():
     collector = PseudoGradientCollector(model.layers, "token_weighted", rho=1.0).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
-    found = collector.reduce()
+    additions = collector.reduce()
     truth = {}
     for layer, record in zip(model.layers, seen, strict=True):
         truth |= reference.dense_oracle(layer, record, rho=1.0)
-    for parameter, ours in found:
+    for parameter, ours in additions:
         assert truth[id(parameter)].abs().max() > 1e-4
         torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-6, rtol=1e-3)
 
@@ -120,7 +120,7 @@ def test_evaluation_and_frozen_passes_collect_nothing():
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_steps_graph_is_freed(estimator):
-    """The hook that reports a layer's gradients hangs on the graph it reads: it must not keep it alive."""
+    """The hook that reports a layer's gradients is part of the graph it reads, and must not keep it alive."""
     model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.ones(3, 8, 12))

@@ -13,7 +13,7 @@ SHAPES = {"small": (16, 12, 3), "rank 1": (16, 12, 1), "odd width": (16, 5, 3), 
 
 
 def routes(name: str, generator: torch.Generator) -> Tensor:
-    """Expert of each route, [K, T], -1 where dropped."""
+    """Return the expert of each route, [K, T], -1 where dropped."""
     chosen_KT = torch.rand(EXPERTS, 9, generator=generator).argsort(0)[:2]
     return {
         "two of five": chosen_KT,
@@ -21,12 +21,12 @@ def routes(name: str, generator: torch.Generator) -> Tensor:
         "all on one expert": torch.full((1, 9), 3),
         "empty experts at both ends": torch.tensor([[1, 1, 3, 1], [3, 3, 1, 3]]),
         "one token": torch.full((1, 1), 4),
-        "nobody routed": torch.full((2, 4), -1),
+        "no route": torch.full((2, 4), -1),
     }[name]
 
 
 def rows_of(index_KT: Tensor) -> Rows:
-    """Places in the order of routes."""
+    """Return the rows of routes, placed in the order of routes."""
     location_KT, kept_E = torch.zeros_like(index_KT), torch.zeros(EXPERTS, dtype=torch.int64)
     for k, t in torch.cartesian_prod(*(torch.arange(n) for n in index_KT.shape)).tolist():
         if (e := int(index_KT[k, t])) >= 0:
@@ -52,7 +52,7 @@ def inputs(shape: str, index_KT: Tensor, dtype: torch.dtype) -> tuple[dict[str, 
 
 
 def extended(base: dict[str, Tensor], factors: list[Tensor]) -> Weights:
-    """[[W, s B], [A, 0]] written out."""
+    """Write out [[W, s B], [A, 0]]."""
     gate_A, gate_B, up_A, up_B, down_A, down_B = factors
     (_, hidden, width), rank = base["gate"].shape, gate_A.shape[1]
     gate_up = room(EXPERTS, 2 * hidden, width, 2 * rank, gate_A.dtype)
@@ -68,7 +68,7 @@ def extended(base: dict[str, Tensor], factors: list[Tensor]) -> Weights:
 
 
 def loop(base: dict[str, Tensor], leaves: list[Tensor], index_KT: Tensor) -> Tensor:
-    """Token by token, route by route, in fp32."""
+    """Compute the output token by token and route by route, in fp32."""
     x, weight_TK, gate_A, gate_B, up_A, up_B, down_A, down_B = leaves
     outputs = []
     for t in range(len(x)):
@@ -88,7 +88,7 @@ def loop(base: dict[str, Tensor], leaves: list[Tensor], index_KT: Tensor) -> Ten
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "routing",
-    ["two of five", "some dropped", "all on one expert", "empty experts at both ends", "one token", "nobody routed"],
+    ["two of five", "some dropped", "all on one expert", "empty experts at both ends", "one token", "no route"],
 )
 def test_equals_the_loop_over_tokens(routing, shape, dtype):
     """Output and all gradients: fp32 within 1e-5, bf16 within 2e-2 of the norm (one token's dot products: 4e-2)."""
@@ -96,12 +96,12 @@ def test_equals_the_loop_over_tokens(routing, shape, dtype):
     base, values, dy = inputs(shape, index_KT, dtype)
     leaves = [value.clone().requires_grad_() for value in values]
     y = ExpertMLP.apply(extended(base, values[2:]), rows_of(index_KT), Observer(), *leaves)
-    found = [y, *torch.autograd.grad(y, leaves, dy)]
+    results = [y, *torch.autograd.grad(y, leaves, dy)]
     precise = [value.float().requires_grad_() for value in values]
     y = loop(base, precise, index_KT)
     expected = [y, *torch.autograd.grad(y, precise, dy.float(), allow_unused=True)]
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2 if routing == "one token" else 2e-2
-    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+    for name, ours, theirs in zip(NAMES, results, expected, strict=True):
         theirs = torch.zeros_like(ours) if theirs is None else theirs
         assert ours.dtype == dtype and ours.shape == theirs.shape
         assert (ours.float() - theirs).norm() <= tolerance * theirs.norm(), name
@@ -123,7 +123,7 @@ def test_frozen_factors_and_a_frozen_input_get_nothing():
 
 
 def test_factors_that_changed_since_forward_are_refused():
-    """Backward reads their values beside the weights, where autograd does not see them."""
+    """Backward reads their values from the extended weights, where autograd does not see a change."""
     index_KT = routes("two of five", torch.Generator().manual_seed(0))
     base, values, dy = inputs("small", index_KT, torch.float32)
     leaves = [value.clone().requires_grad_() for value in values]

@@ -181,16 +181,16 @@ def test_learned_scale_multiplies_and_learns():
 def test_selection_lets_phi_choose_but_not_weigh():
     """phi = ln 9 on expert 0 makes it the first choice; its weight stays softmax(s) = 0.1, not 0.5."""
     phi = torch.tensor([math.log(9), 0.0, 0.0, 0.0])
-    found = {}
+    by_mode = {}
     for modulate in ("weights", "selection"):
         gate = make_gate(modulate=modulate)
         gate.phi.data = phi.clone()
         _, _, _, index, _, weight, _ = gate(logits_of(P))
         assert index.flatten().tolist() == [0, 3]
-        found[modulate] = weight.flatten().tolist()
+        by_mode[modulate] = weight.flatten().tolist()
         assert gate.routing.p_TE[0, 0].item() == pytest.approx(0.5 if modulate == "weights" else 0.1)
-    assert found["weights"] == pytest.approx([0.9 / 1.8, 0.4 / 1.8])
-    assert found["selection"] == pytest.approx([0.1, 0.4])
+    assert by_mode["weights"] == pytest.approx([0.9 / 1.8, 0.4 / 1.8])
+    assert by_mode["selection"] == pytest.approx([0.1, 0.4])
 
 
 @settings(max_examples=30, deadline=None)

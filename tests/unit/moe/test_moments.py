@@ -19,7 +19,7 @@ def test_moments_are_sums_over_rows(every):
     experts = StackedExperts(
         (2, 4, 3),
         torch.float32,
-        rank=2,
+        lora_rank=2,
         full_rank=2,
         alpha=2.0,
         group_name="ep_size_1",
@@ -34,8 +34,8 @@ def test_moments_are_sums_over_rows(every):
     for (rank, expert), filled in {(0, 0): 5, (1, 0): 2, (0, 1): 0, (1, 1): 4}.items():
         slots[rank, expert, :filled] = torch.randn(filled, 3, generator=generator)
         for x in slots[rank, expert, :filled]:
-            found = reference.slopes(base["gate"][expert] @ x, base["up"][expert] @ x)
-            expected[expert] += torch.cat([*found, torch.ones(1)])
+            values = reference.slopes(base["gate"][expert] @ x, base["up"][expert] @ x)
+            expected[expert] += torch.cat([*values, torch.ones(1)])
     assert expected[:, -1].tolist() == [7, 4]
     experts.start_moments(every)
     torch.manual_seed(0)

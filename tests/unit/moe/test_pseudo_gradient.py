@@ -1,4 +1,4 @@
-"""Pseudo-gradients: estimators by hand and against loops, and what they are worth on upcycled experts."""
+"""Pseudo-gradient estimators, moments and draws: by hand, and against loops over tokens."""
 
 from typing import get_args
 
@@ -26,7 +26,7 @@ from ubsmoe_ds.moe.pseudo_gradient import (
 
 
 def test_the_config_names_every_estimator():
-    """It may not import torch, so its list of names is its own."""
+    """The config may not import torch, so it has its own list of names."""
     names = get_args(PseudoGradientConfig.model_fields["estimator"].annotation)
     assert names == ("none", *ESTIMATORS)
     for estimator in ESTIMATORS.values():
@@ -43,8 +43,8 @@ def test_inactive_weight_by_hand():
 def test_expert_mean_by_hand():
     """Masses (0.2, 0, 0.6) over 0.5, gradients summing to 3: (1.2, 0, 3.6); nothing active gives zero, not NaN."""
     total = {name: (torch.full((1, 1), 3.0), torch.full((1, 1), 3.0)) for name in PROJECTIONS}
-    found = expert_mean(GradientSums(torch.tensor([0.2, 0.0, 0.6]), torch.tensor(0.5), total))
-    torch.testing.assert_close(found["up"][0].flatten(), torch.tensor([1.2, 0.0, 3.6]))
+    result = expert_mean(GradientSums(torch.tensor([0.2, 0.0, 0.6]), torch.tensor(0.5), total))
+    torch.testing.assert_close(result["up"][0].flatten(), torch.tensor([1.2, 0.0, 3.6]))
     nothing = expert_mean(GradientSums(torch.zeros(3), torch.tensor(0.0), total))
     assert all((g == 0).all() for pair in nothing.values() for g in pair)
 
@@ -55,12 +55,12 @@ def test_token_weighted_by_hand():
     down: dB = 2 * 0.5 * 5 * (7 * 2) = 70, dA = 2 * 0.5 * (11 * 5) * 2 = 110
     gate: dB = 2 * 0.5 * 17 * (7 * 3) = 357, dA = 2 * 0.5 * (11 * 17) * 3 = 561; up with 19: 399 and 627.
     """
-    one = torch.ones(1, 1)
+    ones = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
-    mixture = TokenMixture(2 * one, 17 * one, 19 * one)
-    tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, mixture, None)
-    found = token_weighted(tokens, Experts(lora, 2.0, {}))
-    values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
+    mixture = TokenMixture(2 * ones, 17 * ones, 19 * ones)
+    tokens = draw_tokens(3 * ones, 5 * ones, 0.5 * ones, mixture, None)
+    result = token_weighted(tokens, Experts(lora, 2.0, {}))
+    values = {name: tuple(g.item() for g in pair) for name, pair in result.items()}
     assert values == {"down": (110.0, 70.0), "gate": (561.0, 357.0), "up": (627.0, 399.0)}
 
 
@@ -71,12 +71,12 @@ def test_linearised_by_hand():
     gate: dB = 2 * 0.5 * 17 * (13 * 5) * (7 * 3) = 23205, dA = 2 * 0.5 * (13 * 17 * 11) * 5 * 3 = 36465
     up, with 19 for 17: 25935 and 40755.
     """
-    one = torch.ones(1, 1)
+    ones = torch.ones(1, 1)
     lora = {name: (torch.full((1, 1, 1), 7.0), torch.full((1, 1, 1), 11.0)) for name in PROJECTIONS}
-    moments, base = Moments(2 * one, 17 * one, 19 * one), {"down": torch.full((1, 1, 1), 13.0)}
-    tokens = draw_tokens(3 * one, 5 * one, 0.5 * one, None, None)
-    found = linearised(tokens, Experts(lora, 2.0, base, moments))
-    values = {name: tuple(g.item() for g in pair) for name, pair in found.items()}
+    moments, base = Moments(2 * ones, 17 * ones, 19 * ones), {"down": torch.full((1, 1, 1), 13.0)}
+    tokens = draw_tokens(3 * ones, 5 * ones, 0.5 * ones, None, None)
+    result = linearised(tokens, Experts(lora, 2.0, base, moments))
+    values = {name: tuple(g.item() for g in pair) for name, pair in result.items()}
     assert values == {"down": (110.0, 70.0), "gate": (36465.0, 23205.0), "up": (40755.0, 25935.0)}
 
 
@@ -118,7 +118,7 @@ def test_draws_by_hand():
 
 
 def test_sums_over_drawn_tokens_are_unbiased():
-    """The mean over many draws of 4 of 16 tokens comes to the sum over all, of every part."""
+    """The mean over many draws of 4 of 16 tokens equals the sum over all tokens, for every part."""
     torch.manual_seed(0)
     delta = torch.randn(16, 3) * torch.logspace(-1, 1, 16).unsqueeze(1)
     x, c, mixture = torch.randn(16, 3), torch.rand(16, 2), TokenMixture(*torch.randn(3, 16, 3))
@@ -138,7 +138,7 @@ def test_sums_over_drawn_tokens_are_unbiased():
 
 
 def test_a_gradient_that_is_not_finite_does_not_end_the_draw():
-    """The real gradient has it too, and the step is skipped for it."""
+    """The real gradient is not finite either, so the step is skipped."""
     delta = torch.tensor([[1.0], [float("nan")]])
     assert draw_tokens(torch.ones(2, 1), delta, torch.ones(2, 1), None, 3).delta_END.isfinite().all()
     assert draw_tokens(torch.ones(2, 1), delta, torch.ones(2, 1), None, None).delta_END.isnan().any()
@@ -171,7 +171,7 @@ def test_dense_oracle_completes_the_dense_gradient():
     factors = [factor for name in PROJECTIONS for factor in lora[name]]
     dense, at_k1 = (torch.autograd.grad(loss(c), factors) for c in (p, p * active))
     drawn = draw_tokens(x, delta, inactive_weight(p, active, 1.0), None, None)
-    found = dense_oracle(drawn, Experts(lora, scaling, base))
-    rest = [gradient for name in PROJECTIONS for gradient in found[name]]
-    for whole, one, other in zip(dense, at_k1, rest, strict=True):
-        torch.testing.assert_close(one + other, whole, atol=1e-4, rtol=1e-4)
+    result = dense_oracle(drawn, Experts(lora, scaling, base))
+    rest = [gradient for name in PROJECTIONS for gradient in result[name]]
+    for whole, active, inactive in zip(dense, at_k1, rest, strict=True):
+        torch.testing.assert_close(active + inactive, whole, atol=1e-4, rtol=1e-4)

@@ -46,14 +46,14 @@ def test_the_script_runs_itself_under_mpiexec(code, start_with, monkeypatch):
     assert not set(launchers.RENDEZVOUS_VARIABLES) & set(environment), "the launcher's world must not leak into ours"
 
 
-def test_only_processes_of_this_host_are_watched(tmp_path):
+def test_only_processes_of_this_host_are_supervised(tmp_path):
     """Hosts may share the temporary folder; the process id of another host's rank may be any process of this one."""
     environment = {sign_in.PARENT_SPEAKS: str(tmp_path)}
     sign_in.sign_in(environment, "a rank here")  # no process supervises from there
-    (tmp_path / sign_in.WATCHED_FROM).write_text("another boot 4026531836")
+    (tmp_path / sign_in.SUPERVISED_FROM).write_text("another boot 4026531836")
     sign_in.sign_in(environment, "a rank of another host")
-    assert [path.name for path in tmp_path.iterdir()] == [sign_in.WATCHED_FROM]
-    (tmp_path / sign_in.WATCHED_FROM).write_text(sign_in.process_table())
+    assert [path.name for path in tmp_path.iterdir()] == [sign_in.SUPERVISED_FROM]
+    (tmp_path / sign_in.SUPERVISED_FROM).write_text(sign_in.process_table())
     sign_in.sign_in(environment, "a rank here")
     assert (tmp_path / str(os.getpid())).read_text() == "a rank here"
 
