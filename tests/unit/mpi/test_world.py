@@ -21,6 +21,7 @@ def start_with(monkeypatch):
         monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
         monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
         monkeypatch.setattr(relaunch, "is_open_mpi", lambda _: open_mpi)
+        monkeypatch.setattr(relaunch, "is_mpich", lambda _: not open_mpi)
         monkeypatch.setattr(fast_start, "is_cpu_build", lambda: False)
         monkeypatch.delenv(fast_start.SERVER, raising=False)
 
