@@ -32,7 +32,7 @@ from ubsmoe_ds.data.shares import check_rows
 from ubsmoe_ds.launching import launchers
 from ubsmoe_ds.launching.placement import place, read_hostfile
 from ubsmoe_ds.launching.relaunch import relaunch
-from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, goes_on, summary
+from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, resumes_in_place, summary
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off
 from ubsmoe_ds.models.hub import model_folder
 
@@ -85,7 +85,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         UserError: for mistakes that show before a process is started.
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
-    check_run_folder(exp, goes_on(exp, options.resume))
+    check_run_folder(exp, resumes_in_place(exp, options.resume))
     check_rows(exp)
     model_folder(exp.model.path, weights=True)  # fetch a model of the hub once, not on every rank
     hosts = None

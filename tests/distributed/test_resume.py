@@ -1,4 +1,4 @@
-"""A job that was stopped and goes on: the same bits as one that was never stopped; in another layout the same state."""
+"""A job that was stopped and resumed ends with the same bits as one that was never stopped."""
 
 import json
 
@@ -17,8 +17,8 @@ CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, ex
 ZERO2 = ["deepspeed.zero_optimization.stage=2"]
 BF16 = ["deepspeed.bf16.enabled=true"]
 WARMUP = ["deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 8, warmup_max_lr: 0.01}}"]
-# overrides, then at which looks of the last rank the job is stopped: 0 before the first evaluation, 3 + 3 r between
-# rounds; evaluation looks too
+# overrides, then the polls of the last rank at which the job is stopped: 0 is before the first evaluation, 3 + 3 r
+# between rounds; evaluation polls too
 VARIANTS: dict[str, list] = {
     "ub_smoe": [[], 0, 1, 9, 4],
     "zero2": [[*ZERO2, *WARMUP], 8],
@@ -32,7 +32,7 @@ VARIANTS: dict[str, list] = {
     "flexlora_reset": [["method=flexlora"], 8, 6],
 }
 
-# (round, serial of the checkpoint): in the first evaluation twice, in a round, and in the one after that was whole
+# (round, serial of the checkpoint): twice in the first evaluation, then within a round, then within the next one
 STOPS = [(0, 1), (0, 2), (1, 3), (2, 5)]
 
 
@@ -44,7 +44,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_bits_are_those_of_a_job_that_was_never_stopped(name, results):
+def test_bits_equal_those_of_a_job_that_was_never_stopped(name, results):
     folder, ranks = results
     whole, resumed = records(folder / name), records(folder / f"{name}-resumed")
     assert [r["round"] for r in resumed] == [0, 1, 2, 3]
@@ -59,13 +59,13 @@ def test_the_bits_are_those_of_a_job_that_was_never_stopped(name, results):
 
 @pytest.mark.parametrize("name", ["ub_smoe", "flora_bf16"])
 def test_it_learned_something(name, results):
-    """Else the bits would be equal anyway."""
+    """If nothing were learned, equal bits would prove nothing."""
     losses = [r["metrics"]["eval/loss"] for r in records(results[0] / name)]
     assert len(set(losses)) == 4 and losses[-1] < losses[0]
 
 
-def test_stops_fell_where_they_should(results):
-    """The variant stopped four times."""
+def test_stops_fall_where_they_should(results):
+    """This variant is stopped four times."""
     checkpoints = results[0] / "ub_smoe-resumed" / "checkpoints"
     assert list(results[1][0]["stops/ub_smoe"]) == [
         f"stopped in round {number} of 3, saved to {checkpoints / f'{serial:06d}-within-round-{number}'}"
@@ -73,7 +73,7 @@ def test_stops_fell_where_they_should(results):
     ]
 
 
-def test_seconds_of_a_round_hold_those_before_the_stop(results):
+def test_seconds_of_a_round_include_those_before_the_stop(results):
     """Client a had taken all its steps of round 2 when b was stopped."""
     folder = results[0] / "ub_smoe-resumed"
     manifest = json.loads((folder / "checkpoints" / "000005-within-round-2" / "manifest.json").read_text())

@@ -235,7 +235,7 @@ def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(wh
 
 
 @pytest.mark.extended
-def test_restarts_do_not_go_on_from_an_earlier_run(whole, tmp_path):
+def test_restarts_do_not_resume_from_an_earlier_run(whole, tmp_path):
     """The job is killed before it overwrites the old run, whose checkpoints are not its own."""
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     job = Job([sys.executable, TRAIN, *SHORT, f"output={tmp_path}", "--restarts", "1"], tmp_path / "log")

@@ -8,7 +8,7 @@ from tests.support.ranks import REPO
 
 
 def test_models_of_the_hub_come_from_its_cache(tmp_path):
-    """As a machine without network sees it: what is cached is found, and what is not is refused in one line."""
+    """Without a network a cached model is found, and another one is refused in one line."""
     cached = tmp_path / "hub" / "models--org--small"
     commit = "0" * 40
     (cached / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The model class of lm-evaluation-harness against our own evaluation; skipped where the harness is not installed."""
+"""The model class for lm-evaluation-harness against our own model; skipped if the harness is not installed."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
 
 @pytest.fixture
 def adapter(tmp_path):
-    """Of the built-in model, with a phi that matters and adapters that do little."""
+    """Save an adapter of the built-in model whose phi matters and whose LoRA factors are small."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for layer in range(3):
@@ -30,7 +30,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def test_log_likelihoods_are_ours(adapter):
+def test_log_likelihoods_match_ours(adapter):
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer
@@ -44,11 +44,11 @@ def test_log_likelihoods_are_ours(adapter):
     ]
     model = load_trained(read_adapter(adapter))
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    found = {}
+    values = {}
     for k in (2, 8):
-        found[k] = [value for value, _ in UBSMoELM(str(adapter), k=k, batch_size=2).loglikelihood(requests)]
+        values[k] = [value for value, _ in UBSMoELM(str(adapter), k=k, batch_size=2).loglikelihood(requests)]
         model.set_active_experts(k)
-        for row, value in zip(rows, found[k], strict=True):
+        for row, value in zip(rows, values[k], strict=True):
             whole = tokenizer(row["instruction"] + "\n" + row["answer"])["input_ids"]
             prompt = len(tokenizer(row["instruction"])["input_ids"])
             ids = torch.tensor([whole])
@@ -56,18 +56,18 @@ def test_log_likelihoods_are_ours(adapter):
                 logp = model(ids, torch.ones_like(ids, dtype=torch.bool))[0].log_softmax(-1)
             expected = sum(float(logp[at - 1, whole[at]]) for at in range(prompt, len(whole)))
             assert value == pytest.approx(expected, abs=1e-3)
-    assert found[2] != pytest.approx(found[8], abs=0.1)  # K does something
+    assert values[2] != pytest.approx(values[8], abs=0.1)  # K has an effect
     for k in (17, 2.5, "two"):
         with pytest.raises(UserError, match=f"k: {k} must be 1 to 16"):
             UBSMoELM(str(adapter), k=k)
-    UBSMoELM(str(adapter), trust_remote_code=True)  # which the harness adds for data sets
-    for name in ("K", "peft", "revision"):  # else the adapter would be asked at its own K, or another left out
+    UBSMoELM(str(adapter), trust_remote_code=True)  # the harness adds this for data sets
+    for name in ("K", "peft", "revision"):  # ignored, they would evaluate another model than was meant
         with pytest.raises(UserError, match=f"--model_args: '{name}' is not known; use adapter, base, k, "):
             UBSMoELM(str(adapter), **{name: 2})
 
 
-def test_what_is_missing_is_named(tmp_path):
-    """A folder that hides the harness, where it is installed, stands for a machine without it."""
+def test_a_missing_harness_is_named(tmp_path):
+    """A stand-in module hides an installed harness, as on a machine without it."""
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')\n")
     environment = clean_environment()
     environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_the_harness_gets_the_evaluate_of_hugging_face(tmp_path):
-    """And not the command beside it; stand-ins for both packages."""
+    """The script's folder has an evaluate.py, which must not hide the package; stand-ins for both packages."""
     (tmp_path / "evaluate.py").write_text("print('the package')\n")
     (tmp_path / "lm_eval.py").write_text("import evaluate\nraise ModuleNotFoundError(name='lm_eval')\n")
     environment = clean_environment()

@@ -1,4 +1,4 @@
-"""Whole jobs, started as a user starts them."""
+"""Run whole jobs, started as a user starts them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FEW_RANKS = [*SHORT, TWO_CLIENTS]
 CLIENTS = ("phone", "laptop", "desktop", "server")
 
 
-def test_run_folder_holds_what_is_promised(demo):
+def test_run_folder_has_its_files_and_their_keys(demo):
     folder, _ = demo
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
@@ -38,7 +38,7 @@ def test_run_folder_holds_what_is_promised(demo):
     assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
 
 
-def test_the_plan_has_said_what_it_takes(demo):
+def test_the_plan_predicts_the_demo(demo):
     compare_with_run(demo[0], SHORT)
 
 
@@ -79,7 +79,7 @@ def test_tensorboard_has_scalars_and_heat_maps(demo):
 
 
 def test_output_is_quiet(demo):
-    """After DeepSpeed's launcher (which prints for itself) there are our lines and nothing else."""
+    """After the lines of DeepSpeed's launcher there are our lines and nothing else."""
     lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
     first = "tiny: ub_smoe, 4 clients on 6 ranks"
     ours = (first, "placement: ", "before ", "round ", "utilisation CV", "┏", "┃", "┡", "│", "└", "written to")
@@ -171,10 +171,10 @@ def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
     ],
 )
 def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
-    found, output = run(
+    exit_code, output = run(
         "deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}", UBSMOE_DS_FAULT=fault
     )
-    assert found == code, output
+    assert exit_code == code, output
     assert output.count(message) == 1 and "Traceback" not in output
 
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config import reference
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.models.families import read_facts
-from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS, token_weighted
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 PAGES = ["README.md", "CONTRIBUTING.md", "slurm/README.md", *(f"docs/{p.name}" for p in (REPO / "docs").glob("*.md"))]
 TOP = "ubsmoe_ds|launch|tests|benchmarks|ds_configs|slurm|results|docs"
@@ -251,7 +252,7 @@ def test_the_example_of_an_estimator(monkeypatch):
     against_a_loop()
     with monkeypatch.context() as broken:
         row = ESTIMATORS["down_only"]
-        broken.setitem(ESTIMATORS, "down_only", row._replace(from_tokens=token_weighted))
+        broken.setitem(ESTIMATORS, "down_only", replace(row, function="token_weighted"))
         with pytest.raises(AssertionError):
             against_a_loop()
 

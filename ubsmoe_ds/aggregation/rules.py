@@ -8,13 +8,11 @@ or Delta W, is zero.
 Shapes: C clients, N elements, U units of one shape (such as a layer's experts), m x n a unit's Delta W, R LoRA rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-ElementwiseRule = Callable[[Tensor, Tensor], Tensor]
 
 
 class Factors(NamedTuple):
@@ -25,9 +23,6 @@ class Factors(NamedTuple):
 
     A_URn: Tensor
     B_UmR: Tensor
-
-
-FactorRule = Callable[[Sequence[Factors], Tensor], Factors]
 
 
 def shares(weight_C: Tensor) -> Tensor:

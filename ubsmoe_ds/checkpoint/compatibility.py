@@ -17,5 +17,5 @@ def check_same_experiment(old: Mapping[str, Any], new: Mapping[str, Any], folder
     for key, recorded, asked in differences(old, new, MAY_CHANGE_ON_RESUME):
         raise UserError(
             f"--resume: {key} is {asked!r}, but {recorded!r} in {folder}, which makes it another experiment; set it "
-            "back, or start anew with another name=..."
+            "back, or start a new run with another name=..."
         )

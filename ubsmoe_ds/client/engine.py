@@ -20,14 +20,15 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.gradients import GradientHook
+from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import ClientConfig, DeepSpeedConfig, LoraConfig
+from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.moments import ExpertMoments
-from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
 
 ADAMS = ("adam", "adamw")
 

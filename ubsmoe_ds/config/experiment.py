@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.merge_rules import names
 from ubsmoe_ds.config.methods import PRESETS, with_preset
 from ubsmoe_ds.config.sections import (
     CheckpointConfig,
     ClientConfig,
     DataConfig,
-    DeepSpeedConfig,
     DmrConfig,
     EvalConfig,
     LoraConfig,

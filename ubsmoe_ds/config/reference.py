@@ -20,10 +20,16 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.methods import PRESETS
 from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 DERIVED = ("num_experts", "k_max")  # read from the model folder
-CHOICES = {"method": tuple(PRESETS), "merge.rule": tuple(RULES)}  # names in tables, which a type does not list
+# names in tables, which a type does not list
+CHOICES = {
+    "method": tuple(PRESETS),
+    "merge.rule": tuple(RULES),
+    "pseudo_gradient.estimator": ("none", *ESTIMATORS),
+}
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 KINDS = {
     int: "whole number",
@@ -88,7 +94,7 @@ def _values(kind: Any, limits: Sequence[Any] = ()) -> str:
     """Return what a key may be: its literals, or its type with limits."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _values(inner[0], [one for part in inner[1:] for one in getattr(part, "metadata", [part])])
+        return _values(inner[0], [limit for part in inner[1:] for limit in getattr(part, "metadata", [part])])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, UnionType):

@@ -24,7 +24,7 @@ from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
-from ubsmoe_ds.launching.run_folder import check_run_folder, goes_on
+from ubsmoe_ds.launching.run_folder import check_run_folder, resumes_in_place
 from ubsmoe_ds.models.hf_config import check_window
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -103,7 +103,7 @@ def _find_checkpoint(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from, if any; raise if the run's folder is in use (a collective)."""
     checkpoint = None if resume is None else checkpoints.find(resume)
-    in_own_folder = goes_on(exp, resume)
+    in_own_folder = resumes_in_place(exp, resume)
     if world.rank == 0 and not (in_own_folder and checkpoint is not None):
         check_run_folder(exp, in_own_folder)
     return checkpoint

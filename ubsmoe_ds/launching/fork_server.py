@@ -40,7 +40,8 @@ REQUEST_SECONDS = 10.0  # for a shim to send its request after it has connected
 # What may differ between the server's environment and a rank's: nothing that is preloaded has read it. For all others
 # the rank imports everything itself.
 OF_A_RANK = ("PMI_", "PMIX_", "MPI_", "MPIR_", "HYDI_", "HYDRA_", "UBSMOE_DS_")
-OF_A_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "PATH", "DS_ACCELERATOR", "GFORTRAN_UNBUFFERED_PRECONNECTED")
+OF_A_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "PATH", "GFORTRAN_UNBUFFERED_PRECONNECTED")
+OF_AN_ACCELERATOR = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")  # of which this torch knows none
 
 
 @dataclass
@@ -172,7 +173,11 @@ class Server:
 
 def read_at_import(environment: Any) -> dict[str, str]:
     """Return the part of an environment that modules may have read at import, in a comparable form."""
-    variables = {k: v for k, v in environment.items() if not k.startswith(OF_A_RANK) and k not in OF_A_SHELL}
+    variables = {
+        k: v
+        for k, v in environment.items()
+        if not k.startswith(OF_A_RANK) and k not in (*OF_A_SHELL, *OF_AN_ACCELERATOR)
+    }
     if "PYTHONPATH" in variables:  # with the same folder twice it means the same
         variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(variables["PYTHONPATH"].split(os.pathsep)))
     return variables

@@ -45,7 +45,7 @@ def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
         raise UserError(f"output: {folder} holds another run; set name=..., output=... or overwrite=true")
 
 
-def goes_on(exp: Experiment, resume: str | None) -> bool:
+def resumes_in_place(exp: Experiment, resume: str | None) -> bool:
     """Return whether a job goes on in its own folder, rather than in a new one, maybe with a checkpoint from elsewhere.
 
     Args:

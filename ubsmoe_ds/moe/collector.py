@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from ubsmoe_ds.moe import pseudo_gradient
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.layer import TokenGradients, UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import (
-    ESTIMATORS,
     PROJECTIONS,
     Experts,
     ExpertTokens,
@@ -50,6 +51,7 @@ class PseudoGradientCollector:
         self, layers: Sequence[UBSMoE], estimator: str, rho: float, tokens_per_expert: int | None = None
     ) -> None:
         self.layers, self.estimator = layers, ESTIMATORS[estimator]
+        self._function = getattr(pseudo_gradient, self.estimator.function)
         self.rho, self.tokens_per_expert = rho, tokens_per_expert
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._hooks: list[RemovableHandle] = []
@@ -97,9 +99,8 @@ class PseudoGradientCollector:
             return {}
         parts = [torch.cat(micro, dim=1) for micro in zip(*drawn, strict=True) if micro[0] is not None]
         tokens = ExpertTokens(*self._to_their_experts(self.layers[index], parts))
-        assert self.estimator.from_tokens is not None
         known = Experts(experts.factors(), experts.scaling, experts.base(), experts.moments)
-        return self.estimator.from_tokens(tokens, known)
+        return self._function(tokens, known)
 
     def _from_sums(self, index: int) -> LoraFactors:
         """Compute it from sums over the client's ranks and experts."""
@@ -113,8 +114,7 @@ class PseudoGradientCollector:
         total = {key: piece.view_as(part) for (key, part), piece in zip(sums.items(), pieces, strict=True)}
         local = slice(layer.experts.first, layer.experts.first + layer.num_local_experts)
         gradients = {name: (total[f"{name}_A"], total[f"{name}_B"]) for name in PROJECTIONS}
-        assert self.estimator.from_sums is not None
-        return self.estimator.from_sums(GradientSums(total["pseudo_mass"][local], total["active_mass"], gradients))
+        return self._function(GradientSums(total["pseudo_mass"][local], total["active_mass"], gradients))
 
     def _to_their_experts(self, layer: UBSMoE, parts: list[Tensor]) -> list[Tensor]:
         """Exchange this rank's tokens [E, N, ...] for those of the local experts from all ranks, [L, P N, ...]."""

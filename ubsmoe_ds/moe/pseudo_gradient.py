@@ -9,7 +9,7 @@ An expert's output is W_down h, h = silu(g) * u, with g, u, and the down project
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -225,26 +225,3 @@ def dense_oracle(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
         total = (hidden_ENF @ weight["down"].mT * tokens.delta_END.float()).sum()
         flat = torch.autograd.grad(total, [f for name in PROJECTIONS for f in leaves[name]])
     return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)}
-
-
-class Estimator(NamedTuple):
-    """One row of `ESTIMATORS`: the function, and what must be collected for it.
-
-    from_tokens: the function, if it computes from tokens drawn for each expert
-    from_sums: the function, if it computes from sums alone; exactly one of the two is set
-    mixture: whether tokens must come with a `TokenMixture`; moments: whether experts must come with `Moments`
-    """
-
-    from_tokens: Callable[[ExpertTokens, Experts], LoraFactors] | None = None
-    from_sums: Callable[[GradientSums], LoraFactors] | None = None
-    mixture: bool = False
-    moments: bool = False
-
-
-# to add an estimator: its function, its row here, and its name in config/sections.py
-ESTIMATORS = {
-    "expert_mean": Estimator(from_sums=expert_mean),
-    "token_weighted": Estimator(from_tokens=token_weighted, mixture=True),
-    "linearised": Estimator(from_tokens=linearised, moments=True),
-    "dense_oracle": Estimator(from_tokens=dense_oracle),
-}

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import DeepSpeedConfig
 from ubsmoe_ds.models.cost import ModelShape
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.planning.rank_setup import Batch, RankSetup, copies, with_lora_rank
 
 REDUCE_BUCKET = 5e8  # elements of ZeRO's gradient buffer, DeepSpeed's default
@@ -107,9 +108,6 @@ def _moments(settings: DeepSpeedConfig) -> int:
 
 def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:
     """Return what the estimator of pseudo-gradients keeps, for a micro-batch of so many tokens."""
-    # imported here, as it imports torch: mistakes in a config are reported before that
-    from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
-
     config = exp.pseudo_gradient
     if config.estimator == "none":
         return {"pseudo_gradients": False, "drawn_tokens": 0, "mixture": False, "pooled_moments": False}
@@ -117,7 +115,7 @@ def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:
     drawn = tokens if config.tokens_per_expert is None else config.tokens_per_expert
     return {
         "pseudo_gradients": True,
-        "drawn_tokens": 0 if estimator.from_tokens is None else drawn,
+        "drawn_tokens": 0 if estimator.from_sums else drawn,
         "mixture": estimator.mixture,
         "pooled_moments": estimator.moments,
     }

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
-from ubsmoe_ds.moe.pseudo_gradient import ESTIMATORS
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 COMPARED = ("none", *ESTIMATORS)  # "none": the real gradient at K experts alone
 

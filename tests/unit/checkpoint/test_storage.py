@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or not at all, verified, re-cut for any layout."""
+"""Checkpoint files: complete or absent, verified, readable in any layout."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ def serials(run_dir: Path) -> list[int]:
 
 
 def write(run_dir: Path, pieces: list[list[Piece]], keep: int = 2, label: str = "round-1") -> Path:
-    """A checkpoint of one file for each list of pieces."""
+    """Write a checkpoint with one file for each list of pieces; return its folder."""
     serial = next(iter(serials(run_dir)), 0) + 1
     folder = storage.begin(run_dir, serial)
-    files = {storage.rank_file(rank): storage.write_pieces(folder, rank, own) for rank, own in enumerate(pieces)}
+    files = {storage.rank_file(rank): storage.write_pieces(folder, rank, part) for rank, part in enumerate(pieces)}
     return storage.commit(run_dir, serial, label, files, {"round": serial}, keep)
 
 
@@ -40,7 +40,7 @@ def two_pieces() -> list[list[Piece]]:
     ]
 
 
-def test_stretches_come_from_the_pieces_that_hold_them(tmp_path):
+def test_ranges_are_read_from_the_pieces_that_hold_them(tmp_path):
     reader = verify(write(tmp_path, two_pieces()))
     assert reader.read("weight", "a", "w").tolist() == [1, 2, 3, 4, 5]
     assert reader.read("weight", "a", "w", 1, 3).tolist() == [2, 3, 4]
@@ -51,7 +51,7 @@ def test_stretches_come_from_the_pieces_that_hold_them(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "start", "numel"), [("w", 3, 3), ("w", -1, 2), ("v", 0, 1), ("w", 7, 1)])
-def test_what_is_missing_is_named(name, start, numel, tmp_path):
+def test_missing_pieces_are_named(name, start, numel, tmp_path):
     reader = verify(write(tmp_path, two_pieces()))
     with pytest.raises(UserError, match=f"no weight of '{name}' of 'a'"):
         reader.read("weight", "a", name, start, numel)
@@ -60,13 +60,13 @@ def test_what_is_missing_is_named(name, start, numel, tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_cut_is_read_back_by_any_other(tmp_path_factory, data):
-    """Flat tensors cut at random, their replicas written twice in part, read in random stretches."""
+    """Cut a flat tensor at random, write parts of it twice as replicas do, and read a random range."""
     numel = data.draw(st.integers(1, 30))
     value = torch.arange(numel, dtype=torch.float32)
     cuts = sorted(data.draw(st.sets(st.integers(1, numel), max_size=4)) | {numel})
     pieces, first = [], 0
     for cut in cuts:
-        again = data.draw(st.integers(0, first))  # also begins earlier, as a replica does
+        again = data.draw(st.integers(0, first))  # a piece may begin earlier, as a replica does
         pieces.append([Piece("k", "o", "t", min(first, again), value[min(first, again) : cut])])
         first = cut
     reader = verify(write(tmp_path_factory.mktemp("cut"), data.draw(st.permutations(pieces))))
@@ -75,7 +75,7 @@ def test_any_cut_is_read_back_by_any_other(tmp_path_factory, data):
     assert torch.equal(reader.read("k", "o", "t", start, length), value[start : start + length])
 
 
-def test_the_newest_are_kept_and_half_written_ones_are_none(tmp_path):
+def test_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path):
     assert serials(tmp_path) == []
     for _ in range(3):
         write(tmp_path, two_pieces())
@@ -124,7 +124,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_damage_is_found(how, tmp_path):
+def test_damage_is_detected(how, tmp_path):
     folder = write(tmp_path, two_pieces())
     verify(folder)
     damage(folder, how)
@@ -133,7 +133,7 @@ def test_damage_is_found(how, tmp_path):
 
 
 def test_a_pickle_with_the_right_checksum_is_refused_and_not_run(tmp_path):
-    """Even then nothing but safetensors is read."""
+    """Only safetensors files are read, whatever the checksum says."""
     folder = storage.begin(tmp_path, 1)
     path = folder / storage.rank_file(0)
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
@@ -158,7 +158,7 @@ def changed(**sections) -> dict:
     return BASE | {key: BASE[key] | value if isinstance(BASE[key], dict) else value for key, value in sections.items()}
 
 
-def test_layout_length_and_evaluation_may_change():
+def test_layout_length_and_evaluation_may_change_on_resume():
     two_ranks = [BASE["clients"][0] | {"ranks": 2, "expert_parallel": 2}, BASE["clients"][1]]
     new = changed(
         name="y",
@@ -180,13 +180,13 @@ def test_layout_length_and_evaluation_may_change():
         (changed(clients=BASE["clients"][:1]), "clients.1.budget is None, but 1.0"),
     ],
 )
-def test_what_makes_results_may_not(new, message):
+def test_keys_that_change_results_may_not_change_on_resume(new, message):
     with pytest.raises(UserError, match=message):
         check_same_experiment(BASE, new, Path("c"))
 
 
-def test_branches_that_were_left_never_meet(tmp_path):
-    """Gone on from the first of three, twice."""
+def test_abandoned_branches_are_set_aside_under_different_names(tmp_path):
+    """Resume from the first of three checkpoints, twice."""
     first = write(tmp_path, two_pieces(), keep=9)
     for _ in range(2):
         for _ in range(2):

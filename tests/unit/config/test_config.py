@@ -1,4 +1,4 @@
-"""The experiment file: what is derived from it, and one clear line for everything that is wrong with it."""
+"""The experiment file: derived values, and one clear line for every mistake."""
 
 import json
 from pathlib import Path
@@ -112,7 +112,7 @@ def test_wrong_settings_get_one_line(name):
     assert "\n" not in message
 
 
-def test_files_that_are_no_experiments(tmp_path):
+def test_files_that_are_not_experiments(tmp_path):
     for text, expected in (
         ("[1, 2]", "must hold key: value pairs"),
         ("a: [", "is not valid YAML"),
@@ -128,7 +128,7 @@ def test_files_that_are_no_experiments(tmp_path):
 
 
 def test_the_ready_made_configs_are_valid(tmp_path):
-    """OLMoE-1B-7B's with a folder in the place of the hub's."""
+    """OLMoE-1B-7B's config is loaded with a local folder in place of the hub."""
     facts = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     exp = load_experiment("ds_configs/olmoe_1b_7b.yaml", [f"model.path={tmp_path}"])
@@ -146,7 +146,7 @@ def test_other_model_families_are_refused(tmp_path):
 
 def test_models_without_experts_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
-    with pytest.raises(UserError, match="num_experts is None, not a number"):
+    with pytest.raises(UserError, match="num_experts is None, must be a number from 1 to"):
         load(f"model.path={tmp_path}")
 
 

@@ -1,4 +1,4 @@
-"""The scalars of a round from tables made by hand: two clients, a and b; two views of the model; two tasks."""
+"""Scalars of a round against values computed by hand: clients a and b, two views of the model, two tasks."""
 
 import math
 
@@ -24,7 +24,7 @@ SECONDS = [RoundSeconds(4.0, 1.0, 0.5, 0.25), RoundSeconds(2.0, 3.0, 0.75, 0.5)]
 
 
 def test_evaluation_is_of_each_view_task_and_client():
-    """Three clients of two views: loss is a mean over tokens, the overall figures are the clients' plain means."""
+    """Three clients in two views: loss is a mean over tokens; overall figures are plain means over clients."""
     sums = np.zeros((2, 2, 5))  # nll, tokens, correct, correct normalised, rows
     sums[0] = [[6.0, 3, 1, 2, 4], [2.0, 1, 1, 0, 1]]
     sums[1] = [[3.0, 3, 4, 4, 4], [1.0, 1, 0, 1, 1]]
@@ -39,7 +39,7 @@ def test_evaluation_is_of_each_view_task_and_client():
     assert scalars["eval/utilisation_cv"] == 0.3
 
 
-def test_training_sums_over_clients_and_divides_by_what_was_done():
+def test_training_scalars_sum_over_clients_and_divide_by_the_work_done():
     utilisation_LE = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
     scalars = training_scalars(["a", "b"], STATS, np.array([3e6, 1e6]), utilisation_LE, [8, 2], [0, 7])
     assert (scalars["train_loss/a"], scalars["train_loss/b"], scalars["train/loss"]) == (2.0, 0.5, 7 / 5)
@@ -77,7 +77,7 @@ def test_seconds_are_those_of_the_slowest_client():
     assert scalars["seconds_evaluation/a"] == 1.0 and scalars["seconds/round"] == 6.25 + 2.0 + 0.5
 
 
-def test_speed_is_averaged_over_the_rounds_that_the_client_was_part_of():
+def test_speed_is_averaged_over_the_rounds_with_the_client():
     """Rounds of 40 tokens in 4 s and 20 tokens in 1 s are 12 tokens/s, not the mean of 10 and 20."""
 
     def record(number: int, steps: int, bad_steps: int, tokens: float, seconds: float) -> dict:

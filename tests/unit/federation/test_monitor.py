@@ -14,7 +14,7 @@ def test_records_are_of_all_jobs_of_a_run(tmp_path):
     """Rounds 0 to 2, then a checkpoint of round 1 is resumed: its job records rounds 2 and 3."""
     exp = tiny.experiment("unused", [{"budget": 1.0}]).model_copy(update={"output": str(tmp_path)})
     record_rounds(Monitor(exp), range(3))
-    resumed = Monitor(exp, go_on_from=2)
+    resumed = Monitor(exp, resume_at=2)
     assert [record["round"] for record in resumed.records()] == [0, 1]
     record_rounds(resumed, range(2, 4))
     assert [record["metrics"]["steps/a"] for record in resumed.records()] == [0, 1, 2, 3]

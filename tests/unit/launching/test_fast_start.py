@@ -73,7 +73,13 @@ def test_which_torch_knows_no_accelerator(version, cpu, tmp_path, monkeypatch):
 
 
 def test_which_variables_must_be_the_same():
-    of_a_rank = {"PMI_RANK": "1", "MPI_LOCALRANKID": "1", "PWD": "/", "UBSMOE_DS_PARENT_SPEAKS": "/tmp/x"}
+    of_a_rank = {
+        "PMI_RANK": "1",
+        "MPI_LOCALRANKID": "1",
+        "PWD": "/",
+        "UBSMOE_DS_PARENT_SPEAKS": "/tmp/x",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
     read = {"OMP_NUM_THREADS": "2", "HF_HOME": "/data"}
     assert fork_server.read_at_import(of_a_rank | read) == read
     assert fork_server.read_at_import({"PYTHONPATH": "/a:/b:/a"}) == {"PYTHONPATH": "/a:/b"}

@@ -1,14 +1,16 @@
 """Pseudo-gradient estimators, moments and draws: by hand, and against loops over tokens."""
 
-from typing import get_args
+import inspect
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from tests.support import reference
 from ubsmoe_ds.config.sections import PseudoGradientConfig
+from ubsmoe_ds.moe import pseudo_gradient
+from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.pseudo_gradient import (
-    ESTIMATORS,
     PROJECTIONS,
     Experts,
     ExpertTokens,
@@ -25,12 +27,17 @@ from ubsmoe_ds.moe.pseudo_gradient import (
 )
 
 
-def test_the_config_names_every_estimator():
-    """The config may not import torch, so it has its own list of names."""
-    names = get_args(PseudoGradientConfig.model_fields["estimator"].annotation)
-    assert names == ("none", *ESTIMATORS)
-    for estimator in ESTIMATORS.values():
-        assert (estimator.from_tokens is None) != (estimator.from_sums is None)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_each_row_names_a_function_of_its_form(name):
+    row = ESTIMATORS[name]
+    parameters = list(inspect.signature(getattr(pseudo_gradient, row.function)).parameters)
+    assert parameters == (["sums"] if row.from_sums else ["tokens", "experts"])
+    assert PseudoGradientConfig(estimator=name).estimator == name
+
+
+def test_an_estimator_that_the_table_lacks_is_refused():
+    with pytest.raises(ValueError, match="'mean' is no estimator; use one of none, expert_mean"):
+        PseudoGradientConfig(estimator="mean")
 
 
 def test_inactive_weight_by_hand():
