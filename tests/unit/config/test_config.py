@@ -90,7 +90,10 @@ WRONG = {
     "same name twice": (["clients.1.name=phone"], "clients: name 'phone' appears more than once"),
     "path in a name": (["name=../x"], "name: '../x' is not valid"),
     "batch does not split": (["deepspeed.train_batch_size=15"], "train_batch_size: 15 is not a multiple of ranks 2 x"),
-    "estimator": (["pseudo_gradient.estimator=magic"], "pseudo_gradient.estimator: 'magic' is not valid"),
+    "estimator": (
+        ["pseudo_gradient.estimator=magic"],
+        "pseudo_gradient.estimator: 'magic' is no estimator; use one of none",
+    ),
     "rho": (["pseudo_gradient.rho=dense"], "pseudo_gradient.rho"),
     "source": (["data.source=csv:x"], "data.source: 'csv:x' is not valid"),
     "no equals sign": (["train.rounds"], "override 'train.rounds': must read key.sub=value"),

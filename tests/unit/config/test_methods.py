@@ -2,11 +2,11 @@
 
 import pytest
 
-from launch import compare
 from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS, with_preset
+from ubsmoe_ds.studies.comparison_jobs import as_overrides
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
 
@@ -82,7 +82,7 @@ def test_ablations_are_experiments(label):
         "pg": raw["pseudo_gradient"]["estimator"] != "none",
     }
     assert on == {"dmr": "no_dmr" not in label, "pg": "no_pg" not in label}
-    assert load_experiment(TINY, compare.as_overrides(ABLATIONS[label])).method == "ub_smoe"
+    assert load_experiment(TINY, as_overrides(ABLATIONS[label])).method == "ub_smoe"
 
 
 def test_clients_with_equal_models_share_a_view():
