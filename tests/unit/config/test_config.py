@@ -92,7 +92,7 @@ WRONG = {
     "batch does not split": (["deepspeed.train_batch_size=15"], "train_batch_size: 15 is not a multiple of ranks 2 x"),
     "estimator": (
         ["pseudo_gradient.estimator=magic"],
-        "pseudo_gradient.estimator: 'magic' is no estimator; use one of none",
+        "pseudo_gradient.estimator: 'magic' is no estimator; use one of",
     ),
     "rho": (["pseudo_gradient.rho=dense"], "pseudo_gradient.rho"),
     "source": (["data.source=csv:x"], "data.source: 'csv:x' is not valid"),
