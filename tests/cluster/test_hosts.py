@@ -19,7 +19,7 @@ from tests.support.jobs import TRAIN, Job, records, train
 from ubsmoe_ds.data import synthetic
 
 MPICH = Path(sys.executable)
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.alone
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 PRIVATE = Path("/dev/shm")  # each host has its own
@@ -74,6 +74,7 @@ def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
     assert (min(received) > merged) == (count == 4), received
 
 
+@pytest.mark.extended
 def test_clients_at_uneven_sites_give_the_metrics_of_one_host(tmp_path):
     """The first client is pinned to the second host; each reads rows that only its own host has."""
     rows = synthetic.rows(120, seed=5)
@@ -116,7 +117,7 @@ def by_open_mpi(hosts: Hosts) -> list[str]:
     return [str(OPEN_MPI), TRAIN, "--hostfile", hostfile(hosts)]
 
 
-@pytest.mark.parametrize("start", [by_mpiexec, by_open_mpi])
+@pytest.mark.parametrize("start", [by_mpiexec, pytest.param(by_open_mpi, marks=pytest.mark.extended)])
 def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tmp_path):
     if start is by_open_mpi and not OPEN_MPI.exists():
         pytest.skip("no Open MPI: see tests/cluster/test_survival.py")
@@ -148,6 +149,7 @@ def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tm
     assert [record["metrics"] for record in records(tmp_path / "tiny")] == whole
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("python", "cut"), [(MPICH, "n0"), (MPICH, "n2"), (OPEN_MPI, "n0"), (OPEN_MPI, "n2")])
 def test_all_of_three_hosts_end(python, cut, tmp_path):
     """Cut off the host of mpiexec, or another; whatever the launcher does, the user reads which host is lost."""

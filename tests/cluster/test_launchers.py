@@ -17,7 +17,7 @@ from tests.support.hosts import Hosts, missing
 from tests.support.jobs import TRAIN, Job, records, run
 from tests.support.ranks import REPO
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.extended, pytest.mark.alone]
 MPICH = Path(sys.executable)
 INTEL_MPI = Path(os.environ.get("UBSMOE_DS_IMPI_PYTHON", REPO / ".venv-impi" / "bin" / "python"))
 SHORT = ["train.rounds=1", "train.local_steps=2", "data.rows=200", "data.eval_rows=12"]

@@ -23,7 +23,7 @@ from tests.support.slurm_cluster import cluster, why_not
 from ubsmoe_ds.launching.relaunch import OPEN_MPI_WAITS_QUIETLY
 
 REASON = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}")]
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}")]
 TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
 TWO_RANKS = [TWO_CLIENTS, "train.rounds=2", "train.local_steps=12", "data.rows=200", "data.eval_rows=12"]
 ON_TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
@@ -110,6 +110,7 @@ exec {python} "$@"
 """
 
 
+@pytest.mark.extended
 def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, tmp_path):
     """Start 1 ends for a job of higher priority, start 2 by USR1 ahead of a real time limit, start 3 does the rest.
 
@@ -136,6 +137,7 @@ def test_preempted_and_out_of_time_it_goes_on_with_the_same_bits(slurm, whole, t
     assert metrics(tmp_path) == whole
 
 
+@pytest.mark.extended
 def test_scancel_saves_and_leaves_no_process_and_nothing_queued(slurm, tmp_path):
     changes = ["train.rounds=500", f"output={tmp_path}"]
     job = BatchJob(slurm, tmp_path, *ON_TWO_NODES, "slurm/train.sbatch", *TWO_RANKS, *changes)
@@ -148,6 +150,7 @@ def test_scancel_saves_and_leaves_no_process_and_nothing_queued(slurm, tmp_path)
     assert job.facts()["JobState"] == "CANCELLED"
 
 
+@pytest.mark.extended
 def test_a_killed_rank_ends_the_job(slurm, tmp_path):
     """Without SLURM_WAIT srun would let the others wait for it until the time limit."""
     changes = ["train.rounds=500", f"output={tmp_path}"]
@@ -166,6 +169,7 @@ exit 1
 """
 
 
+@pytest.mark.extended
 def test_a_job_that_has_lost_a_host_is_queued_again_but_not_for_ever(slurm, tmp_path):
     environment = slurm | {"PYTHON": script(tmp_path / "python", LOST_PYTHON), "LOST_HOSTS": "1", "SLURM_WAIT": "2"}
     job = BatchJob(environment, tmp_path, *ON_TWO_NODES, "slurm/train.sbatch")
@@ -194,6 +198,7 @@ def test_which_comparison_is_queued_again(name, tmp_path):
     assert ("scontrol requeue 7" in job.output) is again, job.output
 
 
+@pytest.mark.extended
 def test_comparison_as_an_array(slurm, tmp_path):
     """Task 2 is asked to stop as if it ran out of time, and goes on; then the plain command collects the results."""
     small = [TWO_CLIENTS, "train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=16"]
@@ -224,6 +229,7 @@ def srun(mpi: str, tasks: int, *arguments: str, python: str = sys.executable) ->
     return ["srun", f"--mpi={mpi}", "--nodes=2", f"--ntasks={tasks}", python, *TRAIN_UNDER_MPI, *arguments]
 
 
+@pytest.mark.extended
 def test_srun_with_pmix(slurm, whole, tmp_path):
     """Open MPI takes at most two ranks per node here."""
     if not OPEN_MPI_PYTHON.exists():
@@ -238,6 +244,7 @@ def test_srun_with_pmix(slurm, whole, tmp_path):
         assert actual == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.extended
 def test_deepspeed_slurm_launcher(slurm, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("n0 slots=1\nn1 slots=1\n")
@@ -269,6 +276,7 @@ print(MPI.COMM_WORLD.allreduce(1), "ranks met", flush=True)
 """
 
 
+@pytest.mark.extended
 def test_addresses_get_through_slurm_whatever_is_in_memory(slurm, tmp_path):
     program = script(tmp_path / "dense.py", DENSE_MEMORY)
     where = {"PYTHONPATH": str(REPO)} | slurm
@@ -285,6 +293,7 @@ WRONG = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_srun_is_one_line_with_the_right_command(name, slurm, tmp_path):
     wrong, message = WRONG[name]
@@ -295,6 +304,7 @@ def test_a_wrong_srun_is_one_line_with_the_right_command(name, slurm, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.extended
 def test_mpiexec_inside_an_allocation(slurm, whole, tmp_path):
     """`python launch/train.py` in a batch script: MPICH's mpiexec finds the nodes and has srun start its ranks."""
     batch = script(tmp_path / "script", f'#!/bin/bash\nexec "$PYTHON" {TRAIN} "$@"\n')

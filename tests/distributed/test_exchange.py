@@ -1,4 +1,4 @@
-"""Test the exchange between clients of unequal layout over real MPI ranks, against numpy."""
+"""The exchange over real MPI ranks against numpy."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ LAYOUTS = {
 TOLERANCE = {"fp32": {"atol": 1e-6, "rtol": 1e-6}, "bf16": {"atol": 0.05, "rtol": 0.02}}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_exchange_equals_numpy(name, tmp_path):
     """Every rank gets, for each unit it holds, what numpy computes from all clients' values for its client."""
@@ -73,7 +72,6 @@ def _elements(numel, lora, rank):
     return rank * sum(lora) if lora else numel
 
 
-@pytest.mark.slow
 def test_bf16_halves_the_traffic(tmp_path):
     units = [("e0.gate", 0, 0, (3, 2)), ("e1.gate", 0, 1, (3, 2))]
     arguments = {"layouts": [(1, 1, 4, None), (1, 1, 4, None)], "units": units, "num_experts": 2, "weights": [1.0, 1.0]}

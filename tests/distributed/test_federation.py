@@ -6,7 +6,6 @@ import pytest
 from tests.support import reference, tiny
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 CLIENTS = [
     {"budget": 0.25, "share": 1.0},
     {"budget": 0.5, "share": 2.0, "ranks": 2, "expert_parallel": 2},

@@ -6,7 +6,6 @@ import pytest
 from tests.support import reference, tiny
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 STEPS = 10
 VARIANTS = {
     "plain": {},
@@ -52,7 +51,8 @@ DRAWING = {
 LOAD_BALANCING = {"aux": 1.0}
 OF_LAYOUT = {"dropping": DROPPING, "drawing": DRAWING, "load_balancing": LOAD_BALANCING}
 # accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, expert parallelism
+EXTENDED = [(2, 2), (4, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,11 @@ def expected(model_path):
     return get
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda p: f"ranks{p[0]}_ep{p[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(p, marks=[pytest.mark.extended] if p in EXTENDED else []) for p in LAYOUTS],
+    ids=lambda p: f"ranks{p[0]}_ep{p[1]}",
+)
 def trained(request, model_path, tmp_path_factory):
     ranks, ep = request.param
     arguments = {

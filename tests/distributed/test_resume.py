@@ -8,7 +8,8 @@ import pytest
 from tests.support.jobs import records
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extended
+
 CONFIG = "ds_configs/tiny.yaml"
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
 SHORT += ["checkpoint.keep=9"]

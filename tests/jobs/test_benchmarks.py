@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-pytestmark = pytest.mark.slow
 SMALL = ["--hidden", "32", "--experts", "8", "--repeats", "1", "--json"]
 COMMANDS = {
     "moe_block": (

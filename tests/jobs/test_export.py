@@ -36,7 +36,6 @@ def run(tmp_path_factory):
     return folder / "ub_smoe"
 
 
-@pytest.mark.slow
 def test_adapters_of_rounds_and_the_end(run):
     found = {path.name: read_adapter(path) for path in sorted(run.glob("adapter*"))}
     assert list(found) == ["adapter", "adapter-round-1", "adapter-round-2"]
@@ -52,7 +51,6 @@ def test_adapters_of_rounds_and_the_end(run):
         assert {name.split(".")[2] for name in beside.keys()} == {"phi"}  # noqa: SIM118 - no mapping
 
 
-@pytest.mark.slow
 def test_export_writes_plain_weights_and_says_what_is_lost(run, tmp_path):
     command = [*warm_python(), "launch/export.py", "--adapter", str(run / "adapter"), "--merge", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=200)
@@ -70,7 +68,6 @@ def test_export_writes_plain_weights_and_says_what_is_lost(run, tmp_path):
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "is in use" in again.stderr
 
 
-@pytest.mark.slow
 def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path):
     """The table of the run's last evaluation, from its adapters, in another process and without expert parallelism."""
     rows = load_rows(load_experiment(REPO / "ds_configs" / "tiny.yaml", DATA).data, 0)[1]
@@ -109,7 +106,6 @@ def command(name: str, *arguments: str) -> list[dict]:
     return [json.loads(text) for text in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
 def test_an_adapter_of_another_model_is_refused(run, tmp_path):
     adapter = read_adapter(run / "adapter")
     state = {**adapter.state, "layers.0.phi": torch.zeros(3)}

@@ -15,7 +15,6 @@ from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, tra
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
 
-pytestmark = pytest.mark.slow
 SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", TWO_CLIENTS]
 
 
@@ -58,6 +57,7 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     same_as(whole, tmp_path / "tiny")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("how", ["a second signal", "the grace time"])
 def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
     """A rank hangs, so the job never reaches a step boundary."""
@@ -164,6 +164,7 @@ def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
                 assert second["metrics"][key] == pytest.approx(first["metrics"][key], rel=1e-3)
 
 
+@pytest.mark.extended
 def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
     """With no round left the job writes what it has read: the same bits, sharded in another way."""
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
@@ -200,7 +201,9 @@ BAD_STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] if name != "fp32" else []) for name in BAD_STEPS]
+)
 def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
     """DeepSpeed itself skips some such steps, differently in each of its optimisers."""
     limit, changes, out = BAD_STEPS[name]
@@ -220,6 +223,7 @@ def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
     assert all(math.isfinite(value) for m in rounds for value in m.values())
 
 
+@pytest.mark.extended
 def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(whole, tmp_path):
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     folder = tmp_path / "tiny" / "checkpoints"
@@ -230,6 +234,7 @@ def test_an_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_set_aside(wh
     assert {path.name for path in folder.iterdir()} == branches
 
 
+@pytest.mark.extended
 def test_restarts_do_not_resume_from_an_earlier_run(whole, tmp_path):
     """The job is killed before it overwrites the old run, whose checkpoints are not its own."""
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)

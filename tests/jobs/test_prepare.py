@@ -13,8 +13,6 @@ from tests.support.ranks import REPO, clean_environment, warm_python
 from tests.unit.models.test_upcycle import llama
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):

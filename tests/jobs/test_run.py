@@ -8,14 +8,13 @@ import sys
 
 import pytest
 
+from tests.jobs.test_plan import compare_with_run
 from tests.support import tiny
 from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
 from tests.support.ranks import REPO
-from tests.unit.planning.test_plan import compare_with_run
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
-pytestmark = pytest.mark.slow
 COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
 FEW_RANKS = [*SHORT, TWO_CLIENTS]
 CLIENTS = ("phone", "laptop", "desktop", "server")

@@ -1,22 +1,14 @@
-"""Check clients whose rows stay at their site: nobody else reads them, and the run is that of the same common rows."""
+"""Clients whose rows stay at their site: the same run as with the same rows of one file."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-from mpi4py import MPI
 
-from tests.support import tiny
 from tests.support.jobs import records, train
-from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.client_rows import client_rows
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
 NAMES = ("a", "b")
 
@@ -40,7 +32,6 @@ def files(tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 def test_the_same_rows_from_sites_are_the_same_run(files, tmp_path):
     found = {}
     for name, sources in (("common", ["null", "null"]), ("sites", [files["a"], files["b"]])):
@@ -61,52 +52,3 @@ def test_the_same_rows_from_sites_are_the_same_run(files, tmp_path):
         assert code == 0, output
         found[name] = [record["metrics"] for record in records(tmp_path / name)]
     assert found["common"] == found["sites"]
-
-
-def of_client(exp: Experiment, number: int):
-    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, comm=MPI.COMM_SELF))
-
-
-def test_nobody_reads_the_rows_of_another_site(files):
-    clients = [{"budget": 1.0, "source": files["a"]}, {"budget": 1.0, "source": "jsonl:/only/at/its/site.jsonl"}]
-    exp = tiny.experiment("unused", clients, data={"eval_source": files["eval"]})
-    found = of_client(exp, 0)
-    assert found.counts[0] == len(found.training) > 0
-    with pytest.raises(UserError, match="/only/at/its/site.jsonl cannot be read"):
-        of_client(exp, 1)
-
-
-def test_the_plan_reads_the_rows_of_each_site(files):
-    """The same rows give the same plan, from sites and dealt from one file."""
-    found = []
-    for sources in (("null", "null"), (files["a"], files["b"])):
-        clients = ", ".join(f"{{name: {n}, budget: 1.0, source: {s}}}" for n, s in zip(NAMES, sources, strict=True))
-        data = [f"data.source={files['all']}", f"data.eval_source={files['eval']}", "data.eval_rows=24"]
-        exp = load_experiment("ds_configs/tiny.yaml", [f"clients=[{clients}]", *data])
-        found.append([of_client._replace(text_bytes=0) for of_client in read_row_lengths(exp)])
-    assert found[0] == found[1] and found[0][0] != found[0][1]
-
-
-def test_other_rows_at_a_site_are_other_data(files):
-    digests = set()
-    for source in (files["a"], files["b"]):
-        exp = tiny.experiment("unused", [{"budget": 1.0, "source": source}], data={"eval_source": files["eval"]})
-        digests.add(of_client(exp, 0).digest)
-    assert len(digests) == 2
-
-
-@pytest.mark.parametrize(
-    ("sources", "evaluation", "message"),
-    [
-        (
-            ["jsonl:a", None],
-            "jsonl:e",
-            "c1 have no `source`, but others do; give one to all clients",
-        ),
-        (["jsonl:a", "jsonl:b"], None, "data.eval_source: must be set if each client has its own `source`"),
-    ],
-)
-def test_half_a_description_is_refused(sources, evaluation, message):
-    data = {"eval_source": evaluation} if evaluation else {}
-    with pytest.raises(ValueError, match=message):
-        tiny.experiment("unused", [{"budget": 1.0, "source": source} for source in sources], data=data)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.soak import chaos
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extended
 
 
 def test_five_kills_leave_no_trace(tmp_path):

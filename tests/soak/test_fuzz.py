@@ -6,6 +6,8 @@ from tests.soak import fuzz
 from tests.soak.fuzz_cases import Bomb, Surface, Violation, accepts, reads_only
 from ubsmoe_ds.base.errors import UserError
 
+pytestmark = pytest.mark.extended
+
 SURFACES = fuzz.surfaces()
 CASES = 30
 

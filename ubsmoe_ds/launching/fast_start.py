@@ -32,7 +32,7 @@ SHIM = Path(__file__).with_name("fork_shim.py")
 
 
 def is_cpu_build() -> bool:
-    """Whether this torch knows no accelerator: its runtime does not outlive a fork. Read without importing torch."""
+    """Return whether this torch knows no accelerator, whose runtime does not outlive a fork; torch is not imported."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -48,13 +48,13 @@ class ForkServer(NamedTuple):
 
     @property
     def through(self) -> list[str]:
-        """The words that go before the command of a rank which it is to fork."""
+        """Return the words that go before the command of a rank which it is to fork."""
         return through(self.path)
 
 
 @contextmanager
 def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOADED) -> Iterator[ForkServer]:
-    """Start a server that forks ranks as long as the context lasts; yields it.
+    """Start a server that forks ranks as long as the context lasts; yield it.
 
     The ranks' shims may connect at once: they wait until the server has imported everything.
 
@@ -90,7 +90,7 @@ def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOAD
 
 
 def through(path: str) -> list[str]:
-    """The words that go before the command of a rank which a server is to fork.
+    """Return the words that go before the command of a rank which a server is to fork.
 
     Args:
         path: of its socket.
@@ -100,7 +100,7 @@ def through(path: str) -> list[str]:
 
 @contextmanager
 def shims(environment: Mapping[str, str], sound: bool) -> Iterator[list[str]]:
-    """Have ranks forked, as long as the context lasts; yields the words that go before their command.
+    """Have ranks forked as long as the context lasts; yield the words that go before their command.
 
     Args:
         environment: of the ranks. It may name a server that runs already.

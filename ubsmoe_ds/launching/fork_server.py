@@ -1,4 +1,4 @@
-"""A process that has imported what ranks need, once, and forks them: importing again would take each rank seconds.
+"""Import what ranks need once, then fork them: importing it again would take each rank seconds.
 
     python -P -u -m ubsmoe_ds.launching.fork_server SOCKET CREATOR MODULE ...
 
@@ -40,7 +40,8 @@ REQUEST_SECONDS = 10.0  # for a shim to send its request after it has connected
 # What may differ between the server's environment and a rank's: nothing that is preloaded has read it. For all others
 # the rank imports everything itself.
 OF_A_RANK = ("PMI_", "PMIX_", "MPI_", "MPIR_", "HYDI_", "HYDRA_", "UBSMOE_DS_")
-OF_A_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "PATH", "DS_ACCELERATOR", "GFORTRAN_UNBUFFERED_PRECONNECTED")
+OF_A_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "PATH", "GFORTRAN_UNBUFFERED_PRECONNECTED")
+OF_AN_ACCELERATOR = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")  # of which this torch knows none
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Server:
         self.ranks.remove(rank)
 
     def _accept(self) -> list[str] | None:
-        """Take one request; the command in the process that is forked for it, None in the server."""
+        """Take one request. Return the command in the process that is forked for it, None in the server."""
         connection, _ = self.listening.accept()
         connection.settimeout(REQUEST_SECONDS)
         descriptors: list[int] = []
@@ -125,7 +126,7 @@ class Server:
         return None
 
     def _fork(self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> list[str] | None:
-        """Fork a rank, or refuse to; the command in the rank, None in the server."""
+        """Fork a rank, or refuse to. Return the command in the rank, None in the server."""
         why = self._refusal(request)
         if why:
             self._say(why)
@@ -149,7 +150,7 @@ class Server:
         return None
 
     def _refusal(self, request: dict[str, Any]) -> str:
-        """Why this rank has to import everything itself; empty if it need not."""
+        """Return why this rank has to import everything itself; empty if it need not."""
         ours, theirs = self.environment, read_at_import(request["environment"])
         names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if names:
@@ -171,15 +172,19 @@ class Server:
 
 
 def read_at_import(environment: Any) -> dict[str, str]:
-    """The part of an environment that modules may have read while they were imported, in a comparable form."""
-    found = {k: v for k, v in environment.items() if not k.startswith(OF_A_RANK) and k not in OF_A_SHELL}
-    if "PYTHONPATH" in found:  # with the same folder twice it means the same
-        found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(found["PYTHONPATH"].split(os.pathsep)))
-    return found
+    """Return the part of an environment that modules may have read at import, in a comparable form."""
+    variables = {
+        k: v
+        for k, v in environment.items()
+        if not k.startswith(OF_A_RANK) and k not in (*OF_A_SHELL, *OF_AN_ACCELERATOR)
+    }
+    if "PYTHONPATH" in variables:  # with the same folder twice it means the same
+        variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(variables["PYTHONPATH"].split(os.pathsep)))
+    return variables
 
 
 def has_ended(connection: socket.socket) -> bool:
-    """Whether the other side is gone already."""
+    """Return whether the other side is gone already."""
     poll = select.poll()
     poll.register(connection.fileno(), 0)  # hang-ups are always reported
     return bool(poll.poll(0))
@@ -219,7 +224,7 @@ def become(request: dict[str, Any], descriptors: list[int], server: int) -> None
 
 
 def words_after_options(words: list[str]) -> list[str]:
-    """`-m MODULE ...` or `SCRIPT ...` of a command; empty if it has another form or options other than -u."""
+    """Return `-m MODULE ...` or `SCRIPT ...` of a command; empty for other forms and for options other than -u."""
     words = words[1:] if words[:1] == ["-u"] else words
     return words if words[:1] == ["-m"] and len(words) > 1 or words and not words[0].startswith("-") else []
 
@@ -238,7 +243,7 @@ def run(command: list[str]) -> None:
 
 
 def not_ready(ours: set[int]) -> str:
-    """Why this process must not fork ranks, after its imports; empty if it may.
+    """Return why this process must not fork ranks after its imports; empty if it may.
 
     Args:
         ours: descriptors that it knows.
@@ -262,7 +267,7 @@ def not_ready(ours: set[int]) -> str:
 
 
 def main() -> list[str] | None:
-    """Import, and serve; returns the command to run in processes that are forked."""
+    """Import, and serve. Return the command to run in processes that are forked, None in the server."""
     listening, creator = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
     server = Server(listening, creator)
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,4 +1,4 @@
-"""What mpiexec starts in place of a rank that a warmed process forks (fork_server.py).
+"""Stand in for a rank that a warmed process forks (fork_server.py): mpiexec starts this in its place.
 
     python -I -S fork_shim.py SOCKET python -u -m mpi4py SCRIPT ...
 
@@ -25,7 +25,7 @@ PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGTERM", "SI
 
 
 def surroundings() -> dict[str, Any]:
-    """What a process inherits and a server cannot hand over: it must be the same on both sides."""
+    """Return what a process inherits and a server cannot hand over; it must be the same on both sides."""
     return {
         "namespaces": sorted(str(path.readlink()) for path in NAMESPACES.iterdir()),
         "control groups": Path("/proc/self/cgroup").read_text(encoding="utf-8"),
@@ -39,13 +39,13 @@ def surroundings() -> dict[str, Any]:
 
 
 def inherited() -> list[int]:
-    """Descriptors that this process was started with."""
-    found = []
+    """Return the descriptors that this process was started with."""
+    descriptors = []
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  # pathlib's own would be among them in some versions
         with contextlib.suppress(OSError):  # that of the listing
             if os.get_inheritable(int(name)):
-                found.append(int(name))
-    return sorted(found)
+                descriptors.append(int(name))
+    return sorted(descriptors)
 
 
 def main(path: str, command: list[str]) -> NoReturn:
@@ -81,7 +81,7 @@ def stand_in(connection: socket.socket, rank: int) -> NoReturn:
     """Pass signals on until the rank has ended, then end like it.
 
     Args:
-        connection: to the server, which tells how it ended.
+        connection: to the server, which sends how it ended.
         rank: its pidfd.
     """
 

@@ -178,9 +178,20 @@ def open_mpi_command(
 
 
 def is_open_mpi(mpiexec: str) -> bool:
-    """Return whether this mpiexec is Open MPI's."""
-    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
+    """Return whether this mpiexec starts jobs of Open MPI."""
+    version = _version(mpiexec)
     return "Open MPI" in version or "prte" in version.lower()
+
+
+def is_mpich(mpiexec: str) -> bool:
+    """Return whether this mpiexec starts jobs of MPICH; Intel MPI's, which derives from it, does not."""
+    version = _version(mpiexec)
+    return "HYDRA" in version and "Intel" not in version
+
+
+def _version(mpiexec: str) -> str:
+    """Return what mpiexec prints of itself."""
+    return subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _slots(hosts: Mapping[str, int]) -> str:

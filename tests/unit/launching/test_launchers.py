@@ -1,18 +1,17 @@
 """Launchers are recognised by the environment, and wrong launches are refused with the command that works."""
 
 import socket
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.ranks import clean_environment
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.launching import launchers
 from ubsmoe_ds.mpi import start
 
 CLIENTS = [ClientConfig(name="a", budget=1.0, ranks=2), ClientConfig(name="b", budget=1.0, ranks=4)]
+
+
 TASK_OF_SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}
 
 
@@ -119,35 +118,6 @@ def test_values_are_shorter_while_mpi_starts():
             assert ask(rank, slurm, answer % 1024) == answer % 900
             assert ask(rank, slurm, answer % 512) == answer % 512
         assert ask(rank, slurm, answer % 1024) == answer % 1024
-
-
-# The first message between two ranks; its sender then waits for the receiver without calling MPI.
-FIRST_MESSAGE = """
-import os, sys, time
-from pathlib import Path
-from ubsmoe_ds.mpi.start import start_mpi
-start_mpi(os.environ)
-from mpi4py import MPI
-comm, arrived = MPI.COMM_WORLD, Path(sys.argv[1])
-request = comm.Isend(bytearray(8), 1) if comm.rank == 0 else comm.Irecv(bytearray(8), 0)
-while not request.Test():
-    time.sleep(0.001)
-if comm.rank == 1:
-    arrived.touch()
-deadline = time.monotonic() + 10
-while not arrived.exists() and time.monotonic() < deadline:
-    time.sleep(0.01)
-print("arrived" if arrived.exists() else "left behind", flush=True)
-"""
-
-
-def test_a_first_message_arrives_while_its_sender_waits_elsewhere(tmp_path):
-    """As if each rank were on a host of its own, without shared memory. With libfabric the message does not arrive."""
-    (tmp_path / "first.py").write_text(FIRST_MESSAGE)
-    command = ["mpiexec", "-n", "2", sys.executable, str(tmp_path / "first.py"), str(tmp_path / "arrived")]
-    apart = clean_environment() | {"MPIR_CVAR_NOLOCAL": "1"}
-    done = subprocess.run(command, env=apart, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.split("\n") == ["arrived", "arrived", ""], done
 
 
 def test_hosts_are_given_to_each_mpiexec():

@@ -3,28 +3,29 @@
 import csv
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from launch.plan import parse, read_inputs, read_slots
-from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, records, run
-from tests.support.ranks import REPO, clean_environment
+from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
-from ubsmoe_ds.planning.memory_model import CPU_KERNELS, CPU_PROCESS, largest_phase
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
 
 CONFIGS = REPO / "ds_configs"
+
+
 TINY = CONFIGS / "tiny.yaml"
+
+
 SMOLLM2_FIGURES = REPO / "results" / "plan" / "smollm2.csv"
+
+
 SMOLLM2_SHAPE = ModelShape(  # launch/prepare.py split of SmolLM2-135M-Instruct
     layers=30,
     hidden=576,
@@ -38,53 +39,15 @@ SMOLLM2_SHAPE = ModelShape(  # launch/prepare.py split of SmolLM2-135M-Instruct
     tied_embeddings=True,
     lora_rank=8,
 )
+
+
 WITHIN = 0.15
-LARGE = ["deepspeed.train_batch_size=128", "evaluation.batch_size=32", TWO_CLIENTS]  # the model outweighs the process
 
 
 @pytest.fixture(scope="module")
 def inputs():
     """Return the demo's inputs, on the CPU."""
     return read_inputs(load_experiment(TINY, ["accelerator=cpu", "train.rounds=1"]))
-
-
-def planned(*arguments: str) -> tuple[int, str, str]:
-    """Run launch/plan.py; return exit code, output and errors."""
-    command = [sys.executable, "launch/plan.py", "accelerator=cpu", "train.rounds=1", *arguments]
-    done = subprocess.run(command, cwd=REPO, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
-def compare_with_run(folder: Path, overrides: list[str]) -> list[float]:
-    """Check the plan of a run on the CPU against what it took; return the measured bytes of each client."""
-    summary = json.loads((folder / "summary.json").read_text())["clients"]
-    metrics = records(folder)[-1]["metrics"]
-    plans = plan(read_inputs(load_experiment(TINY, [*overrides, "accelerator=cpu"])))
-    measured = [1e9 * row["peak_memory_gb"] for row in summary]
-    for row, peak_bytes, cost in zip(summary, measured, plans, strict=True):
-        assert largest_phase(cost.phases)[1] == pytest.approx(peak_bytes, rel=WITHIN), row
-        assert cost.sent_bytes / 1e6 == pytest.approx(metrics[f"megabytes_sent/{row['client']}"], rel=0.1)
-    return measured
-
-
-@pytest.mark.slow
-def test_memory_and_bytes_are_as_measured(tmp_path):
-    """Batches are so large that a plan of the bare process would fail; test_run.py checks the demo."""
-    overrides = [*SHORT, "train.rounds=1", *LARGE]
-    code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}")
-    assert code == 0, output
-    for measured in compare_with_run(tmp_path / "tiny", overrides):
-        assert measured - CPU_PROCESS - CPU_KERNELS > 2 * WITHIN * measured
-
-
-@pytest.mark.slow
-def test_bytes_of_flora_are_as_measured(tmp_path):
-    """Clients of unequal LoRA ranks send their own LoRA rank and get the stack of all; so must the plan."""
-    overrides = [*SHORT, "train.rounds=1", "method=flora"]
-    overrides += ["clients=[{name: a, budget: 0.25}, {name: b, budget: 0.5, ranks: 2}, {name: c, budget: 1.0}]"]
-    code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}")
-    assert code == 0, output
-    compare_with_run(tmp_path / "tiny", overrides)
 
 
 def smollm2() -> list[tuple[PlanInput, int, float]]:
@@ -196,31 +159,6 @@ def test_other_texts_are_refused_as_amounts_of_memory(text):
         parse_bytes(text)
 
 
-def test_command_prints_the_plan_and_where_clients_are(tmp_path):
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("big slots=4\nsmall slots=2\n")
-    code, output, errors = planned("--hostfile", str(hostfile), "--device-memory", "8G")
-    assert (code, errors) == (0, "")
-    assert "straggler: laptop, 1.5" in output and "small: desktop 2" in output
-    assert output.count("yes") == 4 and "all kept" in output
-
-
 def test_hosts_are_called_what_the_config_calls_them():
     options = parse(["--hosts", "3", "--devices", "2"])
     assert read_slots(options, ["clinic", "campus", "clinic"]) == {"clinic": 2, "campus": 2, "host1": 2}
-
-
-REFUSED = {
-    "too small": (["--device-memory", "0.3G"], "error: clients.0: 'phone' needs 0.57"),
-    "ranks": (["--hosts", "1", "--devices", "4"], "error: clients: need 6 ranks, the hosts have 4 slots"),
-    "devices": (["--hosts", "1"], "error: --hosts: goes with --devices"),
-    "too long": (["data.max_length=1025"], "error: data.max_length: 1025 exceeds the model's max_position_embeddings"),
-    "memory": (["--device-memory", "much"], "error: --device-memory: 'much' is no amount of memory"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_plan_ends_with_code_2_and_one_line(name):
-    arguments, expected = REFUSED[name]
-    code, _, errors = planned(*arguments)
-    assert code == 2 and errors.startswith(expected) and errors.count("\n") == 1, errors

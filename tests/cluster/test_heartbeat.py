@@ -16,7 +16,7 @@ import pytest
 from tests.support.ranks import clean_environment
 from ubsmoe_ds.mpi.heartbeat import ANSWER, BEAT, BEATS, Heartbeat, Host, open_socket
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.extended, pytest.mark.alone]
 TOKEN = b"0123456789abcdef"
 TIMEOUT = 0.6
 SECONDS = 5.0  # for events that must happen; those that must not get several timeouts
@@ -175,7 +175,7 @@ def test_strangers_count_for_nothing(net):
 
 SUSPENDED = """
 import time
-from tests.unit.mpi.test_heartbeat import Net
+from tests.cluster.test_heartbeat import Net
 net = Net(2)
 time.sleep(0.5)
 print("beating", flush=True)

@@ -1,0 +1,1 @@
+"""Merge rules, DMR's server step and who owns what: by hand."""
