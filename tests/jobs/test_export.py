@@ -1,4 +1,4 @@
-"""What a run leaves behind: adapters of rounds and clients; plain weights and figures by the commands."""
+"""Outputs of a run: adapters of rounds and clients, and plain weights and figures by the commands."""
 
 import json
 import subprocess

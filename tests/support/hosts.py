@@ -144,7 +144,7 @@ class Hosts:
 
 @functools.cache
 def missing() -> str | None:
-    """What keeps this machine from having hosts, or None."""
+    """Return why this machine cannot have hosts, or None."""
     tools = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
     if tools:
         return f"no {tools[0]}: apt-get install iproute2 util-linux"

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """Return what it has printed so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str, seconds: float = 120) -> None:

@@ -182,7 +182,7 @@ def _finish_jobs(environment: Mapping[str, str]) -> None:
 
 
 def _ask(environment: Mapping[str, str], *command: str) -> str:
-    """What one of Slurm's commands says; nothing while it reaches no controller."""
+    """Return the output of one of Slurm's commands, nothing while it reaches no controller."""
     variables = os.environ | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False).stdout.strip()
 

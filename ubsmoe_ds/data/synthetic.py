@@ -74,7 +74,7 @@ def _near(rng: Generator, value: int, n: int = 3) -> list[str]:
 
 
 def sums(rng: Generator) -> Item:
-    """What is 7 plus 5?"""
+    """Make sums: what is 7 plus 5?"""
     a, b = (int(v) for v in rng.integers(1, 50, 2))
     if rng.random() < 0.5:
         return f"What is {a} plus {b}?", str(a + b), _near(rng, a + b)
