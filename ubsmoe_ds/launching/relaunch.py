@@ -61,7 +61,7 @@ def relaunch(
         UserError: if there is no mpiexec, or not of the MPI that this needs.
     """
     mpiexec, open_mpi = _find_mpiexec(survive)
-    environment = _environment(script, ranks, one_host=hosts is None)
+    environment = _environment(ranks, one_host=hosts is None)
     make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     if open_mpi:
         environment = OPEN_MPI_WAITS_QUIETLY | environment
@@ -123,11 +123,11 @@ def _find_mpiexec(survive: bool) -> tuple[str, bool]:
     return mpiexec, open_mpi
 
 
-def _environment(script: str, ranks: int, one_host: bool) -> dict[str, str]:
+def _environment(ranks: int, one_host: bool) -> dict[str, str]:
     """Return the environment of the ranks."""
     environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS_VARIABLES}
-    # the script's folder is on a script's path, but the working folder is what `-m` adds
-    root = str(Path(script).resolve().parent.parent)
+    # `-m mpi4py` puts the working folder on the path in place of the script's: name the package's own
+    root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     if one_host and environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
         # threads of all ranks together fill the cores; more would only get in each other's way
