@@ -1,6 +1,7 @@
 """Tests run on the CPU, from the repository's root, whatever the machine has."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,8 @@ from tests.support.jobs import OWN_SERVER, SHORT, TRAIN, run
 from tests.support.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# a shell starts background jobs with SIGINT ignored, and all that the tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # threads that wait for cores which ranks and other tests need spin: the same tests took 15 times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -81,7 +81,7 @@ SPLIT += ["--tokens", "64", "--length", "16"]
     [
         (
             ["split", "--model", "{dense}", "--data", "synthetic", "--experts", "7", "--ks", "4"],
-            "cannot be dealt to 7 experts",
+            "cannot be divided among 7 experts evenly",
         ),
         (["split", "--model", "{dense}", "--data", "synthetic", "--ks", "99"], "--ks: [99] must each be 1 to 16"),
         (["split", "--model", "{dense}", "--data", "synthetic", "--experts", "1"], "--experts: 1 must be 2 to 1024"),
