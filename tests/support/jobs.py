@@ -25,7 +25,7 @@ TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2,
 
 
 def _read(path: Path) -> bytes:
-    """A file of a process; empty if the process has ended."""
+    """Return a file of a process; empty if the process has ended."""
     try:
         return path.read_bytes()
     except OSError:
@@ -38,8 +38,12 @@ def _state(pid: int) -> str:
 
 
 def _stands_for(shim: int) -> int | None:
-    """Process id of the rank for which a shim stands: of the pidfd that it holds."""
-    for entry in Path(f"/proc/{shim}/fdinfo").iterdir():
+    """Return the process id of the rank for which a shim stands, from the pidfd that it holds; None if it has ended."""
+    try:
+        entries = list(Path(f"/proc/{shim}/fdinfo").iterdir())
+    except OSError:
+        return None
+    for entry in entries:
         for line in _read(entry).splitlines():
             if line.startswith(b"Pid:"):
                 return int(line.split()[1])
