@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.test_survival import PYTHON as OPEN_MPI
-from tests.jobs.test_sites import write
 from tests.support import watched_job
 from tests.support.hosts import Hosts, missing
 from tests.support.jobs import TRAIN, Job, records, train
+from tests.support.sites import write
 from ubsmoe_ds.data import synthetic
 
 MPICH = Path(sys.executable)
