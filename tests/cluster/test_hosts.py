@@ -24,7 +24,7 @@ SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_ro
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 PRIVATE = Path("/dev/shm")  # each host has its own
 TIMEOUT = 5  # host_timeout_s
-WAY_OUT = 15  # seconds after it until nothing is left, on a busy machine
+WAY_OUT = 30  # seconds after it until nothing is left, on a busy machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,12 +131,10 @@ def test_a_host_that_is_cut_off_ends_the_job_which_then_goes_on(start, whole, tm
             assert job.process.poll() is None, job.output
             time.sleep(0.02)
         hosts.cut("n1")
-        cut_at = time.monotonic()
         try:
             assert job.end(TIMEOUT + WAY_OUT) == 1, job.output
         finally:
             job.kill()
-        assert time.monotonic() - cut_at < TIMEOUT + WAY_OUT
         (line,) = [line for line in job.output.splitlines() if line.startswith("error:")]
         assert line.startswith("error: host n1 (client 'b', job ranks 2 3) has not been heard from for 5 s; ")
         assert [record["round"] for record in records(tmp_path / "tiny")] == [0, 1]

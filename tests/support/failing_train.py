@@ -7,7 +7,7 @@ in a job rank's STEP-th (default: second) local step; several with + between
 raise, user    an error; a user's mistake
 hang           it never comes back
 nan            its weights hold NaN for this step
-slow           every step takes two seconds longer, whichever is named
+slow           every step takes STEP (2) seconds longer
 nobf16@all     every device says that it lacks bf16
 kill-STAGE     a real SIGKILL when it does so the STEP-th time; see STAGES
 """
@@ -78,7 +78,7 @@ def plant(fault: str) -> None:
     def fault(self: engine.Client, batch: object) -> object:
         calls.append(batch)
         if kind == "slow":
-            time.sleep(2)
+            time.sleep(int(step or 2))
         elif len(calls) == int(step or 2):
             return harm(kind, self, batch)
         return real_step(self, batch)
