@@ -12,7 +12,8 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
     """Return the row numbers of each client; together they are all rows, and none is dealt twice.
 
     iid: rows are shuffled, then cut in proportion to the clients' shares.
-    dirichlet: each task is cut in proportion to shares times a draw of Dirichlet(alpha) (arXiv 1909.06335).
+    dirichlet: each task is cut by a draw of Dirichlet(alpha * C * shares / their sum), whose mean is the shares; with
+    equal shares it is Dirichlet(alpha) (arXiv 1909.06335).
     by_task: tasks go to the clients in turn; with fewer tasks than clients, clients of one task split it by shares.
 
     Args:
@@ -34,7 +35,7 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
     for number, rows in enumerate(groups.values()):
         weight_C = share_C.copy()
         if config.partition == "dirichlet":
-            weight_C = share_C * rng.dirichlet(np.full(len(clients), config.alpha))
+            weight_C = rng.dirichlet(config.alpha * (share_C / share_C.mean()))
         elif config.partition == "by_task":
             weight_C = np.where(_takes_task(number, len(groups), len(clients)), share_C, 0.0)
         # a draw with alpha close to 0 can underflow to zero for every client

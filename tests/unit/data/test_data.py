@@ -209,6 +209,27 @@ def test_dirichlet_gets_unequal_with_small_alpha():
     assert spread(0.1) > 2 * spread(10.0)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_dirichlet_keeps_the_shares_in_the_mean(alpha):
+    """Mean of 40 tasks by 60 seeds, within four standard errors: a part's variance is p (1 - p) / (4 alpha + 1)."""
+    names, shares = [f"t{i % 40}" for i in range(4000)], np.array([1, 2, 3, 4])
+    config = DataConfig(partition="dirichlet", alpha=alpha)
+    found = [[len(part) / 4000 for part in partition(names, clients(*shares), config, seed)] for seed in range(60)]
+    expected = shares / 10
+    errors = np.sqrt(expected * (1 - expected) / (4 * alpha + 1) / 40 / 60)
+    assert (np.abs(np.mean(found, axis=0) - expected) < 4 * errors).all()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 7.0])
+def test_equal_shares_are_the_plain_dirichlet(share):
+    """The draw is that of numpy with `alpha` for each client, whatever number the equal shares are."""
+    names = ["a"] * 100
+    config = DataConfig(partition="dirichlet", alpha=0.5)
+    draw = np.random.default_rng([3, 1]).dirichlet([0.5] * 4)
+    sizes = np.diff(np.round(np.cumsum([0, *draw]) * 100))
+    assert [len(part) for part in partition(names, clients(*[share] * 4), config, 3)] == sizes.tolist()
+
+
 def test_empty_share_is_named():
     with pytest.raises(UserError, match=r"clients: 'c1' would get none of the 3 rows \(share 0.001, partition iid\)"):
         partition(["t"] * 3, clients(1, 0.001), DataConfig(partition="iid"), 0)
