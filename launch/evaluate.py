@@ -134,8 +134,9 @@ def exact_matches(
 ) -> dict[str, int]:
     """Return how many rows of each task the model answers right in generated text."""
     from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
+    from ubsmoe_ds.data.tokenizing import text_tokens
 
-    right = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    right = text_tokens([row["answer"] for row in rows], tokenizer)
     new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
     lengths = {"max_length": max_length, "max_new_tokens": new_tokens}
     texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)

@@ -159,11 +159,11 @@ def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any
     """Return [count, length] tokens of questions and answers in a row, from the first again where they end."""
     import torch
 
-    from ubsmoe_ds.data.batches import beginning
+    from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 
-    texts = [f"{row['instruction']}\n{row['answer']}{tokenizer.eos_token}" for row in rows]
-    begin = beginning(tokenizer)
-    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in begin + ids]
+    texts = text_tokens([f"{row['instruction']}\n{row['answer']}" for row in rows], tokenizer)
+    begin, end = beginning(tokenizer), [tokenizer.eos_token_id]
+    tokens = [token for text in texts for token in begin + text + end]
     times = -(-count * length // len(tokens))
     return torch.tensor((tokens * times)[: count * length]).view(count, length)
 

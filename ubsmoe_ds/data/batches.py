@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.data.sources import Row, word
+from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 
 
 class Tokens(NamedTuple):
@@ -42,12 +43,6 @@ class Example:
     answer: list[int]
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """Return what the tokenizer puts before a text: its beginning-of-text token (Llama, Mixtral), or nothing."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
-
-
 def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
     """Tokenise rows; a prompt that is too long loses its beginning.
 
@@ -56,8 +51,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     """
     if not rows:
         return [], 0
-    prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
-    replies = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
+    replies = text_tokens([row["answer"] for row in rows], tokenizer)
     begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
@@ -174,7 +169,7 @@ class PackedRow(NamedTuple):
 
 def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow]:
     """Tokenise rows with their answer written with each label; a prompt that is too long loses its beginning."""
-    prompts = tokenizer([row["instruction"] + "\n" for row in rows], add_special_tokens=False)["input_ids"]
+    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
     begin = beginning(tokenizer)
     return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -183,7 +178,7 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
     label = row["label"]
     *_, place = re.finditer(word(row["labels"][label]), row["answer"])
     head, tail = row["answer"][: place.start()], row["answer"][place.end() :]
-    encoded = tokenizer([head + name + tail for name in row["labels"]], add_special_tokens=False)["input_ids"]
+    encoded = text_tokens([head + name + tail for name in row["labels"]], tokenizer)
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
     room = max(1, max_length - max(map(len, encoded)) - len(begin))

@@ -15,9 +15,10 @@ from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow, beginning, collate, collate_packed, encode, pack, steps
+from ubsmoe_ds.data.batches import PackedRow, collate, collate_packed, encode, pack, steps
 from ubsmoe_ds.data.partition import partition
 from ubsmoe_ds.data.sources import evaluation_rows, load_rows, read_jsonl
+from ubsmoe_ds.data.tokenizing import beginning
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 COMMONSENSE = Path(__file__).resolve().parents[4] / "shared" / "data" / "commonsense" / "dev.jsonl"

@@ -1,0 +1,41 @@
+"""Turn the texts of rows into tokens. A row is text: special tokens come from the program alone, never from a row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ubsmoe_ds.base.errors import UserError
+
+SHOWN = 60  # characters of a text in a message
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts before a text: its beginning-of-text token (Llama, Mixtral), or nothing."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
+
+
+def text_tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokenise texts without adding anything; a special token's name in a text, such as `</s>`, is tokenised as text.
+
+    Raises:
+        UserError: if the tokenizer reads such a name as the special token even so (Unigram and word-level vocabularies
+            that list it among the words).
+    """
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    special = _special(tokenizer)
+    for text, tokens in zip(texts, ids, strict=True):
+        if not special.isdisjoint(tokens):
+            name = tokenizer.convert_ids_to_tokens(next(token for token in tokens if token in special))
+            raise UserError(
+                f"data: a row holds {name!r}, which the model's tokenizer reads as its special token and not as text; "
+                f"take it out of the row that begins {text[:SHOWN]!r}"
+            )
+    return list(ids)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """Return the tokens that no text may become; unknown words are text, and padding is never looked at."""
+    harmless = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return set(tokenizer.all_special_ids) - harmless
