@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_PREEMPTED, Preempted, TooFewClients, UserError
+from ubsmoe_ds.base.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAILURE,
+    EXIT_PREEMPTED,
+    Diverged,
+    Preempted,
+    TooFewClients,
+    UserError,
+)
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
@@ -70,6 +78,11 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
         recovery.run(federation)
     except Preempted as stopped:
         code, message = EXIT_PREEMPTED, f"{stopped}; continue with --resume auto"
+    except Diverged as error:
+        sound = federation.checkpoints.newest_sound()
+        kept = f"the newest checkpoint with a finite evaluation is {sound}" if sound else "no checkpoint is sound"
+        advice = "look at that data, the learning rate and gradient clipping"
+        code, message = EXIT_DIVERGED, f"error: {error}; {advice}; {kept}"
     except TooFewClients as error:
         code, message = EXIT_FAILURE, f"error: {error}"
     except Exception:

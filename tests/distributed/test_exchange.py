@@ -38,6 +38,10 @@ def test_exchange_equals_numpy(name, tmp_path):
     )
     rank = 0
     for client, (ranks, ep, sent_rank, reply_rank) in enumerate(layouts):
+        sizes = {unit: _elements(numel, lora, sent_rank) for unit, numel, _, lora in units}
+        squares = sum(np.square(federated_value(unit, client, (size,))).sum() for unit, size in sizes.items())
+        sent = sum(float(result["fp32/squares"]) for result in results[rank : rank + ranks])
+        assert sent == pytest.approx(squares, rel=1e-6), "each unit counts once, however many ranks hold it"
         for group_rank in range(ranks):
             held = []
             for unit, numel, expert, lora in units:

@@ -186,6 +186,36 @@ def test_a_late_client_merges_what_it_has(tmp_path):
     assert summary["clients"][0]["loss_after"] < summary["clients"][0]["loss_before"]
 
 
+HUGE = "warning: round 2: client 'b' has an update of norm "
+
+
+def test_a_huge_update_is_left_out_and_the_others_are_merged(tmp_path):
+    """Client b's update of round 2 is 10^12 times as large, and still finite."""
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}"]
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="huge@1:2+huge@2:2")
+    assert job.end() == 0, job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("warning: round ")]
+    assert line.startswith(HUGE) and line.endswith("it sits the round out (merge.screen_factor 30)")
+    metrics = [record["metrics"] for record in records(tmp_path / "tiny")]
+    assert metrics[2]["update_norm/b"] > 1e11 > 1e3 > metrics[2]["update_norm/a"]
+    losses = [record["eval/loss"] for record in metrics]
+    assert losses[0] > losses[1] > losses[2] > losses[3]
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_job_and_a_sound_checkpoint_stays(tmp_path):
+    """Nobody is left out, and round 5 is saved before an evaluation could show what has happened to the model."""
+    changes = ["merge.screen_factor=null", "train.rounds=6", "evaluation.every=4", "checkpoint.keep=1"]
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, *changes, f"output={tmp_path}"]
+    job = Job([*command, "--restarts", "1"], tmp_path / "log", UBSMOE_DS_FAULT="huge@1:5+huge@2:5")
+    code, output = job.end(), job.output
+    assert code == 3 and "restart 1" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    folder = tmp_path / "tiny" / "checkpoints"
+    assert line.startswith("error: round 6: ") and line.endswith(f"a finite evaluation is {folder / '000004-round-4'}")
+    assert {path.name for path in folder.iterdir()} == {"000004-round-4", "000005-round-5"}
+    assert not (tmp_path / "tiny" / "summary.json").exists()
+
+
 ZERO = "deepspeed.zero_optimization.stage"
 BAD_STEPS = {
     "fp32": (3, [], False),

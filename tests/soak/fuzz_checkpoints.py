@@ -52,7 +52,7 @@ def _written() -> Path:
         folder = storage.begin(run_dir, serial)
         pieces = [[Piece("weight", "c0", "w", 20 * rank, WEIGHT[20 * rank :][:20])] for rank in range(2)]
         files = {storage.rank_file(rank): storage.write_pieces(folder, rank, part) for rank, part in enumerate(pieces)}
-        storage.commit(run_dir, serial, f"round-{serial}", files, content, 2)
+        storage.commit(run_dir, serial, f"round-{serial}", files, content)
     return run_dir
 
 

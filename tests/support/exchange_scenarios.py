@@ -66,6 +66,7 @@ def _exchange_in(
         assert uneven.reserve(1000)
     owned = sum(listed[u].size(4) for u in exchange.owned)
     results = {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(exchange.bytes_sent)}
+    results["squares"] = np.array(exchange.sent_squares(held))
     optional = {"reduced": reduced, "same_reply": same_replies}
     return results | {key: values[0] for key, values in optional.items() if values}
 

@@ -8,6 +8,7 @@ raise, user    an error; a user's mistake
 hang           it never comes back
 nan            its weights hold NaN for this step
 slow           every step takes STEP (2) seconds longer
+huge           its update of round STEP is 10^12 times as large
 nobf16@all     every device says that it lacks bf16
 kill-STAGE     a real SIGKILL when it does so the STEP-th time; see STAGES
 """
@@ -73,6 +74,9 @@ def plant(fault: str) -> None:
         return
     if MPI.COMM_WORLD.rank != int(rank):
         return
+    if kind == "huge":
+        plant_huge_update(int(step or 2))
+        return
     real_step, calls = engine.Client.step, []
 
     def fault(self: engine.Client, batch: object) -> object:
@@ -100,6 +104,19 @@ def plant(fault: str) -> None:
         return None
 
     engine.Client.step = fault
+
+
+def plant_huge_update(round_number: int) -> None:
+    """Multiply what this rank sends in one round."""
+    from ubsmoe_ds.aggregation.units import UnitStore
+
+    real, calls = UnitStore.updates, []
+
+    def updates(self: UnitStore, lora_rank: int) -> object:
+        calls.append(lora_rank)
+        return real(self, lora_rank) * (1e12 if len(calls) == round_number else 1.0)
+
+    UnitStore.updates = updates
 
 
 if __name__ == "__main__":

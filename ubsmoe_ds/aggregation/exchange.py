@@ -77,6 +77,15 @@ class Exchange:
             raise ValueError(f"held must be float32 of {self.held_numel} elements, got {held.dtype} {held.shape}")
         return self._carry_out(self._to_owners, [held], exact)
 
+    def sent_squares(self, held: np.ndarray) -> float:
+        """Return the sum of squares of what this rank sends; over the ranks of a client each unit counts once.
+
+        Args:
+            held: fp32, as in `collect`.
+        """
+        parts = (torch.from_numpy(held[span.start : span.start + span.length]) for span in self._to_owners.pack)
+        return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
+
     def distribute(self, replies: Sequence[np.ndarray]) -> np.ndarray:
         """Send each client its values of the owned units (a collective over the job).
 

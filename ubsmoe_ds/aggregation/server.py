@@ -70,16 +70,16 @@ class Server:
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
         self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
 
-    def weigh(self, worked: Sequence[float], astray: Sequence[bool]) -> None:
+    def weigh(self, work: Sequence[float], nonfinite: Sequence[bool]) -> None:
         """Set the weights of the round, and u* over the clients whose utilisation counts.
 
         Args:
-            worked: fraction of the round's steps that each client did; its weight is that fraction of w_c [ours].
-            astray: whether each client sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
+            work: part of the round's work that each client did, 0 to 1; its weight is that part of w_c [ours].
+            nonfinite: whether each client sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
         """
-        weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(worked, dtype=torch.float64)
+        weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
         self.weight_C = rules.shares(weight_C)
-        counted_C = rules.shares(weight_C * ~torch.tensor(astray))
+        counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
         active = [self.exp.active_experts(client) for client in self.exp.clients]
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
 

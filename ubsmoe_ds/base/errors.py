@@ -5,6 +5,7 @@ Any other exception is a defect or a failed machine.
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3  # the numbers have gone wrong; a repetition would end in the same way
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, "temporary failure, try again": all is saved, --resume continues
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 EXIT_TERMINATED = 143  # 128 + SIGTERM: a second signal or the end of the grace time, before all was saved
@@ -20,6 +21,10 @@ class UserError(Exception):
 
 class Preempted(Exception):  # noqa: N818  # no error: the job did as it was asked
     """The job was asked to stop and has saved a checkpoint; it ends with `EXIT_PREEMPTED`."""
+
+
+class Diverged(Exception):  # noqa: N818  # as above
+    """Training has gone wrong in its numbers; the job ends with `EXIT_DIVERGED`."""
 
 
 class TooFewClients(Exception):  # noqa: N818  # as above

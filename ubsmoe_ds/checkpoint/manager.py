@@ -33,6 +33,7 @@ class Manifest(Section):
     clients: dict[str, SavedClient]
     config: dict[str, Any]
     data: str
+    version: str = "unknown"
 
 
 class Checkpoint(NamedTuple):
@@ -96,8 +97,9 @@ class CheckpointManager:
         clients = self._clients(server, progress, local)
         label = _label(progress, clients)
         if self.world.rank == 0 and all(files):
-            content = {"progress": progress.saved(), "clients": clients, "config": self.config}
-            failure = self._commit(serial, label, files, content | {"data": self.data_digest})
+            content: dict[str, Any] = {"progress": progress.saved(), "sound": progress.is_sound, "clients": clients}
+            content |= {"config": self.config, "data": self.data_digest}
+            failure = self._commit(serial, label, files, content)
         if self.world.any(bool(failure)):
             self._give_up(serial, failure)
         return storage.named(self.exp.run_dir, serial, label)
@@ -123,8 +125,21 @@ class CheckpointManager:
     def _commit(self, serial: int, label: str, files: list[Any], content: dict[str, Any]) -> str:
         """Complete the checkpoint on rank 0; return the failure or ""."""
         by_name = {storage.rank_file(rank): (size, bytes.fromhex(digest)) for rank, (size, digest) in enumerate(files)}
-        keep = self.exp.checkpoint.keep
-        return _failure_of(partial(storage.commit, self.exp.run_dir, serial, label, by_name, content, keep))
+        run_dir = self.exp.run_dir
+        failure = _failure_of(partial(storage.commit, run_dir, serial, label, by_name, content))
+        if failure:
+            return failure
+        return _failure_of(partial(storage.remove_old, run_dir, self.exp.checkpoint.keep, self.newest_sound()))
+
+    def newest_sound(self) -> Path | None:
+        """Return the newest checkpoint of a state that was evaluated with a finite loss, if any."""
+        for folder in storage.folders(self.exp.run_dir):
+            try:
+                if storage.read_manifest(folder).get("sound"):
+                    return folder
+            except (storage.Damaged, storage.OtherFormat):
+                continue
+        return None
 
     def _give_up(self, serial: int, failure: str) -> NoReturn:
         """Remove what was written, which would fill the disk, and raise."""
@@ -208,19 +223,30 @@ class CheckpointManager:
         return [self.exp.run_dir / storage.FOLDER / name for name in gather_json(self.world.comm, names)[0]]
 
     def _verified(self, folder: Path) -> Checkpoint | None:
-        """Return the checkpoint, or None if it is damaged; each rank verifies its share of the files (a collective)."""
+        """Return the checkpoint, or None if it is damaged; each rank verifies its share of the files (a collective).
+
+        Raises:
+            UserError: if another version of the program wrote it.
+        """
         manifest: dict[str, Any] = {"files": {}}
-        content, damage = None, ""
+        content, damage, other = None, "", ""
         try:
             manifest = storage.read_manifest(folder)
-            content = Manifest.model_validate({key: manifest.get(key) for key in Manifest.model_fields})
+            content = Manifest.model_validate({key: manifest[key] for key in Manifest.model_fields if key in manifest})
             for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
                 if number % self.world.comm.size == self.world.rank:
                     storage.verify_file(folder, name, expected)
+        except storage.OtherFormat as error:
+            other = str(error)
         except Damaged as error:
             damage = str(error)
         except ValidationError as error:
             damage = f"{storage.MANIFEST} was not written by this program ({error.errors()[0]['loc']})"
+        others = list(filter(None, gather_json(self.world.comm, other)))
+        if others:
+            raise UserError(
+                f"--resume: {folder} {others[0]}; resume with that version, or start a new run with another name=..."
+            )
         damages = gather_json(self.world.comm, damage)
         if any(damages):
             if self.world.rank == 0:
@@ -237,7 +263,7 @@ class CheckpointManager:
             UserError: if it belongs to another experiment, or lacks a client that has its own LoRA ranks.
         """
         folder, manifest = checkpoint.folder, checkpoint.manifest
-        check_same_experiment(manifest.config, self.config, folder)
+        check_same_experiment(manifest.config, self.config, folder, manifest.version)
         lost = [client.name for client in self.exp.clients if client.name not in manifest.clients]
         if lost and not self._one_shared_state:
             raise UserError(

@@ -30,6 +30,7 @@ class SavedProgress(Section):
     after: Scalars
     pending: SavedPending
     lost: dict[str, int]
+    sound_round: int = -1
 
 
 class SavedClient(Section):
@@ -77,6 +78,7 @@ class Progress:
     pending: scalars of the merged round that are not recorded yet.
     steps_taken: local steps of this rank's client in the whole run; its position in its data.
     lost: clients that lost a rank, and the round in which they did.
+    sound_round: the latest round whose evaluation was finite; -1: none yet.
     """
 
     round: int = 0
@@ -86,6 +88,12 @@ class Progress:
     pending: dict[str, Any] = field(default_factory=_nothing_pending)
     steps_taken: int = 0
     lost: dict[str, int] = field(default_factory=dict)
+    sound_round: int = -1
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the shared state was evaluated, and its loss is finite."""
+        return not self.merged and self.sound_round == self.round - 1
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
         """Note that the round is merged, and keep what its record will hold."""

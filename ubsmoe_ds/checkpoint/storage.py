@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular
 
-FORMAT = "ubsmoe_ds.checkpoint.2"
+FORMATS = "ubsmoe_ds.checkpoint."
+FORMAT = f"{FORMATS}2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
 HASHED_AT_ONCE = 2**22  # bytes
 RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
@@ -45,6 +47,10 @@ class Piece(NamedTuple):
 
 class Damaged(Exception):  # noqa: N818  # not an error of this program
     """A checkpoint cannot be used; the text says why, in one line."""
+
+
+class OtherFormat(Exception):  # noqa: N818  # as above
+    """A whole checkpoint of another version of the program; the text names both."""
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -123,9 +129,8 @@ def commit(
     label: str,
     files: Mapping[str, tuple[int, bytes]],
     content: Mapping[str, Any],
-    keep: int,
 ) -> Path:
-    """Write the manifest, give the checkpoint its name, and remove all but the newest `keep`. One rank calls it.
+    """Write the manifest and give the checkpoint its name. One rank calls it.
 
     Args:
         run_dir: the run's folder.
@@ -133,7 +138,6 @@ def commit(
         label: rest of its folder's name.
         files: size in bytes and SHA-256 of each rank's file; all are written.
         content: further content of the manifest; JSON types only.
-        keep: number of checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
@@ -143,18 +147,27 @@ def commit(
     """
     source, target = temporary(run_dir, serial), named(run_dir, serial, label)
     listed = {name: {"bytes": size, "sha256": digest.hex()} for name, (size, digest) in files.items()}
-    manifest = {"format": FORMAT, "files": listed, **content}
+    manifest = {"format": FORMAT, "version": __version__, "files": listed, **content}
     manifest["sha256"] = _digest(manifest)
     (source / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(source / MANIFEST)
     _sync(source)
     source.rename(target)
     _sync(target.parent)
-    for old in folders(run_dir)[keep:]:
-        leftover = temporary(run_dir, serial_of(old))
-        old.rename(leftover)  # a half-removed folder must not pass for a checkpoint
-        shutil.rmtree(leftover, ignore_errors=True)  # the new one is complete; `begin` removes what remains
     return target
+
+
+def remove_old(run_dir: Path, keep: int, kept_too: Path | None) -> None:
+    """Remove all checkpoints but the newest `keep` and `kept_too`. One rank calls it.
+
+    Raises:
+        OSError: if one cannot be renamed.
+    """
+    for old in folders(run_dir)[keep:]:
+        if old != kept_too:
+            leftover = temporary(run_dir, serial_of(old))
+            old.rename(leftover)  # a half-removed folder must not pass for a checkpoint
+            shutil.rmtree(leftover, ignore_errors=True)  # newer ones are complete; `begin` removes what remains
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -162,15 +175,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: if it is missing, unreadable or changed.
+        OtherFormat: if another version of the program wrote it in a format that this one does not read.
     """
     try:
         manifest = read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or not str(manifest.get("format")).startswith(FORMATS):
         raise Damaged(f"{MANIFEST} is not of format {FORMAT}")
     if manifest.get("sha256") != _digest({key: value for key, value in manifest.items() if key != "sha256"}):
         raise Damaged(f"{MANIFEST} does not have its checksum")
+    if manifest["format"] != FORMAT:
+        raise OtherFormat(
+            f"was written by version {manifest.get('version', 'unknown')} in format {manifest['format']}; this is "
+            f"version {__version__}, which reads {FORMAT}"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
         RANK_FILE.fullmatch(name) and isinstance(files[name], dict) for name in files

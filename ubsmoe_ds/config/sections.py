@@ -149,6 +149,11 @@ class MergeConfig(Section):
     clip_norm: Positive | None = Field(
         None, description="largest L2 norm of a client's update of a unit (elementwise rules); null: no clipping"
     )
+    screen_factor: Annotated[float, Field(gt=1)] | None = Field(
+        30.0,
+        description="a client whose update is longer than this many times the others' median sits the round out; "
+        "null: nobody does",
+    )
     payload: Literal["fp32", "bf16"] = Field("fp32", description="dtype on the wire; bf16 halves the traffic")
     server_optimizer: Literal["none", "momentum", "adam"] = Field(
         "none", description="FedOpt, arXiv 2003.00295 (elementwise rules)"

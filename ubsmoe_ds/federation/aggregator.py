@@ -14,12 +14,13 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.base.errors import Diverged
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.federation.statistics import OwnPart, RoundStatistics, count_refused, gather, sum_moments
 from ubsmoe_ds.mpi.world import World
 
 
@@ -100,23 +101,31 @@ class Aggregator:
         self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
         self.started = False
 
-    def merge(self, worked: float) -> Merged:
+    def merge(self, work: float) -> Merged:
         """Merge what local steps have changed (a collective).
 
         Args:
-            worked: part of the round's work that this client did, 0 to 1; 0: it sits the round out.
+            work: part of the round's work that this client did, 0 to 1; 0: it sits the round out.
+
+        Raises:
+            Diverged: if no client has anything to merge, or the merge is not finite.
         """
         store, rank = self.store, self.lora_rank
-        update = store.updates(rank) if worked else torch.zeros_like(store.shared)
+        update = store.updates(rank) if work else torch.zeros_like(store.shared)
         new_rank = rank
-        if self.exp.lora.prune_penalty and worked:
+        if self.exp.lora.prune_penalty and work:
             new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
         finite = bool(torch.isfinite(update).all())
+        part = OwnPart(new_rank, work, finite, self.exchange.sent_squares(update.numpy()))
         self.stopwatch.lap("exchange")
-        weights = self.server.weights
-        statistics = gather(self.world, self.client, weights, lora_rank=new_rank, finite=finite, worked=worked)
+        statistics = gather(self.world, self.client, self.server.weights, part, self.exp.merge.screen_factor)
         self.stopwatch.lap("wait")
+        self._require_updates(statistics)
+        if statistics.left_out_C[self.world.client]:
+            update = torch.zeros_like(store.shared)
         difference = self._exchange(update, statistics)
+        if self.world.any(not bool(torch.isfinite(difference).all())):
+            raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
         refused = self._refused(statistics)
         replica = replicate(self.world, self.server, store.units) if self.world.survives else {}
         self.stopwatch.lap("exchange")
@@ -134,18 +143,28 @@ class Aggregator:
             self.exchange = self.exchange_for(new, reply)
             if new[me] != old[me]:
                 self.client.reset_optimizer()  # the moments of pruned LoRA ranks would move them again
-        if statistics.astray_C[me] or statistics.worked_C[me] == 0:
+        if statistics.nonfinite_C[me] or statistics.work_C[me] == 0:
             self.client.recover()
         self.replica = merged.replica
         self.stopwatch.lap("exchange")
 
+    def _require_updates(self, statistics: RoundStatistics) -> None:
+        """Raise `Diverged` if every client sits the round out or sent NaN or Inf."""
+        if any(work and not bad for work, bad in zip(statistics.work_C, statistics.nonfinite_C, strict=True)):
+            return
+        reasons = [
+            f"{client.name}: {'NaN or Inf in its update' if work else 'sat the round out'}"
+            for client, work in zip(self.exp.clients, statistics.work_C, strict=True)
+        ]
+        raise Diverged(f"no client has a finite update to merge ({', '.join(reasons)})")
+
     def _exchange(self, update: Tensor, statistics: RoundStatistics) -> Tensor:
         """Send updates to the owners, merge there, and return the change of this rank's units."""
         old, new = self.server.lora_ranks, statistics.lora_ranks
-        self.server.weigh(statistics.worked_C, statistics.astray_C.tolist())
+        self.server.weigh(statistics.work_C, statistics.nonfinite_C.tolist())
         if new != old:
             self.exchange = self.exchange_for(old, self._reply_ranks(new))
-        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.astray_C.any():
+        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.nonfinite_C.any():
             return self._reduce(update, statistics.usage)
         received = self.exchange.collect(update.numpy())
         self.stopwatch.lap("exchange")
@@ -170,7 +189,7 @@ class Aggregator:
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
         clients = len(self.exp.clients)
-        if not statistics.astray_C.any():
+        if not statistics.nonfinite_C.any():
             return [[] for _ in range(clients)]
         names = [unit.name for unit in self.store.units]
         refused_here = [(client, names.index(unit.name)) for client, unit in self.server.refused]

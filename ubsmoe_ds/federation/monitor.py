@@ -22,6 +22,7 @@ from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
 from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.launching.run_folder import create_run_folder
 
 # colour stops from dark blue over teal to yellow, with linear steps between them
@@ -87,7 +88,7 @@ class Monitor:
             self._writer.add_text(f"refused/{client}", ", ".join(names), number)
 
     def bad_steps(
-        self, number: int, clients: Sequence[str], stats: Sequence[LocalStats], worked_C: Sequence[float]
+        self, number: int, clients: Sequence[str], stats: Sequence[LocalStats], work_C: Sequence[float]
     ) -> None:
         """Warn of clients that skipped steps because their gradients held NaN or Inf.
 
@@ -95,14 +96,25 @@ class Monitor:
             number: the round.
             clients: names of all clients.
             stats: sums of each client's local steps.
-            worked_C: part of the round's work that each client did, 0 to 1; 0: it sits the round out.
+            work_C: part of the round's work that each client did, 0 to 1; 0: it sits the round out.
         """
-        for client, sums, worked in zip(clients, stats, worked_C, strict=True):
+        for client, sums, work in zip(clients, stats, work_C, strict=True):
             if sums.bad_steps:
                 text = f"skipped {int(sums.bad_steps)} steps with NaN or Inf"
-                text += "; it sits the round out" if worked == 0 else ""
+                text += "; it sits the round out" if work == 0 else ""
                 self.say(f"warning: round {number}: client {client!r} {text}")
                 self._writer.add_text(f"bad_steps/{client}", text, number)
+
+    def left_out(self, number: int, clients: Sequence[str], statistics: RoundStatistics) -> None:
+        """Warn of clients whose update is out of proportion to the others'."""
+        norms = dict(zip(clients, statistics.norm_C.tolist(), strict=True))
+        for client, is_out in zip(clients, statistics.left_out_C, strict=True):
+            if is_out:
+                others = float(np.median([norm for name, norm in norms.items() if name != client]))
+                text = f"has an update of norm {norms[client]:.3g} where the others' median is {others:.3g}"
+                factor = f"merge.screen_factor {self.exp.merge.screen_factor:g}"
+                self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
+                self._writer.add_text(f"left_out/{client}", text, number)
 
     def lost(self, number: int, clients: Sequence[str], left: int) -> None:
         """Warn of clients that are lost for the rest of the job.

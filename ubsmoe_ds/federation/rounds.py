@@ -16,6 +16,7 @@ stage can be repeated up to its `World.agree`; only after that does a rank chang
 Shapes: C clients, L layers, E experts.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ubsmoe_ds.base.errors import Preempted
+from ubsmoe_ds.base.errors import Diverged, Preempted
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
@@ -74,6 +75,7 @@ class Federation:
 
         Raises:
             Preempted: if the job was asked to stop; its progress has been saved.
+            Diverged: if there is nothing to merge, or a merge or an evaluation is not finite.
             RanksLost: if a rank has died; call `run` again after recovery (see recovery.py).
         """
         if not self.aggregator.started:
@@ -85,7 +87,10 @@ class Federation:
                 self._train()
                 self._stop_if_asked()
                 self._merge()
-            self._record(self._evaluate())
+            evaluated = self._evaluate()
+            self._record(evaluated)
+            self._require_finite(evaluated)
+            self.progress.next_round()
         if self.checkpoints.is_due(self.progress):
             self._save()
         outputs = Outputs(self.exp, self.world, self.client, self.aggregator)
@@ -131,7 +136,10 @@ class Federation:
         """Merge the changes of all clients' local steps into every client's model (a collective)."""
         self.stopwatch.lap("wait")
         number, stats = self.progress.round, self.client.local_stats(self.local)
-        merged = self.aggregator.merge(self._work_done())
+        try:
+            merged = self.aggregator.merge(self._work_done())
+        except Diverged as error:
+            raise Diverged(f"round {number}: {error}") from error
         stats_C, metrics, seconds = self._training_scalars(stats, merged)
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
@@ -140,7 +148,8 @@ class Federation:
         self.local = LocalProgress()
         if self.monitor is not None:
             self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.worked_C)
+            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C)
+            self.monitor.left_out(number, self._names, merged.statistics)
 
     def _evaluate(self) -> dict[str, float] | None:
         """Evaluate every client's model; return its scalars, or None if this round is not due (a collective)."""
@@ -174,7 +183,15 @@ class Federation:
         self.record = self.progress.record()
         if self.monitor is not None:
             self.monitor.round(self.record)
-        self.progress.next_round()
+
+    def _require_finite(self, evaluated: dict[str, float] | None) -> None:
+        """Raise `Diverged` if this round's evaluation is not finite; note that it is otherwise."""
+        if evaluated is None:
+            return
+        bad = [name for name in self._names if not math.isfinite(evaluated[f"eval_loss/{name}"])]
+        if bad:
+            raise Diverged(f"round {self.progress.round}: the evaluation loss of {', '.join(bad)} is not finite")
+        self.progress.sound_round = self.progress.round
 
     def _work_done(self) -> float:
         """Return the part of the round's work that this client did: 1, less after a deadline, 0 if it sits it out.
@@ -208,6 +225,9 @@ class Federation:
         metrics = training_scalars(
             self._names, stats_C, table[:, -1], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
         )
+        metrics |= {
+            f"update_norm/{name}": norm for name, norm in zip(self._names, statistics.norm_C.tolist(), strict=True)
+        }
         return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
 
     def _client_table(self, values: Sequence[float]) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""Sum the counts of all ranks' local steps over the job: routed tokens, moments, LoRA ranks, clients gone astray.
+"""Sum the counts of all ranks' local steps over the job: routed tokens, moments, LoRA ranks, norms of the updates.
 
-All ranks end with the same numbers, so owners need not send them along with their units. A client has gone astray if
-its update holds NaN or Inf.
+All ranks end with the same numbers, so owners need not send them along with their units.
 Shapes: C clients, L layers, E experts, F expert width, X = E + 1.
 """
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.screening import outliers
 from ubsmoe_ds.aggregation.server import Usage
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.mpi.world import World
@@ -22,48 +22,71 @@ class RoundStatistics(NamedTuple):
 
     usage: see `Usage`.
     lora_ranks: each client's LoRA rank after the round.
-    astray_C: whether a client's update holds NaN or Inf.
-    worked_C: part of the round's work that each client did, 0 to 1.
+    nonfinite_C: whether a client's update holds NaN or Inf.
+    work_C: part of the round's work that each client did, 0 to 1; 0 as well for a client that is left out.
+    norm_C: L2 norm of each client's update.
+    left_out_C: whether a client's update is out of proportion to the others', see `outliers`.
     moments_LEX: see `sum_moments`.
     """
 
     usage: Usage
     lora_ranks: list[int]
-    astray_C: np.ndarray
-    worked_C: list[float]
+    nonfinite_C: np.ndarray
+    work_C: list[float]
+    norm_C: np.ndarray
+    left_out_C: np.ndarray
     moments_LEX: Tensor | None
 
 
+class OwnPart(NamedTuple):
+    """One rank's part of what `gather` sums.
+
+    lora_rank: the client's LoRA rank after the round.
+    work: part of the round's work that the client did, 0 to 1.
+    finite: whether this rank's update is finite.
+    squares: sum of squares of the update as far as this rank sends it.
+    """
+
+    lora_rank: int
+    work: float
+    finite: bool
+    squares: float
+
+
 def gather(
-    world: World, client: Client, weights: Sequence[float], *, lora_rank: int, finite: bool, worked: float
+    world: World, client: Client, weights: Sequence[float], part: OwnPart, screen_factor: float | None
 ) -> RoundStatistics:
     """Sum a round's counts over the job (a collective); change nothing on this rank.
 
-    The utilisation of a client gone astray does not count: with NaN in its weights its routing means nothing.
+    The utilisation of a client with NaN or Inf in its update does not count, because its routing means nothing.
 
     Args:
         world: this rank's place in the job.
         client: this rank's client.
         weights: w_c of all clients.
-        lora_rank: the client's LoRA rank after the round.
-        finite: whether this rank's update is finite.
-        worked: part of the round's work that the client did, 0 to 1.
+        part: this rank's part.
+        screen_factor: see `outliers`.
     """
     # one table carries everything: each rank adds its counts and flags to its client's row
     counts_LX = client.routed_counts().double()
-    table = np.zeros((len(weights), counts_LX.numel() + 3))
-    first = world.group_rank == 0
-    flags = [not finite, lora_rank if first else 0, worked if first else 0]
+    table = np.zeros((len(weights), counts_LX.numel() + len(part)))
+    flags = [not part.finite, part.squares]
+    flags += [part.lora_rank, part.work] if world.group_rank == 0 else [0, 0]  # the client's: count them once
     table[world.client] = [*counts_LX.reshape(-1).tolist(), *flags]
     table = world.sum(table)
-    counts_CLX = torch.from_numpy(table[:, :-3]).view(len(weights), *counts_LX.shape)
+    counts_CLX = torch.from_numpy(table[:, : -len(flags)]).view(len(weights), *counts_LX.shape)
     routed_CLE = counts_CLX[..., :-1] / counts_CLX[..., -1:].clamp_min(1)
-    astray_C, worked_C = table[:, -3] > 0, table[:, -1]
-    weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(~astray_C * worked_C)
+    nonfinite, squares_C, rank_C, work_C = table[:, -len(flags) :].T
+    nonfinite_C, norm_C = nonfinite > 0, np.sqrt(squares_C)
+    left_out_C = outliers(norm_C, work_C, screen_factor)
+    work_C = np.where(left_out_C, 0.0, work_C)
+    weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(~nonfinite_C * work_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), routed_CLE)
-    moments_LEX = sum_moments(world, client, weights[world.client] if finite and worked else 0.0)
+    counts = part.finite and work_C[world.client] > 0
+    moments_LEX = sum_moments(world, client, weights[world.client] if counts else 0.0)
     usage = Usage(routed_CLE, utilisation_LE.float())
-    return RoundStatistics(usage, [int(rank) for rank in table[:, -2]], astray_C, worked_C.tolist(), moments_LEX)
+    ranks = [int(rank) for rank in rank_C]
+    return RoundStatistics(usage, ranks, nonfinite_C, work_C.tolist(), norm_C, left_out_C, moments_LEX)
 
 
 def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:

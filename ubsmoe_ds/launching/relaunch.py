@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import (
+    EXIT_DIVERGED,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
@@ -26,7 +27,8 @@ from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_ope
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
 
-DELIBERATE = (0, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)  # no reason to start again
+# no reason to start again
+DELIBERATE = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)
 # blocking calls of Open MPI spin, unless all three are set
 OPEN_MPI_WAITS_QUIETLY = {
     "OMPI_MCA_mpi_yield_when_idle": "1",

@@ -125,8 +125,8 @@ def test_weights_of_a_round_by_hand():
     exp = tiny.experiment("unused", clients, num_experts=8, k_max=8, lora={"rank": 3, "alpha": 6.0})
     server = Server(exp, units(), [0.25, 0.25, 0.5])
     assert server.target == pytest.approx(22 / 32)
-    for astray, target in (([False] * 3, 14 / 24), ([False, False, True], 6 / 16), ([True] * 3, 0.0)):
-        server.weigh([1.0, 1.0, 0.5], astray)
+    for nonfinite, target in (([False] * 3, 14 / 24), ([False, False, True], 6 / 16), ([True] * 3, 0.0)):
+        server.weigh([1.0, 1.0, 0.5], nonfinite)
         assert server.weight_C.tolist() == pytest.approx([1 / 3] * 3) and server.target == pytest.approx(target)
 
 

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import storage
-from ubsmoe_ds.checkpoint.compatibility import check_same_experiment
-from ubsmoe_ds.checkpoint.storage import Damaged, Piece, Reader
+from ubsmoe_ds.checkpoint.compatibility import check_same_experiment, with_defaults
+from ubsmoe_ds.checkpoint.storage import Damaged, OtherFormat, Piece, Reader
+from ubsmoe_ds.config.experiment import Experiment
 
 
 def serials(run_dir: Path) -> list[int]:
@@ -23,7 +25,9 @@ def write(run_dir: Path, pieces: list[list[Piece]], keep: int = 2, label: str = 
     serial = next(iter(serials(run_dir)), 0) + 1
     folder = storage.begin(run_dir, serial)
     files = {storage.rank_file(rank): storage.write_pieces(folder, rank, part) for rank, part in enumerate(pieces)}
-    return storage.commit(run_dir, serial, label, files, {"round": serial}, keep)
+    done = storage.commit(run_dir, serial, label, files, {"round": serial})
+    storage.remove_old(run_dir, keep, None)
+    return done
 
 
 def verify(folder: Path) -> Reader:
@@ -108,7 +112,7 @@ def damage(folder: Path, how: str) -> None:
     elif how == "pickled":
         manifest.write_bytes(b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00K\x01.")
     elif how == "another format":
-        manifest.write_text(json.dumps({"format": "ubsmoe_ds.checkpoint.storage.0", "files": {}}))
+        manifest.write_text(json.dumps({"format": "another.program.0", "files": {}}))
 
 
 HOW = {
@@ -138,7 +142,7 @@ def test_a_pickle_with_the_right_checksum_is_refused_and_not_run(tmp_path):
     path = folder / storage.rank_file(0)
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     files = {path.name: (path.stat().st_size, storage._sha256(path))}
-    done = storage.commit(tmp_path, 1, "round-1", files, {}, 2)
+    done = storage.commit(tmp_path, 1, "round-1", files, {})
     with pytest.raises(UserError, match="rank-00000.safetensors cannot be read"):
         verify(done)
     assert not (tmp_path / "ran").exists()
@@ -158,6 +162,10 @@ def changed(**sections) -> dict:
     return BASE | {key: BASE[key] | value if isinstance(BASE[key], dict) else value for key, value in sections.items()}
 
 
+def check(old: dict, new: dict) -> None:
+    check_same_experiment(old, with_defaults(Experiment, new), Path("c"), "0.0.7")
+
+
 def test_layout_length_and_evaluation_may_change_on_resume():
     two_ranks = [BASE["clients"][0] | {"ranks": 2, "expert_parallel": 2}, BASE["clients"][1]]
     new = changed(
@@ -167,7 +175,7 @@ def test_layout_length_and_evaluation_may_change_on_resume():
         deepspeed={"zero_optimization": {"stage": 2}},
         evaluation={"every": 4},
     )
-    check_same_experiment(BASE, new, Path("c"))
+    check(BASE, new)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,41 @@ def test_layout_length_and_evaluation_may_change_on_resume():
 )
 def test_keys_that_change_results_may_not_change_on_resume(new, message):
     with pytest.raises(UserError, match=message):
-        check_same_experiment(BASE, new, Path("c"))
+        check(BASE, new)
+
+
+def test_a_key_that_was_added_since_has_its_default():
+    """The checkpoint's config is that of an older version, which had no `merge.screen_factor` and no section `lora`."""
+    old = with_defaults(Experiment, BASE)
+    del old["merge"]["screen_factor"], old["lora"], old["clients"][0]["capacity_factor"]
+    check(old, BASE)
+    with pytest.raises(UserError, match=r"merge.screen_factor is 7.0, but 30.0 in c"):
+        check(old, changed() | {"merge": {"screen_factor": 7.0}})
+
+
+@pytest.mark.parametrize("where", ["merge", "clients"])
+def test_a_key_that_is_no_more_is_named_with_both_versions(where):
+    old = with_defaults(Experiment, BASE)
+    (old[where][1] if where == "clients" else old[where])["pseudo_weight"] = 0.5
+    with pytest.raises(UserError, match=rf"pseudo_weight=0.5, which this version {__version__} .* with version 0.0.7"):
+        check(old, BASE)
+
+
+def test_a_checkpoint_of_another_format_is_not_called_damaged(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(storage, "FORMAT", "ubsmoe_ds.checkpoint.1")
+        older.setattr(storage, "__version__", "0.0.7")
+        folder = write(tmp_path, two_pieces())
+    with pytest.raises(OtherFormat, match=rf"version 0.0.7 in format ubsmoe_ds.checkpoint.1; this is .*{__version__}"):
+        verify(folder)
+
+
+def test_the_kept_checkpoint_outlives_newer_ones(tmp_path):
+    sound = write(tmp_path, two_pieces())
+    for _ in range(4):
+        newest = write(tmp_path, two_pieces(), keep=9)
+    storage.remove_old(tmp_path, 2, sound)
+    assert serials(tmp_path) == [5, 4, 1] and newest.exists()
 
 
 def test_abandoned_branches_are_set_aside_under_different_names(tmp_path):

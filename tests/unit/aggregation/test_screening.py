@@ -1,0 +1,39 @@
+"""Which clients are left out of a merge: by hand, and as a rule for any norms."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ubsmoe_ds.aggregation.screening import outliers
+
+NORMS = st.lists(st.floats(0.1, 10.0), min_size=2, max_size=9)
+
+
+@pytest.mark.parametrize(
+    ("norms", "work", "left_out"),
+    [
+        ([1.0, 2.0, 3.0], [1, 1, 1], []),
+        ([1.0, 2.0, 25.1], [1, 1, 1], [2]),  # the others' median is 1.5: at most 15
+        ([1.0, 1e12], [1, 1], [1]),  # for the first the others' median is 1e12
+        ([1.0, 1.0, 1e12, 1e12, 1.0], [1, 1, 1, 1, 1], [2, 3]),
+        ([5.0, 5.0, 9.0], [1, 1, 0.1], [2]),  # 9 in a tenth of the work is 90: over 50
+        ([5.0, 0.5, 0.5], [1, 0.1, 0.1], []),
+        ([0.0, 0.0, 7.0], [0, 0, 1], []),  # the others sat the round out: nothing to compare with
+        ([0.0, 0.0, 7.0], [1, 1, 1], []),  # nor with updates of zero
+        ([1.0, np.nan, np.inf, 10.5], [1, 1, 1, 1], [3]),  # NaN and Inf are refused elsewhere, and do not count
+        ([1e12], [1], []),
+    ],
+)
+def test_by_hand_at_a_factor_of_ten(norms, work, left_out):
+    assert np.flatnonzero(outliers(np.array(norms), np.array(work, dtype=float), 10.0)).tolist() == left_out
+    assert not outliers(np.array(norms), np.array(work, dtype=float), None).any()
+
+
+@given(NORMS, st.integers(0, 8), st.floats(1e-3, 1e3))
+def test_one_huge_update_is_left_out_alone_whatever_the_unit(norms, place, unit):
+    """Norms of the others differ by at most 100, so at a factor of 101 none of them is left out."""
+    place %= len(norms)
+    norm_C = np.array(norms)
+    norm_C[place] = 1e12
+    assert np.flatnonzero(outliers(unit * norm_C, np.ones(len(norms)), 101.0)).tolist() == [place]
