@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
 from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.statistics import RoundStatistics
+from ubsmoe_ds.federation.tensorboard import TensorBoard
 from ubsmoe_ds.launching.run_folder import create_run_folder
 
 # colour stops from dark blue over teal to yellow, with linear steps between them
@@ -47,7 +47,7 @@ class Monitor:
         text = json.dumps(config or exp.model_dump(mode="json"), indent=2) + "\n"
         replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
         self.console = Console()
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_at)
+        self._tensorboard = TensorBoard(self.folder / "tensorboard", resume_at)
         kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
         self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
@@ -66,11 +66,10 @@ class Monitor:
             self._record.write(line)
             self._record.flush()
             os.fsync(self._record.fileno())
-        for name, value in (*metrics.items(), *seconds.items()):
-            self._writer.add_scalar(name, value, number)
+        self._tensorboard.scalars({**metrics, **seconds}, number)
         if utilisation_LE is not None:
-            self._writer.add_image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
-        self._writer.flush()
+            self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
+        self._tensorboard.flush()
         self.say(self._progress(number, metrics, seconds))
 
     def refused(self, number: int, units: Mapping[str, Sequence[str]]) -> None:
@@ -85,7 +84,7 @@ class Monitor:
                 continue
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
-            self._writer.add_text(f"refused/{client}", ", ".join(names), number)
+            self._tensorboard.text(f"refused/{client}", ", ".join(names), number)
 
     def bad_steps(
         self, number: int, clients: Sequence[str], stats: Sequence[LocalStats], work_C: Sequence[float]
@@ -103,7 +102,7 @@ class Monitor:
                 text = f"skipped {int(sums.bad_steps)} steps with NaN or Inf"
                 text += "; it sits the round out" if work == 0 else ""
                 self.say(f"warning: round {number}: client {client!r} {text}")
-                self._writer.add_text(f"bad_steps/{client}", text, number)
+                self._tensorboard.text(f"bad_steps/{client}", text, number)
 
     def left_out(self, number: int, clients: Sequence[str], statistics: RoundStatistics) -> None:
         """Warn of clients whose update is out of proportion to the others'."""
@@ -114,7 +113,7 @@ class Monitor:
                 text = f"has an update of norm {norms[client]:.3g} where the others' median is {others:.3g}"
                 factor = f"merge.screen_factor {self.exp.merge.screen_factor:g}"
                 self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
-                self._writer.add_text(f"left_out/{client}", text, number)
+                self._tensorboard.text(f"left_out/{client}", text, number)
 
     def lost(self, number: int, clients: Sequence[str], left: int) -> None:
         """Warn of clients that are lost for the rest of the job.
@@ -127,9 +126,9 @@ class Monitor:
         for client in clients:
             others = f"{left} clients continue"
             self.say(f"warning: round {number}: client {client!r} is lost (one of its ranks died); {others}")
-            self._writer.add_text(f"lost/{client}", f"in round {number}; {others}", number)
-        self._writer.add_scalar("clients/alive", left, number)
-        self._writer.flush()
+            self._tensorboard.text(f"lost/{client}", f"in round {number}; {others}", number)
+        self._tensorboard.scalars({"clients/alive": left}, number)
+        self._tensorboard.flush()
 
     def records(self) -> list[dict[str, Any]]:
         """Return the record of every round so far, including earlier jobs of a resumed run."""
@@ -142,7 +141,7 @@ class Monitor:
         text = json.dumps(finite_or_null(summary), indent=2) + "\n"
         replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
         self._record.close()
-        self._writer.close()
+        self._tensorboard.close()
         self.console.print(summary_table(rows, totals))
         self.say(f"written to {self.folder}; tensorboard --logdir {self.folder}")
 

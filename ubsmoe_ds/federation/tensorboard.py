@@ -1,0 +1,63 @@
+"""Write TensorBoard's event file. It is an optional log: a full disk ends the log with a warning, never the run."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard:
+    """Log scalars, texts and pictures.
+
+    Args:
+        folder: folder of the event files.
+        purge_step: hide what earlier files have from this step on; None: hide nothing.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
+        self._attempt(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge_step)))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log values by their names."""
+
+        def write(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._log(write)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Log a text."""
+        self._log(lambda writer: writer.add_text(name, text, step))
+
+    def image(self, name: str, image_3HW: Tensor, step: int) -> None:
+        """Log a picture, [3, height, width]."""
+        self._log(lambda writer: writer.add_image(name, image_3HW, step))
+
+    def flush(self) -> None:
+        """Wait until everything is in the file."""
+        self._log(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        """Close the file; nothing is logged from now on."""
+        self._log(lambda writer: writer.close())
+        self._writer = None
+
+    def _log(self, write: Callable[[SummaryWriter], object]) -> None:
+        writer = self._writer
+        if writer is not None:
+            self._attempt(lambda: write(writer))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do it; on a failure of the disk warn and log no more."""
+        try:
+            action()
+        except OSError as error:
+            self._writer = None
+            reason = error.strerror or error
+            text = f"warning: {self.folder}: TensorBoard's log ends here ({reason}); training goes on"
+            print(text, file=sys.stderr, flush=True)
