@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
-from ubsmoe_ds.data.sources import Row, word
+from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.words import first_named, nfc
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
 # sums over rows; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
@@ -212,11 +213,9 @@ def _padded_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[tor
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:
     """Return the index of the label that a generated answer names; None where the text has no label as a word.
 
-    That is the first label after "the correct answer is", or without this phrase the first in the text.
+    That is the first label after "the correct answer is", or without this phrase the first in the text; see
+    `first_named` for case and scripts.
     """
-    if len({label.lower() for label in labels}) == len(labels):  # fold case, but not where CO would be read as Co
-        text, labels = text.lower(), [label.lower() for label in labels]
+    text = nfc(text)
     head = re.search(ANSWER_HEAD, text, re.IGNORECASE)
-    names = sorted(labels, key=len, reverse=True)  # so that "C++" is not read as "C"
-    match = re.search("|".join(map(word, names)), text[head.end() :] if head else text)
-    return None if match is None else list(labels).index(match[0])
+    return first_named([nfc(label) for label in labels], text[head.end() :] if head else text)

@@ -5,7 +5,6 @@ of a step, have equal token counts. Shapes: B rows, S positions, A answer positi
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.data.sources import Row, word
+from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.tokenizing import beginning, text_tokens
+from ubsmoe_ds.data.words import occurrences
 
 
 class Tokens(NamedTuple):
@@ -176,14 +176,14 @@ def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow
 
 def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
     label = row["label"]
-    *_, place = re.finditer(word(row["labels"][label]), row["answer"])
-    head, tail = row["answer"][: place.start()], row["answer"][place.end() :]
+    start = occurrences(row["labels"][label], row["answer"])[-1]
+    head, tail = row["answer"][:start], row["answer"][start + len(row["labels"][label]) :]
     encoded = text_tokens([head + name + tail for name in row["labels"]], tokenizer)
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
     room = max(1, max_length - max(map(len, encoded)) - len(begin))
-    start = begin + prompt[-room:] + encoded[label][:common]
-    return PackedRow(start, common, [option[common:] for option in encoded], label, cut=len(prompt) > room)
+    shared = begin + prompt[-room:] + encoded[label][:common]
+    return PackedRow(shared, common, [option[common:] for option in encoded], label, cut=len(prompt) > room)
 
 
 def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:

@@ -2,13 +2,13 @@
 
 Schema of a row: task (str), id (str), instruction (str, the prompt), answer (str), question (str),
 choices (list of str), labels (list of str, how an answer names each choice), label (index of the right choice).
-`answer` contains `labels[label]` as a separate word. A row's other options are `answer` with the last such word
-replaced by another label. Nothing here imports torch, so that a bad row is reported before any process is started.
+`answer` contains `labels[label]` as a separate word (words.py). A row's other options are `answer` with the last such
+word replaced by another label. Texts are in NFC. Nothing here imports torch, so that a bad row is reported before any
+process is started.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import open_regular, parse_json
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
+from ubsmoe_ds.data.words import nfc, occurrences
 
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000
@@ -71,11 +72,6 @@ def digest(rows: Sequence[Any]) -> str:
     for row in rows:
         state.update(json.dumps(row, sort_keys=True).encode())
     return state.hexdigest()
-
-
-def word(label: str) -> str:
-    """Return a pattern that matches a label as a separate word: answer1 does not match in answer10."""
-    return rf"(?<!\w){re.escape(label)}(?!\w)"
 
 
 def as_cloze(row: Row) -> Row:
@@ -195,12 +191,14 @@ def _checked_row(row: Any, where: str) -> Row:
         raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")
     if len(row["labels"]) < 2:
         raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must hold at least two")
-    if len(set(row["labels"])) != len(row["labels"]):
-        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must not repeat a label")
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(row["labels"]):
         raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")
-    if not re.search(word(row["labels"][label]), row["answer"]):
+    row |= {field: nfc(row[field]) for field in TEXT_FIELDS}
+    row |= {field: [nfc(text) for text in row[field]] for field in ("choices", "labels")}
+    if len(set(row["labels"])) != len(row["labels"]):
+        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must not repeat a label")
+    if not occurrences(row["labels"][label], row["answer"]):
         raise UserError(
             f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r} as a word"
         )

@@ -173,6 +173,10 @@ def test_answers_are_parsed_by_hand():
     assert parse_answer("the correct answer is C++", ["C", "C++"]) == 1
     assert parse_answer("The Correct Answer is Co", ["CO", "Co"]) == 1
     assert parse_answer("the correct answer is co", ["CO", "Co"]) is None
+    assert parse_answer("The correct answer is a square, so B", list("ABCD")) == 1  # the article is no label
+    assert parse_answer("the correct answer is D", list("abcd")) is None
+    assert parse_answer("正确答案是B。因为A不对", list("ABCD")) == 1
+    assert parse_answer("la r\u00e9ponse est e\u0301t\u00e9", ["hiver", "\u00e9te\u0301"]) == 1  # composed or not
 
 
 def test_workers_share_the_rows(parts):
