@@ -84,6 +84,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     import torch
 
     from ubsmoe_ds.client.evaluation import Evaluator, LocalModel
+    from ubsmoe_ds.data.lengths import by_name, length_lines
     from ubsmoe_ds.models.hf_config import check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -97,14 +98,14 @@ def evaluate(options: argparse.Namespace) -> Any:
     check_length(model.hf.config, max_length, "--max-length")
     evaluator = Evaluator(rows, tokenizer, max_length, options.batch_size)
     check_window(model.hf.config, evaluator.longest)
-    if evaluator.cut:
-        print(
-            f"note: {evaluator.cut} of {len(rows)} prompts lose their beginning to --max-length {max_length}",
-            file=sys.stderr,
-        )
+    setting, dropped = f"--max-length {max_length}", by_name(evaluator.dropped)
+    for line in length_lines(setting, "evaluation", evaluator.lengths, dropped_of=dropped):
+        print(line, file=sys.stderr)
     records = []
     for k in ks:
-        exact = exact_matches(local.model, k, rows, tokenizer, max_length, options) if options.exact_match else None
+        exact = None
+        if options.exact_match:
+            exact = exact_matches(local.model, k, evaluator.rows, tokenizer, max_length, options)
         records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
     return pd.DataFrame(records)
 

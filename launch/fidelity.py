@@ -123,13 +123,16 @@ def start(exp: Experiment) -> tuple[Any, Any]:
 
     from ubsmoe_ds.client.engine import Client, start_deepspeed
     from ubsmoe_ds.data.encoding import read_encoder
+    from ubsmoe_ds.data.lengths import length_lines
     from ubsmoe_ds.data.shares import rows_by_client
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     (rows,), _ = rows_by_client(exp)
     encoder = read_encoder(exp)
-    examples, _ = encoder.encode(rows)
+    examples, lengths = encoder.encode(rows, exp.clients[0].name)
+    for line in length_lines(f"data.max_length={exp.data.max_length}", "training", lengths):
+        print(line, flush=True)
     start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.group_rank)
     return client, partial(encoder.steps, examples, 0)

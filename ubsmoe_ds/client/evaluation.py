@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
+from ubsmoe_ds.data.lengths import Lengths, nothing_fits
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.words import first_named, nfc
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
@@ -54,21 +55,32 @@ class Evaluator:
     by their number). As in the field's harness (lm-eval), end-of-text does not count there, so in raw scoring an option
     that begins another is never the less likely one.
 
+    A row of which some option does not fit is not scored: a cut option would decide nothing. `rows` are those that are
+    scored, `dropped` the ids of the others, `lengths` their numbers.
+
     Args:
         rows: evaluation rows.
         tokenizer: the model's tokenizer.
-        max_length: tokens of a row.
+        max_length: most tokens of a prompt with any of its options.
         batch_size: rows of a batch on a rank.
+
+    Raises:
+        UserError: if no row fits.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int) -> None:
-        self.rows, self.batch_size, self.pad = rows, batch_size, tokenizer.pad_token_id
-        self.packed = pack(rows, tokenizer, max_length)
-        self.cut = sum(row.cut for row in self.packed)  # rows whose prompt lost its beginning
+        self.batch_size, self.pad = batch_size, tokenizer.pad_token_id
+        pairs = list(zip(rows, pack(rows, tokenizer, max_length), strict=True))
+        self.rows = [row for row, packed in pairs if packed is not None]
+        self.packed = [packed for _, packed in pairs if packed is not None]
+        self.dropped = [str(row["id"]) for row, packed in pairs if packed is None]
+        if not self.rows:
+            raise nothing_fits("max_length", max_length, f"{len(rows)} evaluation rows")
+        self.lengths = Lengths(len(self.rows), sum(row.cut for row in self.packed), len(self.dropped))
         self.longest = max(row.longest for row in self.packed)  # tokens of a question with its answer
-        self.tasks = sorted({row["task"] for row in rows})
+        self.tasks = sorted({row["task"] for row in self.rows})
         # rows of about equal length share a batch: less padding
-        self._order = sorted(range(len(rows)), key=lambda n: len(self.packed[n]))
+        self._order = sorted(range(len(self.rows)), key=lambda n: len(self.packed[n]))
 
     def sums(
         self, client: Scoring, k: int, worker: int, workers: int, stop: Callable[[], bool] | None = None
@@ -158,7 +170,7 @@ def generate_answers(
         k: active experts; no token is dropped.
         rows: the questions.
         tokenizer: the model's tokenizer.
-        max_length: tokens of a prompt with its right answer; a longer prompt loses its beginning, as in training.
+        max_length: most tokens of a prompt with its right answer; a longer prompt loses its beginning, as in training.
         batch_size: rows of a batch.
         max_new_tokens: most tokens of an answer; prompt and answer together may exceed `max_length`.
 
@@ -166,13 +178,16 @@ def generate_answers(
         The generated text of each row, up to the end-of-text token.
 
     Raises:
-        UserError: if the model has too few positions.
+        UserError: if the model has too few positions, or a row's right answer does not fit in `max_length`.
     """
     model.eval()
     model.set_active_experts(k)
     for layer in model.layers:
         layer.used_token = None  # generation has its own attention mask, and evaluation drops nothing
-    prompts = [example.prompt for example in encode(rows, tokenizer, max_length)[0]]
+    examples, lengths = encode(rows, tokenizer, max_length)
+    if lengths.dropped:
+        raise UserError(f"max_length: {max_length} is too short for {lengths.dropped} of {len(rows)} rows; raise it")
+    prompts = [example.prompt for example in examples]
     needed, positions = max(map(len, prompts)) + max_new_tokens, model.hf.config.max_position_embeddings
     if needed > positions:
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.data.lengths import Lengths, fit
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 from ubsmoe_ds.data.words import occurrences
@@ -43,23 +44,22 @@ class Example:
     answer: list[int]
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], int]:
-    """Tokenise rows; a prompt that is too long loses its beginning.
+def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], Lengths]:
+    """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit`.
 
     Returns:
-        (examples, number of rows that were cut).
+        (examples of the rows that are kept, what became of all rows).
     """
-    if not rows:
-        return [], 0
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
     replies = text_tokens([row["answer"] for row in rows], tokenizer)
     begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
-        room = max(1, max_length - len(answer) - len(begin))
-        cut += len(prompt) > room
-        examples.append(Example(begin + prompt[-room:], answer))
-    return examples, cut
+        start = fit(begin, prompt, len(answer), max_length)
+        if start is not None:
+            cut += len(start) < len(begin) + len(prompt)
+            examples.append(Example(start, answer))
+    return examples, Lengths(len(examples), cut, len(rows) - len(examples))
 
 
 def collate(examples: Sequence[Example], pad: int, length: int | None = None) -> Tokens:
@@ -167,23 +167,25 @@ class PackedRow(NamedTuple):
         return [self.common, *map(len, self.options)]
 
 
-def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow]:
-    """Tokenise rows with their answer written with each label; a prompt that is too long loses its beginning."""
+def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow | None]:
+    """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
     begin = beginning(tokenizer)
     return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow:
+def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow | None:
     label = row["label"]
-    start = occurrences(row["labels"][label], row["answer"])[-1]
-    head, tail = row["answer"][:start], row["answer"][start + len(row["labels"][label]) :]
+    place = occurrences(row["labels"][label], row["answer"])[-1]
+    head, tail = row["answer"][:place], row["answer"][place + len(row["labels"][label]) :]
     encoded = text_tokens([head + name + tail for name in row["labels"]], tokenizer)
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
-    room = max(1, max_length - max(map(len, encoded)) - len(begin))
-    shared = begin + prompt[-room:] + encoded[label][:common]
-    return PackedRow(shared, common, [option[common:] for option in encoded], label, cut=len(prompt) > room)
+    start = fit(begin, prompt, max(map(len, encoded)), max_length)
+    if start is None:
+        return None
+    cut = len(start) < len(begin) + len(prompt)
+    return PackedRow(start + encoded[label][:common], common, [option[common:] for option in encoded], label, cut)
 
 
 def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:

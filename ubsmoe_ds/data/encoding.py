@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data import batches
 from ubsmoe_ds.data.batches import Example, PackedRow, StepBatch
+from ubsmoe_ds.data.lengths import Lengths, nothing_fits
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
@@ -25,17 +26,28 @@ class Encoder:
     model: PreTrainedConfig
     tokenizer: Any
 
-    def encode(self, rows: Sequence[Row]) -> tuple[list[Example], int]:
-        """Return (examples to train on, number of prompts that lost their beginning)."""
-        return batches.encode(rows, self.tokenizer, self.exp.data.max_length)
-
-    def pack(self, rows: Sequence[Row]) -> list[PackedRow]:
-        """Return evaluation rows with all their options.
+    def encode(self, rows: Sequence[Row], client: str) -> tuple[list[Example], Lengths]:
+        """Return (examples to train on, what became of the rows of the client with this name).
 
         Raises:
-            UserError: if a row is longer than the model's sliding window.
+            UserError: if none of its rows fits in `data.max_length`.
         """
-        packed = batches.pack(rows, self.tokenizer, self.exp.data.max_length)
+        examples, lengths = batches.encode(rows, self.tokenizer, self.exp.data.max_length)
+        if not examples:
+            raise nothing_fits(
+                "data.max_length", self.exp.data.max_length, f"{len(rows)} training rows of client {client!r}"
+            )
+        return examples, lengths
+
+    def pack(self, rows: Sequence[Row]) -> list[PackedRow]:
+        """Return those evaluation rows that fit, with all their options.
+
+        Raises:
+            UserError: if a row is longer than the model's sliding window, or none fits in `data.max_length`.
+        """
+        packed = [row for row in batches.pack(rows, self.tokenizer, self.exp.data.max_length) if row is not None]
+        if not packed:
+            raise nothing_fits("data.max_length", self.exp.data.max_length, f"{len(rows)} evaluation rows")
         check_window(self.model, max(row.longest for row in packed))
         return packed
 

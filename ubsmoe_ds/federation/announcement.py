@@ -1,6 +1,6 @@
 """Lines that a run prints before its first round: what is about to run, and what the experiment loses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
@@ -33,13 +33,8 @@ def placement(exp: Experiment, world: World) -> str:
     return "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *meetings])
 
 
-def warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """Yield a line for everything that the experiment loses: pseudo-gradients, speed, beginnings of prompts.
-
-    Args:
-        exp: the experiment.
-        cuts: (prompts that were cut, all prompts) of "training" and "evaluation".
-    """
+def warnings(exp: Experiment) -> Iterator[str]:
+    """Yield a line for everything that the experiment loses but rows (see `RowReport`): pseudo-gradients, speed."""
     pseudo_gradients = exp.pseudo_gradient.estimator != "none"
     if exp.merge.row.by_utilisation and pseudo_gradients:
         yield (
@@ -54,6 +49,3 @@ def warnings(exp: Experiment, cuts: Mapping[str, tuple[int, int]]) -> Iterator[s
                 "compute capability 9.0 or more "
                 f"(this one: {'.'.join(map(str, capability))}, bf16 {exp.deepspeed.use_bf16})"
             )
-    if any(cut for cut, _ in cuts.values()):
-        counts = " and ".join(f"{cut} of {total} {kind}" for kind, (cut, total) in cuts.items())
-        yield f"note: {counts} prompts lose their beginning to data.max_length={exp.data.max_length}"

@@ -1,6 +1,7 @@
 """Build one rank's `Federation` from an experiment. Import this only once the rendezvous variables are set."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
+from ubsmoe_ds.data.lengths import Lengths
+from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
@@ -63,7 +66,8 @@ def build(
     rows = client_rows(exp, world)
     checkpoints = CheckpointManager(exp, world, rows.digest)
     checkpoint = _find_checkpoint(exp, world, checkpoints, resume)
-    texts = _encode(exp, rows)
+    texts = _encode(exp, world, rows)
+    rows = replace(rows, counts=[lengths.kept for lengths in texts.lengths])  # w_c is of the rows that are trained on
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
     release_freed_memory()
@@ -86,6 +90,7 @@ def build(
         client=client,
         aggregator=aggregator,
         evaluator=texts.evaluator,
+        rows=_row_report(exp, texts),
         batches_from=batches_from,
         monitor=None,
         checkpoints=checkpoints,
@@ -94,7 +99,7 @@ def build(
         progress=progress,
         local=local,
     )
-    _announce(federation, rows, texts, checkpoint)
+    _announce(federation, checkpoint)
     return federation
 
 
@@ -113,24 +118,34 @@ class _Texts(NamedTuple):
     """A client's rows as tokens.
 
     examples: what it trains on.
-    cut: number of training prompts that lost their beginning.
+    lengths: what became of the training rows of each client.
     evaluator: holds the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
 
     examples: Sequence[Example]
-    cut: int
+    lengths: list[Lengths]
     evaluator: Evaluator
     encoder: Encoder
 
 
-def _encode(exp: Experiment, rows: ClientRows) -> _Texts:
-    """Turn a client's rows into tokens."""
+def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
+    """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
-    examples, cut = encoder.encode(rows.training)
+    examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
     evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
     check_window(encoder.model, evaluator.longest)
-    return _Texts(examples, cut, evaluator, encoder)
+    table = np.zeros((len(exp.clients), len(lengths)))
+    if world.group_rank == 0:
+        table[world.client] = lengths
+    of_clients = [Lengths(*map(int, counts)) for counts in world.sum(table)]
+    return _Texts(examples, of_clients, evaluator, encoder)
+
+
+def _row_report(exp: Experiment, texts: _Texts) -> RowReport:
+    """Sum up what became of all rows."""
+    training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
+    return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped)
 
 
 def _unit_store(exp: Experiment, client: Client) -> UnitStore:
@@ -154,19 +169,15 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     return batches_from
 
 
-def _announce(federation: Federation, rows: ClientRows, texts: _Texts, checkpoint: Checkpoint | None) -> None:
+def _announce(federation: Federation, checkpoint: Checkpoint | None) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
     exp, world = federation.exp, federation.world
-    cut_prompts = world.sum(np.array([texts.cut if world.group_rank == 0 else 0.0]))[0]
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
-    cuts = {
-        "training": (int(cut_prompts), sum(rows.counts)),
-        "evaluation": (texts.evaluator.cut, len(rows.evaluation)),
-    }
     federation.monitor = _open_monitor(exp, checkpoint)
-    for line in (headline(exp, federation.client), placement(exp, world), *warnings(exp, cuts)):
+    lines = (headline(exp, federation.client), placement(exp, world), *warnings(exp), *federation.rows.lines(exp.data))
+    for line in lines:
         federation.monitor.say(line)
 
 

@@ -37,14 +37,14 @@ class Outputs:
     client: Client
     aggregator: Aggregator
 
-    def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data_digest: str) -> None:
+    def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data: Mapping[str, Any]) -> None:
         """Write the adapters, `summary.json` and the table (a collective over the job).
 
         Args:
             batch: the run's first step; its length is the context for which FLOPs are counted.
             progress: progress at the end of the last round.
             monitor: the first rank's monitor; None on other ranks.
-            data_digest: digest of the rows, see data/fingerprint.py.
+            data: what `summary.json` says of the rows: their digest and numbers.
         """
         self.save_adapters()
         peak_C = self._peak_memory()
@@ -53,11 +53,7 @@ class Outputs:
             rows = self._summary(progress, peak_C, context=batch.micro[0].input_ids.shape[1], records=monitor.records())
             evaluations = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
-            inputs = {
-                "model_digest": model_digest(self.exp.weights_dir),
-                "data_digest": data_digest,
-                "machine": machine(),
-            }
+            inputs = {"model_digest": model_digest(self.exp.weights_dir), **data, "machine": machine()}
             monitor.finish(rows, cv | {"lost_in_round": progress.lost} | inputs)
         self.world.agree()  # if the first rank dies while it writes, another rank writes again
 

@@ -33,6 +33,7 @@ from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
+from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator, Merged
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
 from ubsmoe_ds.federation.metrics import RoundSeconds, complete_seconds, seconds_scalars, training_scalars
@@ -50,6 +51,7 @@ class Federation:
 
     aggregator: merges the clients' updates.
     batches_from: returns this rank's batches from a step's number on.
+    rows: what became of all rows.
     monitor: writes and prints; None on all ranks but the first.
     progress: resumable progress of the run.
     local: progress of this client in the current round.
@@ -61,6 +63,7 @@ class Federation:
     client: Client
     aggregator: Aggregator
     evaluator: Evaluator
+    rows: RowReport
     batches_from: Callable[[int], Iterator[StepBatch]]
     monitor: "Monitor | None"
     checkpoints: CheckpointManager
@@ -94,7 +97,8 @@ class Federation:
         if self.checkpoints.is_due(self.progress):
             self._save()
         outputs = Outputs(self.exp, self.world, self.client, self.aggregator)
-        outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
+        inputs = {"data_digest": self.checkpoints.data_digest, "rows": self.rows.record()}
+        outputs.write(next(self.batches_from(0)), self.progress, self.monitor, inputs)
         self.stop.close()
 
     def _train(self) -> None:

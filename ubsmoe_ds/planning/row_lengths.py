@@ -29,7 +29,7 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     evaluation = _evaluation_lengths(encoder.pack(eval_rows), exp.evaluation.batch_size)
     lengths = []
     for number, rows in enumerate(client_rows):
-        examples, _ = encoder.encode(rows)
+        examples, _ = encoder.encode(rows, exp.clients[number].name)
         training = _training_lengths(encoder, number, examples)
         lengths.append(RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows)))
     return lengths

@@ -149,17 +149,31 @@ def test_prompts_are_cut_for_generation_as_in_training(parts):
     """The right answer's length decides the cut; the generated answer may be longer than the room left."""
     tokenizer, rows, client = parts
     shortest = min(len(tokenizer(row["instruction"])["input_ids"]) for row in rows[:6])
-    examples, cut = encode(rows[:6], tokenizer, shortest)
-    assert cut == 6
+    examples, lengths = encode(rows[:6], tokenizer, shortest)
+    assert lengths == (6, 6, 0)
     hf = OlmoeForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     expected = []
     for example in examples:
         ids = hf.generate(torch.tensor([example.prompt]), do_sample=False, max_new_tokens=shortest + 5)
         expected.append(tokenizer.decode(ids[0, len(example.prompt) :], skip_special_tokens=True))
-    lengths = {"max_length": shortest, "batch_size": 4, "max_new_tokens": shortest + 5}
-    assert generate_answers(client.model, 8, rows[:6], tokenizer, **lengths) == expected and any(expected)
+    limits = {"max_length": shortest, "batch_size": 4, "max_new_tokens": shortest + 5}
+    assert generate_answers(client.model, 8, rows[:6], tokenizer, **limits) == expected and any(expected)
     with pytest.raises(UserError, match="max_new_tokens: 1024 and the longest prompt need .* the model has 1024;"):
-        generate_answers(client.model, 8, rows[:6], tokenizer, **lengths | {"max_new_tokens": 1024})
+        generate_answers(client.model, 8, rows[:6], tokenizer, **limits | {"max_new_tokens": 1024})
+    with pytest.raises(UserError, match="max_length: 8 is too short for 6 of 6 rows; raise it"):
+        generate_answers(client.model, 8, rows[:6], tokenizer, **limits | {"max_length": 8})
+
+
+def test_rows_that_do_not_fit_are_not_scored_but_named(parts):
+    """One option of the last row is far too long: the others score as if it were not there."""
+    tokenizer, rows, client = parts
+    long = rows[0] | {"id": "long", "task": "other", "labels": [*rows[0]["labels"][:-1], "very " * 300]}
+    long |= {"label": 0, "answer": rows[0]["labels"][0]}
+    evaluator, without = (Evaluator(some, tokenizer, 256, batch_size=4) for some in ([*rows[:6], long], rows[:6]))
+    assert evaluator.dropped == ["long"] and evaluator.lengths == (6, 0, 1) and evaluator.rows == rows[:6]
+    np.testing.assert_array_equal(evaluator.sums(client, 2, 0, 1), without.sums(client, 2, 0, 1))
+    with pytest.raises(UserError, match="max_length: 256 is too short for each of the 1 evaluation rows; raise it"):
+        Evaluator([long], tokenizer, 256, batch_size=4)
 
 
 def test_answers_are_parsed_by_hand():

@@ -246,11 +246,11 @@ def test_targets_are_the_answer_tokens_only():
 
 def test_encode_cuts_long_prompts_at_the_front(tokenizer):
     row = synthetic.rows(1, 0)[0]
-    (whole,), cut = encode([row], tokenizer, 512)
-    assert cut == 0 and tokenizer.decode(whole.prompt) == row["instruction"] + "\n"
+    (whole,), lengths = encode([row], tokenizer, 512)
+    assert lengths == (1, 0, 0) and tokenizer.decode(whole.prompt) == row["instruction"] + "\n"
     assert tokenizer.decode(whole.answer[:-1]) == row["answer"] and whole.answer[-1] == tokenizer.eos_token_id
-    (short,), cut = encode([row], tokenizer, len(whole.answer) + 4)
-    assert cut == 1 and short.prompt == whole.prompt[-4:] and short.answer == whole.answer
+    (short,), lengths = encode([row], tokenizer, len(whole.answer) + 16)
+    assert lengths == (1, 1, 0) and short.prompt == whole.prompt[-16:] and short.answer == whole.answer
 
 
 def test_texts_begin_with_the_tokenizers_own_first_token(tokenizer):
@@ -264,10 +264,11 @@ def test_texts_begin_with_the_tokenizers_own_first_token(tokenizer):
     other.backend_tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=special)
     assert other("x")["input_ids"][0] == begin and beginning(other) == [begin]
     row = GOOD | {"labels": ["answer1", "answer2"], "answer": "the correct answer is answer2"}
-    ((plain,), _), ((whole,), cut) = (encode([row], one, 256) for one in (tokenizer, other))
-    assert cut == 0 and whole.prompt == [begin, *plain.prompt] and whole.answer == plain.answer
-    (short,), cut = encode([row], other, len(whole.answer) + 4)
-    assert cut == 1 and short.prompt == [begin, *plain.prompt[-3:]]
+    ((plain,), _), ((whole,), lengths) = (encode([row], one, 256) for one in (tokenizer, other))
+    assert lengths == (1, 0, 0) and whole.prompt == [begin, *plain.prompt] and whole.answer == plain.answer
+    row |= {"instruction": GOOD["instruction"] * 10}
+    ((plain,), _), ((short,), lengths) = (encode([row], one, len(whole.answer) + 17) for one in (tokenizer, other))
+    assert lengths == (1, 1, 0) and short.prompt == [begin, *plain.prompt[-16:]]
     (unmarked,), (packed,) = (pack([row], one, 256) for one in (tokenizer, other))
     assert packed == PackedRow([begin, *unmarked.start], *unmarked[1:])
 
@@ -332,9 +333,11 @@ def test_options_share_the_prompt_and_their_common_beginning(tokenizer):
     (packed,) = pack([row], tokenizer, 256)
     assert tokenizer.decode(packed.start + packed.options[1]) == row["instruction"] + "\nas it is, a day: b"
     row = GOOD | {"labels": ["Monday", "blue green"], "answer": "it is Monday", "label": 0}
-    (packed,) = pack([row], tokenizer, 7)
+    row |= {"instruction": GOOD["instruction"] * 10}
+    (packed,) = pack([row], tokenizer, 22)
     assert packed.cut and packed.common == 2 and [len(option) for option in packed.options] == [2, 2]
-    assert len(packed.start) == (7 - 4) + 2, "the prompt keeps what the longest option leaves of 7 tokens"
+    assert len(packed.start) == (22 - 4) + 2, "the prompt keeps what the longest option leaves of 22 tokens"
+    assert pack([row], tokenizer, 19) == [None], "15 tokens of the prompt are too few"
 
 
 def test_packed_rows_are_laid_out_by_hand():

@@ -1,0 +1,100 @@
+"""No row is longer than `data.max_length`; what is cut or dropped is counted and printed."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from tests.support import tiny
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.sections import DataConfig
+from ubsmoe_ds.data.batches import encode, pack, steps
+from ubsmoe_ds.data.encoding import read_encoder
+from ubsmoe_ds.data.lengths import LEAST_PROMPT, Lengths, by_name, fit
+from ubsmoe_ds.data.row_report import RowReport
+from ubsmoe_ds.models.hub import BUILTIN_MODELS
+
+TOKENIZER = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
+
+
+def row(prompt: int, answer: int, other: int = 1) -> dict:
+    """Return a row whose prompt, right answer and other option are so many words of one token."""
+    labels = [" red" * answer, " red" * other + " box"]
+    return {"task": "t", "id": f"{prompt}-{answer}", "instruction": " red" * prompt, "answer": labels[0]} | {
+        "question": "?",
+        "choices": ["x", "y"],
+        "labels": labels,
+        "label": 0,
+    }
+
+
+def test_the_rule_by_hand():
+    """Of 30 tokens the beginning takes 1 and the answer 9: 20 are left for the prompt; 15 would be too few."""
+    prompt = list(range(100, 140))
+    assert fit([1], prompt[:20], 9, 30) == [1, *prompt[:20]]
+    assert fit([1], prompt, 9, 30) == [1, *prompt[-20:]]
+    assert fit([1], prompt, 13, 30) == [1, *prompt[-16:]] and LEAST_PROMPT == 16
+    assert fit([1], prompt, 14, 30) is None
+    assert fit([1], prompt[:3], 26, 30) == [1, *prompt[:3]], "a short prompt may be shorter than a cut one"
+    assert fit([1], prompt[:3], 27, 30) is None and fit([1], prompt[:3], 500, 30) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
+    st.integers(8, 70),
+)
+def test_no_row_is_longer_than_the_limit(sizes, limit):
+    rows = [row(*size) for size in sizes]
+    examples, lengths = encode(rows, TOKENIZER, limit)
+    whole, _ = encode(rows, TOKENIZER, 10**6)
+    assert lengths.rows == len(rows) and lengths.kept == len(examples)
+    answers = [example.answer for example in whole]
+    for example in examples:
+        assert len(example.prompt) + len(example.answer) <= limit and example.answer in answers, "answers are not cut"
+    for packed in pack(rows, TOKENIZER, limit):
+        assert packed is None or packed.longest <= limit
+    if examples:
+        batch = next(steps(examples, batch_size=4, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0,)))
+        assert batch.micro[0].input_ids.shape[1] < limit
+
+
+def test_cut_and_dropped_rows_are_counted():
+    """Of 40 tokens: 10 + 5 fit, 60 + 5 lose some prompt, 60 + 30 and 5 + 100 are dropped (end-of-text counts)."""
+    rows = [row(10, 5), row(60, 5), row(60, 30), row(5, 100)]
+    examples, lengths = encode(rows, TOKENIZER, 40)
+    assert lengths == Lengths(kept=2, cut=1, dropped=2) and [len(e.answer) for e in examples] == [6, 6]
+    assert len(examples[1].prompt) == 40 - 6
+    packed = pack([*rows, row(10, 5, other=100)], TOKENIZER, 40)
+    assert [p is None for p in packed] == [False, False, True, True, True], "each option must fit"
+    assert [p.cut for p in packed[:2]] == [False, True]
+
+
+def test_a_client_whose_rows_all_are_too_long_is_named():
+    exp = tiny.experiment("builtin:tiny_olmoe", [{"budget": 1.0}], data={"max_length": 20})
+    encoder = read_encoder(exp)
+    with pytest.raises(
+        UserError, match="data.max_length: 20 is too short for each of the 2 training rows of client 'x'"
+    ):
+        encoder.encode([row(60, 30), row(60, 40)], "x")
+    with pytest.raises(UserError, match="data.max_length: 20 is too short for each of the 1 evaluation rows; raise it"):
+        encoder.pack([row(60, 30)])
+    assert len(encoder.pack([row(60, 30), row(3, 3)])) == 1
+
+
+def test_lines_say_what_was_cut_and_dropped_of_whom():
+    report = RowReport(
+        {"phone": Lengths(9, 3, 0), "server": Lengths(20, 0, 2)}, Lengths(5, 1, 2), unscored=["q1", "q17"]
+    )
+    lines = list(report.lines(DataConfig(max_length=64)))
+    assert lines == [
+        "note: data.max_length=64: 3 of 31 training prompts lose their beginning (phone 3)",
+        "warning: data.max_length=64: 2 of 31 training rows are dropped (server 2): their answers leave fewer than 16 "
+        "tokens for the prompt; raise it",
+        "note: data.max_length=64: 1 of 7 evaluation prompts lose their beginning",
+        "warning: data.max_length=64: 2 of 7 evaluation rows are dropped ('q1', 'q17'): their answers leave fewer than "
+        "16 tokens for the prompt; raise it",
+    ]
+    assert report.record()["training"]["server"] == {"kept": 20, "cut": 0, "dropped": 2}
+    assert not list(RowReport({"a": Lengths(9, 0, 0)}, Lengths(5, 0, 0), []).lines(DataConfig()))
+    assert by_name("abcdefg") == " ('a', 'b', 'c', 'd', 'e', ...)"

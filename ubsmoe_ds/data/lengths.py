@@ -1,0 +1,77 @@
+"""The one rule for rows that are too long, in training, evaluation and generation; and its lines for the user.
+
+A row has at most `data.max_length` tokens: what the tokenizer puts first, the prompt, the answer (in evaluation the
+longest option) and end-of-text. A prompt that is too long loses its beginning. An answer is never cut: a row whose
+answer leaves no room for the last `LEAST_PROMPT` tokens of a cut prompt is dropped, and counted.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from ubsmoe_ds.base.errors import UserError
+
+LEAST_PROMPT = 16  # tokens that a cut prompt keeps; fewer would be hardly a question
+NAMED = 5  # rows that a line names
+
+
+class Lengths(NamedTuple):
+    """What became of rows: those kept, those of them whose prompt lost its beginning, those dropped."""
+
+    kept: int
+    cut: int
+    dropped: int
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows before any was dropped."""
+        return self.kept + self.dropped
+
+
+def fit(begin: list[int], prompt: list[int], answer: int, max_length: int) -> list[int] | None:
+    """Return the tokens before an answer, or None if the row is to be dropped.
+
+    Args:
+        begin: what the tokenizer puts before a text; never cut.
+        prompt: tokens of the prompt.
+        answer: number of tokens of the answer with end-of-text, or of the longest option.
+        max_length: most tokens of all together.
+    """
+    room = max_length - answer - len(begin)
+    if len(prompt) <= room:
+        return begin + prompt
+    return begin + prompt[-room:] if room >= LEAST_PROMPT else None
+
+
+def length_lines(setting: str, kind: str, lengths: Lengths, cut_of: str = "", dropped_of: str = "") -> Iterator[str]:
+    """Yield a line for prompts that were cut, and one for rows that were dropped, if any.
+
+    Args:
+        setting: the limit, such as "data.max_length=256".
+        kind: "training" or "evaluation".
+        lengths: of all rows of that kind.
+        cut_of, dropped_of: whose or which they are, in brackets.
+    """
+    if lengths.cut:
+        yield f"note: {setting}: {lengths.cut} of {lengths.rows} {kind} prompts lose their beginning{cut_of}"
+    if lengths.dropped:
+        yield (
+            f"warning: {setting}: {lengths.dropped} of {lengths.rows} {kind} rows are dropped{dropped_of}: their "
+            f"answers leave fewer than {LEAST_PROMPT} tokens for the prompt; raise it"
+        )
+
+
+def nothing_fits(key: str, max_length: int, rows: str) -> UserError:
+    """Return the error to raise where each of the `rows` is too long; `key` names the limit."""
+    return UserError(f"{key}: {max_length} is too short for each of the {rows}; raise it")
+
+
+def by_client(counts: Mapping[str, int]) -> str:
+    """Return the counts above zero, such as " (phone 3, server 1)"."""
+    parts = [f"{name} {count}" for name, count in counts.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def by_name(rows: Iterable[str]) -> str:
+    """Return the first rows' ids, such as " ('q1', 'q7', ...)"."""
+    names = list(map(repr, rows))
+    return f" ({', '.join([*names[:NAMED], *(['...'] if len(names) > NAMED else [])])})" if names else ""
