@@ -17,6 +17,7 @@ from ubsmoe_ds.models.hub import BUILTIN_MODELS
 COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
 FEW_RANKS = [*SHORT, TWO_CLIENTS]
 CLIENTS = ("phone", "laptop", "desktop", "server")
+LEARNING_RATE = 0.003  # of ds_configs/tiny.json
 
 
 def test_run_folder_has_its_files_and_their_keys(demo):
@@ -24,7 +25,7 @@ def test_run_folder_has_its_files_and_their_keys(demo):
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["client"] for row in summary["clients"]] == ["phone", "laptop", "desktop", "server"]
     assert [row["k"] for row in summary["clients"]] == [2, 4, 6, 8]
-    keys = {"client", "budget", "k", "lora_rank", "flops_ratio", "peak_memory_gb"}
+    keys = {"client", "budget", "k", "lora_rank", "rows", "weight", "flops_ratio", "peak_memory_gb"}
     keys |= {"tokens_per_second", "seconds_per_step"}
     keys |= {f"{field}_{when}" for field in ("loss", "accuracy") for when in ("before", "after")}
     assert all(set(row) == keys for row in summary["clients"])
@@ -32,6 +33,10 @@ def test_run_folder_has_its_files_and_their_keys(demo):
     assert summary["clients"][3]["flops_ratio"] == 1.0
     assert all(row["tokens_per_second"] > 0 and row["seconds_per_step"] > 0 for row in summary["clients"])
     assert 0 < summary["clients"][0]["flops_ratio"] < summary["clients"][1]["flops_ratio"] < 1
+    rows, kept = summary["rows"]["training"], [row["rows"] for row in summary["clients"]]
+    assert [rows[row["client"]]["kept"] for row in summary["clients"]] == kept and min(kept) > 0
+    assert [row["weight"] for row in summary["clients"]] == pytest.approx([count / sum(kept) for count in kept])
+    assert summary["loss_weighted_after"] == records(folder)[-1]["metrics"]["eval/loss_weighted"]
     assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
     assert [record["round"] for record in records(folder)] == [0, 1, 2]
     assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
@@ -56,6 +61,8 @@ def test_metrics_are_complete_and_plausible(demo):
         assert metrics[f"pseudo_over_real_norm/{client}"] > 0
         assert (metrics[f"dropped_share/{client}"] > 0) == (client == "laptop")  # the one with a capacity factor
     assert metrics["exchange/megabytes"] > 1
+    assert sum(metrics[f"merge_weight/{client}"] for client in CLIENTS) == pytest.approx(1)
+    assert {metrics[f"learning_rate/{client}"] for client in CLIENTS} == {LEARNING_RATE}
     parts = ("round", "local", "wait", "exchange", "merge", "evaluation")
     assert all(0 < seconds[f"seconds/{part}"] <= seconds["seconds/round"] for part in parts)
     assert all(f"seconds_{part}/{client}" in seconds for part in parts[1:] for client in CLIENTS)
@@ -77,8 +84,8 @@ def test_output_is_quiet(demo):
     """After the lines of DeepSpeed's launcher there are our lines and nothing else."""
     lines = [line for line in demo[1].splitlines() if line.strip() and not line.startswith("[20")]
     first = "tiny: ub_smoe, 4 clients on 6 ranks"
-    table = ("utilisation CV", "client ", *("phone ", "laptop ", "desktop ", "server "))
-    ours = (first, "placement: ", "before ", "round ", *table, "written to")
+    table = ("mean loss of clients", "utilisation CV", "client ", *("phone ", "laptop ", "desktop ", "server "))
+    ours = (first, "placement: ", "rows (weight): ", "before ", "round ", *table, "written to")
     assert [line for line in lines if not line.startswith(ours)] == []
     assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
 

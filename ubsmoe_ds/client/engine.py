@@ -193,6 +193,11 @@ class Client:
         sums = (nll, answer_tokens, used_tokens, dropped, routed, real_norm, pseudo_norm)
         return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
+    @property
+    def learning_rate(self) -> float:
+        """Return the current learning rate, which DeepSpeed's scheduler (if any) set after the latest step."""
+        return float(self.engine.basic_optimizer.param_groups[0]["lr"])
+
     def step(self, batch: StepBatch) -> Tensor:
         """Take one optimiser step; return the summed loss of this rank's answer tokens, detached."""
         if self.collector is not None:

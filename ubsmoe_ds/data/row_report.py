@@ -19,6 +19,11 @@ class RowReport:
     evaluation: Lengths
     unscored: Sequence[str]
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """Return the number of rows that each client trains on."""
+        return {name: lengths.kept for name, lengths in self.training.items()}
+
     def lines(self, data: DataConfig) -> Iterator[str]:
         """Yield a line for each way in which rows lost something."""
         setting = f"data.max_length={data.max_length}"

@@ -1,6 +1,6 @@
 """Lines that a run prints before its first round: what is about to run, and what the experiment loses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -31,6 +31,12 @@ def placement(exp: Experiment, world: World) -> str:
     """Return one line that says on which hosts the clients run, and which address a group uses if not the default."""
     meetings = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
     return "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *meetings])
+
+
+def row_counts(rows: Mapping[str, int], weights: Sequence[float]) -> str:
+    """Return one line that says how many training rows each client has, and its weight w_c in the merge."""
+    counts = zip(rows.items(), weights, strict=True)
+    return "rows (weight): " + ", ".join(f"{name} {count} ({weight:.3f})" for (name, count), weight in counts)
 
 
 def warnings(exp: Experiment) -> Iterator[str]:

@@ -24,7 +24,7 @@ from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
-from ubsmoe_ds.federation.announcement import headline, placement, warnings
+from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.launching.run_folder import check_run_folder, resumes_in_place
@@ -176,8 +176,9 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None) -> None:
     if world.rank != 0:
         return
     federation.monitor = _open_monitor(exp, checkpoint)
-    lines = (headline(exp, federation.client), placement(exp, world), *warnings(exp), *federation.rows.lines(exp.data))
-    for line in lines:
+    shares = row_counts(federation.rows.kept, federation.aggregator.server.weights)
+    lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
+    for line in (*lines, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 
 

@@ -47,7 +47,15 @@ def evaluate_part(
 def view_scalars(
     exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], part: Part
 ) -> dict[str, float]:
-    """Sum all ranks' parts and name the results (a collective); utilisation is weighted by w_c, as in training."""
+    """Sum all ranks' parts and name the results (a collective).
+
+    Args:
+        exp: the experiment.
+        world: this rank's place in the job.
+        evaluator: holds the evaluation rows.
+        weights: w_c of all clients; utilisation is weighted by them, as in training.
+        part: the result of `evaluate_part`.
+    """
     view_of_client = exp.views
     views = list(dict.fromkeys(view_of_client))
     sums_G, counts_GLX = world.sum(part[0]), world.sum(part[1])
@@ -56,4 +64,4 @@ def view_scalars(
     utilisation_LE = sum(weight * utilisation_GLE[views.index(view)] for weight, view in pairs)
     cv = float(coefficient_of_variation(torch.as_tensor(utilisation_LE)).mean())
     names = [client.name for client in exp.clients]
-    return evaluation_scalars(names, view_of_client, evaluator.tasks, sums_G, cv)
+    return evaluation_scalars(names, view_of_client, weights, evaluator.tasks, sums_G, cv)

@@ -1,6 +1,7 @@
 """Compute and name the scalars of a round from tables that every rank has, so that all ranks get the same numbers.
 
 Names read "family/name" in TensorBoard and `metrics.jsonl`, and "family/CLIENT" where each client has its own value.
+docs/evaluation.md says of each mean what it counts: clients, rows, tokens, routes or steps.
 Shapes: C clients, L layers, E experts.
 """
 
@@ -25,13 +26,19 @@ class RoundSeconds(NamedTuple):
 
 
 def evaluation_scalars(
-    clients: Sequence[str], views: Sequence[str], tasks: Sequence[str], sums: np.ndarray, weighted_cv: float
+    clients: Sequence[str],
+    views: Sequence[str],
+    weights: Sequence[float],
+    tasks: Sequence[str],
+    sums: np.ndarray,
+    weighted_cv: float,
 ) -> dict[str, float]:
-    """Return loss and accuracy of each view, per task, per client, and overall (plain mean over clients).
+    """Return loss and accuracy of each view, per task, per client, and overall: plain and weighted mean over clients.
 
     Args:
         clients: names of the clients.
         views: view of each client, see `Experiment.views`.
+        weights: w_c of each client, summing to one.
         tasks: names of the tasks.
         sums: [distinct views in order of appearance, tasks, 5] in the order of `client.evaluation.FIELDS`.
         weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
@@ -47,6 +54,7 @@ def evaluation_scalars(
         of_client = [scalars[f"eval_{view}/{field}_all"] for view in views]
         scalars |= {f"eval_{field}/{client}": value for client, value in zip(clients, of_client, strict=True)}
         scalars[f"eval/{field}"] = sum(of_client) / len(of_client)
+        scalars[f"eval/{field}_weighted"] = math.fsum(w * value for w, value in zip(weights, of_client, strict=True))
     scalars["eval/utilisation_cv"] = weighted_cv
     return scalars
 
@@ -59,7 +67,7 @@ def training_scalars(
     ranks: Sequence[int],
     refused_C: Sequence[int],
 ) -> dict[str, float]:
-    """Return scalars of the local steps and of the exchange.
+    """Return scalars of the local steps and of the exchange; overall ones are over all clients' tokens or routes.
 
     Args:
         clients: names of the clients.
@@ -89,6 +97,36 @@ def training_scalars(
     scalars["train/pseudo_over_real_norm"] = total.pseudo_norm / max(total.real_norm, 1e-12)
     scalars["exchange/megabytes"] = float(bytes_C.sum()) / 1e6
     scalars["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
+    return scalars
+
+
+def merge_scalars(
+    clients: Sequence[str],
+    stats: Sequence[LocalStats],
+    rows: Mapping[str, int],
+    weights: Sequence[float],
+    learning_rates: Sequence[float],
+) -> dict[str, float]:
+    """Return what each client brings to the merge, and the training loss weighted as the merge weighs the clients.
+
+    Args:
+        clients: names of the clients.
+        stats: each client's sums over its ranks.
+        rows: number of training rows by client.
+        weights: weight of each client that the merge rule gets in this round: w_c times the part of its work done.
+        learning_rates: each client's learning rate after its last step.
+    """
+    scalars: dict[str, float] = {}
+    trained: list[tuple[float, float]] = []
+    for name, sums, weight, rate in zip(clients, stats, weights, learning_rates, strict=True):
+        scalars[f"rows/{name}"] = rows[name]
+        scalars[f"merge_weight/{name}"] = weight
+        scalars[f"learning_rate/{name}"] = rate
+        if sums.answer_tokens:
+            trained.append((weight, sums.nll / sums.answer_tokens))
+    total = math.fsum(weight for weight, _ in trained)
+    if total:
+        scalars["train/loss_weighted"] = math.fsum(weight * loss for weight, loss in trained) / total
     return scalars
 
 

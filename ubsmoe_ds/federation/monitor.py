@@ -192,7 +192,8 @@ def heat_map(value_LE: Tensor) -> Tensor:
 def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:
     """Return the final table: a row for each client, and the clients that were lost."""
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
-    title = f"utilisation CV {before:.3f} -> {after:.3f}"
+    title = f"mean loss of clients {_change(totals, 'loss')}, weighted {_change(totals, 'loss_weighted')}"
+    title += f"\nutilisation CV {before:.3f} -> {after:.3f}"
     # fits the 80 columns of a log file
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("client", "K", "LoRA rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
@@ -211,6 +212,10 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     for client, number in totals["lost_in_round"].items():
         table.add_row(client, "", "", "", "", "", f"lost in round {number}", "")
     return table
+
+
+def _change(totals: Mapping[str, Any], name: str) -> str:
+    return f"{totals[f'{name}_before']:.4f} -> {totals[f'{name}_after']:.4f}"
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.fingerprint import machine, model_digest
+from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.metrics import training_speed
 from ubsmoe_ds.models.cost import flops_per_token
@@ -27,6 +28,8 @@ from ubsmoe_ds.mpi.world import World
 if TYPE_CHECKING:
     from ubsmoe_ds.federation.monitor import Monitor
 
+OVERALL = ("loss", "loss_weighted", "accuracy", "accuracy_weighted")  # plain and weighted means over the clients
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -36,15 +39,16 @@ class Outputs:
     world: World
     client: Client
     aggregator: Aggregator
+    rows: RowReport
 
-    def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data: Mapping[str, Any]) -> None:
+    def write(self, batch: StepBatch, progress: Progress, monitor: "Monitor | None", data_digest: str) -> None:
         """Write the adapters, `summary.json` and the table (a collective over the job).
 
         Args:
             batch: the run's first step; its length is the context for which FLOPs are counted.
             progress: progress at the end of the last round.
             monitor: the first rank's monitor; None on other ranks.
-            data: what `summary.json` says of the rows: their digest and numbers.
+            data_digest: digest of the rows, see data/fingerprint.py.
         """
         self.save_adapters()
         peak_C = self._peak_memory()
@@ -53,8 +57,18 @@ class Outputs:
             rows = self._summary(progress, peak_C, context=batch.micro[0].input_ids.shape[1], records=monitor.records())
             evaluations = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
-            inputs = {"model_digest": model_digest(self.exp.weights_dir), **data, "machine": machine()}
-            monitor.finish(rows, cv | {"lost_in_round": progress.lost} | inputs)
+            overall = {
+                f"{name}_{when}": scalars.get(f"eval/{name}", math.nan)
+                for name in OVERALL
+                for when, scalars in evaluations
+            }
+            inputs = {
+                "model_digest": model_digest(self.exp.weights_dir),
+                "data_digest": data_digest,
+                "rows": self.rows.record(),
+                "machine": machine(),
+            }
+            monitor.finish(rows, overall | cv | {"lost_in_round": progress.lost} | inputs)
         self.world.agree()  # if the first rank dies while it writes, another rank writes again
 
     def save_adapters(self, number: int | None = None) -> None:
@@ -100,11 +114,12 @@ class Outputs:
         lora = self.exp.lora
         shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
         full = flops_per_token(shape, self.exp.k_max, context)
-        rows = []
-        for config, rank, peak in zip(self.exp.clients, self.aggregator.server.lora_ranks, peak_C, strict=True):
+        rows, server = [], self.aggregator.server
+        for config, weight, rank, peak in zip(self.exp.clients, server.weights, server.lora_ranks, peak_C, strict=True):
             k = self.exp.active_experts(config)
             flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
+            row |= {"rows": self.rows.kept[config.name], "weight": weight}
             row |= {"flops_ratio": flops / full, **training_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
             for field in ("loss", "accuracy"):  # unknown for a client that was lost at the time and has come back

@@ -36,7 +36,13 @@ from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator, Merged
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
-from ubsmoe_ds.federation.metrics import RoundSeconds, complete_seconds, seconds_scalars, training_scalars
+from ubsmoe_ds.federation.metrics import (
+    RoundSeconds,
+    complete_seconds,
+    merge_scalars,
+    seconds_scalars,
+    training_scalars,
+)
 from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -96,9 +102,8 @@ class Federation:
             self.progress.next_round()
         if self.checkpoints.is_due(self.progress):
             self._save()
-        outputs = Outputs(self.exp, self.world, self.client, self.aggregator)
-        inputs = {"data_digest": self.checkpoints.data_digest, "rows": self.rows.record()}
-        outputs.write(next(self.batches_from(0)), self.progress, self.monitor, inputs)
+        outputs = Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
+        outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
 
     def _train(self) -> None:
@@ -177,7 +182,7 @@ class Federation:
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
-            Outputs(self.exp, self.world, self.client, self.aggregator).save_adapters(number)
+            Outputs(self.exp, self.world, self.client, self.aggregator, self.rows).save_adapters(number)
         self.world.agree()
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)
@@ -218,20 +223,23 @@ class Federation:
         """Return (sums of each client's local steps, metrics, wall times) (a collective)."""
         stages = self.stopwatch.seconds
         seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
+        rate = self.client.learning_rate
         if self.world.group_rank > 0:  # norms and steps are the client's, times its first rank's: count them once
             stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0, bad_steps=0.0)
-            seconds = RoundSeconds(*np.zeros(len(seconds)))
-        table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent])
+            seconds, rate = RoundSeconds(*np.zeros(len(seconds))), 0.0
+        table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent, rate])
         stats_C = [LocalStats(*row) for row in table[:, : len(stats)]]
-        seconds_C = [RoundSeconds(*row) for row in table[:, len(stats) : -1]]
+        seconds_C = [RoundSeconds(*row) for row in table[:, len(stats) : -2]]
         refused = [len(units) for units in merged.refused]
         statistics = merged.statistics
         metrics = training_scalars(
-            self._names, stats_C, table[:, -1], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
+            self._names, stats_C, table[:, -2], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
         )
         metrics |= {
             f"update_norm/{name}": norm for name, norm in zip(self._names, statistics.norm_C.tolist(), strict=True)
         }
+        weights = self.aggregator.server.weight_C.tolist()
+        metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, table[:, -1].tolist())
         return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
 
     def _client_table(self, values: Sequence[float]) -> np.ndarray:

@@ -11,6 +11,7 @@ from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     complete_seconds,
     evaluation_scalars,
+    merge_scalars,
     seconds_scalars,
     training_scalars,
     training_speed,
@@ -24,11 +25,13 @@ SECONDS = [RoundSeconds(4.0, 1.0, 0.5, 0.25), RoundSeconds(2.0, 3.0, 0.75, 0.5)]
 
 
 def test_evaluation_is_of_each_view_task_and_client():
-    """Three clients in two views: loss is a mean over tokens; overall figures are plain means over clients."""
+    """Three clients in two views: loss is a mean over tokens, overall over clients, plain and by w_c."""
     sums = np.zeros((2, 2, 5))  # nll, tokens, correct, correct normalised, rows
     sums[0] = [[6.0, 3, 1, 2, 4], [2.0, 1, 1, 0, 1]]
     sums[1] = [[3.0, 3, 4, 4, 4], [1.0, 1, 0, 1, 1]]
-    scalars = evaluation_scalars(["a", "b", "c"], ["k2", "k8", "k2"], ["x", "y"], sums, weighted_cv=0.3)
+    scalars = evaluation_scalars(
+        ["a", "b", "c"], ["k2", "k8", "k2"], [0.5, 0.3, 0.2], ["x", "y"], sums, weighted_cv=0.3
+    )
     assert scalars["eval_k2/loss_x"] == 2.0 and scalars["eval_k2/loss_y"] == 2.0 and scalars["eval_k2/loss_all"] == 2.0
     assert scalars["eval_k8/loss_all"] == 1.0 and scalars["eval_k8/accuracy_x"] == 1.0
     assert scalars["eval_k2/accuracy_all"] == pytest.approx(2 / 5)
@@ -36,6 +39,8 @@ def test_evaluation_is_of_each_view_task_and_client():
     assert [scalars[f"eval_loss/{name}"] for name in "abc"] == [2.0, 1.0, 2.0]
     assert scalars["eval/loss"] == pytest.approx(5 / 3)
     assert scalars["eval/accuracy"] == pytest.approx((0.4 + 0.8 + 0.4) / 3)
+    assert scalars["eval/loss_weighted"] == pytest.approx(0.5 * 2 + 0.3 * 1 + 0.2 * 2)
+    assert scalars["eval/accuracy_weighted"] == pytest.approx(0.5 * 0.4 + 0.3 * 0.8 + 0.2 * 0.4)
     assert scalars["eval/utilisation_cv"] == 0.3
 
 
@@ -53,6 +58,20 @@ def test_training_scalars_sum_over_clients_and_divide_by_the_work_done():
     assert (scalars["megabytes_sent/a"], scalars["megabytes_sent/b"], scalars["exchange/megabytes"]) == (3.0, 1.0, 4.0)
     # CV of (0.5, 0.5) is 0, of (0.75, 0.25) it is 0.25 / 0.5, with the population's deviation
     assert scalars["utilisation/cv"] == pytest.approx(0.25)
+
+
+def test_the_merge_weighs_clients_otherwise_than_tokens_do():
+    """Losses 2 (of 3 tokens) and 0.5 (of 2): 7 / 5 by tokens, 1.25 by clients, 2 / 4 + 0.5 * 3 / 4 as merged."""
+    scalars = merge_scalars(["a", "b"], STATS, {"a": 10, "b": 30}, [0.25, 0.75], [1e-3, 5e-4])
+    assert scalars["train/loss_weighted"] == pytest.approx(0.5 + 0.375)
+    assert (scalars["rows/a"], scalars["rows/b"]) == (10, 30)
+    assert (scalars["merge_weight/a"], scalars["merge_weight/b"]) == (0.25, 0.75)
+    assert (scalars["learning_rate/a"], scalars["learning_rate/b"]) == (1e-3, 5e-4)
+    idle = LocalStats(*[0.0] * len(LocalStats._fields))
+    alone = merge_scalars(["a", "b"], [STATS[0], idle], {"a": 10, "b": 30}, [1.0, 0.0], [1e-3, 1e-3])
+    assert alone["train/loss_weighted"] == 2.0
+    nobody = merge_scalars(["a", "b"], [idle, idle], {"a": 10, "b": 30}, [0.0, 0.0], [1e-3, 1e-3])
+    assert "train/loss_weighted" not in nobody
 
 
 def test_a_client_that_did_nothing_has_no_loss():
