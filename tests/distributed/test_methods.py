@@ -9,6 +9,7 @@ from safetensors import safe_open
 from tests.support.ranks import REPO, run_ranks
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.config.methods import PRESETS
+from ubsmoe_ds.models.families import FAMILIES
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
 
@@ -43,7 +44,7 @@ def test_every_method_learns_on_six_ranks(name, runs):
         if name == "flora":
             assert [path.name for path in saved.iterdir() if path.is_file()] == ["weights.safetensors"]
             continue
-        state, rank, _ = peft_format.read(saved, num_experts=16)
+        state, rank, _ = peft_format.read(saved, FAMILIES["olmoe"], num_experts=16)
         assert state["layers.1.experts.down.lora_A"].shape == (16, rank, 128)
         with safe_open(saved / peft_format.SIDECAR, framework="pt") as beside:
             assert beside.metadata()["k"] == str(k)

@@ -245,7 +245,7 @@ def _later(name: str, file: str, **more: Any) -> st.SearchStrategy[Any]:
     return st.deferred(lambda: mutations(json.loads((prepared() / name / file).read_text()) | more))
 
 
-PEFT_OPTIONS = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "layer_replication": None}
+PEFT_OPTIONS = {"use_dora": False, "fan_in_fan_out": False, "layer_replication": None}
 SURFACES = [
     Surface("adapter", st.tuples(st.sampled_from(ADAPTER_FILES), DAMAGES), damage_adapter, share=1.5),
     Surface("adapter_json", _later("adapter", peft_format.CONFIG, **PEFT_OPTIONS), change_adapter_config, share=1.5),

@@ -1,9 +1,11 @@
 """Read, check and write PEFT's `adapter_config.json`, as far as it describes adapters like ours."""
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,21 +14,76 @@ from ubsmoe_ds.base.files import read_json
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+MOST_RANK, LEAST_ALPHA, MOST_ALPHA = 2**16, 1e-6, 1e9
+# of rank_pattern and alpha_pattern: a file must not bring an expression that takes for ever
+SAFE_PATTERN, MOST_REPEATS = re.compile(r"\^?(?:[\w.-]|\\\.|\.\*|\\d\+)+"), 3
+Number = TypeVar("Number", int, float)
 # keys with which PEFT would compute something else
 UNSUPPORTED = (
-    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication"),
+    *("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication"),
     *("corda_config", "loftq_config", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens"),
+    "trainable_token_indices",
 )
 # values of init_lora_weights that leave the base's weights alone; others (pissa, olora, ...) change them at loading
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
+@dataclass(frozen=True)
+class LoraSettings:
+    """What PEFT's config says of each module's LoRA rank and scaling.
+
+    rank, alpha: of modules that match no pattern; by_root: whether B A is scaled by alpha / sqrt(rank) (rsLoRA).
+    ranks, alphas: of modules that match; parameters: weights that PEFT adapts by name, or by the end of their name.
+    """
+
+    rank: int
+    alpha: float
+    by_root: bool
+    ranks: Mapping[re.Pattern[str], int]
+    alphas: Mapping[re.Pattern[str], float]
+    parameters: Sequence[str]
+
+    @property
+    def scaling(self) -> float:
+        """Return the factor of B A for modules that match no pattern."""
+        return self._scaling(self.alpha, self.rank)
+
+    def rank_of(self, module: str) -> int:
+        """Return the LoRA rank of a module or weight, `model.layers.0.mlp.experts.down_proj` for one."""
+        return _first_match(self.ranks, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """Return the factor of B A of a module or weight."""
+        return self._scaling(_first_match(self.alphas, module, self.alpha), self.rank_of(module))
+
+    def is_plain(self, module: str) -> bool:
+        """Return whether a module has the config's own rank and alpha, and alpha / rank as its scaling."""
+        patterns = [*self.ranks, *self.alphas]
+        return not self.by_root and not any(pattern.match(module) for pattern in patterns)
+
+    def targets(self, weight: str) -> bool:
+        """Return whether target_parameters names a weight."""
+        return any(weight == name or weight.endswith(f".{name}") for name in self.parameters)
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _first_match(values: Mapping[re.Pattern[str], Number], module: str, default: Number) -> Number:
+    return next((value for pattern, value in values.items() if pattern.match(module)), default)
+
+
 def adapter_config(
-    tensors: Mapping[str, Tensor], rank: int, alpha: float, base_model: str, revision: str | None = None
+    tensors: Mapping[str, Tensor],
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    base_model: str,
+    revision: str | None = None,
 ) -> dict[str, Any]:
-    """Return PEFT's config for the tensors of `to_peft`."""
+    """Return PEFT's config for the tensors of `to_peft` and the weights of `expert_targets`."""
     attention = [name for name in ATTENTION_PROJECTIONS if any(f".self_attn.{name}." in key for key in tensors)]
-    experts = any(".mlp.experts.lora_A." in key for key in tensors)
+    joined = GATE_UP in targets
     router = any(key.endswith(".mlp.gate.weight") for key in tensors)
     return {
         "peft_type": "LORA",
@@ -39,9 +96,9 @@ def adapter_config(
         "bias": "none",
         "inference_mode": True,
         "target_modules": attention,
-        "target_parameters": [GATE_UP, DOWN] if experts else None,
-        "rank_pattern": {GATE_UP: 2 * rank} if experts else {},
-        "alpha_pattern": {GATE_UP: 2 * alpha} if experts else {},
+        "target_parameters": list(targets) or None,
+        "rank_pattern": {GATE_UP: 2 * rank} if joined else {},
+        "alpha_pattern": {GATE_UP: 2 * alpha} if joined else {},
         "modules_to_save": ["mlp.gate"] if router else None,
     }
 
@@ -65,16 +122,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def rank_and_alpha(path: Path) -> tuple[int, float]:
-    """Return LoRA rank and alpha of PEFT's config; raise unless s = alpha / r holds for every module, as in ours."""
+def read_settings(path: Path) -> LoraSettings:
+    """Read and check PEFT's config of a LoRA adapter.
+
+    Raises:
+        UserError: naming the file, the key and its value, if PEFT would compute something else than LoRA.
+    """
     config = read_config(path)
-    rank: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
     where = f"adapter: in {str(path)!r},"
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{where} r is {rank!r}, must be a whole number from 1")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise UserError(f"{where} lora_alpha is {alpha!r}, must be a number above 0")
     for key, plain in {"peft_type": "LORA", "bias": "none"}.items():
         if config.get(key, "none") != plain:
             raise UserError(f"{where} {key} is {config.get(key)!r}, must be {plain!r}")
@@ -86,20 +141,44 @@ def rank_and_alpha(path: Path) -> tuple[int, float]:
         raise UserError(
             f"{where} init_lora_weights is {start!r}, with which PEFT changes the base; convert it to plain LoRA"
         )
-    for module, its_rank, its_alpha in _patterns(config, where):
-        if its_alpha * rank != alpha * its_rank:
-            raise UserError(f"{where} {module} has its own scaling, {its_alpha} / {its_rank} beside {alpha} / {rank}")
-    return rank, float(alpha)
+    by_root = config.get("use_rslora") or False
+    if type(by_root) is not bool:
+        raise UserError(f"{where} use_rslora is {by_root!r}, must be true or false")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise UserError(f"{where} target_parameters is {parameters!r}, must be a list of names")
+    return LoraSettings(
+        rank=_lora_rank(config.get("r"), f"{where} r"),
+        alpha=_alpha(config.get("lora_alpha"), f"{where} lora_alpha"),
+        by_root=by_root,
+        ranks=_pattern(config, "rank_pattern", _lora_rank, where),
+        alphas=_pattern(config, "alpha_pattern", _alpha, where),
+        parameters=tuple(parameters),
+    )
 
 
-def _patterns(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, float, float]]:
-    """Yield (module, rank, alpha) for modules with values of their own."""
-    patterns = []
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(type(value) in (int, float) for value in pattern.values()):
-            raise UserError(f"{where} {name} is {pattern!r}, must be numbers by module")
-        patterns.append(pattern)
-    ranks, alphas = patterns
-    for module in ranks | alphas:
-        yield module, ranks.get(module, config["r"]), alphas.get(module, config["lora_alpha"])
+def _lora_rank(value: Any, what: str) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_RANK:
+        raise UserError(f"{what} is {value!r}, must be a whole number from 1 to {MOST_RANK}")
+    return value
+
+
+def _alpha(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or not LEAST_ALPHA <= value <= MOST_ALPHA:
+        raise UserError(f"{what} is {value!r}, must be a number above 0, and at most {MOST_ALPHA:g}")
+    return float(value)
+
+
+def _pattern(
+    config: Mapping[str, Any], key: str, check: Callable[[Any, str], Number], where: str
+) -> dict[re.Pattern[str], Number]:
+    """Return the values of modules that match a regular expression, the first that matches first, as PEFT does."""
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise UserError(f"{where} {key} is {pattern!r}, must be numbers by module")
+    checked = {}
+    for module, value in pattern.items():
+        if not SAFE_PATTERN.fullmatch(module) or sum(map(module.count, "*+")) > MOST_REPEATS or len(module) > 200:
+            raise UserError(f"{where} {key} has the pattern {module!r}; write names of modules, without groups")
+        checked[re.compile(rf"(.*\.)?({module})$")] = check(value, f"{where} {key} of {module!r}")
+    return checked
