@@ -79,7 +79,7 @@ def start_alone(exp: Any) -> None:
 
     join(exp, "benchmark", [])
     devices = run.choose_accelerator(exp.accelerator)
-    from ubsmoe_ds.client.engine import start_deepspeed
+    from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 
     start_deepspeed(bool(devices), verbose=False)
 

@@ -121,7 +121,8 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    from ubsmoe_ds.client.engine import Client, start_deepspeed
+    from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
+    from ubsmoe_ds.client.engine import Client
     from ubsmoe_ds.data.encoding import read_encoder
     from ubsmoe_ds.data.lengths import length_lines
     from ubsmoe_ds.data.shares import rows_by_client

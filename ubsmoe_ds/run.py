@@ -16,6 +16,7 @@ from ubsmoe_ds.base.errors import (
     UserError,
 )
 from ubsmoe_ds.base.malloc import keep_freed_memory
+from ubsmoe_ds.checkpoint.search import newest_sound
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.launching.sign_in import sign_in
@@ -79,7 +80,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     except Preempted as stopped:
         code, message = EXIT_PREEMPTED, f"{stopped}; continue with --resume auto"
     except Diverged as error:
-        sound = federation.checkpoints.newest_sound()
+        sound = newest_sound(exp.run_dir) if federation.world.rank == 0 else None  # only the first rank speaks
         kept = f"the newest checkpoint with a finite evaluation is {sound}" if sound else "no checkpoint is sound"
         advice = "look at that data, the learning rate and gradient clipping"
         code, message = EXIT_DIVERGED, f"error: {error}; {advice}; {kept}"

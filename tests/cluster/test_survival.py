@@ -127,6 +127,7 @@ def test_too_few_clients_end_the_job_and_it_can_be_resumed_with_all(tmp_path):
     ] == [*"abc"]
 
 
+@pytest.mark.extended
 def test_a_lost_client_comes_back_when_the_job_is_resumed(tmp_path):
     survive(tmp_path / "out", "kill-local@3:5")
     output = survive(tmp_path / "out", None, "train.rounds=4", "--resume", "auto")

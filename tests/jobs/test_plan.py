@@ -48,6 +48,7 @@ def compare_with_run(folder: Path, overrides: list[str]) -> list[float]:
     return measured
 
 
+@pytest.mark.extended
 def test_memory_and_bytes_are_as_measured(tmp_path):
     """Batches are so large that a plan of the bare process would fail."""
     overrides = [*SHORT, "train.rounds=1", *LARGE]

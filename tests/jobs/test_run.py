@@ -90,6 +90,7 @@ def test_output_is_quiet(demo):
     assert sum(line.startswith("round ") for line in lines) == 2 and "ETA" in demo[1]
 
 
+@pytest.mark.extended
 def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
     folder, _ = demo
     under_mpi = [sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
@@ -118,6 +119,7 @@ def test_wrong_world_size_names_the_right_command(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.extended
 def test_deepspeed_mpich_launcher_finds_its_world(tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
@@ -199,6 +201,7 @@ def test_ctrl_c_ends_everything(tmp_path):
     assert job.output.count("error: interrupted") == 1
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not COMMONSENSE.exists(), reason="the shared commonsense rows are not beside this checkout")
 def test_real_rows_lower_every_clients_loss(tmp_path):
     overrides = [

@@ -22,20 +22,20 @@ from mpi4py import MPI
 from tests.soak.fuzz_cases import DAMAGES, VALUES, Surface, Violation, accepts, damaged, mutations
 from tests.support import tiny
 from ubsmoe_ds.checkpoint import storage
-from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.search import CheckpointFinder
 from ubsmoe_ds.checkpoint.storage import Piece
 
 WEIGHT = torch.arange(40, dtype=torch.float32)
 CLIENT = {"layout": [1, 1], "lora_rank": 3, "steps_taken": 4, "steps": 0, "bad_steps": 0}
 
 
-def _keeper(run_dir: Path) -> CheckpointManager:
-    """Return the checkpoint manager of a job of one rank."""
+def _finder(run_dir: Path) -> CheckpointFinder:
+    """Return the search of a job of one rank."""
     exp = tiny.experiment("unused", [{"budget": 0.5}], output=str(run_dir.parent), name=run_dir.name)
     alone = mock.Mock(rank=0, comm=MPI.COMM_SELF)
     alone.sum = np.asarray
-    return CheckpointManager(exp, alone, "rows")
+    return CheckpointFinder(exp, alone, "rows")
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def _written() -> Path:
     content = {
         "progress": Progress().saved(),
         "clients": {"c0": CLIENT},
-        "config": _keeper(run_dir).config,
+        "config": _finder(run_dir).exp.model_dump(mode="json"),
         "data": "rows",
     }
     for serial in (1, 2):
@@ -60,7 +60,7 @@ def _look(run_dir: Path, both: bool, touched: bool) -> bool:
     """Find the newest whole checkpoint and read it; return whether it is the newest of all."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        chosen = _keeper(run_dir).find("auto")
+        chosen = _finder(run_dir).find("auto")
     if chosen is None:
         raise Violation("found nothing, which would start the run anew")
     if not torch.equal(chosen.reader.read("weight", "c0", "w"), WEIGHT):

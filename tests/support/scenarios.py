@@ -20,7 +20,7 @@ def enter(exp: Experiment) -> World:
     """Join the job and start torch.distributed; return this rank's place. Only then may DeepSpeed be imported."""
     world = join(exp, "train.py", [])
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from ubsmoe_ds.client.engine import start_deepspeed
+    from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 
     start_deepspeed(on_accelerator=False, verbose=False)
     return world

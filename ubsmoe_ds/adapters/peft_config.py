@@ -30,7 +30,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What PEFT's config says of each module's LoRA rank and scaling.
+    """LoRA rank and scaling of each module, as PEFT's config gives them.
 
     rank, alpha: of modules that match no pattern; by_root: whether B A is scaled by alpha / sqrt(rank) (rsLoRA).
     ranks, alphas: of modules that match; parameters: weights that PEFT adapts by name, or by the end of their name.

@@ -9,6 +9,8 @@ EXIT_DIVERGED = 3  # the numbers have gone wrong; a repetition would end in the 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, "temporary failure, try again": all is saved, --resume continues
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 EXIT_TERMINATED = 143  # 128 + SIGTERM: a second signal or the end of the grace time, before all was saved
+# the job has ended as it meant to, or would end in the same way again
+DELIBERATE = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PREEMPTED)
 LONGEST = 600  # characters of a message; it may quote names and values from files that hold anything
 
 

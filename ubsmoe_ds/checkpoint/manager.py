@@ -1,51 +1,27 @@
-"""Write the checkpoints of a run and find the one to resume from; all ranks of the job work together."""
+"""Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
-from ubsmoe_ds.checkpoint.compatibility import check_same_experiment
-from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, SavedProgress, restored
-from ubsmoe_ds.checkpoint.storage import Damaged, Reader
+from ubsmoe_ds.checkpoint.progress import Progress, restored
+from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import Section
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
 
-AUTO = "auto"
-
-
-class Manifest(Section):
-    """The run's part of a checkpoint's manifest; storage.py adds files and checksums."""
-
-    progress: SavedProgress
-    clients: dict[str, SavedClient]
-    config: dict[str, Any]
-    data: str
-    version: str = "unknown"
-
-
-class Checkpoint(NamedTuple):
-    """A verified checkpoint."""
-
-    folder: Path
-    manifest: Manifest
-    reader: Reader
-
 
 class CheckpointManager:
-    """Write and find the checkpoints of a run; every rank of the job calls its methods.
+    """Write the checkpoints of a run, and restore from one; every rank of the job calls its methods.
 
     Args:
         exp: the experiment.
@@ -97,9 +73,8 @@ class CheckpointManager:
         clients = self._clients(server, progress, local)
         label = _label(progress, clients)
         if self.world.rank == 0 and all(files):
-            content: dict[str, Any] = {"progress": progress.saved(), "sound": progress.is_sound, "clients": clients}
-            content |= {"config": self.config, "data": self.data_digest}
-            failure = self._commit(serial, label, files, content)
+            content = {"progress": progress.saved(), "clients": clients, "config": self.config}
+            failure = self._commit(serial, label, files, content | {"data": self.data_digest})
         if self.world.any(bool(failure)):
             self._give_up(serial, failure)
         return storage.named(self.exp.run_dir, serial, label)
@@ -129,17 +104,7 @@ class CheckpointManager:
         failure = _failure_of(partial(storage.commit, run_dir, serial, label, by_name, content))
         if failure:
             return failure
-        return _failure_of(partial(storage.remove_old, run_dir, self.exp.checkpoint.keep, self.newest_sound()))
-
-    def newest_sound(self) -> Path | None:
-        """Return the newest checkpoint of a state that was evaluated with a finite loss, if any."""
-        for folder in storage.folders(self.exp.run_dir):
-            try:
-                if storage.read_manifest(folder).get("sound"):
-                    return folder
-            except (storage.Damaged, storage.OtherFormat):
-                continue
-        return None
+        return _failure_of(partial(storage.remove_old, run_dir, self.exp.checkpoint.keep, newest_sound(run_dir)))
 
     def _give_up(self, serial: int, failure: str) -> NoReturn:
         """Remove what was written, which would fill the disk, and raise."""
@@ -185,97 +150,6 @@ class CheckpointManager:
                 "seconds": seconds,
             }
         return entries
-
-    def find(self, asked: str) -> Checkpoint | None:
-        """Return the checkpoint to resume from, or None if there is none yet. Warn about damaged ones and skip them.
-
-        Args:
-            asked: "auto" for the newest undamaged checkpoint, or a checkpoint's folder.
-
-        Raises:
-            UserError: if all checkpoints, or the requested one, are damaged or belong to another experiment.
-        """
-        if asked != AUTO:
-            checkpoint = self._verified(Path(asked))
-            if checkpoint is None:
-                raise UserError(f"--resume: {asked} is not a complete checkpoint; use {AUTO} or another folder")
-            return self._checked(checkpoint)
-        folders = self._known()
-        for folder in folders:
-            checkpoint = self._verified(folder)
-            if checkpoint is not None:
-                return self._checked(checkpoint)
-        if folders:
-            raise UserError(
-                f"--resume: all checkpoints in {self.exp.run_dir / storage.FOLDER} are damaged; restore one, or "
-                "start a new run with another name=..."
-            )
-        return None
-
-    def _known(self) -> list[Path]:
-        """Return the checkpoints that rank 0 sees, newest first (a collective).
-
-        Other ranks do not list the folder: on a network file system another host's listing may lag.
-        """
-        names = []
-        if self.world.rank == 0:
-            names = [folder.name for folder in storage.folders(self.exp.run_dir)]
-        return [self.exp.run_dir / storage.FOLDER / name for name in gather_json(self.world.comm, names)[0]]
-
-    def _verified(self, folder: Path) -> Checkpoint | None:
-        """Return the checkpoint, or None if it is damaged; each rank verifies its share of the files (a collective).
-
-        Raises:
-            UserError: if another version of the program wrote it.
-        """
-        manifest: dict[str, Any] = {"files": {}}
-        content, damage, other = None, "", ""
-        try:
-            manifest = storage.read_manifest(folder)
-            content = Manifest.model_validate({key: manifest[key] for key in Manifest.model_fields if key in manifest})
-            for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
-                if number % self.world.comm.size == self.world.rank:
-                    storage.verify_file(folder, name, expected)
-        except storage.OtherFormat as error:
-            other = str(error)
-        except Damaged as error:
-            damage = str(error)
-        except ValidationError as error:
-            damage = f"{storage.MANIFEST} was not written by this program ({error.errors()[0]['loc']})"
-        others = list(filter(None, gather_json(self.world.comm, other)))
-        if others:
-            raise UserError(
-                f"--resume: {folder} {others[0]}; resume with that version, or start a new run with another name=..."
-            )
-        damages = gather_json(self.world.comm, damage)
-        if any(damages):
-            if self.world.rank == 0:
-                first = next(filter(None, damages))
-                print(f"warning: checkpoint {folder} is damaged: {first}; skipping it", file=sys.stderr, flush=True)
-            return None
-        assert content is not None
-        return Checkpoint(folder, content, Reader(folder, manifest["files"]))
-
-    def _checked(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return the checkpoint if this run can be resumed from it.
-
-        Raises:
-            UserError: if it belongs to another experiment, or lacks a client that has its own LoRA ranks.
-        """
-        folder, manifest = checkpoint.folder, checkpoint.manifest
-        check_same_experiment(manifest.config, self.config, folder, manifest.version)
-        lost = [client.name for client in self.exp.clients if client.name not in manifest.clients]
-        if lost and not self._one_shared_state:
-            raise UserError(
-                f"--resume: client {lost[0]!r} was lost before {folder} was written, and under merge.rule "
-                f"{self.exp.merge.rule} no other client holds its LoRA ranks; use an older checkpoint, --resume FOLDER"
-            )
-        if manifest.data != self.data_digest:
-            raise UserError(
-                f"--resume: the rows of data.source have changed since {folder} was written; restore them, or start "
-                "a new run with another name=..."
-            )
-        return checkpoint
 
     def restore(
         self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server

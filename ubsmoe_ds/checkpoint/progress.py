@@ -32,6 +32,11 @@ class SavedProgress(Section):
     lost: dict[str, int]
     sound_round: int = -1
 
+    @property
+    def is_sound(self) -> bool:
+        """Return whether the shared state was evaluated, and its loss is finite."""
+        return not self.merged and self.sound_round == self.round - 1
+
 
 class SavedClient(Section):
     """A client's entry in a manifest.
@@ -89,11 +94,6 @@ class Progress:
     steps_taken: int = 0
     lost: dict[str, int] = field(default_factory=dict)
     sound_round: int = -1
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether the shared state was evaluated, and its loss is finite."""
-        return not self.merged and self.sound_round == self.round - 1
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
         """Note that the round is merged, and keep what its record will hold."""

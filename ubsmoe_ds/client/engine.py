@@ -3,10 +3,6 @@
 Shapes: L layers, E experts, A answer positions, V vocabulary.
 """
 
-import contextlib
-import io
-import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.client.deepspeed_setup import deepspeed_output, engine_config
 from ubsmoe_ds.client.gradients import GradientHook
-from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
@@ -29,8 +25,6 @@ from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.moments import ExpertMoments
-
-ADAMS = ("adam", "adamw")
 
 
 class LocalStats(NamedTuple):
@@ -88,19 +82,6 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
     )
 
 
-def engine_config(settings: DeepSpeedConfig) -> dict[str, Any]:
-    """Return the DeepSpeed section as DeepSpeed gets it: no progress lines, no clipping where it would be wrong."""
-    config = settings.model_dump(exclude_none=True)
-    config.setdefault("steps_per_print", 2**31)
-    if settings.zero_stage == 0:
-        config["gradient_clipping"] = 0.0  # see GradientHook
-    optimizer = config["optimizer"]
-    if str(optimizer.get("type", "")).lower() in ADAMS:
-        # DeepSpeed compiles its own Adam at start; torch's needs no compiler and is as fast for adapters
-        optimizer["params"] = {"torch_adam": True, **optimizer.get("params", {})}
-    return config
-
-
 class Client:
     """A client's model and DeepSpeed engine on one of its ranks. Needs the rendezvous variables, see mpi/join.py.
 
@@ -125,7 +106,7 @@ class Client:
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        with _deepspeed_output(verbose):
+        with deepspeed_output(verbose):
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, model_parameters=trained, config=engine_config(exp.deepspeed)
             )
@@ -282,24 +263,3 @@ class Client:
 def tail_start(config: LoraConfig, lora_rank: int) -> int:
     """Return the LoRA rank at which the tail of HetLoRA's self-pruning starts: floor(gamma r), at least 1."""
     return max(1, int(config.prune_gamma * lora_rank))
-
-
-def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:
-    """Initialise torch.distributed for this client's group."""
-    # on the CPU DeepSpeed would compile this at start (40-85 s, needs a compiler); a killed build hangs all later runs
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if on_accelerator:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    with _deepspeed_output(verbose):
-        deepspeed.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name() if on_accelerator else "gloo"
-        )
-
-
-@contextlib.contextmanager
-def _deepspeed_output(verbose: bool) -> Iterator[None]:
-    """Suppress what DeepSpeed prints and logs during setup, unless `verbose`."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.INFO if verbose else logging.ERROR)
-    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):
-        yield

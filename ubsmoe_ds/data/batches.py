@@ -48,7 +48,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit`.
 
     Returns:
-        (examples of the rows that are kept, what became of all rows).
+        (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
     replies = text_tokens([row["answer"] for row in rows], tokenizer)

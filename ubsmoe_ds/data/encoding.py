@@ -27,7 +27,7 @@ class Encoder:
     tokenizer: Any
 
     def encode(self, rows: Sequence[Row], client: str) -> tuple[list[Example], Lengths]:
-        """Return (examples to train on, what became of the rows of the client with this name).
+        """Return (examples to train on, numbers of rows of the client with this name).
 
         Raises:
             UserError: if none of its rows fits in `data.max_length`.

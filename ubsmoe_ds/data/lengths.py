@@ -15,7 +15,7 @@ NAMED = 5  # rows that a line names
 
 
 class Lengths(NamedTuple):
-    """What became of rows: those kept, those of them whose prompt lost its beginning, those dropped."""
+    """Count rows by length: kept, those of them whose prompt lost its beginning (cut), and dropped."""
 
     kept: int
     cut: int

@@ -1,4 +1,4 @@
-"""What became of all rows of a run: printed before the first round, and recorded in `summary.json`."""
+"""Report how many rows of a run are kept, cut and dropped: printed before the first round, kept in `summary.json`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

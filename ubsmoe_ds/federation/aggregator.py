@@ -115,8 +115,7 @@ class Aggregator:
         new_rank = rank
         if self.exp.lora.prune_penalty and work:
             new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
-        finite = bool(torch.isfinite(update).all())
-        part = OwnPart(new_rank, work, finite, self.exchange.sent_squares(update.numpy()))
+        part = OwnPart(self.exchange.sent_squares(update.numpy()), new_rank, work)
         self.stopwatch.lap("exchange")
         statistics = gather(self.world, self.client, self.server.weights, part, self.exp.merge.screen_factor)
         self.stopwatch.lap("wait")
@@ -143,14 +142,14 @@ class Aggregator:
             self.exchange = self.exchange_for(new, reply)
             if new[me] != old[me]:
                 self.client.reset_optimizer()  # the moments of pruned LoRA ranks would move them again
-        if statistics.nonfinite_C[me] or statistics.work_C[me] == 0:
+        if statistics.nonfinite[me] or statistics.work_C[me] == 0:
             self.client.recover()
         self.replica = merged.replica
         self.stopwatch.lap("exchange")
 
     def _require_updates(self, statistics: RoundStatistics) -> None:
         """Raise `Diverged` if every client sits the round out or sent NaN or Inf."""
-        if any(work and not bad for work, bad in zip(statistics.work_C, statistics.nonfinite_C, strict=True)):
+        if ((statistics.work_C > 0) & ~statistics.nonfinite).any():
             return
         reasons = [
             f"{client.name}: {'NaN or Inf in its update' if work else 'sat the round out'}"
@@ -161,10 +160,10 @@ class Aggregator:
     def _exchange(self, update: Tensor, statistics: RoundStatistics) -> Tensor:
         """Send updates to the owners, merge there, and return the change of this rank's units."""
         old, new = self.server.lora_ranks, statistics.lora_ranks
-        self.server.weigh(statistics.work_C, statistics.nonfinite_C.tolist())
+        self.server.weigh(statistics.work_C.tolist(), statistics.nonfinite.tolist())
         if new != old:
             self.exchange = self.exchange_for(old, self._reply_ranks(new))
-        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.nonfinite_C.any():
+        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.nonfinite.any():
             return self._reduce(update, statistics.usage)
         received = self.exchange.collect(update.numpy())
         self.stopwatch.lap("exchange")
@@ -189,7 +188,7 @@ class Aggregator:
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
         clients = len(self.exp.clients)
-        if not statistics.nonfinite_C.any():
+        if not statistics.nonfinite.any():
             return [[] for _ in range(clients)]
         names = [unit.name for unit in self.store.units]
         refused_here = [(client, names.index(unit.name)) for client, unit in self.server.refused]

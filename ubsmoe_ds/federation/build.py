@@ -13,9 +13,11 @@ from ubsmoe_ds.base.files import writes
 from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint import storage
-from ubsmoe_ds.checkpoint.manager import Checkpoint, CheckpointManager
+from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress
-from ubsmoe_ds.client.engine import Client, LocalProgress, start_deepspeed
+from ubsmoe_ds.checkpoint.search import Checkpoint, CheckpointFinder
+from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
+from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
@@ -55,7 +57,7 @@ def build(
         stop: requests to stop.
         on_accelerator: whether the job runs on accelerators.
         verbose: let DeepSpeed print.
-        resume: the checkpoint to resume from, see `CheckpointManager.find`; None: start a new run.
+        resume: the checkpoint to resume from, see `CheckpointFinder.find`; None: start a new run.
 
     Raises:
         UserError: for bad rows, a client without rows, a broken model folder, a run folder in use, or a checkpoint
@@ -64,8 +66,8 @@ def build(
     if not verbose:
         transformers_logging.disable_progress_bar()
     rows = client_rows(exp, world)
+    checkpoint = _find_checkpoint(exp, world, rows.digest, resume)
     checkpoints = CheckpointManager(exp, world, rows.digest)
-    checkpoint = _find_checkpoint(exp, world, checkpoints, resume)
     texts = _encode(exp, world, rows)
     rows = replace(rows, counts=[lengths.kept for lengths in texts.lengths])  # w_c is of the rows that are trained on
     start_deepspeed(on_accelerator, verbose)
@@ -103,11 +105,9 @@ def build(
     return federation
 
 
-def _find_checkpoint(
-    exp: Experiment, world: World, checkpoints: CheckpointManager, resume: str | None
-) -> Checkpoint | None:
+def _find_checkpoint(exp: Experiment, world: World, data_digest: str, resume: str | None) -> Checkpoint | None:
     """Return the checkpoint to resume from, if any; raise if the run's folder is in use (a collective)."""
-    checkpoint = None if resume is None else checkpoints.find(resume)
+    checkpoint = None if resume is None else CheckpointFinder(exp, world, data_digest).find(resume)
     in_own_folder = resumes_in_place(exp, resume)
     if world.rank == 0 and not (in_own_folder and checkpoint is not None):
         check_run_folder(exp, in_own_folder)
@@ -118,7 +118,7 @@ class _Texts(NamedTuple):
     """A client's rows as tokens.
 
     examples: what it trains on.
-    lengths: what became of the training rows of each client.
+    lengths: number of training rows of each client by what length did to them.
     evaluator: holds the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
@@ -143,7 +143,7 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
 
 
 def _row_report(exp: Experiment, texts: _Texts) -> RowReport:
-    """Sum up what became of all rows."""
+    """Name the numbers of rows by client."""
     training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
     return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped)
 

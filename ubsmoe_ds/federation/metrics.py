@@ -105,6 +105,7 @@ def merge_scalars(
     stats: Sequence[LocalStats],
     rows: Mapping[str, int],
     weights: Sequence[float],
+    norms: Sequence[float],
     learning_rates: Sequence[float],
 ) -> dict[str, float]:
     """Return what each client brings to the merge, and the training loss weighted as the merge weighs the clients.
@@ -114,13 +115,15 @@ def merge_scalars(
         stats: each client's sums over its ranks.
         rows: number of training rows by client.
         weights: weight of each client that the merge rule gets in this round: w_c times the part of its work done.
+        norms: L2 norm of each client's update.
         learning_rates: each client's learning rate after its last step.
     """
     scalars: dict[str, float] = {}
     trained: list[tuple[float, float]] = []
-    for name, sums, weight, rate in zip(clients, stats, weights, learning_rates, strict=True):
+    for name, sums, weight, norm, rate in zip(clients, stats, weights, norms, learning_rates, strict=True):
         scalars[f"rows/{name}"] = rows[name]
         scalars[f"merge_weight/{name}"] = weight
+        scalars[f"update_norm/{name}"] = norm
         scalars[f"learning_rate/{name}"] = rate
         if sums.answer_tokens:
             trained.append((weight, sums.nll / sums.answer_tokens))

@@ -105,12 +105,12 @@ class Monitor:
                 self._tensorboard.text(f"bad_steps/{client}", text, number)
 
     def left_out(self, number: int, clients: Sequence[str], statistics: RoundStatistics) -> None:
-        """Warn of clients whose update is out of proportion to the others'."""
-        norms = dict(zip(clients, statistics.norm_C.tolist(), strict=True))
-        for client, is_out in zip(clients, statistics.left_out_C, strict=True):
+        """Warn of clients that are left out because their update is out of proportion to the others'."""
+        for client, norm, excess, is_out in zip(
+            clients, statistics.norm_C, statistics.excess_C, statistics.left_out_C, strict=True
+        ):
             if is_out:
-                others = float(np.median([norm for name, norm in norms.items() if name != client]))
-                text = f"has an update of norm {norms[client]:.3g} where the others' median is {others:.3g}"
+                text = f"has an update of norm {norm:.3g}, {excess:.3g} times the others' median"
                 factor = f"merge.screen_factor {self.exp.merge.screen_factor:g}"
                 self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
                 self._tensorboard.text(f"left_out/{client}", text, number)

@@ -57,7 +57,7 @@ class Federation:
 
     aggregator: merges the clients' updates.
     batches_from: returns this rank's batches from a step's number on.
-    rows: what became of all rows.
+    rows: numbers of rows.
     monitor: writes and prints; None on all ranks but the first.
     progress: resumable progress of the run.
     local: progress of this client in the current round.
@@ -157,7 +157,7 @@ class Federation:
         self.local = LocalProgress()
         if self.monitor is not None:
             self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C)
+            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C.tolist())
             self.monitor.left_out(number, self._names, merged.statistics)
 
     def _evaluate(self) -> dict[str, float] | None:
@@ -235,11 +235,10 @@ class Federation:
         metrics = training_scalars(
             self._names, stats_C, table[:, -2], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
         )
-        metrics |= {
-            f"update_norm/{name}": norm for name, norm in zip(self._names, statistics.norm_C.tolist(), strict=True)
-        }
-        weights = self.aggregator.server.weight_C.tolist()
-        metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, table[:, -1].tolist())
+        weights, norms, rates = (
+            part.tolist() for part in (self.aggregator.server.weight_C, statistics.norm_C, table[:, -1])
+        )
+        metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, norms, rates)
         return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
 
     def _client_table(self, values: Sequence[float]) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.aggregation.screening import outliers
+from ubsmoe_ds.aggregation.screening import excess
 from ubsmoe_ds.aggregation.server import Usage
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.mpi.world import World
@@ -22,35 +22,38 @@ class RoundStatistics(NamedTuple):
 
     usage: see `Usage`.
     lora_ranks: each client's LoRA rank after the round.
-    nonfinite_C: whether a client's update holds NaN or Inf.
     work_C: part of the round's work that each client did, 0 to 1; 0 as well for a client that is left out.
-    norm_C: L2 norm of each client's update.
-    left_out_C: whether a client's update is out of proportion to the others', see `outliers`.
+    norm_C: L2 norm of each client's update; NaN or Inf if the update holds such a value.
+    excess_C: see `screening.excess`.
+    left_out_C: whether a client is left out because of its excess.
     moments_LEX: see `sum_moments`.
     """
 
     usage: Usage
     lora_ranks: list[int]
-    nonfinite_C: np.ndarray
-    work_C: list[float]
+    work_C: np.ndarray
     norm_C: np.ndarray
+    excess_C: np.ndarray
     left_out_C: np.ndarray
     moments_LEX: Tensor | None
+
+    @property
+    def nonfinite(self) -> np.ndarray:
+        """Return whether each client's update holds NaN or Inf."""
+        return ~np.isfinite(self.norm_C)
 
 
 class OwnPart(NamedTuple):
     """One rank's part of what `gather` sums.
 
+    squares: sum of squares of the update as far as this rank sends it.
     lora_rank: the client's LoRA rank after the round.
     work: part of the round's work that the client did, 0 to 1.
-    finite: whether this rank's update is finite.
-    squares: sum of squares of the update as far as this rank sends it.
     """
 
+    squares: float
     lora_rank: int
     work: float
-    finite: bool
-    squares: float
 
 
 def gather(
@@ -65,28 +68,29 @@ def gather(
         client: this rank's client.
         weights: w_c of all clients.
         part: this rank's part.
-        screen_factor: see `outliers`.
+        screen_factor: excess from which a client is left out; None: nobody is.
     """
-    # one table carries everything: each rank adds its counts and flags to its client's row
+    # one table carries everything: each rank adds its counts to its client's row
     counts_LX = client.routed_counts().double()
     table = np.zeros((len(weights), counts_LX.numel() + len(part)))
-    flags = [not part.finite, part.squares]
-    flags += [part.lora_rank, part.work] if world.group_rank == 0 else [0, 0]  # the client's: count them once
-    table[world.client] = [*counts_LX.reshape(-1).tolist(), *flags]
+    if world.group_rank > 0:  # these two are the client's: count them once
+        part = part._replace(lora_rank=0, work=0.0)
+    table[world.client] = [*counts_LX.reshape(-1).tolist(), *part]
     table = world.sum(table)
-    counts_CLX = torch.from_numpy(table[:, : -len(flags)]).view(len(weights), *counts_LX.shape)
+    counts_CLX = torch.from_numpy(table[:, : -len(part)]).view(len(weights), *counts_LX.shape)
     routed_CLE = counts_CLX[..., :-1] / counts_CLX[..., -1:].clamp_min(1)
-    nonfinite, squares_C, rank_C, work_C = table[:, -len(flags) :].T
-    nonfinite_C, norm_C = nonfinite > 0, np.sqrt(squares_C)
-    left_out_C = outliers(norm_C, work_C, screen_factor)
+    squares_C, rank_C, work_C = table[:, -len(part) :].T
+    norm_C = np.sqrt(squares_C)
+    excess_C = excess(norm_C, work_C)
+    left_out_C = excess_C > (np.inf if screen_factor is None else screen_factor)
     work_C = np.where(left_out_C, 0.0, work_C)
-    weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(~nonfinite_C * work_C)
+    counted_C = np.where(np.isfinite(norm_C), work_C, 0.0)
+    weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(counted_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), routed_CLE)
-    counts = part.finite and work_C[world.client] > 0
-    moments_LEX = sum_moments(world, client, weights[world.client] if counts else 0.0)
+    moments_LEX = sum_moments(world, client, weights[world.client] if counted_C[world.client] > 0 else 0.0)
     usage = Usage(routed_CLE, utilisation_LE.float())
     ranks = [int(rank) for rank in rank_C]
-    return RoundStatistics(usage, ranks, nonfinite_C, work_C.tolist(), norm_C, left_out_C, moments_LEX)
+    return RoundStatistics(usage, ranks, work_C, norm_C, excess_C, left_out_C, moments_LEX)
 
 
 def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:

@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+Result = TypeVar("Result")
 
 
 class TensorBoard:
@@ -18,8 +21,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         self.folder = folder
-        self._writer: SummaryWriter | None = None
-        self._attempt(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge_step)))
+        self._writer = self._attempt(lambda: SummaryWriter(str(folder), purge_step=purge_step))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by their names."""
@@ -52,12 +54,13 @@ class TensorBoard:
         if writer is not None:
             self._attempt(lambda: write(writer))
 
-    def _attempt(self, action: Callable[[], object]) -> None:
-        """Do it; on a failure of the disk warn and log no more."""
+    def _attempt(self, action: Callable[[], Result]) -> Result | None:
+        """Return the action's result; where the disk fails, warn and log no more."""
         try:
-            action()
+            return action()
         except OSError as error:
             self._writer = None
             reason = error.strerror or error
             text = f"warning: {self.folder}: TensorBoard's log ends here ({reason}); training goes on"
             print(text, file=sys.stderr, flush=True)
+            return None

@@ -13,22 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ubsmoe_ds.base.errors import (
-    EXIT_DIVERGED,
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    EXIT_TERMINATED,
-    EXIT_USER_ERROR,
-    UserError,
-)
+from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from ubsmoe_ds.launching import fast_start
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_open_mpi, mpi_command, open_mpi_command
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
 
-# no reason to start again
-DELIBERATE = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED)
 # blocking calls of Open MPI spin, unless all three are set
 OPEN_MPI_WAITS_QUIETLY = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
@@ -98,7 +88,7 @@ def _attempt_again(attempt: Callable[[Sequence[str]], int], restarts: int, saved
     before = saved()
     code = attempt([])
     for number in range(1, restarts + 1):
-        if code in DELIBERATE:
+        if code in (*DELIBERATE, EXIT_INTERRUPTED, EXIT_TERMINATED):
             break
         print(f"exit code {code}; restart {number} of {restarts}", file=sys.stderr, flush=True)
         resumes = saved() - before or not saved()  # with no checkpoint at all, --resume auto starts anew

@@ -12,14 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ubsmoe_ds.base.errors import (
-    EXIT_DIVERGED,
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    EXIT_TERMINATED,
-    EXIT_USER_ERROR,
-)
+from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, open_sign_in, read_code
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
@@ -93,7 +86,7 @@ class Supervisor:
                 code = code or EXIT_FAILURE
         if self.interrupted:
             return EXIT_INTERRUPTED
-        if self.asked_to_stop and code not in (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PREEMPTED):
+        if self.asked_to_stop and code not in DELIBERATE:
             return EXIT_TERMINATED
         return code if code >= 0 else 128 - code
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ubsmoe_ds.aggregation.screening import outliers
+from ubsmoe_ds.aggregation.screening import excess
 
 NORMS = st.lists(st.floats(0.1, 10.0), min_size=2, max_size=9)
 
@@ -26,8 +26,12 @@ NORMS = st.lists(st.floats(0.1, 10.0), min_size=2, max_size=9)
     ],
 )
 def test_by_hand_at_a_factor_of_ten(norms, work, left_out):
-    assert np.flatnonzero(outliers(np.array(norms), np.array(work, dtype=float), 10.0)).tolist() == left_out
-    assert not outliers(np.array(norms), np.array(work, dtype=float), None).any()
+    assert np.flatnonzero(excess(np.array(norms), np.array(work, dtype=float)) > 10).tolist() == left_out
+
+
+def test_ratios_by_hand():
+    """Medians of the others: 2.5, 2, 1.5; the fourth does not count."""
+    np.testing.assert_allclose(excess(np.array([1.0, 2.0, 3.0, 9.0]), np.array([1.0, 1.0, 1.0, 0.0])), [0.4, 1, 2, 0])
 
 
 @given(NORMS, st.integers(0, 8), st.floats(1e-3, 1e3))
@@ -36,4 +40,4 @@ def test_one_huge_update_is_left_out_alone_whatever_the_unit(norms, place, unit)
     place %= len(norms)
     norm_C = np.array(norms)
     norm_C[place] = 1e12
-    assert np.flatnonzero(outliers(unit * norm_C, np.ones(len(norms)), 101.0)).tolist() == [place]
+    assert np.flatnonzero(excess(unit * norm_C, np.ones(len(norms))) > 101).tolist() == [place]

@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 
 from tests.support import tiny
-from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress
 
@@ -35,30 +34,3 @@ def test_a_saved_round_is_not_due_again_and_the_next_one_is():
     assert checkpoints.is_due(Progress(round=5))
     others = checkpoints.among(checkpoints.exp, mock.Mock())  # after a death
     assert not others.is_due(Progress(round=3)) and others.is_due(Progress(round=5))
-
-
-@pytest.mark.parametrize(
-    ("progress", "sound"),
-    [
-        (Progress(), False),  # before the evaluation of round 0
-        (Progress(round=1, merged=False, sound_round=0), True),
-        (Progress(round=3, merged=False, sound_round=2), True),
-        (Progress(round=3, merged=False, sound_round=1), False),  # round 2 was not evaluated
-        (Progress(round=3, merged=True, sound_round=2), False),  # merged, and its evaluation is still to come
-    ],
-)
-def test_a_state_is_sound_if_it_was_evaluated(progress, sound):
-    assert progress.is_sound == sound
-
-
-def test_the_newest_sound_checkpoint_is_found(tmp_path):
-    exp = tiny.experiment("unused", [{"budget": 0.5}], output=str(tmp_path))
-    checkpoints = CheckpointManager(exp, mock.Mock(), data_digest="")
-    assert checkpoints.newest_sound() is None
-    folders = []
-    for serial, sound in enumerate([False, True, True, False], start=1):
-        storage.begin(exp.run_dir, serial)
-        folders.append(storage.commit(exp.run_dir, serial, f"round-{serial}", {}, {"sound": sound}))
-    assert checkpoints.newest_sound() == folders[2]
-    (folders[2] / storage.MANIFEST).write_text("damaged")
-    assert checkpoints.newest_sound() == folders[1]

@@ -62,15 +62,16 @@ def test_training_scalars_sum_over_clients_and_divide_by_the_work_done():
 
 def test_the_merge_weighs_clients_otherwise_than_tokens_do():
     """Losses 2 (of 3 tokens) and 0.5 (of 2): 7 / 5 by tokens, 1.25 by clients, 2 / 4 + 0.5 * 3 / 4 as merged."""
-    scalars = merge_scalars(["a", "b"], STATS, {"a": 10, "b": 30}, [0.25, 0.75], [1e-3, 5e-4])
+    scalars = merge_scalars(["a", "b"], STATS, {"a": 10, "b": 30}, [0.25, 0.75], [6.0, 7.0], [1e-3, 5e-4])
     assert scalars["train/loss_weighted"] == pytest.approx(0.5 + 0.375)
     assert (scalars["rows/a"], scalars["rows/b"]) == (10, 30)
     assert (scalars["merge_weight/a"], scalars["merge_weight/b"]) == (0.25, 0.75)
+    assert (scalars["update_norm/a"], scalars["update_norm/b"]) == (6.0, 7.0)
     assert (scalars["learning_rate/a"], scalars["learning_rate/b"]) == (1e-3, 5e-4)
     idle = LocalStats(*[0.0] * len(LocalStats._fields))
-    alone = merge_scalars(["a", "b"], [STATS[0], idle], {"a": 10, "b": 30}, [1.0, 0.0], [1e-3, 1e-3])
+    alone = merge_scalars(["a", "b"], [STATS[0], idle], {"a": 10, "b": 30}, [1.0, 0.0], [6.0, 0.0], [1e-3, 1e-3])
     assert alone["train/loss_weighted"] == 2.0
-    nobody = merge_scalars(["a", "b"], [idle, idle], {"a": 10, "b": 30}, [0.0, 0.0], [1e-3, 1e-3])
+    nobody = merge_scalars(["a", "b"], [idle, idle], {"a": 10, "b": 30}, [0.0, 0.0], [0.0, 0.0], [1e-3, 1e-3])
     assert "train/loss_weighted" not in nobody
 
 
