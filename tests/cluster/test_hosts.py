@@ -56,6 +56,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("count", LAYOUTS, ids=["a client a host", "clients across hosts"])
 def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
     with Hosts(tmp_path / "hosts", count, own_name="127.0.1.1") as hosts:

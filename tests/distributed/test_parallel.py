@@ -52,7 +52,7 @@ LOAD_BALANCING = {"aux": 1.0}
 OF_LAYOUT = {"dropping": DROPPING, "drawing": DRAWING, "load_balancing": LOAD_BALANCING}
 # accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, expert parallelism
-EXTENDED = [(2, 2), (4, 4)]
+EXTENDED = [(1, 1), (2, 1), (2, 2), (4, 4)]
 
 
 @pytest.fixture(scope="module")

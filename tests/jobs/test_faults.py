@@ -35,7 +35,14 @@ def same_as(whole, folder) -> None:
     assert all(torch.equal(value, second.state[key]) for key, value in first.state.items())
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the command", "SIGUSR1 to one rank", "SIGKILL to the command"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM to the command",
+        pytest.param("SIGUSR1 to one rank", marks=pytest.mark.extended),
+        pytest.param("SIGKILL to the command", marks=pytest.mark.extended),
+    ],
+)
 def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "overwrite=false"]
     job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1", **OWN_SERVER)
@@ -171,6 +178,7 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
     same_as(whole, tmp_path / "tiny")
 
 
+@pytest.mark.extended
 def test_a_late_client_merges_what_it_has(tmp_path):
     """Client a takes 4 seconds a step: by the deadline it has done some of four (its weight: test_server.py)."""
     changes = ["train.round_deadline_s=10", "train.rounds=1", f"output={tmp_path}"]

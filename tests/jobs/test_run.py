@@ -171,7 +171,10 @@ def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        ("raise@2", 1, "error: client 'b', rank 1 of 2 (job rank 2): RuntimeError: planted fault"),
+        pytest.param(
+            *("raise@2", 1, "error: client 'b', rank 1 of 2 (job rank 2): RuntimeError: planted fault"),
+            marks=pytest.mark.extended,
+        ),
         ("user@1", 2, "error: data: planted mistake"),
     ],
 )
