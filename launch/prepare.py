@@ -81,34 +81,55 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from ubsmoe_ds.models.families import ADAPTER
     from ubsmoe_ds.models.hub import model_folder
     from ubsmoe_ds.models.tokenizer import read_tokenizer
     from ubsmoe_ds.models.upcycle import check_dense
 
     transformers_logging.disable_progress_bar()  # errors are one line
+    transformers_logging.set_verbosity_error()
     folder = model_folder(name)
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"--model: transformers would add {str(folder / ADAPTER)!r} to the model beside it; move it elsewhere, or "
+            "merge it into the weights"
+        )
     local = {"local_files_only": True, "trust_remote_code": False}
+    asked = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         check_dense(config)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            model_folder(name, weights=True), dtype=dtype, use_safetensors=True, output_loading_info=True, **local
-        )
+        model, loaded = AutoModelForCausalLM.from_pretrained(model_folder(name, weights=True), **asked, **local)
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise anything
         raise UserError(f"--model: {str(folder)!r} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    missing = sorted(loaded["missing_keys"])
+    check_loaded(folder, loaded)
+    return model.eval(), read_tokenizer(folder, config.vocab_size)
+
+
+def check_loaded(folder: Path, loaded: dict[str, Any]) -> None:
+    """Check that the files hold all tensors that config.json describes, in its shapes, and nothing else.
+
+    Args:
+        folder: the model's.
+        loaded: what transformers found.
+
+    Raises:
+        UserError: naming the first tensor that is wrong.
+    """
+    missing, more = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
     if missing:
         raise UserError(f"--model: {str(folder)!r} lacks {len(missing)} tensors, first {missing[0]!r}")
-    # older models hold buffers that are of no use; any other tensor of the layers should be in config.json's model
-    more = sorted(name for name in loaded["unexpected_keys"] if ".layers." in name and "rotary_emb" not in name)
+    for name, stored, wanted in sorted(loaded["mismatched_keys"]):
+        raise UserError(
+            f"--model: in {str(folder)!r}, tensor {name!r} has the shape {[*stored]}, config.json asks for {[*wanted]}"
+        )
     if more:
         raise UserError(
             f"--model: {str(folder)!r} has {len(more)} tensors that its config.json does not describe, first "
             f"{more[0]!r}"
         )
-    return model.eval(), read_tokenizer(folder, config.vocab_size)
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:

@@ -1,9 +1,12 @@
 """Small random models: every supported family, and variants within some."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -61,8 +64,11 @@ MODELS = {
 }
 
 
-def saved_family(name: str, folder: Path, shard_size: str = "20KB") -> PreTrainedModel:
-    """Save a random model of the family in several shards, and return it."""
+INDEX = "model.safetensors.index.json"
+
+
+def saved_family(name: str, folder: Path, *, stacked: bool = False) -> PreTrainedModel:
+    """Save a random model of the family in several shards, and return it; stacked: with a layer's experts in one."""
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name])).eval()  # saving writes the dtype into it
     for parameter in hf.parameters():
@@ -70,9 +76,27 @@ def saved_family(name: str, folder: Path, shard_size: str = "20KB") -> PreTraine
             parameter.data.normal_(0, 0.3)
         else:  # norms about 1, biases about 0
             parameter.data.add_(0.3 * torch.randn(parameter.shape))
-    hf.save_pretrained(folder, max_shard_size=shard_size)
+    hf.save_pretrained(folder, max_shard_size="20KB", save_original_format=not stacked)
     assert len(list(folder.glob("*.safetensors"))) > 2
     return hf
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a model folder."""
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def store(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """Write these as the folder's only tensors, in one file or in shards with an index."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
+        path.unlink()
+    files = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
+    weight_map = {name: files[n % shards] for n, name in enumerate(sorted(tensors))}
+    for file in files:
+        part = {name: tensors[name].contiguous() for name, place in weight_map.items() if place == file}
+        save_file(part, folder / (file if shards > 1 else "model.safetensors"), {"format": "pt"})
+    if shards > 1:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def ids_and_mask(rows: int = 3, length: int = 11) -> tuple[torch.Tensor, torch.Tensor]:

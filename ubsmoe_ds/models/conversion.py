@@ -6,6 +6,7 @@ Shapes: E experts, D model width, F expert width.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ from ubsmoe_ds.models.causal_lm import (
     UBSMoEForCausalLM,
     lora_generator,
 )
-from ubsmoe_ds.models.families import FAMILIES, Family
+from ubsmoe_ds.models.families import FAMILIES, SILU, Family
 from ubsmoe_ds.models.hf_config import read_config, unusable
+from ubsmoe_ds.models.stored import (
+    HEAD,
+    block_name,
+    check_block,
+    check_files,
+    is_tied,
+    read_experts,
+    read_head,
+)
 from ubsmoe_ds.models.weights import WeightFiles
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
@@ -69,19 +79,22 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     """
     config = read_config(folder)
     family = FAMILIES[config.model_type]
-    files = WeightFiles(folder)
-    _check_sizes(files, config, family)
+    files = WeightFiles(folder, family.usual_name)
+    _check_files(files, config, family)
     hf = _with_one_expert(config, family, dtype)
     num_experts = getattr(config, family.num_experts)
     setattr(hf.config, family.num_experts, num_experts)
     hf.config.num_experts_per_tok = config.num_experts_per_tok
     kept, blocks = _parts(hf)
-    for name, parameter in kept.items():
-        files.read_into(parameter.data, name)
+    for name, value in kept.items():
+        if name in files:
+            files.read_into(value, name)
+    if is_tied(hf):
+        read_head(files, hf)
     for layer, block in blocks.items():
         block.gate.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=dtype))
-        files.read_into(block.gate.weight.data, f"{_stored_block(family, layer)}.gate.weight")
-    return replace_blocks(hf, family, spec, lambda layer: _fill_from_files(files, family, layer))
+        files.read_into(block.gate.weight.data, f"{block_name(family, layer)}.gate.weight")
+    return replace_blocks(hf, family, spec, lambda layer: partial(read_experts, files, family, layer))
 
 
 def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> PreTrainedModel:
@@ -96,24 +109,20 @@ def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtyp
     return hf
 
 
-def _parts(hf: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[int, Any]]:
-    """Return (parameters that stay, by name; blocks that are replaced, by layer)."""
+def _parts(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[int, Any]]:
+    """Return (tensors that stay, by name, without a tied head; blocks that are replaced, by layer)."""
     blocks = {layer: decoder.mlp for layer, decoder in enumerate(hf.model.layers) if _is_moe(decoder)}
     replaced = tuple(f"model.layers.{layer}.mlp.{part}." for layer in blocks for part in ("gate", "experts"))
-    return {name: p for name, p in hf.named_parameters() if not name.startswith(replaced)}, blocks
+    gone = (*replaced, HEAD) if is_tied(hf) else replaced
+    return {name: value for name, value in hf.state_dict().items() if not name.startswith(gone)}, blocks
 
 
 def _is_moe(decoder: nn.Module) -> bool:
     return hasattr(decoder.mlp, "experts")
 
 
-def _stored_block(family: Family, layer: int) -> str:
-    """Return how the names of a block's tensors begin in the files."""
-    return f"model.layers.{layer}.{family.block}"
-
-
-def _check_sizes(files: WeightFiles, config: PreTrainedConfig, family: Family) -> None:
-    """Check that the files hold all that config.json describes, in its shapes, before memory is taken for it."""
+def _check_files(files: WeightFiles, config: PreTrainedConfig, family: Family) -> None:
+    """Check that files and config.json describe one model, before memory is taken for it."""
     folder, layers = files.folder, config.num_hidden_layers
     if not isinstance(layers, int) or layers < 1:
         raise UserError(
@@ -126,18 +135,7 @@ def _check_sizes(files: WeightFiles, config: PreTrainedConfig, family: Family) -
             kept, blocks = _parts(_with_one_expert(config, family, torch.float32))
     except Exception as error:  # as in `read_config`
         raise unusable(folder, error) from error
-    shapes = {name: value.shape for name, value in kept.items()}
-    width, experts = getattr(config, family.width), getattr(config, family.num_experts)
-    sizes = {family.gate: (width, config.hidden_size), family.down: (config.hidden_size, width)}
-    sizes[family.up] = sizes[family.gate]
-    known: set[str] = set()
-    for layer in blocks:
-        block = _stored_block(family, layer)
-        shapes[f"{block}.gate.weight"] = torch.Size((experts, config.hidden_size))
-        shapes |= {f"{block}.experts.0.{name}.weight": torch.Size(size) for name, size in sizes.items()}
-        known |= {f"{block}.experts.{e}.{name}.weight" for e in range(experts) for name in sizes}
-    files.require_shapes(shapes)
-    files.refuse_others("model.layers.", shapes.keys() | known)
+    check_files(files, config, family, kept, blocks)
 
 
 def replace_blocks(
@@ -158,7 +156,7 @@ def replace_blocks(
     num_experts = getattr(config, family.num_experts)
     if num_experts % spec.expert_parallel:
         raise UserError(f"expert_parallel: {spec.expert_parallel} does not divide the model's {num_experts} experts")
-    if config.hidden_act != "silu":
+    if config.hidden_act not in SILU:
         raise UserError(f"model.path: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
     hf.requires_grad_(False)
     for layer, decoder in enumerate(hf.model.layers):
@@ -188,8 +186,12 @@ def convert_block(
         spec: what to add.
         generator: draws the adapters.
         fill: brings the frozen weights of this rank's experts.
+
+    Raises:
+        UserError: as `check_block`.
     """
     family = FAMILIES[config.model_type]
+    check_block(block, family)
     num_experts, width = getattr(config, family.num_experts), getattr(config, family.width)
     gate = UBSMoEGate(config.hidden_size, num_experts, spec.gate, normalize=family.normalizes(config.to_dict()))
     gate.wg.weight.data.copy_(block.gate.weight)
@@ -209,21 +211,3 @@ def convert_block(
     fill(experts.base(), experts.first)
     shared = SharedExpert(*(getattr(block, name) for name in family.shared)) if family.shared else None
     return UBSMoE(gate, experts, spec.expert_parallel, shared)
-
-
-def _fill_from_files(files: WeightFiles, family: Family, layer: int) -> Fill:
-    """Return a function that reads a layer's experts, which the files hold as one tensor for each projection."""
-    inside = f"{_stored_block(family, layer)}.experts"
-    stored = {"gate": family.gate, "up": family.up, "down": family.down}
-
-    def fill(base: dict[str, Tensor], first: int) -> None:
-        places = {
-            f"{inside}.{first + e}.{stored[name]}.weight": base[name][e]
-            for e in range(len(base["down"]))
-            for name in stored
-        }
-        files.require(list(places))
-        for name, place in places.items():
-            files.read_into(place, name)
-
-    return fill

@@ -14,6 +14,8 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
 
 MOST_EXPERTS = 2**16
+SILU = ("silu", "swish")  # transformers' names of the experts' activation
+ADAPTER = "adapter_config.json"
 COUNTS = ("num_experts", "num_local_experts")  # the same number: transformers reads either, and may write the other
 
 
@@ -42,6 +44,14 @@ class Family:
     def normalizes(self, config: Mapping[str, Any]) -> bool:
         """Return whether a token's K weights are made to sum to one."""
         return self.always_normalizes or bool(config["norm_topk_prob"])
+
+    def usual_name(self, name: str) -> str:
+        """Return a stored tensor's name as the family's files usually have it.
+
+        transformers reads other names too: its own in memory, and those of a model saved without its head.
+        """
+        name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        return name.replace(".mlp.", f".{self.block}.")
 
 
 FAMILIES = {
@@ -85,6 +95,22 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
         if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is not a number here
             raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, must be a number from 1 to {most}")
         most = facts[name]
+    _check_plain(folder, facts)
+    return family, facts
+
+
+def _check_plain(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Check that the folder is a model in the usual files, and nothing that transformers would add to it."""
+    path = folder / "config.json"
+    if facts.get("transformers_weights"):
+        raise UserError(
+            f"model.path: {path}: transformers_weights is {facts['transformers_weights']!r}, a file of weights "
+            "other than the usual; rename that to model.safetensors and remove the key"
+        )
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"model.path: {folder / ADAPTER}: transformers would add this adapter to the model beside it; move it "
+            "elsewhere, or merge it into the weights"
+        )
     if facts.get("quantization_config"):
         raise UserError(f"model.path: {path}: has a quantization_config; use the weights before quantisation")
-    return family, facts

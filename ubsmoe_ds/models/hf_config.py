@@ -14,7 +14,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Return the folder's config.
 
     Raises:
-        UserError: if it is missing, of a family that is not supported, or of a model in which no layer has experts.
+        UserError: if it is missing, of a family that is not supported, of a model in which no layer has experts, or of
+            one that trains with noise in its router.
     """
     read_facts(folder)
     try:
@@ -28,6 +29,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its "
             "decoder_sparse_step and mlp_only_layers"
+        )
+    noise = getattr(config, "router_jitter_noise", None)
+    if noise:
+        raise UserError(
+            f"model.path: {folder / 'config.json'}: router_jitter_noise is {noise!r}, but training adds no noise here; "
+            "set it to 0"
         )
     return config
 

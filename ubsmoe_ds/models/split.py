@@ -86,7 +86,7 @@ def _empty_split_model(dense: PreTrainedModel, experts: int, shared: int, k: int
             "or --experts"
         )
     config = Qwen2MoeConfig(
-        **carried_keys(dense.config),
+        **carried_keys(dense),
         intermediate_size=neurons,
         moe_intermediate_size=(neurons - shared) // experts,
         shared_expert_intermediate_size=shared,

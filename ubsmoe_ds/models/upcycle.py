@@ -11,17 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.families import SILU
+from ubsmoe_ds.models.stored import is_tied
 
 CARRIED = (  # keys that the configs of all these families share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
+    *("hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "attention_dropout"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 ROUTER_STD = 0.02
 
 
 def check_dense(config: Any) -> None:
-    """Check that the model is a Llama without biases, as its experts have none.
+    """Check that the model is a plain Llama with SiLU and without biases, as its experts have none.
 
     Raises:
         UserError: naming the key and its value.
@@ -33,7 +35,9 @@ def check_dense(config: Any) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
             raise UserError(f"--model: {key} is true, but experts have no biases; choose another model")
-    if config.hidden_act != "silu":
+    if getattr(config, "quantization_config", None):
+        raise UserError("--model: has a quantization_config; use the weights before quantisation")
+    if config.hidden_act not in SILU:
         raise UserError(f"--model: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
 
 
@@ -55,7 +59,7 @@ def upcycle(dense: PreTrainedModel, experts: int, k: int, seed: int = 0) -> PreT
     """
     check_dense(dense.config)
     config = MixtralConfig(
-        **carried_keys(dense.config),
+        **carried_keys(dense),
         intermediate_size=dense.config.intermediate_size,
         num_local_experts=experts,
         num_experts_per_tok=k,
@@ -73,10 +77,14 @@ def upcycle(dense: PreTrainedModel, experts: int, k: int, seed: int = 0) -> PreT
     return model.eval()
 
 
-def carried_keys(config: Any) -> dict[str, Any]:
-    """Return the keys to carry over; of tokens also None, because a missing key gets the family's own default."""
-    values = {key: getattr(config, key, None) for key in CARRIED}
-    return {key: value for key, value in values.items() if value is not None or key.endswith("_token_id")}
+def carried_keys(dense: PreTrainedModel) -> dict[str, Any]:
+    """Return the keys to carry over; of tokens also None, because a missing key gets the family's own default.
+
+    Whether the head is the embedding is asked of the weights: a config may tie them though the files hold two.
+    """
+    values = {key: getattr(dense.config, key, None) for key in CARRIED}
+    kept = {key: value for key, value in values.items() if value is not None or key.endswith("_token_id")}
+    return kept | {"tie_word_embeddings": is_tied(dense)}
 
 
 def copy_all_but_blocks(dense: PreTrainedModel, model: PreTrainedModel) -> None:

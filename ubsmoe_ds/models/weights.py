@@ -3,7 +3,7 @@
 safetensors only: nothing in the folder is executed or unpickled.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,47 +15,59 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+RECOMPUTED = "rotary_emb.inv_freq"  # older files hold it; transformers computes it from config.json
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others are quantised, or not weights
 PLAIN = "use weights in float32, float16 or bfloat16"
 MAPPED_BYTES = 64 * 2**20  # unmap a file after so many: its pages count as this process's memory
 
 
 class WeightFiles:
-    """The safetensors files of a model folder, read by tensor name.
+    """The safetensors files of a model folder, read by tensor name: those that transformers would read.
+
+    These are `model.safetensors`, or else the shards that the index names, and of a shard every tensor; of two with
+    one name in two shards, the last shard's.
 
     Args:
-        folder: holds `model.safetensors`, or its shards and their index.
+        folder: the model's.
+        rename: gives the name under which a tensor is asked for; None: its name in the file.
 
     Raises:
         UserError: here and in every method, naming the file, and the tensor where there is one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] | None = None) -> None:
         self.folder = folder
         self._opened: safe_open | None = None
         self._open_name = ""
         self._read_bytes = 0
-        if (folder / INDEX).is_file():
-            self._files = self._index()
-        elif (folder / SINGLE).is_file():
-            self._files = dict.fromkeys(self._handle(SINGLE, "").keys(), SINGLE)
+        if (folder / SINGLE).is_file():
+            files = {SINGLE: ""}
+        elif (folder / INDEX).is_file():
+            files = self._shards()
         else:
             pickled = next(iter(sorted(path.name for path in folder.glob("*.bin"))), None)
             hint = f"; {pickled} may run code when read: save the model as safetensors" if pickled else ""
             raise UserError(f"model.path: {str(folder)!r} has neither {SINGLE} nor {INDEX}{hint}")
-
-    @property
-    def file_names(self) -> list[str]:
-        """Return the names of the files."""
-        return sorted(set(self._files.values()))
+        self.file_names = sorted(files)
+        self._places: dict[str, tuple[str, str]] = {}  # name: (file, name there)
+        for file in self.file_names:
+            for stored in self._handle(file, files[file]).keys():  # noqa: SIM118 - no mapping
+                name = rename(stored) if rename else stored
+                other = self._places.get(name, (file, stored))[1]
+                if other != stored:
+                    raise UserError(
+                        f"model.path: {str(folder)!r} holds one tensor under two names, {other!r} and {stored!r}; "
+                        "remove one"
+                    )
+                self._places[name] = file, stored
 
     @property
     def names(self) -> list[str]:
         """Return the names of the tensors."""
-        return list(self._files)
+        return list(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def require(self, names: Collection[str]) -> None:
         """Raise unless the files hold these tensors."""
@@ -67,39 +79,50 @@ class WeightFiles:
         """Raise unless these tensors have these shapes; before memory is taken for whatever config.json says."""
         self.require(shapes)
         for name, shape in shapes.items():
+            file, stored = self._places[name]
             try:
-                stored = self._handle(self._files[name], name).get_slice(name).get_shape()
+                found = self._handle(file, stored).get_slice(stored).get_shape()
             except SafetensorError as error:
-                raise self._unreadable(self._files[name], name, error) from error
-            if [*stored] != [*shape]:
+                raise self._unreadable(file, stored, error) from error
+            if [*found] != [*shape]:
                 raise UserError(
-                    f"model.path: in {str(self.folder / self._files[name])!r}, tensor {name!r} has the shape "
-                    f"{[*stored]}, config.json asks for {[*shape]}"
+                    f"model.path: in {str(self.folder / file)!r}, tensor {stored!r} has the shape {[*found]}, "
+                    f"config.json asks for {[*shape]}"
                 )
 
-    def refuse_others(self, prefix: str, known: Collection[str]) -> None:
-        """Raise if a tensor under the prefix is not known: config.json describes another model then."""
-        for name in self._files:
-            if name.startswith(prefix) and name not in known and "rotary_emb" not in name:
+    def refuse_others(self, known: Collection[str]) -> None:
+        """Raise if a tensor is not known: config.json describes another model then."""
+        for name, (file, stored) in self._places.items():
+            if name not in known and RECOMPUTED not in name:
                 raise UserError(
-                    f"model.path: in {str(self.folder / self._files[name])!r}, tensor {name!r} has no place in the "
-                    "model that config.json describes"
+                    f"model.path: in {str(self.folder / file)!r}, tensor {stored!r} has no place in the model that "
+                    "config.json describes"
                 )
 
-    def read_into(self, target: Tensor, name: str) -> None:
-        """Copy a tensor, in whatever precision it is stored, into one of the same shape."""
-        self.require_shapes({name: target.shape})
-        file = self._files[name]
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...] | None = None) -> None:
+        """Copy a tensor, in whatever precision it is stored, into one of the same shape.
+
+        Args:
+            target: where to.
+            name: the tensor's.
+            part: reads only this part of a tensor whose shape was checked before; None: all of it.
+        """
+        if part is None:
+            self.require_shapes({name: target.shape})
+        file, stored = self._places[name]
         try:
-            value = self._handle(file, name).get_tensor(name)
+            handle = self._handle(file, stored)
+            value = handle.get_tensor(stored) if part is None else handle.get_slice(stored)[part]
         except SafetensorError as error:
-            raise self._unreadable(file, name, error) from error
+            raise self._unreadable(file, stored, error) from error
         if value.dtype not in FLOATS:
-            raise UserError(f"model.path: in {str(self.folder / file)!r}, tensor {name!r} is {value.dtype}; {PLAIN}")
+            raise UserError(f"model.path: in {str(self.folder / file)!r}, tensor {stored!r} is {value.dtype}; {PLAIN}")
+        assert value.shape == target.shape, f"{name} {part}: {value.shape} {target.shape}"
         target.copy_(value)
         self._read_bytes += value.numel() * value.element_size()
 
-    def _index(self) -> dict[str, str]:
+    def _shards(self) -> dict[str, str]:
+        """Return the files that the index names, each with a tensor that it should hold."""
         path = self.folder / INDEX
         try:
             index = read_json(path)
@@ -114,7 +137,7 @@ class WeightFiles:
         for name, file in files.items():
             if not (self.folder / file).is_file():
                 raise UserError(f"model.path: {str(self.folder / file)!r} is missing; it should hold {name!r}")
-        return files
+        return {file: name for name, file in files.items()}
 
     def _handle(self, file: str, name: str) -> safe_open:
         if self._opened is not None and file == self._open_name and self._read_bytes <= MAPPED_BYTES:

@@ -7,7 +7,7 @@ import torch
 
 from tests.support import tiny
 from tests.support.conversion import convert
-from tests.support.families import MODELS, saved_family
+from tests.support.families import MODELS, saved_family, store, stored_tensors
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import FAMILIES
@@ -73,10 +73,9 @@ def rename(folder):
 
 
 def drop_tensor(folder):
-    index = folder / "model.safetensors.index.json"
-    held = json.loads(index.read_text())
-    del held["weight_map"]["model.layers.1.mlp.experts.5.up_proj.weight"]
-    index.write_text(json.dumps(held))
+    tensors = stored_tensors(folder)
+    del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    store(folder, tensors)
 
 
 def other_width(folder):

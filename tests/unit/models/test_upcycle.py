@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from launch.prepare import read_dense
+from tests.support.families import store, stored_tensors
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.models.split import recover, split
 from ubsmoe_ds.models.upcycle import upcycle
 from ubsmoe_ds.moe.gate import GateConfig
@@ -122,3 +125,61 @@ def test_what_cannot_be_prepared_is_named():
         from tests.support import tiny
 
         upcycle(tiny.hf_model(), 2, 1)
+
+
+@pytest.fixture
+def dense_folder(tmp_path):
+    """A tied Llama with the built-in model's tokenizer, in one file."""
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
+    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("make", ["upcycle", "split"])
+def test_an_own_head_in_a_tied_dense_model_stays_its_own(make, dense_folder):
+    """transformers does not tie them then. With equal weights and all experts both results are the dense model."""
+    tensors = stored_tensors(dense_folder)
+    head = tensors["model.embed_tokens.weight"].roll(1, 0)
+    store(dense_folder, tensors | {"lm_head.weight": head})
+    dense, _ = read_dense(str(dense_folder), torch.float32)
+    if make == "upcycle":
+        model = upcycle(dense, experts=4, k=4)
+    else:
+        model, _ = split(dense, text(), experts=4, shared=8, ks=[4], router_std=1e-6)
+    assert torch.equal(model.lm_head.weight, head) and not model.config.tie_word_embeddings
+    model.save_pretrained(dense_folder / "out")
+    again, ids = AutoModelForCausalLM.from_pretrained(dense_folder / "out").eval(), text(3)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, dense(input_ids=ids).logits, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("model.norm.weight", None, r"lacks 1 tensors, first 'model\.norm\.weight'"),
+        ("model.layers.1.mlp.up_proj.weight", torch.ones(41, 16), r"up_proj\.weight' has the shape \[41, 16\], .*\[40"),
+        ("model.layers.1.mlp.up_proj.bias", torch.ones(40), r"does not describe, first '.*up_proj\.bias'"),
+        ("lm_head.bias", torch.ones(31), r"does not describe, first 'lm_head\.bias'"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_a_dense_model_is_named(name, value, message, dense_folder):
+    tensors = stored_tensors(dense_folder)
+    tensors = {other: kept for other, kept in tensors.items() if other != name}
+    store(dense_folder, tensors if value is None else tensors | {name: value})
+    with pytest.raises(UserError, match=message) as raised:
+        read_dense(str(dense_folder), torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dense_folder_with_an_adapter_is_refused(dense_folder):
+    (dense_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"would add .*adapter_config\.json' to the model beside it"):
+        read_dense(str(dense_folder), torch.float32)
+
+
+def test_the_other_name_of_silu_is_prepared():
+    dense, ids = llama(hidden_act="swish"), text(3)
+    with torch.no_grad():
+        expected = dense(input_ids=ids).logits
+    torch.testing.assert_close(logits(upcycle(dense, 2, 1), ids, 1), expected, atol=1e-4, rtol=1e-4)
