@@ -17,6 +17,7 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new, require_regular
 from ubsmoe_ds.models.families import Family, read_facts
+from ubsmoe_ds.models.stored import projections
 from ubsmoe_ds.models.weights import WeightFiles
 
 
@@ -37,7 +38,8 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     family, _ = read_facts(base)
     files = WeightFiles(base)
     if whole:
-        modules = {_our_name(name, family)[0] for name in files.names} - {""}
+        singles = (single for name in files.names for single in _single_names(name, family))
+        modules = {_our_name(single, family)[0] for single in singles} - {""}
         check_complete(state, [f"{module}.{end}" for module in modules for end in ("weight", "lora_A", "lora_B")])
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
@@ -86,12 +88,20 @@ def _merged_shard(
 def _merged_tensor(
     name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
 ) -> Tensor:
+    singles = _single_names(name, family)
+    if singles != [name] and weight.ndim == 3:  # all experts of a layer in one: expert by expert
+        merged = []
+        for number, value in enumerate(weight):
+            names = [single.replace(".experts.0.", f".experts.{number}.") for single in singles]
+            parts = zip(names, value.tensor_split(len(names)), strict=True)
+            merged.append(torch.cat([_merged_tensor(*part, family, state, scaling, used) for part in parts]))
+        return torch.stack(merged)
     module, expert = _our_name(name, family)
     if f"{module}.weight" in state:  # a router, or a weight that FLoRA merged into
         used |= {f"{module}.weight", f"{module}.lora_A", f"{module}.lora_B"}
-        value = _select_expert(state[f"{module}.weight"], expert, module)
-        _check_fit(name, weight, value.shape)
-        return value.to(weight.dtype).contiguous()
+        whole = _select_expert(state[f"{module}.weight"], expert, module)
+        _check_fit(name, weight, whole.shape)
+        return whole.to(weight.dtype).contiguous()
     if f"{module}.lora_A" not in state:
         return weight
     used |= {f"{module}.lora_A", f"{module}.lora_B"}
@@ -117,12 +127,20 @@ def _check_fit(name: str, weight: Tensor, shape: Sequence[int]) -> None:
         )
 
 
+def _single_names(name: str, family: Family) -> list[str]:
+    """Return the names of the first expert's tensors where a tensor holds all experts; else its own name."""
+    inside, _, last = family.usual_name(name).rpartition(".")
+    parts = projections(family).get(last, {}) if inside.endswith(".experts") else {}
+    return [f"{inside}.0.{part}.weight" for part in parts.values()] or [name]
+
+
 def _our_name(name: str, family: Family) -> tuple[str, int | None]:
     """Return (our name, without its ending, of a tensor in a model's files; its expert, if it belongs to one)."""
-    projections = {family.gate: "gate", family.up: "up", family.down: "down"}
+    name = family.usual_name(name)
+    ours = {family.gate: "gate", family.up: "up", family.down: "down"}
     expert = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.experts\.(\d+)\.(\w+)\.weight", name)
-    if expert and expert[3] in projections:
-        return f"{expert[1]}.experts.{projections[expert[3]]}", int(expert[2])
+    if expert and expert[3] in ours:
+        return f"{expert[1]}.experts.{ours[expert[3]]}", int(expert[2])
     router = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.gate\.weight", name)
     if router:
         return f"{router[1]}.router", None

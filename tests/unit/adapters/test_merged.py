@@ -11,9 +11,10 @@ from ubsmoe_ds.adapters.merged import write_merged
 from ubsmoe_ds.base.errors import UserError
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("family", MODELS)
-def test_merged_weights_give_our_logits(family, tmp_path):
-    saved_family(family, tmp_path / "base")
+def test_merged_weights_give_our_logits(family, stacked, tmp_path):
+    saved_family(family, tmp_path / "base", stacked=stacked)
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     model, state = trained(tmp_path / "base")
     write_merged(tmp_path / "base", state, ALPHA / RANK, tmp_path / "out", whole=True)
