@@ -151,3 +151,11 @@ def test_load_balancing_loss(trained, expected):
     for result in results:
         tolerance = 1e-4 if ranks == 1 else 0.1
         np.testing.assert_allclose(result["load_balancing/losses"], losses, rtol=0, atol=tolerance)
+
+
+def test_checkpoints_of_deepspeed_itself_are_refused(model_path, tmp_path):
+    """Its own format has a module for each expert. Nothing is written, and a model's state can still be asked for."""
+    arguments = {"model_path": model_path, "folder": str(tmp_path / "saved")}
+    (answer,) = run_ranks(tmp_path, 1, "tests.support.scenarios:deepspeed_checkpoint", arguments)
+    assert str(answer["answer"]).startswith("save_checkpoint: ") and "checkpoint.every" in str(answer["answer"])
+    assert answer["files"] == 0 and answer["keys"] > 20

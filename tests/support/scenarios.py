@@ -265,3 +265,22 @@ def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, l
                 world.barrier()
     torch.distributed.destroy_process_group()
     return results
+
+
+def deepspeed_checkpoint(model_path: str, folder: str) -> dict[str, Any]:
+    """Ask DeepSpeed's engine for a checkpoint; return what it answers, and the files and keys that there are."""
+    exp = tiny.experiment(model_path, [{"budget": 0.5}])
+    enter(exp)
+    from ubsmoe_ds.base.errors import UserError
+    from ubsmoe_ds.client.engine import Client
+
+    client = Client(exp, exp.clients[0], 0)
+    try:
+        client.engine.save_checkpoint(folder)
+        answer = "saved"
+    except UserError as error:
+        answer = str(error)
+    files = [path for _, _, names in os.walk(folder) for path in names]
+    keys = list(client.engine.module_state_dict())
+    torch.distributed.destroy_process_group()
+    return {"answer": np.array(answer), "files": np.array(len(files)), "keys": np.array(len(keys))}

@@ -15,6 +15,7 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.moe.expert_mlp import route_rows
 from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import Routing, UBSMoEGate
@@ -142,6 +143,7 @@ class UBSMoE(MoE):
         self.deepspeed_moe = UBSMoELayer(gate, experts, self.expert_group_name, ep_size, self.num_local_experts)
         self.shared = shared
         self.used_token: Tensor | None = None
+        self.register_state_dict_pre_hook(_refuse_alone)
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Map [B, S, D] to [B, S, D]; l_aux and counts stay readable at `deepspeed_moe` and `gate`."""
@@ -157,6 +159,19 @@ class UBSMoE(MoE):
     def experts(self) -> StackedExperts:
         """Return the layer's local experts."""
         return self.deepspeed_moe.experts
+
+
+def _refuse_alone(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Refuse DeepSpeed's checkpoints, which ask a layer of its own for its state and want a module for each expert.
+
+    Raises:
+        UserError: if the layer is asked, and not a model that holds it.
+    """
+    if not prefix:
+        raise UserError(
+            "save_checkpoint: DeepSpeed's checkpoints have no place for UB-SMoE layers, whose experts are stacked; use "
+            "the checkpoints of launch/train.py (checkpoint.every, --resume), or save the state_dict of the whole model"
+        )
 
 
 def _weighted_rows(table: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.support import tiny
 from tests.support.conversion import convert
 from tests.support.families import MODELS, ids_and_mask, saved_family
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import LoraLinear
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.moe.gate import GateConfig
@@ -178,3 +179,11 @@ def test_gradient_equals_hugging_face():
     torch.testing.assert_close(
         model.hf.model.embed_tokens.weight.grad, hf.model.embed_tokens.weight.grad, atol=1e-5, rtol=1e-3
     )
+
+
+def test_a_layer_gives_its_state_only_as_part_of_a_model():
+    """DeepSpeed's `save_checkpoint` asks the layer alone, and would look for a module for each expert."""
+    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=4, candidates=8)))
+    assert any("experts" in name for name in model.state_dict())
+    with pytest.raises(UserError, match=r"save_checkpoint: .*use the checkpoints of launch/train\.py"):
+        model.layers[0].state_dict()
