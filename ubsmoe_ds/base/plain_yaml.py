@@ -1,11 +1,36 @@
-"""Parse YAML of experiments: PyYAML's safe loader, within bounds, and nothing dropped silently."""
+"""Parse YAML of experiments: PyYAML's safe loader, within bounds, and nothing dropped silently.
 
-from typing import Any
+Numbers are those of YAML 1.2. PyYAML's are of 1.1, where 1e-4 is a text, 010 is 8, 1:30 is 90, and 2026-01-31 a date.
+"""
+
+import re
+from typing import Any, ClassVar
 
 import yaml
 
 MOST_BYTES = 256 * 2**10  # the loader takes seconds for that many
 MOST_NODES = 50_000
+
+TAG = "tag:yaml.org,2002:"
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)",
+    "float": r"[-+]?((\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+OTHERS = ("timestamp", *NUMBERS)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the numbers of YAML 1.2; a date is a text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(TAG) not in OTHERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _kind, _pattern in NUMBERS.items():
+    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:
@@ -13,10 +38,10 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         ValueError: for a key that stands twice, aliases that expand to more than `MOST_NODES` values or contain
-            themselves, nesting that is too deep, and values that do not exist, such as a 30th of February.
+            themselves, nesting that is too deep, and tags that do not fit their values.
         yaml.YAMLError: for a text that is not YAML, and for tags that would make objects.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -25,6 +50,8 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # PyYAML's, for `!!bool 3` and the like
+        raise ValueError("a tag does not fit its value") from error
     finally:
         loader.dispose()
 

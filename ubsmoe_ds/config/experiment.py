@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.merge_rules import names
+from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.methods import PRESETS, with_preset
 from ubsmoe_ds.config.sections import (
     CheckpointConfig,
@@ -21,6 +22,7 @@ from ubsmoe_ds.config.sections import (
     DataConfig,
     DmrConfig,
     EvalConfig,
+    Folder,
     LoraConfig,
     MergeConfig,
     ModelConfig,
@@ -43,7 +45,7 @@ class Experiment(Section):
         "experts", description="experts: K_c = floor(K_max beta); lora_rank: rank_c = floor(rank beta), K_max experts"
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random draws")
-    output: str = Field("runs", description="folder of runs")
+    output: Folder = Field("runs", description="folder of runs")
     overwrite: bool = Field(False, description="replace the folder of an earlier run of the same name")
     accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     oversubscribe: bool = Field(False, description="let several ranks share one accelerator")
@@ -136,7 +138,7 @@ class Experiment(Section):
     @classmethod
     def _known_method(cls, value: str) -> str:
         if value not in PRESETS:
-            raise ValueError(f"{value!r} is not a method; use one of {', '.join(PRESETS)}")
+            raise ValueError(f"{value!r} is not a method; {one_of(value, PRESETS)}")
         return value
 
     @model_validator(mode="after")

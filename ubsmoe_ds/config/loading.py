@@ -1,6 +1,7 @@
 """Read an experiment: YAML by the safe loader, overrides, the DeepSpeed JSON, and one-line errors."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import parse_json, read_text
 from ubsmoe_ds.base.plain_yaml import MOST_BYTES, parse_yaml
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.messages import one_line, short
+from ubsmoe_ds.config.paths import expand
 from ubsmoe_ds.config.sections import ModelConfig
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.models.hub import model_folder
@@ -35,7 +38,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     for text in whole_file:
         _override(raw, text)
     if isinstance(raw.get("deepspeed"), str):
-        raw["deepspeed"] = _read_mapping(path.parent / raw["deepspeed"], "JSON")
+        raw["deepspeed"] = _read_mapping(path.parent / _expanded(raw["deepspeed"], "deepspeed"), "JSON")
     for text in overrides:
         if text not in whole_file:
             _override(raw, text)
@@ -46,14 +49,15 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     try:
         model = ModelConfig.model_validate(raw.get("model", {}))
     except ValidationError as error:
-        raise UserError(_one_line(error, within="model")) from error
+        raise UserError(one_line(error, ModelConfig, within="model")) from error
+    _check_model_name(model.path)
     family, facts = read_facts(model_folder(model.path))
     raw["num_experts"] = facts[family.num_experts]
     raw["k_max"] = model.k_max or facts["num_experts_per_tok"]
     try:
         return Experiment.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error, Experiment)) from error
 
 
 def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
@@ -69,6 +73,28 @@ def _read_mapping(path: Path, kind: str) -> dict[str, Any]:
     return value
 
 
+def _expanded(path: str, key: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _check_model_name(path: str) -> None:
+    """Refuse a name of the hub without `hub:`, which is not meant as a folder."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", path) and not _exists(path):
+        raise UserError(
+            f"model.path: {path!r} is no folder here; write hub:{path} if it is a model of the Hugging Face hub"
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _override(raw: dict[str, Any], text: str) -> None:
     """Apply one `key.sub=value`; create missing sections, so that the schema alone decides which keys exist."""
     key, equals, value_text = text.partition("=")
@@ -77,7 +103,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         value = parse_yaml(value_text)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+        raise UserError(f"override {short(text)}: the value is not valid YAML") from error
     *parents, last = key.split(".")
     node: Any = raw
     try:
@@ -106,20 +132,20 @@ def _check_plain(value: Any, key: str = "", depth: int = 0) -> None:
     elif isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
-                raise UserError(f"{key}{'.' if key else ''}{_short(name)}: a key must be a string; write it in quotes")
+                raise UserError(f"{key}{'.' if key else ''}{short(name)}: a key must be a string; write it in quotes")
             _check_plain(name, key or name, depth + 1)
             _check_plain(inner, f"{key}.{name}" if key else name, depth + 1)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             _check_plain(inner, f"{key}.{number}", depth + 1)
     elif isinstance(value, str):
-        problem = None if _is_text(value) else f"{_short(value)} holds a character that is not text"
+        problem = None if _is_text(value) else f"{short(value)} holds a character that is not text"
     elif isinstance(value, float):
         problem = None if math.isfinite(value) else f"{value} is not valid: it must be a finite number"
     elif isinstance(value, int):
         problem = None if abs(value) < 2**63 else "is not valid: the number is too large"
     elif value is not None:
-        problem = f"{_short(value)} is a {type(value).__name__}; use a string in quotes, a number, true, false or null"
+        problem = f"{short(value)} is a {type(value).__name__}; use a string in quotes, a number, true, false or null"
     if problem:
         raise UserError(f"{key}: {problem}")
 
@@ -127,28 +153,3 @@ def _check_plain(value: Any, key: str = "", depth: int = 0) -> None:
 def _is_text(value: str) -> bool:
     """Return whether other programs accept the string: it has no NUL and no lone surrogate."""
     return "\0" not in value and not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
-
-
-def _one_line(error: ValidationError, within: str = "") -> str:
-    """Return the first problem as one line, with key, value and remedy, and the number of further problems."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    # "str" and the like name the branch of a union; they are not part of the key
-    parts = [str(part) for part in first["loc"] if "[" not in str(part) and part not in ("float", "str", "int")]
-    key = ".".join(([within] if within else []) + parts)
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        line = f"{key}: {message}" if key else message
-    elif first["type"] == "extra_forbidden":
-        line = f"{key}: unknown key (value {_short(first['input'])}); see docs/configuration.md"
-    elif first["type"] == "missing":
-        line = f"{key}: is missing and must be given"
-    else:
-        line = f"{key}: {_short(first['input'])} is not valid: {first['msg']}"
-    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _short(value: Any) -> str:
-    """Return a value as text of at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.merge_rules import RULES
+from ubsmoe_ds.config.messages import section_of
 from ubsmoe_ds.config.methods import PRESETS
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.moe.estimators import ESTIMATORS
@@ -50,7 +50,9 @@ unknown key, a wrong type or a value out of range ends the command with one line
 - **Only `name`, `clients` and `deepspeed` must be given.** Every other key has a default.
 - **Any key can be overridden** on the command line: `train.rounds=20`, `clients.0.budget=0.5`. The value is YAML;
   items of a list go by position.
-- **Paths** are relative to the working folder. Only the name of the DeepSpeed JSON is relative to the YAML.
+- **Paths** are relative to the working folder. Only the name of the DeepSpeed JSON is relative to the YAML. `~`,
+  `$NAME` and `${NAME}` are replaced, as in a shell.
+- **Numbers** are those of YAML 1.2: `1e-4` is one. `010`, `1:30` and `2026-01-31` are texts.
 - **`method` is a preset** that is laid under everything else ([methods](methods.md)). Where presets set a key, the
   table gives the value of the default method. A key that you set yourself wins; leave such keys out of a YAML that
   you compare methods with.
@@ -62,7 +64,7 @@ def page() -> str:
     """Return the whole page: the keys of the top level, then one table for each section."""
     top, tables = {}, []
     for name, field in Experiment.model_fields.items():
-        section = _section(field)
+        section = section_of(field)
         if name in DERIVED:
             continue
         if section is None:
@@ -72,12 +74,6 @@ def page() -> str:
             text = " ".join((section.__doc__ or "").split())
             tables.append(f"## `{item}`\n\n{text}\n\n{_table(section.model_fields, f'{name}.')}")
     return "\n".join([HEAD, f"## Top level\n\n{_table(top, '')}", *tables])
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the class of a section, or of the items of a list of sections; None for a plain key."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:

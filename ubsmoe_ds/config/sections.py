@@ -6,20 +6,25 @@ One class is one section. Checks that need a single section are here; those that
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ubsmoe_ds.config.merge_rules import RULES, MergeRule
+from ubsmoe_ds.config.messages import one_of
+from ubsmoe_ds.config.paths import check_source, expand
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a folder's name
-RowSource = Annotated[str, Field(pattern=r"^(jsonl:.+|hub:.+)$")]
+Folder = Annotated[str, AfterValidator(expand)]
+RowSource = Annotated[str, AfterValidator(partial(check_source, synthetic=False))]
+AnySource = Annotated[str, AfterValidator(partial(check_source, synthetic=True))]
 
 
 class Section(BaseModel):
@@ -65,8 +70,14 @@ class ModelConfig(Section):
     path: str = Field(
         "builtin:tiny_olmoe", description="folder (config, safetensors, tokenizer), `hub:NAME[@REVISION]`, or built in"
     )
+
     k_max: PositiveInt | None = Field(None, description="K_max; null: the model's `num_experts_per_tok`")
     min_capacity: PositiveInt = Field(4, description="least slots of an expert when tokens are dropped (DeepSpeed's)")
+
+    @field_validator("path")
+    @classmethod
+    def _expanded(cls, value: str) -> str:
+        return value if value.startswith(("hub:", "builtin:")) else expand(value)
 
 
 class LoraConfig(Section):
@@ -133,7 +144,7 @@ class PseudoGradientConfig(Section):
     @classmethod
     def _known_estimator(cls, value: str) -> str:
         if value != "none" and value not in ESTIMATORS:
-            raise ValueError(f"{value!r} is no estimator; use one of none, {', '.join(ESTIMATORS)}")
+            raise ValueError(f"{value!r} is no estimator; {one_of(value, ['none', *ESTIMATORS])}")
         return value
 
 
@@ -168,7 +179,7 @@ class MergeConfig(Section):
     @classmethod
     def _known_rule(cls, value: str) -> str:
         if value not in RULES:
-            raise ValueError(f"{value!r} is not a merge rule; use one of {', '.join(RULES)}")
+            raise ValueError(f"{value!r} is not a merge rule; {one_of(value, RULES)}")
         return value
 
     @property
@@ -190,9 +201,7 @@ class MergeConfig(Section):
 class DataConfig(Section):
     """Where rows come from, and how they are dealt to the clients."""
 
-    source: Annotated[str, Field(pattern=r"^(synthetic|jsonl:.+|hub:.+)$")] = Field(
-        "synthetic", description="training rows: `synthetic`, `jsonl:PATH` or `hub:NAME[@SPLIT]`"
-    )
+    source: AnySource = Field("synthetic", description="training rows: `synthetic`, `jsonl:PATH` or `hub:NAME[@SPLIT]`")
     eval_source: RowSource | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
     format: Literal["instruction", "cloze"] = Field(
         "instruction",

@@ -1,5 +1,6 @@
 """Find a model's files: built in, in a folder, or on the Hugging Face hub. Imports no torch."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def _fetch(path: str, name: str, revision: str | None, patterns: tuple[str, ...]
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.path: {path!r} cannot be fetched ({message}); check the name, or use a folder"
-        ) from error
+        remedy = remedy_for(error)
+        raise UserError(f"model.path: {path!r} cannot be fetched ({message}); {remedy}, or use a folder") from error
+
+
+def remedy_for(error: Exception) -> str:
+    """Return what to do where the hub gave nothing: it depends on whether the hub was reached at all."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "accept its terms on the hub and log in (hf auth login)"
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | ValueError):
+        return "check the name"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set and the cache lacks it: unset it, or fetch it where there is a network"
+    return "the hub was not reached or gave an error: check the network"

@@ -19,7 +19,7 @@ def test_plain_values_are_read():
         ("a: {b: 1, b: 1}\n", "the key 'b' stands twice, again in line 1"),
         ("a: &x [*x]\n", "an alias contains itself in line 1"),
         ("[" * 5000, "nested too deeply"),
-        ("when: 2026-02-30\n", "day"),
+        ("when: !!timestamp 2026-02-30\n", "day"),
         (
             "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
             + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(8)),
