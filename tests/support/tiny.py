@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.data.batches import Example
 
 if TYPE_CHECKING:
@@ -58,7 +59,14 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
         "deepspeed": deepspeed(),
         "clients": [{"name": f"c{i}"} | client for i, client in enumerate(clients)],
     }
-    return Experiment.model_validate(raw | sections)
+    return Experiment.model_validate(_reset_where_the_basis_turns(raw | sections))
+
+
+def _reset_where_the_basis_turns(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return an experiment with the optimiser reset each round where its merge rule needs that."""
+    rule = raw.get("merge", {}).get("rule", "fedavg")
+    state = {"optimizer_state": "reset"} if rule in RULES and RULES[rule].turns_basis else {}
+    return raw | {"train": raw.get("train", {}) | state}
 
 
 def deepspeed(
@@ -107,7 +115,7 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
         client["lora_rank"] = rank
     for section, values in changes.get("sections", {}).items():
         raw[section] = {**raw[section], **values}
-    return Experiment.model_validate(raw)
+    return Experiment.model_validate(_reset_where_the_basis_turns(raw))
 
 
 def usage(client: int) -> Tensor:

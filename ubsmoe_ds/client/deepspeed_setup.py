@@ -1,31 +1,13 @@
-"""Start DeepSpeed for a client's group: its torch world, the config of its engine, and silence while it starts."""
+"""Start DeepSpeed for a client's group: its torch world, and silence while it starts."""
 
 import contextlib
 import io
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-
-from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
-
-ADAMS = ("adam", "adamw")
-
-
-def engine_config(settings: DeepSpeedConfig) -> dict[str, Any]:
-    """Return the DeepSpeed section as DeepSpeed gets it: no progress lines, no clipping where it would be wrong."""
-    config = settings.model_dump(exclude_none=True)
-    config.setdefault("steps_per_print", 2**31)
-    if settings.zero_stage == 0:
-        config["gradient_clipping"] = 0.0  # see GradientHook
-    optimizer = config["optimizer"]
-    if str(optimizer.get("type", "")).lower() in ADAMS:
-        # DeepSpeed compiles its own Adam at start; torch's needs no compiler and is as fast for adapters
-        optimizer["params"] = {"torch_adam": True, **optimizer.get("params", {})}
-    return config
 
 
 def start_deepspeed(on_accelerator: bool, verbose: bool) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.client.deepspeed_setup import deepspeed_output, engine_config
+from ubsmoe_ds.client.deepspeed_setup import deepspeed_output
 from ubsmoe_ds.client.gradients import GradientHook
+from ubsmoe_ds.client.optimizer import engine_config, refusals_of_deepspeed, reset_state
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
@@ -92,7 +93,7 @@ class Client:
         verbose: let DeepSpeed print.
 
     Raises:
-        UserError: if bf16 is asked for and the device has none.
+        UserError: if bf16 is asked for and the device has none, or DeepSpeed refuses its config.
     """
 
     def __init__(self, exp: Experiment, config: ClientConfig, group_rank: int, verbose: bool = False) -> None:
@@ -106,7 +107,7 @@ class Client:
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        with deepspeed_output(verbose):
+        with deepspeed_output(verbose), refusals_of_deepspeed():
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, model_parameters=trained, config=engine_config(exp.deepspeed)
             )
@@ -246,11 +247,8 @@ class Client:
                 self.gradient_hook.masters.write(layer.gate.scale, torch.ones_like(layer.gate.scale))
 
     def reset_optimizer(self) -> None:
-        """Zero the optimiser's moments and step counts in place, so that ZeRO's references to them stay valid."""
-        for state in self.engine.basic_optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        """Give the optimiser the state of a new one."""
+        reset_state(self.engine.basic_optimizer)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens, k: int) -> Tensor:

@@ -207,6 +207,11 @@ def _merge_problems(exp: Experiment) -> list[str]:
             f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
             "start anew each round; set it to 0"
         )
+    if exp.merge.row.turns_basis and exp.train.optimizer_state == "keep":
+        problems.append(
+            f"train.optimizer_state: 'keep' does not work with merge.rule {rule!r}, whose factors change their basis "
+            "each round; use reset"
+        )
     if not elementwise and exp.merge.clip_norm is not None:
         problems.append(
             f"merge.clip_norm: {exp.merge.clip_norm} does not work with merge.rule {rule!r}, which merges factors, not "

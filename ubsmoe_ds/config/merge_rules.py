@@ -17,6 +17,7 @@ class MergeRule:
     linear: the result is the weighted mean, so sums can be formed on the way to the owners.
     stacking: the returned factors are merged into the frozen weights, and adapters start anew (FLoRA).
     by_utilisation: a client's weight for an expert follows how much it used that expert (FLAME).
+    turns_basis: the factors that clients get back do not continue those that they sent.
     options: keys of the section `merge` that the function takes as keyword arguments.
     """
 
@@ -25,6 +26,7 @@ class MergeRule:
     linear: bool = False
     stacking: bool = False
     by_utilisation: bool = False
+    turns_basis: bool = False
     options: tuple[str, ...] = ()
 
     @property
@@ -40,9 +42,9 @@ RULES: dict[str, MergeRule] = {
     "trimmed_mean": MergeRule("trimmed_mean", "elementwise", options=("trim",)),
     "zero_pad": MergeRule("zero_pad", "factors"),
     "hetlora": MergeRule("hetlora", "factors"),
-    "flexlora": MergeRule("flexlora", "factors"),
-    "florist": MergeRule("florist", "factors", options=("energy",)),
-    "flora": MergeRule("flora", "factors", stacking=True),
+    "flexlora": MergeRule("flexlora", "factors", turns_basis=True),
+    "florist": MergeRule("florist", "factors", turns_basis=True, options=("energy",)),
+    "flora": MergeRule("flora", "factors", stacking=True, turns_basis=True),
 }
 
 

@@ -29,16 +29,17 @@ def check(section: type[BaseModel], value: Any, key: str) -> dict[str, Any]:
     try:
         return section.model_validate(value).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise BelowKeyError(one_line(error, section, within=key)) from error
+        raise BelowKeyError(one_line(error, section, within=key, listed=True)) from error
 
 
-def one_line(error: ValidationError, root: type[BaseModel], within: str = "") -> str:
+def one_line(error: ValidationError, root: type[BaseModel], within: str = "", *, listed: bool = False) -> str:
     """Return one problem as a line, with key, value and remedy, and the number of further problems.
 
     Args:
         error: what pydantic found. An unknown key comes first: where a key is misspelt, another is missing.
         root: the class that was validated.
         within: the key under which the value stands.
+        listed: name the keys that are known, of a section that docs/configuration.md does not list.
     """
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -48,8 +49,8 @@ def one_line(error: ValidationError, root: type[BaseModel], within: str = "") ->
         found = first["ctx"]["error"]
         line = f"{key}{'.' if isinstance(found, BelowKeyError) else ': '}{found}" if key else str(found)
     elif first["type"] == "extra_forbidden":
-        meant = _meant(parts, root)
-        line = f"{key}: unknown key (value {short(first['input'])}); see docs/configuration.md{meant}"
+        help_ = one_of(parts[-1], root.model_fields) if listed else f"see docs/configuration.md{_meant(parts, root)}"
+        line = f"{key}: unknown key (value {short(first['input'])}); {help_}"
     elif first["type"] == "missing":
         line = f"{key}: is missing and must be given"
     else:
