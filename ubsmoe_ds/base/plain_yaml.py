@@ -4,7 +4,7 @@ Numbers are those of YAML 1.2. PyYAML's are of 1.1, where 1e-4 is a text, 010 is
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,11 +23,11 @@ OTHERS = ("timestamp", *NUMBERS)
 class _Loader(yaml.SafeLoader):
     """The safe loader with the numbers of YAML 1.2; a date is a text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(TAG) not in OTHERS]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(TAG) not in OTHERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 for _kind, _pattern in NUMBERS.items():
     _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))

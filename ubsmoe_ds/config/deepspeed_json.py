@@ -42,7 +42,7 @@ def _section(name: str, flags: str, wholes: str = "", others: dict[str, Any] | N
 ZERO = _section(
     "zero_optimization",
     """contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions
-    compute_grad_norm elastic_checkpoint
+    compute_grad_norm elastic_checkpoint legacy_stage1 load_from_fp32_weights stage3_gather_fp16_weights_on_model_save
     stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
     ignore_unused_parameters round_robin_gradients parameter_alignment zero_quantized_weights
     zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint

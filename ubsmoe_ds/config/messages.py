@@ -43,7 +43,10 @@ def one_line(error: ValidationError, root: type[BaseModel], within: str = "", *,
     """
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    parts = [str(part) for part in first["loc"] if "[" not in str(part) and part not in BRANCHES]
+    *above, last = [str(part) for part in first["loc"]] or ["["]
+    parts = [part for part in above if not _is_branch(part)]
+    if first["type"] == "extra_forbidden" or not _is_branch(last):  # a user's key may look like a branch
+        parts.append(last)
     key = ".".join(([within] if within else []) + parts)
     if first["type"] == "value_error":
         found = first["ctx"]["error"]
@@ -56,6 +59,11 @@ def one_line(error: ValidationError, root: type[BaseModel], within: str = "", *,
     else:
         line = f"{key}: {short(first['input'])} is not valid: {_reason(first, parts, root)}"
     return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _is_branch(part: str) -> bool:
+    """Return whether a part of pydantic's path names a type in a union."""
+    return "[" in part or part in BRANCHES
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
