@@ -28,7 +28,8 @@ from ubsmoe_ds.base.command_line import Parser, carry_out, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
-from ubsmoe_ds.launching.placement import describe, place, read_hostfile
+from ubsmoe_ds.launching.hostfile import read_hostfile
+from ubsmoe_ds.launching.placement import describe, place
 from ubsmoe_ds.planning.fitting import Fit, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput
 from ubsmoe_ds.planning.memory_model import largest_phase

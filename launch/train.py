@@ -30,7 +30,8 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.shares import check_rows
 from ubsmoe_ds.launching import launchers
-from ubsmoe_ds.launching.placement import place, read_hostfile
+from ubsmoe_ds.launching.hostfile import read_hostfile
+from ubsmoe_ds.launching.placement import place
 from ubsmoe_ds.launching.relaunch import relaunch
 from ubsmoe_ds.launching.run_folder import check_run_folder, checkpoints, resumes_in_place, summary
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, sign_off

@@ -4,17 +4,14 @@ A client's ranks share a host where the numbers allow it. Where they do not, the
 first: into whole expert-parallel groups, whose all-to-alls then stay inside a host, and last into single ranks.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig
 
 MOST_TRIES = 1000  # choices of a host before a way of splitting counts as impossible
-HOSTFILE_LINE = re.compile(r"(?P<host>[^\s:]+)(\s+slots=|:)(?P<slots>\d+)")
 WHOLE, GROUPS, RANKS = range(3)  # how far a client is split
 
 
@@ -213,31 +210,3 @@ def describe(clients: Sequence[ClientConfig], places: Sequence[Sequence[str]]) -
     if crossing:
         line += f"; expert parallelism of {', '.join(crossing)} crosses hosts"
     return line
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Read the slots of each host: lines `host slots=N` (DeepSpeed, Open MPI) or `host:N` (MPICH); # begins a comment.
-
-    Raises:
-        UserError: for a file that cannot be read or is malformed, naming file and line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile: {path} cannot be read ({error}); check the path") from error
-    slots: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = HOSTFILE_LINE.fullmatch(text)
-        if match is None or int(match["slots"]) < 1:
-            raise UserError(f"--hostfile: {path}, line {number}: {text!r} is not `host slots=N` with N at least 1")
-        if match["host"] in slots:
-            raise UserError(
-                f"--hostfile: {path}, line {number}: {match['host']!r} stands there twice; give it one line"
-            )
-        slots[match["host"]] = int(match["slots"])
-    if not slots:
-        raise UserError(f"--hostfile: {path} names no host; write lines `host slots=N`")
-    return slots

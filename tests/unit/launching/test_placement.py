@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig
-from ubsmoe_ds.launching.placement import describe, job_order, place, read_hostfile
+from ubsmoe_ds.launching.placement import describe, job_order, place
 
 
 def client(name: str, ranks: int, expert_parallel: int = 1, hosts: list[str] | None = None) -> ClientConfig:
@@ -152,30 +152,3 @@ def test_very_many_clients_are_placed():
 def test_another_domain_is_another_host():
     with pytest.raises(UserError, match="'n1.here', which is not among those"):
         place([client("a", 1, 1, ["n1.here"])], {"n1.there": 1})
-
-
-def test_hostfiles_of_each_launcher_are_read(tmp_path):
-    path = tmp_path / "hosts"
-    path.write_text("# the cluster\nn0 slots=4\n\nn1   slots=2  # smaller\nn2:8\n")
-    assert read_hostfile(path) == {"n0": 4, "n1": 2, "n2": 8}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("n0 slots=4\nn0 slots=2\n", "line 2: 'n0' stands there twice"),
-        ("n0\n", "line 1: 'n0' is not `host slots=N`"),
-        ("n0 slots=0\n", "line 1: 'n0 slots=0' is not `host slots=N` with N at least 1"),
-        ("# none\n", "names no host"),
-    ],
-)
-def test_bad_hostfiles_are_refused(tmp_path, text, message):
-    path = tmp_path / "hosts"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_hostfile(path)
-
-
-def test_a_missing_hostfile_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--hostfile: .*none cannot be read"):
-        read_hostfile(tmp_path / "none")
