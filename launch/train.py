@@ -29,7 +29,7 @@ from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERRO
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.shares import check_rows
-from ubsmoe_ds.launching import launchers
+from ubsmoe_ds.launching import launchers, left_over
 from ubsmoe_ds.launching.hostfile import read_hostfile
 from ubsmoe_ds.launching.placement import place
 from ubsmoe_ds.launching.relaunch import relaunch
@@ -63,9 +63,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     """Validate, then start an MPI world or join it as a rank; return the exit code."""
-    first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
-    if not inside and not first:
-        return 0  # the launcher's first process starts the MPI world, or says what is wrong
+    try:
+        first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
+        left_over.check_process_manager(os.environ)
+        if not inside and not first:
+            left_over.check_launcher_runs(os.environ, sys.argv)
+            return 0  # the launcher's first process starts the MPI world, or says what is wrong
+    except UserError as error:
+        return report(error)
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     try:
         options = parse(arguments)

@@ -187,10 +187,13 @@ def test_a_fault_in_one_rank_ends_the_job(fault, code, message, tmp_path):
 
 
 def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
+    """Started with the variables of an allocation of Slurm that is no more, for which mpiexec would wait."""
     overrides = ["deepspeed.bf16.enabled=true", f"output={tmp_path}/new"]
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "gone", "SLURM_JOB_NUM_NODES": "1", "SLURM_CONF": "/dev/null"}
     code, output = run(
-        "deepspeed", "tests/support/failing_train.py", *FEW_RANKS, *overrides, UBSMOE_DS_FAULT="nobf16@all"
+        "deepspeed", "tests/support/failing_train.py", *FEW_RANKS, *overrides, UBSMOE_DS_FAULT="nobf16@all", **slurm
     )
+    assert output.count("note: SLURM_JOB_ID=7 is set, but s") == 1 and "all ranks run on this host" in output, output
     assert code == 2 and output.count("error: deepspeed.bf16.enabled: true, but") == 1, output
     assert list(tmp_path.iterdir()) == []
 

@@ -41,10 +41,14 @@ def inside_mpi(environment: Mapping[str, str]) -> bool:
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
-    """Return whether this process speaks for all that were started with it, before there is a world."""
+    """Return whether this process speaks for all that were started with it, before there is a world.
+
+    Raises:
+        UserError: if a variable of a launcher is no number.
+    """
     if inside_mpi(environment):
         return _value(environment, MPI_RANK_VARIABLES) == 0
-    first_task = not is_task_of_srun(environment) or environment.get("SLURM_PROCID", "0") == "0"
+    first_task = not is_task_of_srun(environment) or _value(environment, ("SLURM_PROCID",)) == 0
     return first_task and _value(environment, ("LOCAL_RANK",)) == 0 == _value(environment, HOST_RANK_VARIABLES)
 
 
@@ -68,7 +72,7 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
         UserError: with the command that works.
     """
     program = shlex.join(["python", "-u", "-m", "mpi4py", script, *arguments])
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    tasks = _value(environment, ("SLURM_STEP_NUM_TASKS",), default=1)
     if is_task_of_srun(environment) and tasks > 1:
         raise UserError(
             f"world: srun started {tasks} tasks, but each is an MPI world of its own; use srun --mpi=pmi2 (MPICH) or "
@@ -76,8 +80,10 @@ def check_launcher(environment: Mapping[str, str], script: str, arguments: Seque
         )
     hosts = _value(environment, HOSTS_VARIABLES, default=1)
     if hosts > 1:
+        name = next(name for name in HOSTS_VARIABLES if environment.get(name))
         raise UserError(
-            f"world: this launcher started the script on {hosts} hosts by itself, and no MPI joins them; run: "
+            f"world: this launcher ({name}={hosts}) started the script on {hosts} hosts by itself, and no MPI joins "
+            "them; run: "
             f"{shlex.join(['python', script, '--hostfile', 'HOSTFILE', *arguments])}, or "
             "deepspeed --hostfile HOSTFILE --launcher mpich --force_multi --no_ssh_check --master_addr ADDRESS ..."
         )
@@ -106,7 +112,7 @@ def check_size(
     ranks = sum(client.ranks for client in clients)
     started = _value(environment, MPI_SIZE_VARIABLES, default=0)
     if not started and is_task_of_srun(environment):
-        started = int(environment.get("SLURM_STEP_NUM_TASKS", "0"))
+        started = _value(environment, ("SLURM_STEP_NUM_TASKS",))
     command = shlex.join(mpi_command(script, arguments, ranks))
     if started > 1 and size == 1:
         raise UserError(
@@ -200,6 +206,15 @@ def _slots(hosts: Mapping[str, int]) -> str:
 
 
 def _value(environment: Mapping[str, str], names: Sequence[str], default: int = 0) -> int:
-    """Return the first of these variables that is set to a number."""
-    values = (int(environment[name]) for name in names if environment.get(name, "").isdecimal())
-    return next(values, default)
+    """Return the number that the first of these variables which is set stands for.
+
+    Raises:
+        UserError: if it is no number.
+    """
+    name = next((name for name in names if environment.get(name)), None)
+    if name is None:
+        return default
+    text = environment[name]
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"{name}: {text[:40]!r} is no number, as a launcher would set it; unset {name}")
+    return int(text)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
-from ubsmoe_ds.launching import fast_start
+from ubsmoe_ds.launching import fast_start, left_over
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_open_mpi, mpi_command, open_mpi_command
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
@@ -50,10 +50,14 @@ def relaunch(
         finished: identifies the summary that a run writes at its end, to tell it from that of an earlier run.
 
     Raises:
-        UserError: if there is no mpiexec, or not of the MPI that this needs.
+        UserError: if there is no mpiexec, or not of the MPI that this needs, or it would wait for a launcher in vain.
     """
     mpiexec, open_mpi = _find_mpiexec(survive)
-    environment = _environment(ranks, one_host=hosts is None)
+    left_over.check_host_lists(os.environ)
+    present, note = left_over.without_dead_allocation(os.environ, hostfile=hosts is not None)
+    if note:
+        print(note, file=sys.stderr, flush=True)
+    environment = _environment(present, ranks, one_host=hosts is None)
     make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     if open_mpi:
         environment = OPEN_MPI_WAITS_QUIETLY | environment
@@ -115,9 +119,9 @@ def _find_mpiexec(survive: bool) -> tuple[str, bool]:
     return mpiexec, open_mpi
 
 
-def _environment(ranks: int, one_host: bool) -> dict[str, str]:
-    """Return the environment of the ranks."""
-    environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS_VARIABLES}
+def _environment(present: Mapping[str, str], ranks: int, one_host: bool) -> dict[str, str]:
+    """Return the environment of the ranks, made of that of this process."""
+    environment = {key: value for key, value in present.items() if key not in RENDEZVOUS_VARIABLES}
     # `-m mpi4py` puts the working folder on the path in place of the script's: name the package's own
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))

@@ -40,6 +40,17 @@ def test_one_process_speaks(environment, first):
     assert launchers.is_first(environment) is first
 
 
+@pytest.mark.parametrize("text", ["x", "1.5", "-1", "٣", "9" * 5000])
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_PROCID", "CROSS_RANK", "PMI_RANK"])
+def test_a_variable_that_is_no_number_is_named(name, text):
+    with pytest.raises(UserError, match=rf"^{name}: .* is no number"):
+        launchers.is_first({"SLURM_STEP_ID": "0", name: text})
+
+
+def test_a_number_of_tasks_that_is_none_is_named():
+    assert refused(TASK_OF_SRUN | {"SLURM_STEP_NUM_TASKS": "4(x2)"}).startswith("SLURM_STEP_NUM_TASKS: '4(x2)' is no")
+
+
 def refused(environment: dict[str, str]) -> str:
     with pytest.raises(UserError) as error:
         launchers.check_launcher(environment, "launch/train.py", ["seed=1"], 6)
