@@ -29,7 +29,9 @@ def model_digest(folder: Path) -> str:
                     file.seek(piece * size // PIECES)
                     state.update(file.read(PIECE_BYTES))
         except OSError as error:
-            raise UserError(f"model.path: {str(path)!r} cannot be read ({error.strerror}); copy it again") from error
+            raise UserError(
+                f"model.path: {str(path)!r} cannot be read ({error.strerror}); check that it is there and may be read"
+            ) from error
     return state.hexdigest()
 
 

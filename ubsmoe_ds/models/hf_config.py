@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from ubsmoe_ds.base.errors import UserError
@@ -76,9 +77,15 @@ def sliding_window(config: PreTrainedConfig) -> float:
 
 
 def unusable(folder: Path, error: Exception) -> UserError:
-    """Return the error to raise where transformers refused the folder's config."""
+    """Return the error to raise where transformers refused the folder's config, which `read_facts` could read."""
     reason = " ".join(str(error).split())[:300]
-    return UserError(f"model.path: {str(folder / 'config.json')!r} cannot be used ({reason}); copy it again")
+    written = read_facts(folder)[1].get("transformers_version")
+    here = transformers.__version__
+    by = f", and {written} wrote it" if written and written != here else ""
+    return UserError(
+        f"model.path: {str(folder / 'config.json')!r} cannot be used: transformers {here} refuses it{by} ({reason}); "
+        "correct what it names"
+    )
 
 
 def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention: bool = False) -> ModelShape:

@@ -153,7 +153,10 @@ class WeightFiles:
     def _unreadable(self, file: str, name: str, error: Exception) -> UserError:
         tensor = f" (for tensor {name!r})" if name else ""
         reason = " ".join(str(error).split())[:200]
-        return UserError(f"model.path: {str(self.folder / file)!r} cannot be read{tensor}: {reason}; copy it again")
+        remedy = "check that it is there and may be read"
+        if isinstance(error, SafetensorError):
+            remedy = "it is damaged or cut off: fetch it again"
+        return UserError(f"model.path: {str(self.folder / file)!r} cannot be read{tensor}: {reason}; {remedy}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -98,8 +98,20 @@ def other_family(folder):
     set_config(folder, model_type="gpt2")
 
 
+def link_to_nothing(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    shard.symlink_to(folder / "gone")
+
+
+def refused_by_transformers(folder):
+    set_config(folder, hidden_act=["silu"], hidden_size="wide", transformers_version="9.0")
+
+
 DAMAGES = {
-    truncate: r"model-00002-of-\d+\.safetensors' cannot be read \(for tensor 'model\.[a-z0-9_.]+'\): .*; copy it again",
+    truncate: r"00002-of-\d+\.safetensors' cannot be read \(for tensor 'model\.[a-z0-9_.]+'\): .*; it is damaged",
+    link_to_nothing: r"00002-of-\d+\.safetensors' is missing; it should hold",
+    refused_by_transformers: r"transformers \S+ refuses it, and 9\.0 wrote it \(.*\); correct what it names$",
     rename: r"model-00002-of-\d+\.safetensors' is missing; it should hold 'model\.",
     drop_tensor: r"lacks 1 tensors, first 'model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight'",
     other_width: r"'model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight' has the shape \[12, 16\], .* for \[14, 16\]",
