@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ubsmoe_ds.base.command_line import Parser, whole
-from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, UserError
 from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.studies.comparison_jobs import Job, Runner, make_jobs, notes, run_job, run_jobs, settings_by_label
@@ -60,26 +60,33 @@ def main(arguments: Sequence[str], runner: Runner = run_job) -> int:
     Returns:
         The exit code.
     """
+    return carry_out(partial(compare, arguments, runner))
+
+
+def compare(arguments: Sequence[str], runner: Runner) -> int:
+    """As `main`, whose arguments these are; mistakes are raised.
+
+    Raises:
+        UserError: for a mistake in options or config; nothing has been started or written then.
+    """
+    options = parse(arguments)
+    jobs = read_jobs(options)
+    remarks = notes([job.run for job in jobs])
+    for line in remarks:
+        print(f"note: {line}", file=sys.stderr, flush=True)
+    if options.list:
+        print("\n".join(job.run.exp.name for job in jobs))
+        return 0
+    chosen = jobs if options.only is None else [nth_job(jobs, options.only)]
     try:
-        options = parse(arguments)
-        jobs = read_jobs(options)
-        remarks = notes([job.run for job in jobs])
-        for line in remarks:
-            print(f"note: {line}", file=sys.stderr, flush=True)
-        if options.list:
-            print("\n".join(job.run.exp.name for job in jobs))
-            return 0
-        chosen = jobs if options.only is None else [nth_job(jobs, options.only)]
         code = run_jobs(chosen, runner, report)
-        if code == 0 and options.only is None:
-            command = shlex.join(["python", "launch/compare.py", *arguments])
-            runs = [job.run for job in jobs]
-            headline = f"`{command}`; {machines(runs)}; seeds {' '.join(options.seeds)}"
-            write_results(runs, Path(options.out), "\n\n".join([headline, *remarks]))
-    except UserError as error:
-        return report(str(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return report("interrupted; the same command continues where it stopped", EXIT_INTERRUPTED)
+    if code == 0 and options.only is None:
+        command = shlex.join(["python", "launch/compare.py", *arguments])
+        runs = [job.run for job in jobs]
+        headline = f"`{command}`; {machines(runs)}; seeds {' '.join(options.seeds)}"
+        write_results(runs, Path(options.out), "\n\n".join([headline, *remarks]))
     return code
 
 

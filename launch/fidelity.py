@@ -21,7 +21,8 @@ from typing import Any
 
 import pandas as pd
 
-from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 
@@ -30,51 +31,51 @@ CALIBRATION_STEPS = 8  # their rows give the moments of `linearised`
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", required=True, help="experiment (YAML)")
-    parser.add_argument("--ks", nargs="+", type=int, help="active experts; default 1, 2, 4, ... K_max")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps before measuring")
-    parser.add_argument("--batches", type=int, default=8, help="batches to measure on, each the rows of one step")
+    parser.add_argument("--ks", nargs="+", type=whole(1), help="active experts; default 1, 2, 4, ... K_max")
+    parser.add_argument("--steps", type=whole(0), default=20, help="optimiser steps before measuring")
+    parser.add_argument("--batches", type=whole(1), default=8, help="batches to measure on, each the rows of one step")
     parser.add_argument("--out", type=Path, help="folder for fidelity.md, fidelity.csv and fidelity.png")
     return parser.parse_intermixed_args(arguments)
 
 
 def main() -> int:
     """Measure and print; with --out also write. Returns the exit code."""
-    options = parse(sys.argv[1:])
-    try:
-        exp = load_experiment(options.config, options.overrides)
-        ks = options.ks or [2**i for i in range(exp.k_max.bit_length()) if 2**i <= exp.k_max]
-        check(exp, ks, options)
-        table, bias = report(exp, ks, options.steps, options.batches)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return carry_out(lambda: measure(parse(sys.argv[1:])))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Do what the options ask for.
+
+    Raises:
+        UserError: for a mistake in config, data or options.
+    """
+    exp = load_experiment(options.config, options.overrides)
+    ks = options.ks or [2**i for i in range(exp.k_max.bit_length()) if 2**i <= exp.k_max]
+    check(exp, ks)
+    table, bias = report(exp, ks, options.steps, options.batches)
     from ubsmoe_ds.studies.fidelity_report import markdown, picture
 
-    command = shlex.join(["python", *sys.argv])
-    text = markdown(table, bias, command, exp)
+    text = markdown(table, bias, shlex.join(["python", *sys.argv]), exp)
     print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "fidelity.md").write_text(text + "\n", encoding="utf-8")
         table.merge(bias, on=["k", "estimator"]).to_csv(options.out / "fidelity.csv", index=False, float_format="%.5g")
         picture(table, bias).savefig(options.out / "fidelity.png", dpi=120)
-    return 0
 
 
-def check(exp: Experiment, ks: list[int], options: argparse.Namespace) -> None:
-    """Check the numbers of the options, before anything is loaded.
+def check(exp: Experiment, ks: list[int]) -> None:
+    """Check the numbers of active experts, before anything is loaded.
 
     Raises:
         UserError: for one out of range.
     """
     for k in ks:
-        if not 1 <= k <= exp.num_experts:
+        if k > exp.num_experts:
             raise UserError(f"--ks: {k} must lie between 1 and the model's {exp.num_experts} experts")
-    if options.batches < 1 or options.steps < 0:
-        raise UserError(f"--batches {options.batches} must be at least 1 and --steps {options.steps} at least 0")
 
 
 def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -11,9 +11,11 @@ if __name__ == "__main__":
     import _environment  # noqa: F401
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.command_line import carry_out
+from ubsmoe_ds.base.errors import UserError
 
 
 def main() -> int:
@@ -21,19 +23,25 @@ def main() -> int:
     # the harness imports Hugging Face's `evaluate`, which this folder's evaluate.py would hide
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    return carry_out(hand_over)
+
+
+def hand_over() -> None:
+    """Run the harness's own command line, which knows our model too.
+
+    Raises:
+        UserError: if the harness is not installed, and for our own arguments.
+    """
+    if find_spec("lm_eval") is None and {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\nThe harness's own options are shown where it is installed.")
+        return
     try:
         from lm_eval.__main__ import cli_evaluate
 
         import ubsmoe_ds.adapters.lm_eval  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing; pip install '.[lm-eval]'", file=sys.stderr)
-        return EXIT_USER_ERROR
-    try:
-        cli_evaluate()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+        raise UserError(f"harness: {error.name} is missing; pip install '.[lm-eval]'") from error
+    cli_evaluate()
 
 
 if __name__ == "__main__":

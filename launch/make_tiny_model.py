@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.manual_seed(0)
-    rows, _ = load_rows(DataConfig(source="synthetic", rows=8000), ROWS_SEED)
+    rows = load_rows(DataConfig(source="synthetic", rows=8000), ROWS_SEED).training
     texts = [f"{row['instruction']}\n{row['answer']}{END}" for row in rows]
     tokenizer = train_tokenizer(texts, vocab=768)
     model = make_model(len(tokenizer))

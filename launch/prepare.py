@@ -160,7 +160,7 @@ def make_split(options: argparse.Namespace) -> None:
     from ubsmoe_ds.data.sources import load_rows, only_source
     from ubsmoe_ds.models.split import recover, split
 
-    train, held_out = load_rows(only_source(options.data), options.seed)
+    train, held_out, _ = load_rows(only_source(options.data), options.seed)
     dense, tokenizer = read_dense(options.model, torch.float32)
     calibration = options.tokens // options.length
     blocks = text_blocks(train, tokenizer, options.length, calibration + options.recover_steps * options.recover_rows)

@@ -70,7 +70,7 @@ def test_export_writes_plain_weights_and_says_what_is_lost(run, tmp_path):
 
 def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path):
     """The table of the run's last evaluation, from its adapters, in another process and without expert parallelism."""
-    rows = load_rows(load_experiment(REPO / "ds_configs" / "tiny.yaml", DATA).data, 0)[1]
+    rows = load_rows(load_experiment(REPO / "ds_configs" / "tiny.yaml", DATA).data, 0).evaluation
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def test_command_writes_table_and_picture(tmp_path):
     ("arguments", "message"),
     [
         (["--ks", "17"], "--ks: 17 must lie between 1 and the model's 16 experts"),
-        (["--batches", "0"], "--batches 0 must be at least 1"),
+        (["--batches", "0"], "argument --batches: 0 must be 1 to"),
         (["method=nothing"], "method: 'nothing' is not a method"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,22 +68,29 @@ def test_log_likelihoods_match_ours(adapter):
             UBSMoELM(str(adapter), **{name: 2})
 
 
+def harness(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the command with the modules of a folder in front of installed ones."""
+    environment = clean_environment()
+    environment["PYTHONPATH"] = f"{folder}:{environment['PYTHONPATH']}"
+    command = [sys.executable, "launch/harness.py", *arguments]
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
+
+
 def test_a_missing_harness_is_named(tmp_path):
     """A stand-in module hides an installed harness, as on a machine without it."""
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')\n")
-    environment = clean_environment()
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "launch/harness.py", "--help"]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stderr == "error: lm_eval is missing; pip install '.[lm-eval]'\n"
+    done = harness(tmp_path, "run", "--model", "ubsmoe")
+    assert done.returncode == 2 and done.stderr == "error: harness: lm_eval is missing; pip install '.[lm-eval]'\n"
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_help_needs_no_harness(tmp_path):
+    done = harness(tmp_path, "--help")
+    assert done.returncode == 0 and "--model ubsmoe" in done.stdout and done.stderr == ""
 
 
 def test_the_harness_gets_the_evaluate_of_hugging_face(tmp_path):
     """The script's folder has an evaluate.py, which must not hide the package; stand-ins for both packages."""
     (tmp_path / "evaluate.py").write_text("print('the package')\n")
     (tmp_path / "lm_eval.py").write_text("import evaluate\nraise ModuleNotFoundError(name='lm_eval')\n")
-    environment = clean_environment()
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "launch/harness.py", "--help"]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.stdout == "the package\n"
+    assert harness(tmp_path).stdout == "the package\n"

@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from ubsmoe_ds.base.errors import EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, EXIT_UNREAD, EXIT_USER_ERROR, UserError
 
 MOST = 2**31 - 1
 
@@ -47,11 +49,32 @@ def positive(text: str) -> float:
     return value
 
 
-def carry_out(command: Callable[[], None]) -> int:
-    """Run a command; print a `UserError` as one line. Return the exit code."""
+def carry_out(command: Callable[[], int | None]) -> int:
+    """Run a command; return its exit code. A `UserError` or Ctrl-C is one line; if nobody reads on, it ends silently.
+
+    Args:
+        command: returns its exit code, or None for 0.
+    """
     try:
-        command()
+        code = command()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    return 0
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_has_left(sys.stdout.fileno()):
+            raise
+        # what is buffered still would fail once more at the end of the program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
+    return code or 0
+
+
+def _reader_has_left(descriptor: int) -> bool:
+    """Return whether this is a pipe from which nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # an error is always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -8,6 +8,7 @@ EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3  # the numbers have gone wrong; a repetition would end in the same way
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, "temporary failure, try again": all is saved, --resume continues
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+EXIT_UNREAD = 141  # 128 + SIGPIPE: the reader of the output, such as `head`, has left
 EXIT_TERMINATED = 143  # 128 + SIGTERM: a second signal or the end of the grace time, before all was saved
 # the job has ended as it meant to, or would end in the same way again
 DELIBERATE = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PREEMPTED)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.shares import common_rows, has_sites, site_rows
-from ubsmoe_ds.data.sources import Row, digest
+from ubsmoe_ds.data.sources import Row, Unused, digest
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
 
@@ -14,12 +14,14 @@ class ClientRows:
     """Rows as one rank sees them.
 
     training: this client's rows; counts: training rows of each client; evaluation: rows, the same for all clients;
-    digest: differs when any of these rows differ, and is the same on all ranks.
+    unused: numbers of other rows, of the common source (one item) or of each client's; digest: differs when any rows
+    differ, and is the same on all ranks.
     """
 
     training: list[Row]
     counts: list[int]
     evaluation: list[Row]
+    unused: list[Unused]
     digest: str
 
     @property
@@ -35,13 +37,14 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
         UserError: for a bad row, or a client without any.
     """
     if not has_sites(exp.clients):
-        rows = common_rows(exp)
-        counts = [len(share) for share in rows.shares]
-        return ClientRows(rows.of_client(world.client), counts, rows.evaluation, rows.digest)
-    training, evaluation = site_rows(exp, world.client)
+        common = common_rows(exp)
+        counts = [len(share) for share in common.shares]
+        return ClientRows(common.of_client(world.client), counts, common.evaluation, [common.unused], common.digest)
+    rows = site_rows(exp, world.client)
     site = None  # the first rank of each client speaks for it
     if world.group_rank == 0:
-        site = [world.client, len(training), digest([*training, *evaluation])]
+        site = [world.client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation])]
     sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
+    counts, unused = [count for _, count, *_ in sites], [Unused(*numbers) for _, _, numbers, _ in sites]
     digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]
-    return ClientRows(training, [count for _, count, _ in sites], evaluation, digest(digests))
+    return ClientRows(rows.training, counts, rows.evaluation, unused, digest(digests))

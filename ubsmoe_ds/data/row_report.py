@@ -6,18 +6,21 @@ from typing import Any
 
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data.lengths import Lengths, by_client, by_name, length_lines
+from ubsmoe_ds.data.sources import Unused
 
 
 @dataclass(frozen=True)
 class RowReport:
     """Numbers of rows.
 
-    training: of each client by name; evaluation: of the rows common to all; unscored: ids of those that were dropped.
+    training: of each client by name; evaluation: of the rows common to all; unscored: ids of those that were dropped;
+    unused: numbers of rows that were not chosen, of the common source (one item) or of each client's.
     """
 
     training: Mapping[str, Lengths]
     evaluation: Lengths
     unscored: Sequence[str]
+    unused: Sequence[Unused]
 
     @property
     def kept(self) -> dict[str, int]:
@@ -25,7 +28,8 @@ class RowReport:
         return {name: lengths.kept for name, lengths in self.training.items()}
 
     def lines(self, data: DataConfig) -> Iterator[str]:
-        """Yield a line for each way in which rows lost something."""
+        """Yield a line for each way in which rows were left out or lost something."""
+        yield from self._unused_lines(data)
         setting = f"data.max_length={data.max_length}"
         total = Lengths(*map(sum, zip(*self.training.values(), strict=True)))
         cut = by_client({name: lengths.cut for name, lengths in self.training.items()})
@@ -33,7 +37,29 @@ class RowReport:
         yield from length_lines(setting, "training", total, cut, dropped)
         yield from length_lines(setting, "evaluation", self.evaluation, dropped_of=by_name(self.unscored))
 
+    def _unused_lines(self, data: DataConfig) -> Iterator[str]:
+        """Yield a line for each reason why rows were not chosen."""
+        training, evaluation = sum(lengths.rows for lengths in self.training.values()), self.evaluation.rows
+        evaluated, beyond = sum(part.evaluated for part in self.unused), sum(part.beyond_rows for part in self.unused)
+        asked, of_all = self.unused[0].beyond_eval_rows, training + evaluated + beyond  # evaluation rows are common
+        if evaluated:
+            whose = self._by_client([part.evaluated for part in self.unused])
+            yield (
+                f"note: data.eval_source: {evaluated} of {of_all} training rows are left out{whose}: they are "
+                "evaluation rows too, with the same prompt and answer"
+            )
+        if beyond:
+            whose = self._by_client([part.beyond_rows for part in self.unused])
+            yield f"note: data.rows={data.rows}: {beyond} of {of_all} training rows are left out{whose}"
+        if asked:
+            yield f"note: data.eval_rows={data.eval_rows}: {asked} of {evaluation + asked} evaluation rows are left out"
+
+    def _by_client(self, counts: Sequence[int]) -> str:
+        """Name the clients whose own sources the counts are of; nobody if the source is common."""
+        return by_client(dict(zip(self.training, counts, strict=True))) if len(counts) > 1 else ""
+
     def record(self) -> dict[str, Any]:
         """Return the numbers for `summary.json`."""
         training = {name: lengths._asdict() for name, lengths in self.training.items()}
-        return {"training": training, "evaluation": self.evaluation._asdict()}
+        unused = [part._asdict() for part in self.unused]
+        return {"training": training, "evaluation": self.evaluation._asdict(), "unused": unused}

@@ -10,19 +10,20 @@ from typing import NamedTuple
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import Row, digest, load_rows, load_site
+from ubsmoe_ds.data.sources import Row, Rows, Unused, digest, load_rows, load_site
 
 
 class CommonRows(NamedTuple):
     """Rows that every rank reads, dealt to the clients.
 
     training: all training rows; shares: of each client, the numbers of its rows in `training`; together they are all
-    rows, and none is dealt twice. evaluation: rows, the same for all clients.
+    rows, and none is dealt twice. evaluation: rows, the same for all clients. unused: numbers of other rows.
     """
 
     training: list[Row]
     shares: list[list[int]]
     evaluation: list[Row]
+    unused: Unused
 
     def of_client(self, number: int) -> list[Row]:
         """Return a client's training rows."""
@@ -45,13 +46,13 @@ def common_rows(exp: Experiment) -> CommonRows:
     Raises:
         UserError: for a bad row, or a client that would get none.
     """
-    training, evaluation = load_rows(exp.data, exp.seed)
-    shares = partition([row["task"] for row in training], exp.clients, exp.data, exp.seed)
-    return CommonRows(training, shares, evaluation)
+    rows = load_rows(exp.data, exp.seed)
+    shares = partition([row["task"] for row in rows.training], exp.clients, exp.data, exp.seed)
+    return CommonRows(rows.training, shares, rows.evaluation, rows.unused)
 
 
-def site_rows(exp: Experiment, number: int) -> tuple[list[Row], list[Row]]:
-    """Read (training rows, evaluation rows) of a client with a source of its own.
+def site_rows(exp: Experiment, number: int) -> Rows:
+    """Read the rows of a client with a source of its own.
 
     Raises:
         UserError: as `load_rows`.
@@ -70,7 +71,7 @@ def rows_by_client(exp: Experiment) -> tuple[list[list[Row]], list[Row]]:
     numbers = range(len(exp.clients))
     if has_sites(exp.clients):
         sites = [site_rows(exp, number) for number in numbers]
-        return [training for training, _ in sites], sites[0][1]
+        return [site.training for site in sites], sites[0].evaluation
     rows = common_rows(exp)
     return [rows.of_client(number) for number in numbers], rows.evaluation
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import open_regular, parse_json
@@ -22,46 +22,86 @@ from ubsmoe_ds.data.words import nfc, occurrences
 TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000
 LONGEST_LINE = 8 * 2**20  # bytes of a row in a file
+REMEDY_EVALUATION = "raise data.eval_fraction or set data.eval_source"
 Row = dict[str, Any]
 
 
-def load_rows(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
-    """Read training and evaluation rows; no question is in both.
+class Unused(NamedTuple):
+    """Count rows of a source that a run does not use.
+
+    evaluated: training rows that are evaluation rows too; beyond_rows, beyond_eval_rows: those over these settings.
+    The synthetic tasks have none: their rows are made as they are needed.
+    """
+
+    evaluated: int
+    beyond_rows: int
+    beyond_eval_rows: int
+
+
+class Rows(NamedTuple):
+    """Training and evaluation rows, in an order that depends on the seed only, and how many others there are."""
+
+    training: list[Row]
+    evaluation: list[Row]
+    unused: Unused
+
+
+def load_rows(config: DataConfig, seed: int) -> Rows:
+    """Read training and evaluation rows; no row is in both.
+
+    Rows are the same if their prompts and their answers are. Where evaluation rows are held out, it is by question.
 
     Args:
         config: the data section.
         seed: of the synthetic tasks and of the choice of rows.
 
-    Returns:
-        (training rows, evaluation rows), in an order that depends on the seed only.
-
     Raises:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
     is_synthetic = config.source == "synthetic"
-    form = as_cloze if config.format == "cloze" else dict
-    rows = (
-        synthetic.rows(config.rows or SYNTHETIC_ROWS, seed) if is_synthetic else read_rows(config.source, split="train")
-    )
+    if is_synthetic:
+        rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
+    else:
+        rows = read_rows(config.source, split="train")
     if config.eval_source is None:
         held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
         train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
     else:
-        held_out = read_rows(config.eval_source, split="test")
-        asked = {row["question"] for row in held_out}
-        train = [row for row in rows if row["question"] not in asked]
-    train, held_out = (sorted(part, key=lambda row: _position(row["question"], seed + 1)) for part in (train, held_out))
-    train, held_out = ([form(row) for row in part] for part in (train[: config.rows], held_out[: config.eval_rows]))
-    if not train:
-        raise UserError(f"data.source: {config.source!r} leaves no training rows; give more rows")
-    if not held_out:
-        raise UserError(
-            f"data: {config.source!r} leaves no evaluation rows; raise data.eval_fraction or set data.eval_source"
+        train, held_out = rows, read_rows(config.eval_source, split="test")
+    train, held_out = (_in_form(part, config.format, seed) for part in (train, held_out))
+    # a held-out row has another question than all training rows, which its prompt asks
+    asked = set() if config.eval_source is None else {_prompt_and_answer(row) for row in held_out}
+    new = [row for row in train if _prompt_and_answer(row) not in asked]
+    chosen = Rows(new[: config.rows], held_out[: config.eval_rows], Unused(0, 0, 0))
+    if not chosen.training:
+        raise _nothing_left(config, "training", f"{len(train) - len(new)} are evaluation rows", "give more rows")
+    if not chosen.evaluation:
+        raise _nothing_left(
+            config, "evaluation", f"they ask {len({row['question'] for row in rows})} questions", REMEDY_EVALUATION
         )
-    return train, held_out
+    if is_synthetic:
+        return chosen
+    beyond = len(new) - len(chosen.training), len(held_out) - len(chosen.evaluation)
+    return chosen._replace(unused=Unused(len(train) - len(new), *beyond))
 
 
-def load_site(config: DataConfig, source: str, seed: int) -> tuple[list[Row], list[Row]]:
+def _in_form(rows: Sequence[Row], form: str, seed: int) -> list[Row]:
+    """Return rows as `data.format` says, in an order that depends on the seed and their questions."""
+    ordered = sorted(rows, key=lambda row: _position(row["question"], seed + 1))
+    return [as_cloze(row) if form == "cloze" else dict(row) for row in ordered]
+
+
+def _prompt_and_answer(row: Row) -> tuple[str, str]:
+    """Return what makes a row the same as another."""
+    return row["instruction"], row["answer"]
+
+
+def _nothing_left(config: DataConfig, kind: str, why: str, remedy: str) -> UserError:
+    """Return the error where a source leaves no rows of a kind."""
+    return UserError(f"data.source: {config.source!r} leaves no {kind} rows ({why}); {remedy}")
+
+
+def load_site(config: DataConfig, source: str, seed: int) -> Rows:
     """Read rows as `load_rows` does, with the training rows of one client's own source."""
     return load_rows(config.model_copy(update={"source": source}), seed)
 
@@ -105,7 +145,7 @@ def evaluation_rows(source: str, count: int | None, seed: int, form: str = "inst
         UserError: as `load_rows`.
     """
     config = only_source(source)
-    rows = load_rows(config, seed)[1] if source == "synthetic" else read_rows(source, split="test")
+    rows = load_rows(config, seed).evaluation if source == "synthetic" else read_rows(source, split="test")
     chosen = sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
     return [as_cloze(row) for row in chosen] if form == "cloze" else chosen
 

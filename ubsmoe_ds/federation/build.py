@@ -25,6 +25,7 @@ from ubsmoe_ds.data.client_rows import ClientRows, client_rows
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
 from ubsmoe_ds.data.row_report import RowReport
+from ubsmoe_ds.data.sources import Unused
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
@@ -92,7 +93,7 @@ def build(
         client=client,
         aggregator=aggregator,
         evaluator=texts.evaluator,
-        rows=_row_report(exp, texts),
+        rows=_row_report(exp, texts, rows.unused),
         batches_from=batches_from,
         monitor=None,
         checkpoints=checkpoints,
@@ -142,10 +143,10 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     return _Texts(examples, of_clients, evaluator, encoder)
 
 
-def _row_report(exp: Experiment, texts: _Texts) -> RowReport:
+def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowReport:
     """Name the numbers of rows by client."""
     training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
-    return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped)
+    return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped, unused)
 
 
 def _unit_store(exp: Experiment, client: Client) -> UnitStore:

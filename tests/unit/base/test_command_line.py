@@ -1,6 +1,8 @@
 """Mistakes in options are one line and exit code 2."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -33,6 +35,39 @@ def test_a_mistake_in_an_option_is_one_line_and_exit_code_2(capsys):
     assert carry_out(lambda: print(parser.parse_args(["--rounds", "0"]))) == 2
     out, err = capsys.readouterr()
     assert out == "3\n" and err == "error: argument --rounds: 0 must be 1 to 2147483647; see --help\n"
+
+
+def test_a_commands_own_code_and_an_interruption_are_passed_on(capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert carry_out(lambda: 7) == 7
+    assert carry_out(interrupted) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_ends_the_command_in_silence(lines):
+    """As `evaluate.py | head` does; with few lines the writing fails only at the end."""
+    program = (
+        "import sys, time; from ubsmoe_ds.base.command_line import carry_out\n"
+        f"sys.exit(carry_out(lambda: (sys.stdin.read(), print('line\\n' * {lines})) and None))"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    _, error = process.communicate("go on")
+    assert (process.returncode, error) == (141, "")
+
+
+def test_another_broken_connection_is_not_hidden(capfd):
+    def broken() -> None:
+        raise BrokenPipeError("of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        carry_out(broken)
 
 
 def test_a_defect_is_not_hidden():

@@ -74,20 +74,56 @@ def test_asking_for_more_rows_than_a_synthetic_world_has_is_an_error():
 
 
 def test_split_is_by_question_and_repeats():
-    train, held_out = load_rows(DataConfig(rows=1000), seed=0)
+    train, held_out, _ = load_rows(DataConfig(rows=1000), seed=0)
     assert not {r["question"] for r in train} & {r["question"] for r in held_out}
     assert 50 < len(held_out) < 150 and len(train) + len(held_out) == 1000
     again = load_rows(DataConfig(rows=1000), seed=0)
-    assert (train, held_out) == again
+    assert (train, held_out, (0, 0, 0)) == again
+
+
+def save(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return f"jsonl:{path}"
 
 
 def test_rows_of_eval_source_never_train(tmp_path):
-    path, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
-    rows = [GOOD | {"id": str(i), "question": f"Q{i % 4}?"} for i in range(8)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    dev.write_text(json.dumps(GOOD | {"question": "Q1?"}))
-    train, held_out = load_rows(DataConfig(source=f"jsonl:{path}", eval_source=f"jsonl:{dev}"), seed=0)
-    assert sorted({r["question"] for r in train}) == ["Q0?", "Q2?", "Q3?"] and len(held_out) == 1
+    """A row is the same if prompt and answer are, in any form of Unicode; a question that many rows share is none."""
+    rows = [GOOD | {"id": str(i), "instruction": f"Caf\u00e9 {i % 4}?", "question": "Which?"} for i in range(8)]
+    other_answer = {"answer": "the correct answer is a", "label": 0}
+    source = save(tmp_path / "train.jsonl", *rows)
+    dev = save(
+        tmp_path / "dev.jsonl",
+        rows[1] | {"instruction": "Cafe\u0301 1?", "id": "other"},
+        rows[2] | other_answer,
+    )
+    config = DataConfig(source=source, eval_source=dev, rows=5)
+    train, held_out, unused = load_rows(config, seed=0)
+    assert sorted({row["instruction"][-2] for row in train}) == ["0", "2", "3"] and len(held_out) == 2
+    assert (len(train), unused) == (5, (2, 1, 0))  # of 8 rows two ask what is evaluated, and one is over data.rows
+    assert load_rows(config.model_copy(update={"eval_rows": 1}), seed=0).unused == (2, 1, 1)
+
+
+def test_rows_are_compared_as_they_are_shown(tmp_path):
+    """As a cloze, two prompts with one question and one answer are the same row."""
+    source = save(tmp_path / "train.jsonl", GOOD, GOOD | {"question": "another?"})
+    dev = save(tmp_path / "dev.jsonl", GOOD | {"instruction": "asked otherwise"})
+    assert len(load_rows(DataConfig(source=source, eval_source=dev), 0).training) == 2
+    rows = load_rows(DataConfig(source=source, eval_source=dev, format="cloze"), 0)
+    assert [row["question"] for row in rows.training] == ["another?"] and rows.unused == (1, 0, 0)
+
+
+def test_held_out_rows_beyond_the_limit_are_counted(tmp_path):
+    source = save(tmp_path / "rows.jsonl", *(GOOD | {"question": f"Q{i}?"} for i in range(100)))
+    rows = load_rows(DataConfig(source=source, eval_rows=3), 0)
+    assert len(rows.evaluation) == 3 and len(rows.training) + 3 + rows.unused.beyond_eval_rows == 100
+
+
+def test_a_source_that_leaves_nothing_says_why(tmp_path):
+    source = save(tmp_path / "rows.jsonl", GOOD, GOOD | {"instruction": "the same question again"})
+    with pytest.raises(UserError, match=r"leaves no \w+ rows \((they ask 1 questions|0 are evaluation rows)\)"):
+        load_rows(DataConfig(source=source), 0)
+    with pytest.raises(UserError, match=r"leaves no training rows \(2 are evaluation rows\); give more rows"):
+        load_rows(DataConfig(source=source, eval_source=source), 0)
 
 
 BAD_LINES = {
@@ -137,7 +173,7 @@ def test_hub_rows_are_checked_and_an_unreachable_hub_is_reported(monkeypatch):
     import datasets
 
     found = {
-        "a/rows@train": [GOOD | {"question": f"Q{i}?"} for i in range(3)],
+        "a/rows@train": [GOOD | {"instruction": f"Q{i}?"} for i in range(3)],
         "a/rows@test": [GOOD],
         "a/rows@bad": [GOOD | {"label": 5}],
         "a/rows@empty": [],
@@ -145,7 +181,7 @@ def test_hub_rows_are_checked_and_an_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(found[f"{name}@{split}"])
     )
-    train, held_out = load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows"), 0)
+    train, held_out, _ = load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows"), 0)
     assert len(train) == 3 and held_out == [GOOD]
     with pytest.raises(UserError, match="hub:a/rows@bad, row 1: field 'label' is 5"):
         load_rows(DataConfig(source="hub:a/rows@bad"), 0)
@@ -319,7 +355,7 @@ def test_cloze_rows_by_hand(tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(row | {"question": "how?"}) + "\n", encoding="utf-8")
     config = DataConfig(source=f"jsonl:{path}", eval_source=f"jsonl:{other}", format="cloze")
-    assert [rows[0]["instruction"].split()[1] for rows in load_rows(config, 0)] == ["why?", "how?"]
+    assert [rows[0]["instruction"].split()[1] for rows in load_rows(config, 0)[:2]] == ["why?", "how?"]
 
 
 def test_options_share_the_prompt_and_their_common_beginning(tokenizer):

@@ -12,6 +12,7 @@ from ubsmoe_ds.data.batches import encode, pack, steps
 from ubsmoe_ds.data.encoding import read_encoder
 from ubsmoe_ds.data.lengths import LEAST_PROMPT, Lengths, by_name, fit
 from ubsmoe_ds.data.row_report import RowReport
+from ubsmoe_ds.data.sources import Unused
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 TOKENIZER = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
@@ -82,9 +83,30 @@ def test_a_client_whose_rows_all_are_too_long_is_named():
     assert len(encoder.pack([row(60, 30), row(3, 3)])) == 1
 
 
+NONE = Unused(0, 0, 0)
+
+
+def test_lines_say_which_rows_were_left_out():
+    counts = {"phone": Lengths(9, 0, 1), "server": Lengths(20, 0, 0)}
+    setting = DataConfig(rows=30, eval_rows=7)
+    common = RowReport(counts, Lengths(7, 0, 0), [], [Unused(3, 2, 5)])
+    assert list(common.lines(setting))[:3] == [
+        "note: data.eval_source: 3 of 35 training rows are left out: they are evaluation rows too, with the same "
+        "prompt and answer",
+        "note: data.rows=30: 2 of 35 training rows are left out",
+        "note: data.eval_rows=7: 5 of 12 evaluation rows are left out",
+    ]
+    sites = RowReport(counts, Lengths(7, 0, 0), [], [Unused(0, 1, 5), Unused(4, 0, 5)])
+    first, second, third, *_ = sites.lines(setting)
+    assert "4 of 35 training rows are left out (server 4):" in first
+    assert third.endswith("5 of 12 evaluation rows are left out")
+    assert second == "note: data.rows=30: 1 of 35 training rows are left out (phone 1)"
+    assert common.record()["unused"] == [{"evaluated": 3, "beyond_rows": 2, "beyond_eval_rows": 5}]
+
+
 def test_lines_say_what_was_cut_and_dropped_of_whom():
     report = RowReport(
-        {"phone": Lengths(9, 3, 0), "server": Lengths(20, 0, 2)}, Lengths(5, 1, 2), unscored=["q1", "q17"]
+        {"phone": Lengths(9, 3, 0), "server": Lengths(20, 0, 2)}, Lengths(5, 1, 2), ["q1", "q17"], [NONE]
     )
     lines = list(report.lines(DataConfig(max_length=64)))
     assert lines == [
@@ -96,5 +118,5 @@ def test_lines_say_what_was_cut_and_dropped_of_whom():
         "16 tokens for the prompt; raise it",
     ]
     assert report.record()["training"]["server"] == {"kept": 20, "cut": 0, "dropped": 2}
-    assert not list(RowReport({"a": Lengths(9, 0, 0)}, Lengths(5, 0, 0), []).lines(DataConfig()))
+    assert not list(RowReport({"a": Lengths(9, 0, 0)}, Lengths(5, 0, 0), [], [NONE]).lines(DataConfig()))
     assert by_name("abcdefg") == " ('a', 'b', 'c', 'd', 'e', ...)"
