@@ -63,6 +63,10 @@ def test_log_likelihoods_match_ours(adapter):
         with pytest.raises(UserError, match=f"k: {k} must be 1 to 16"):
             UBSMoELM(str(adapter), k=k)
     UBSMoELM(str(adapter), trust_remote_code=True)  # the harness adds this for data sets
+    if not torch.cuda.is_available():  # and names this device unless it is told another
+        assert UBSMoELM(str(adapter), device="cuda:0").device == torch.device("cpu")
+    with pytest.raises(UserError, match="--device: 'tpu' cannot be used"):
+        UBSMoELM(str(adapter), device="tpu")
     for name in ("K", "peft", "revision"):  # ignored, they would evaluate another model than was meant
         with pytest.raises(UserError, match=f"--model_args: '{name}' is not known; use adapter, base, k, "):
             UBSMoELM(str(adapter), **{name: 2})

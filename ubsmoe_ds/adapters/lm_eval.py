@@ -1,5 +1,6 @@
 """Register trained adapters as a model of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval`."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ class UBSMoELM(HFLM):
         base: as model.path; None: the model that the adapter was trained on.
         k: active experts; None: the adapter's.
         dtype: precision of the frozen weights, "float32" or "bfloat16".
-        device: where to run; None: an accelerator if there is one.
+        device: where to run. The harness names cuda:0 unless it is told otherwise; without CUDA that is the CPU.
         rest: arguments of `HFLM`, see `HFLM_ARGUMENTS`.
 
     Raises:
-        UserError: for an adapter that cannot be read, a K that the router cannot choose, or another argument.
+        UserError: for an adapter that cannot be read, a K that the router cannot choose, a device that is not there, or
+            another argument.
     """
 
     def __init__(
@@ -50,13 +52,26 @@ class UBSMoELM(HFLM):
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
         stored = read_adapter(Path(adapter), base)
-        model = load_trained(stored, DTYPES[dtype]).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_trained(stored, DTYPES[dtype]).to(_device(device))
         most = model.layers[0].gate.candidates
         if k is not None and not (type(k) is int and 1 <= k <= most):
             raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")
         model.set_active_experts(k or model.layers[0].gate.k)
         tokenizer = read_tokenizer(stored.base, model.hf.config.vocab_size)
         super().__init__(pretrained=model.hf, tokenizer=tokenizer, **rest)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device of this name, or the CPU with a line if there is no CUDA."""
+    if not torch.cuda.is_available() and (name is None or name.startswith("cuda")):
+        print("note: torch sees no CUDA device; the model runs on the CPU", file=sys.stderr, flush=True)
+        return torch.device("cpu")
+    try:
+        device = torch.device(name or "cuda")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name!r} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
+    return device
 
 
 def _check_names(rest: Mapping[str, Any]) -> None:
