@@ -16,7 +16,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.sources import load_rows
-from ubsmoe_ds.launching.run_folder import create_run_folder
+from ubsmoe_ds.launching.run_folder import clear_run_folder
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -123,7 +123,7 @@ def test_overwriting_removes_the_adapters_of_the_run_before(tmp_path):
         for name in ("adapter_model.safetensors", SIDECAR, "adapter_config.json"):
             (exp.run_dir / folder / name).write_text("old")
     (exp.run_dir / "adapter" / "notes.txt").write_text("mine")
-    create_run_folder(exp.run_dir)
+    clear_run_folder(exp.run_dir)
     assert [str(path.relative_to(exp.run_dir)) for path in sorted(exp.run_dir.rglob("*"))] == [
         "adapter",
         "adapter/notes.txt",

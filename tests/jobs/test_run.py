@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -39,7 +40,11 @@ def test_run_folder_has_its_files_and_their_keys(demo):
     assert summary["loss_weighted_after"] == records(folder)[-1]["metrics"]["eval/loss_weighted"]
     assert summary["utilisation_cv_before"] > 0 and summary["utilisation_cv_after"] > 0
     assert [record["round"] for record in records(folder)] == [0, 1, 2]
-    assert json.loads((folder / "config.json").read_text())["clients"][0]["name"] == "phone"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["clients"][0]["name"] == "phone"
+    ids = {line["run_id"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    assert ids == {read_adapter(folder / "adapter").facts["run_id"]}
+    assert ids == {config["run_id"]} == {json.loads((folder / "summary.json").read_text())["run_id"]}
 
 
 def test_metrics_are_complete_and_plausible(demo):
@@ -199,9 +204,12 @@ def test_missing_bf16_is_one_line_and_nothing_is_written(tmp_path):
 
 
 def test_ctrl_c_ends_everything(tmp_path):
+    """Until then the run's folder is the job's alone."""
     command = ["deepspeed", "tests/support/failing_train.py", *FEW_RANKS, f"output={tmp_path}"]
     job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="hang@2")
     job.wait_for("hanging")
+    code, output = run(sys.executable, TRAIN, *FEW_RANKS, f"output={tmp_path}", "overwrite=true")
+    assert code == 2 and re.search(r"output: \S+ is in use by run [0-9a-f]{32} \(process \d+ on ", output), output
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.end(60) != 0, job.output
     assert job.output.count("error: interrupted") == 1

@@ -29,7 +29,7 @@ WEIGHTS = "weights.safetensors"  # in place of an adapter where the frozen weigh
 
 
 def save_adapter(
-    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, lora_rank: int, scaling: float, k: int
+    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, lora_rank: int, scaling: float, k: int, run_id: str
 ) -> None:
     """Write a folder as `peft_format` does; under FLoRA, which merges adapters into the weights, one file of ours.
 
@@ -40,12 +40,14 @@ def save_adapter(
         lora_rank: that of the state.
         scaling: factor of B A; written as alpha = scaling * lora_rank.
         k: active experts that the adapter is meant for.
+        run_id: the run that it is of.
     """
     path = exp.model.path
     is_name = path.startswith(("hub:", "builtin:"))
     facts = {
         "format": FORMAT,
         "base_model": exp.model.path if is_name else str(exp.model_dir.resolve()),
+        "run_id": run_id,
         "method": exp.method,
         "k": str(k),
         "k_max": str(exp.k_max),

@@ -31,6 +31,7 @@ class SavedProgress(Section):
     pending: SavedPending
     lost: dict[str, int]
     sound_round: int = -1
+    run_id: str = ""
 
     @property
     def is_sound(self) -> bool:
@@ -84,6 +85,7 @@ class Progress:
     steps_taken: local steps of this rank's client in the whole run; its position in its data.
     lost: clients that lost a rank, and the round in which they did.
     sound_round: the latest round whose evaluation was finite; -1: none yet.
+    run_id: identifies the run in all that it writes.
     """
 
     round: int = 0
@@ -94,6 +96,7 @@ class Progress:
     steps_taken: int = 0
     lost: dict[str, int] = field(default_factory=dict)
     sound_round: int = -1
+    run_id: str = ""
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
         """Note that the round is merged, and keep what its record will hold."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
@@ -30,8 +31,15 @@ from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
-from ubsmoe_ds.launching.run_folder import check_run_folder, resumes_in_place
+from ubsmoe_ds.launching.run_folder import (
+    check_contents,
+    check_run_folder,
+    clear_run_folder,
+    open_run_folder,
+    resumes_in_place,
+)
 from ubsmoe_ds.models.hf_config import check_window
+from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -87,6 +95,8 @@ def build(
     aggregator = Aggregator(exp, world, client, store, server, exchange_for, stopwatch)
     if checkpoint is not None:
         aggregator.note_restored()
+    in_own_folder = resumes_in_place(exp, resume)
+    progress.run_id = _run_id(world, progress.run_id if in_own_folder else "")
     federation = Federation(
         exp=exp,
         world=world,
@@ -102,8 +112,13 @@ def build(
         progress=progress,
         local=local,
     )
-    _announce(federation, checkpoint)
+    _announce(federation, checkpoint, in_own_folder)
     return federation
+
+
+def _run_id(world: World, resumed: str) -> str:
+    """Return the id of the run that is resumed, or if that is empty, a new one (a collective)."""
+    return resumed or gather_json(world.comm, uuid4().hex)[0]
 
 
 def _find_checkpoint(exp: Experiment, world: World, data_digest: str, resume: str | None) -> Checkpoint | None:
@@ -170,28 +185,31 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     return batches_from
 
 
-def _announce(federation: Federation, checkpoint: Checkpoint | None) -> None:
+def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
     exp, world = federation.exp, federation.world
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
-    federation.monitor = _open_monitor(exp, checkpoint)
+    federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
     shares = row_counts(federation.rows.kept, federation.aggregator.server.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
     for line in (*lines, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 
 
-def _open_monitor(exp: Experiment, checkpoint: Checkpoint | None) -> "Monitor":
-    """Open the monitor of a new or a resumed run."""
+def _open_monitor(exp: Experiment, checkpoint: Checkpoint | None, run_id: str, in_own_folder: bool) -> "Monitor":
+    """Take the run's folder, and open the monitor of a new or a resumed run."""
     from ubsmoe_ds.federation.monitor import Monitor  # imports TensorBoard, which only the first rank needs
 
+    owner = open_run_folder(exp.run_dir, run_id)
     if checkpoint is None:
-        return Monitor(exp)
+        check_contents(exp, in_own_folder)  # once more: another job may have come and gone
+        clear_run_folder(exp.run_dir)
+        return Monitor(exp, run_id, owner)
     with writes(exp.run_dir / storage.FOLDER):
         storage.set_aside_newer(exp.run_dir, checkpoint.folder)
-    monitor = Monitor(exp, resume_at=checkpoint.manifest.progress.round)
+    monitor = Monitor(exp, run_id, owner, resume_at=checkpoint.manifest.progress.round)
     monitor.say(f"resumed from {checkpoint.folder}")
     return monitor
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.tensorboard import TensorBoard
-from ubsmoe_ds.launching.run_folder import create_run_folder
 
 # colour stops from dark blue over teal to yellow, with linear steps between them
 HEAT = np.array([[0.17, 0.11, 0.33], [0.13, 0.37, 0.55], [0.12, 0.63, 0.53], [0.99, 0.91, 0.15]])
@@ -32,19 +31,27 @@ RECORD = "metrics.jsonl"
 
 
 class Monitor:
-    """Open the run's folder, which must be free (see `run_folder.py`), and write the run's records.
+    """Write the run's records.
 
     Args:
         exp: the experiment; its `rounds` sets the ETA.
+        run_id: the run's; it is in all that is written.
+        owner: holds the run's folder, see `open_run_folder`; closed at the end.
         resume_at: round at which a resumed run continues; earlier records of it and of later rounds are dropped.
         config: config to write beside the records; None: that of `exp`.
     """
 
-    def __init__(self, exp: Experiment, resume_at: int | None = None, config: Mapping[str, Any] | None = None) -> None:
-        self.exp, self.folder = exp, exp.run_dir
-        if resume_at is None:
-            create_run_folder(exp.run_dir)
-        text = json.dumps(config or exp.model_dump(mode="json"), indent=2) + "\n"
+    def __init__(
+        self,
+        exp: Experiment,
+        run_id: str,
+        owner: IO[str],
+        resume_at: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.exp, self.run_id, self.folder, self._owner = exp, run_id, exp.run_dir, owner
+        facts = {"run_id": run_id, **(config or exp.model_dump(mode="json"))}
+        text = json.dumps(facts, indent=2) + "\n"
         replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
         self.console = Console()
         self._tensorboard = TensorBoard(self.folder / "tensorboard", resume_at)
@@ -53,6 +60,7 @@ class Monitor:
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
         self._start, self._first = time.perf_counter(), resume_at or 0
+        self._tensorboard.text("run_id", run_id, resume_at or 0)
 
     def say(self, text: str) -> None:
         """Print a line to the terminal."""
@@ -61,7 +69,8 @@ class Monitor:
     def round(self, record: Record) -> None:
         """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""
         number, metrics, seconds, utilisation_LE = record
-        line = json.dumps(finite_or_null({"round": number, "metrics": metrics, "seconds": seconds})) + "\n"
+        facts = {"run_id": self.run_id, "round": number, "metrics": metrics, "seconds": seconds}
+        line = json.dumps(finite_or_null(facts)) + "\n"
         with writes(self.folder / RECORD):
             self._record.write(line)
             self._record.flush()
@@ -137,13 +146,18 @@ class Monitor:
 
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
-        summary = {"clients": rows, **totals}
+        summary = {"run_id": self.run_id, "clients": rows, **totals}
         text = json.dumps(finite_or_null(summary), indent=2) + "\n"
         replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
-        self._record.close()
-        self._tensorboard.close()
         self.console.print(summary_table(rows, totals))
         self.say(f"written to {self.folder}; tensorboard --logdir {self.folder}")
+        self.close()
+
+    def close(self) -> None:
+        """Close all files and give the run's folder up."""
+        self._record.close()
+        self._tensorboard.close()
+        self._owner.close()
 
     def _progress(self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
         loss, accuracy = metrics.get("eval/loss"), metrics.get("eval/accuracy")

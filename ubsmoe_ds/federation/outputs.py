@@ -50,7 +50,7 @@ class Outputs:
             monitor: the first rank's monitor; None on other ranks.
             data_digest: digest of the rows, see data/fingerprint.py.
         """
-        self.save_adapters()
+        self.save_adapters(progress.run_id)
         peak_C = self._peak_memory()
         self.world.agree()
         if monitor is not None:
@@ -71,24 +71,25 @@ class Outputs:
             monitor.finish(rows, overall | cv | {"lost_in_round": progress.lost} | inputs)
         self.world.agree()  # if the first rank dies while it writes, another rank writes again
 
-    def save_adapters(self, number: int | None = None) -> None:
+    def save_adapters(self, run_id: str, number: int | None = None) -> None:
         """Write each client's adapter, and the merged one from the client of the largest LoRA rank, which holds it all.
 
         Args:
+            run_id: the run's.
             number: round for the folder's name; None: the end of the run.
         """
         folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
         config = self.exp.clients[self.world.client]
         state, scales = self.aggregator.store.full_state(self.aggregator.lora_rank), self._learned_scales()
         if self.world.group_rank == 0:
-            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config))
+            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config), run_id)
         self.world.barrier()
 
     def _write_adapters(
-        self, folder: Path, state: dict[str, Tensor], scales: dict[str, Tensor], scaling: float
+        self, folder: Path, state: dict[str, Tensor], scales: dict[str, Tensor], scaling: float, run_id: str
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
-        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling)
+        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, run_id=run_id)
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)

@@ -9,9 +9,12 @@ from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
+from ubsmoe_ds.launching.run_folder import open_run_folder
 from ubsmoe_ds.mpi.collectives import RanksLost
 from ubsmoe_ds.mpi.ulfm import recover
 from ubsmoe_ds.mpi.world import World
+
+PASS_ON_SECONDS = 60.0  # for a first rank that is cut off to end, and so to give up the run's folder
 
 
 def run(federation: Federation) -> None:
@@ -69,7 +72,9 @@ def _pass_on_monitor(federation: Federation, exp: Experiment, world: World, lost
     if world.rank == 0 and federation.monitor is None:
         from ubsmoe_ds.federation.monitor import Monitor
 
-        federation.monitor = Monitor(exp, resume_at=number, config=federation.checkpoints.config)
+        config, run_id = federation.checkpoints.config, federation.progress.run_id
+        owner = open_run_folder(exp.run_dir, run_id, PASS_ON_SECONDS)
+        federation.monitor = Monitor(exp, run_id, owner, resume_at=number, config=config)
         if federation.record is not None and federation.monitor.rounds < number:
             federation.monitor.round(federation.record)  # the old first rank died before it wrote this record
     if federation.monitor is not None:

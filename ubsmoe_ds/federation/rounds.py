@@ -182,7 +182,9 @@ class Federation:
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
-            Outputs(self.exp, self.world, self.client, self.aggregator, self.rows).save_adapters(number)
+            Outputs(self.exp, self.world, self.client, self.aggregator, self.rows).save_adapters(
+                self.progress.run_id, number
+            )
         self.world.agree()
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)

@@ -4,9 +4,11 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching import ownership
 
 FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
 ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
@@ -14,7 +16,26 @@ CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints
 
 
 def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
-    """Raise if the run's folder is in use. Read-only.
+    """Raise if another job holds the run's folder, or it holds another run. Read-only.
+
+    Args:
+        exp: the experiment.
+        resuming: as for `check_contents`.
+
+    Raises:
+        UserError: if another job holds the folder, and as `check_contents`.
+    """
+    try:
+        holder = ownership.holder_of(exp.run_dir)
+    except OSError as error:
+        raise _unusable(exp.run_dir, error) from error
+    if holder:
+        raise ownership.held(exp.run_dir, holder)
+    check_contents(exp, resuming)
+
+
+def check_contents(exp: Experiment, resuming: bool = False) -> None:
+    """Raise if the run's folder holds another run. Read-only.
 
     Args:
         exp: the experiment.
@@ -31,9 +52,7 @@ def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
         if not folder.exists() or exp.overwrite or all(path.name.startswith(".") for path in folder.iterdir()):
             return
     except OSError as error:
-        raise UserError(
-            f"output: {folder} cannot be used ({error.strerror}); choose another with output=..."
-        ) from error
+        raise _unusable(folder, error) from error
     if resuming and _matching(folder, CHECKPOINTS[:1]):
         return  # reading them shows whether they belong to this experiment
     if not resuming or (folder / "summary.json").exists():
@@ -43,6 +62,11 @@ def check_run_folder(exp: Experiment, resuming: bool = False) -> None:
         )
     if _method_and_model(folder / "config.json") != (exp.method, exp.model.path, exp.name):
         raise UserError(f"output: {folder} holds another run; set name=..., output=... or overwrite=true")
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    """Return the error about a folder that cannot be read."""
+    return UserError(f"output: {folder} cannot be used ({error.strerror}); choose another with output=...")
 
 
 def resumes_in_place(exp: Experiment, resume: str | None) -> bool:
@@ -77,14 +101,31 @@ def _method_and_model(path: Path) -> tuple[str, str, str] | None:
         return None
 
 
-def create_run_folder(run_dir: Path) -> None:
-    """Make the run's folder and remove the files of an earlier run, which `check_run_folder` has allowed; no others.
+def open_run_folder(run_dir: Path, run_id: str, wait_s: float = ownership.WAIT_SECONDS) -> IO[str]:
+    """Make the run's folder, if there is none, and hold it for this process; return the file to close when it is done.
+
+    Args:
+        run_dir: the folder.
+        run_id: the run's.
+        wait_s: how long to wait for another process that holds it.
+
+    Raises:
+        UserError: if it cannot be written, or another process holds it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return ownership.claim(run_dir, run_id, wait_s)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
+def clear_run_folder(run_dir: Path) -> None:
+    """Remove the files of an earlier run, which `check_run_folder` has allowed; no others.
 
     Raises:
         UserError: if it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         forget_checkpoints(run_dir)  # first: a checkpoint without its records must not be resumed
         for old in _matching(run_dir, (*FILES, *ADAPTERS)):
             old.unlink()
@@ -95,9 +136,12 @@ def create_run_folder(run_dir: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"output: {run_dir} cannot be written ({error.strerror}); choose another with output=..."
-        ) from error
+        raise _unwritable(run_dir, error) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    """Return the error about a folder that cannot be written."""
+    return UserError(f"output: {run_dir} cannot be written ({error.strerror}); choose another with output=...")
 
 
 def checkpoints(run_dir: Path) -> set[tuple]:

@@ -44,7 +44,7 @@ def is_finished(exp: Experiment) -> bool:
     finished = isinstance(_read_object(exp.run_dir / "summary.json").get("clients"), list)
     if finished or checkpoints(exp.run_dir):
         recorded = _read_object(exp.run_dir / "config.json")
-        for key, old, new in differences(recorded, exp.model_dump(mode="json"), WITHOUT_EFFECT):
+        for key, old, new in differences(recorded, exp.model_dump(mode="json"), (*WITHOUT_EFFECT, "run_id")):
             raise UserError(
                 f"out: {exp.run_dir} holds {'a finished' if finished else 'an unfinished'} run with {key}={old!r}, but "
                 f"this command asks for {new!r}; remove the folder or choose another --out"

@@ -1,8 +1,11 @@
 """The record of a run, across the jobs that it was resumed by."""
 
+import json
+
 from tests.support import tiny
 from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.federation.monitor import Monitor
+from ubsmoe_ds.launching.run_folder import open_run_folder
 
 
 def record_rounds(monitor: Monitor, numbers: range) -> None:
@@ -13,8 +16,12 @@ def record_rounds(monitor: Monitor, numbers: range) -> None:
 def test_records_are_of_all_jobs_of_a_run(tmp_path):
     """Rounds 0 to 2, then a checkpoint of round 1 is resumed: its job records rounds 2 and 3."""
     exp = tiny.experiment("unused", [{"budget": 1.0}]).model_copy(update={"output": str(tmp_path)})
-    record_rounds(Monitor(exp), range(3))
-    resumed = Monitor(exp, resume_at=2)
+    first = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"))
+    record_rounds(first, range(3))
+    first.close()
+    resumed = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"), resume_at=2)
     assert [record["round"] for record in resumed.records()] == [0, 1]
     record_rounds(resumed, range(2, 4))
     assert [record["metrics"]["steps/a"] for record in resumed.records()] == [0, 1, 2, 3]
+    assert {record["run_id"] for record in resumed.records()} == {"an id"}
+    assert json.loads((exp.run_dir / "config.json").read_text())["run_id"] == "an id"
