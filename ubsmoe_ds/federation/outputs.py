@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import StepBatch
+from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.data.fingerprint import machine, model_digest
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.metrics import training_speed
-from ubsmoe_ds.models.cost import flops_per_token
+from ubsmoe_ds.models.cost import step_flops
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.mpi.world import World
@@ -45,7 +45,7 @@ class Outputs:
         """Write the adapters, `summary.json` and the table (a collective over the job).
 
         Args:
-            batch: the run's first step; its length is the context for which FLOPs are counted.
+            batch: the run's first step, for whose tokens FLOPs are counted.
             progress: progress at the end of the last round.
             monitor: the first rank's monitor; None on other ranks.
             data_digest: digest of the rows, see data/fingerprint.py.
@@ -54,7 +54,7 @@ class Outputs:
         peak_C = self._peak_memory()
         self.world.agree()
         if monitor is not None:
-            rows = self._summary(progress, peak_C, context=batch.micro[0].input_ids.shape[1], records=monitor.records())
+            rows = self._summary(progress, peak_C, batch.micro[0], records=monitor.records())
             evaluations = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
             overall = {
@@ -109,22 +109,26 @@ class Outputs:
         return self.world.sum(table_CR).max(axis=1)
 
     def _summary(
-        self, progress: Progress, peak_C: np.ndarray, context: int, records: Sequence[Mapping[str, Any]]
+        self, progress: Progress, peak_C: np.ndarray, tokens: Tokens, records: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
         """Return one row for each client; `records` are all rounds of the run (see `Monitor.records`)."""
-        lora = self.exp.lora
-        shape = model_shape(self.client.hf_config, lora_rank=lora.rank, lora_attention=lora.attention)
-        full = flops_per_token(shape, self.exp.k_max, context)
+        full = self._flops(tokens, self.exp.lora.rank, self.exp.k_max)
         rows, server = [], self.aggregator.server
         for config, weight, rank, peak in zip(self.exp.clients, server.weights, server.lora_ranks, peak_C, strict=True):
             k = self.exp.active_experts(config)
-            flops = flops_per_token(replace(shape, lora_rank=rank), k, context)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
             row |= {"rows": self.rows.kept[config.name], "weight": weight}
-            row |= {"flops_ratio": flops / full, **training_speed(records, config.name)}
+            row |= {"flops_ratio": self._flops(tokens, rank, k) / full, **training_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
             for field in ("loss", "accuracy"):  # unknown for a client that was lost at the time and has come back
                 row[f"{field}_before"] = progress.before.get(f"eval_{field}/{config.name}", math.nan)
                 row[f"{field}_after"] = progress.after.get(f"eval_{field}/{config.name}", math.nan)
             rows.append(row)
         return rows
+
+    def _flops(self, tokens: Tokens, lora_rank: int, k: int) -> float:
+        """Return the FLOPs of training on this micro-batch with so many active experts."""
+        shape = model_shape(self.client.hf_config, lora_rank=lora_rank, lora_attention=self.exp.lora.attention)
+        _, context = tokens.input_ids.shape
+        count, answers = tokens.input_ids.numel(), len(tokens.target_A)
+        return step_flops(shape, k, count, context, answers, router=self.exp.router.trainable)

@@ -91,7 +91,8 @@ def unusable(folder: Path, error: Exception) -> UserError:
 def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention: bool = False) -> ModelShape:
     """Return the numbers that FLOPs and bytes depend on."""
     family = FAMILIES[config.model_type]
-    dense = sum(not is_sparse(config, layer) for layer in range(config.num_hidden_layers))
+    sparse = [is_sparse(config, layer) for layer in range(config.num_hidden_layers)]
+    dense = sparse.count(False)
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -102,6 +103,7 @@ def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
         dense_layers=dense,
+        leading_dense=sparse.index(True),
         dense_width=config.intermediate_size if dense else 0,
         shared_width=config.shared_expert_intermediate_size if family.shared else 0,
         tied_embeddings=config.tie_word_embeddings,

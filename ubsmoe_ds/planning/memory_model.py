@@ -126,9 +126,10 @@ def training_bytes(setup: RankSetup) -> TrainingBytes:
     """
     s, batch = setup.shape, setup.training
     rows = expert_rows(setup, batch.tokens, setup.k, dropping=True)
-    layers = s.layers if s.lora_attention else s.layers - 1  # before the first adapter nothing is kept
+    leading = 0 if s.lora_attention else s.leading_dense  # before the first adapter nothing is kept
+    layers = s.layers if s.lora_attention else s.layers - leading - 1
     tokens = layers * _kept_by_attention(setup) + setup.sparse_layers * _kept_of_tokens(setup)
-    tokens += s.dense_layers * 3 * s.dense_width * setup.width * batch.tokens
+    tokens += (s.dense_layers - leading) * 3 * s.dense_width * setup.width * batch.tokens
     tokens += FP32 * 5 * s.hidden * batch.tokens  # the last norm, and gradients on their way through a layer
     backward = rows * setup.width * (2 * s.hidden + 4 * s.expert_width + 6 * s.lora_rank)
     backward += rows * setup.width * s.hidden * (setup.expert_parallel > 1)
