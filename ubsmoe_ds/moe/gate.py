@@ -38,8 +38,9 @@ class GateConfig:
 
     k: active experts per token.
     candidates: N_p, how many of a token's strongest experts phi modulates; at least k.
-    capacity_factor: C = ceil(T / E * capacity_factor * k) from this rank's T; None keeps every token.
-    min_capacity: least C.
+    capacity_factor: an expert keeps at most ceil(U / E * capacity_factor * k) routes, U this rank's tokens without
+        padding; None: every route is kept.
+    min_capacity: least of these limits.
     phi_range: (phi_min, phi_max) of the penalty; None: no modulation, phi stays frozen at 0.
     modulate: "weights", or "selection" [ours]: phi only chooses, and p = softmax(s) weighs.
     learned_scale: whether the K weights are multiplied by a trainable scale of this layer and client, at first 1.
@@ -61,8 +62,8 @@ class UBSMoEGate(TopKGate):
 
     Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
     over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
-    tokens are not routed. When dropping, an expert keeps the routes of largest weight, before any normalisation over
-    the K, as the stock policy "probs" does. Evaluation never drops.
+    is not routed and does not count towards the capacity. When dropping, an expert keeps the routes of largest weight,
+    before any normalisation over the K, as the stock policy "probs" does. Evaluation never drops.
 
     Args:
         hidden: D.
@@ -113,14 +114,15 @@ class UBSMoEGate(TopKGate):
         weight_TK = p_TE.gather(1, index_TK)
         active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
         l_aux = self._load_balancing_loss(p_TE, active_TE, used_T)
-        index_KT, location_KT, capacity, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
+        index_KT, location_KT, limit, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
+        capacity = self._capacity(len(used_T), routed_E)
         if self.normalize:
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
         if self.scale is not None:
             weight_TK = weight_TK * self.scale.float()
         # rounded as Hugging Face's router does, but passed on in fp32: `MOELayer` sums in the weights' dtype
         weight_KT = weight_TK.t().contiguous().to(input.dtype).float()
-        kept_E = torch.minimum(routed_E, capacity)
+        kept_E = routed_E if limit is None else torch.minimum(routed_E, limit)
         self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
         self._count(routed_E, kept_E, used_T)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
@@ -174,45 +176,57 @@ class UBSMoEGate(TopKGate):
 
     def _assign_slots(
         self, index_KT: Tensor, weight_KT: Tensor, used_T: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give every route a slot of its expert; routes beyond the capacity and those of padding get expert -1.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Give every route a slot of its expert; routes beyond the limit and those of padding get expert -1.
 
         Returns:
-            (index_KT, location_KT, capacity, routed_E).
+            (index_KT, location_KT, most routes that an expert keeps or None where nothing is dropped, routed_E).
         """
         num_experts = self.wg.weight.shape[0]
         expert_N = torch.where(used_T, index_KT, num_experts).reshape(-1)  # padding sorts behind the last expert
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         counts.scatter_add_(0, expert_N, torch.ones_like(expert_N))
-        dropping = self.drop_tokens and self.training
         # one sort by expert, then, where it matters, by falling weight: the bits of a float >= 0 grow with it
-        key_N = (expert_N << 32) - weight_KT.reshape(-1).view(torch.int32) if dropping else expert_N
+        key_N = (expert_N << 32) - weight_KT.reshape(-1).view(torch.int32) if self.dropping else expert_N
         order = key_N.argsort(stable=True)
         first = counts.cumsum(0) - counts
         location_N = torch.empty_like(expert_N)
         location_N[order] = torch.arange(len(order), device=order.device) - first[expert_N[order]]
-        routed_E = counts[:-1]
-        capacity = self._capacity(len(used_T), routed_E, dropping)
-        kept_N = (expert_N < num_experts) & (location_N < capacity)
+        kept_N, limit = expert_N < num_experts, None
+        if self.dropping:
+            limit = self._limit(used_T)
+            kept_N = kept_N & (location_N < limit)
         index_N = torch.where(kept_N, expert_N, -1)
-        return index_N.view_as(index_KT), (location_N * kept_N).view_as(index_KT), capacity, routed_E
+        return index_N.view_as(index_KT), (location_N * kept_N).view_as(index_KT), limit, counts[:-1]
+
+    @property
+    def dropping(self) -> bool:
+        """Return whether routes beyond the capacity are dropped now."""
+        return self.drop_tokens and self.training
 
     def most_routes(self, num_tokens: int) -> int:
         """Return an upper bound of the routes kept of so many tokens, without asking the device."""
         routes = num_tokens * self.k
-        if not (self.drop_tokens and self.training):
+        if not self.dropping:
             return routes
         return min(routes, self._slots(num_tokens) * len(self.wg.weight))
 
     def _slots(self, num_tokens: int) -> int:
-        """Return the slots per expert when dropping."""
+        """Return the slots per expert when dropping: what the experts keep of so many tokens without padding."""
         slots = math.ceil(num_tokens / len(self.wg.weight) * self.capacity_factor * self.k)
         return max(slots, self.min_capacity)
 
-    def _capacity(self, num_tokens: int, routed_E: Tensor, dropping: bool) -> Tensor:
+    def _limit(self, used_T: Tensor) -> Tensor:
+        """Return the most routes that an expert keeps: `_slots` of the tokens in use, whose number the device has."""
+        tokens = used_T.sum().double()  # fp64 and the order of `_slots`, so that both round alike
+        experts = tokens.new_full((), len(self.wg.weight))  # by a number, CUDA would multiply by its reciprocal
+        limit = (tokens / experts * self.capacity_factor * self.k).ceil()
+        return limit.clamp(self.min_capacity, self._slots(len(used_T))).long()
+
+    def _capacity(self, num_tokens: int, routed_E: Tensor) -> Tensor:
         """Return the slots per expert; equal on all ranks of an expert group, as the all-to-all needs."""
-        if dropping:
-            return torch.tensor(self._slots(num_tokens))
+        if self.dropping:
+            return torch.tensor(self._slots(num_tokens))  # on the host; it counts padding, in which ranks differ
         capacity = routed_E.max().clamp_min(1)
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)

@@ -15,8 +15,8 @@ AVERAGED = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "tokens_per_seco
 READING_NOTE = (
     "Mean ± sample standard deviation over the seeds, after the last round. Each seed has evaluation rows of its own, "
     "so the spread is in large part theirs; differences of methods are taken seed by seed, below. FLOPs % are those of "
-    "training, relative to K_max experts at the whole LoRA rank. Tokens/s and s/step are wall time of local steps, measured while all "
-    "clients of a run share the machine's cores: compare them within one table only."
+    "training, relative to K_max experts at the whole LoRA rank. Tokens/s and s/step are wall time of local steps, "
+    "measured while all clients of a run share the machine's cores: compare them within one table only."
 )
 
 

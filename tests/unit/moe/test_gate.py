@@ -73,6 +73,20 @@ def test_dropping_keeps_the_routes_of_largest_weight():
     assert weight[0, 1].item() == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize("padding", [0, 1, 3, 20])
+def test_padding_does_not_count_towards_the_capacity(padding):
+    """Three tokens want expert 0, C = ceil(3 / 2) = 2, whatever the padding between them; slots are those of all."""
+    gate = make_gate(k=1, experts=2, hidden=2, capacity_factor=1.0)
+    used = torch.tensor([True, *[False] * padding, True, True])
+    x = torch.tensor([[0.8, 0.2], *[[0.9, 0.1]] * padding, [0.7, 0.3], [0.6, 0.4]]).log()
+    _, capacity, _, index, location, _, counts = gate(x, used)
+    assert index[0, used].tolist() == [0, 0, -1] and (index[0, ~used] == -1).all()
+    assert location[0, used].tolist()[:2] == [0, 1] and counts.tolist() == [3, 0] and int(gate.dropped) == 1
+    # the buffers' size, which all ranks of an expert group must have: from the padded length, and without asking
+    assert int(capacity) == math.ceil((3 + padding) / 2) and capacity.device.type == "cpu"
+    assert gate.most_routes(len(used)) == min(len(used), 2 * int(capacity))
+
+
 def test_min_capacity_and_no_dropping_in_evaluation():
     gate = make_gate(k=1, experts=2, hidden=2, capacity_factor=0.1, min_capacity=3)
     x = torch.tensor([[0.9, 0.1]] * 5).log()
@@ -146,8 +160,9 @@ def test_slots_never_collide_and_routes_are_kept_or_counted(tokens, experts, dat
     assert all(0 <= slot < int(capacity) for _, slot in taken)
     assert int(counts.sum()) == k * int(used.sum())
     kept_E = torch.bincount(index[kept].long(), minlength=experts)
-    expected = counts if factor is None else counts.clamp(max=int(capacity))
-    assert kept_E.tolist() == expected.tolist()
+    limit = k * tokens if factor is None else max(1, math.ceil(int(used.sum()) / experts * factor * k))
+    assert kept_E.tolist() == counts.clamp(max=limit).tolist() and int(kept_E.max()) <= int(capacity)
+    assert int(kept_E.sum()) <= gate.most_routes(tokens)
     assert int(gate.dropped) == int((counts - kept_E).sum())
     for column, active in zip(index.t(), used, strict=True):
         chosen = [e for e in column.tolist() if e >= 0]
