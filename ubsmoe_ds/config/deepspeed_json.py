@@ -16,6 +16,7 @@ from ubsmoe_ds.config.optimizers import (
     TORCH_OPTIMIZERS,
     TORCH_SCHEDULERS,
     UNSUPPORTED,
+    Parameters,
 )
 from ubsmoe_ds.config.sections import NotNegative, Positive, PositiveInt, Section
 
@@ -121,7 +122,7 @@ class DeepSpeedConfig(Section):
     @classmethod
     def _optimizer(cls, value: dict[str, Any]) -> dict[str, Any]:
         kind, params = _named(value, "an optimiser, such as AdamW")
-        known = DEEPSPEED_OPTIMIZERS.get(kind.lower()) or TORCH_OPTIMIZERS.get(kind)
+        known = _optimizer_table(kind)
         if known is None and kind.lower() in UNSUPPORTED:
             raise ValueError(f"type {kind!r} is not supported: {UNSUPPORTED[kind.lower()]}; use AdamW")
         if known is None:
@@ -224,6 +225,13 @@ class DeepSpeedConfig(Section):
         return self
 
     @property
+    def moments(self) -> int:
+        """Return how many values the optimiser keeps for each weight."""
+        table, params = _optimizer_table(self.optimizer["type"]), self.optimizer.get("params", {})
+        assert table is not None  # `_optimizer` has refused other names
+        return table.kept + sum(bool(params.get(name)) for name in table.keeps_more)
+
+    @property
     def zero_stage(self) -> int:
         """Return the ZeRO stage: 0, 1 or 2."""
         return int(self.zero_optimization.get("stage", 0))
@@ -232,6 +240,10 @@ class DeepSpeedConfig(Section):
     def use_bf16(self) -> bool:
         """Return whether weights and activations are bfloat16 (masters stay fp32)."""
         return bool(self.bf16.get("enabled", False))
+
+
+def _optimizer_table(kind: str) -> type[Parameters] | None:
+    return DEEPSPEED_OPTIMIZERS.get(kind.lower()) or TORCH_OPTIMIZERS.get(kind)
 
 
 def _named(value: dict[str, Any], what: str) -> tuple[str, dict[str, Any]]:

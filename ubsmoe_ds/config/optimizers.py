@@ -6,7 +6,7 @@ refused before. Imports no torch: tests/unit/client/test_optimizer.py compares t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 class Parameters(Section):
     """What every optimiser of torch takes. Its gradients of gradients and CUDA graphs are not used here."""
 
+    kept: ClassVar[int] = 2  # values that it keeps for each weight
+    keeps_more: ClassVar[tuple[str, ...]] = ()  # parameters of which each, where it is set, adds one
     lr: NotNegative = 0.001
     maximize: bool = False
     foreach: bool | None = None
@@ -48,6 +50,7 @@ class Fusable(Decaying):
 class Adam(Fusable):
     """Adam and AdamW, which DeepSpeed takes for the same unless `adam_w_mode` is false."""
 
+    keeps_more = ("amsgrad",)
     betas: Rates = [0.9, 0.999]
     eps: NotNegative = 1e-8
     amsgrad: bool = False
@@ -59,6 +62,7 @@ class Adam(Fusable):
 class Adagrad(Fusable):
     """torch.optim.Adagrad."""
 
+    kept = 1
     lr: NotNegative = 0.01
     lr_decay: NotNegative = 0.0
     initial_accumulator_value: NotNegative = 0.0
@@ -68,6 +72,8 @@ class Adagrad(Fusable):
 class SGD(Fusable):
     """torch.optim.SGD."""
 
+    kept = 0
+    keeps_more = ("momentum",)
     momentum: NotNegative = 0.0
     dampening: float = 0.0
     nesterov: bool = False
@@ -100,6 +106,7 @@ class Adamax(Decaying):
 class ASGD(Decaying):
     """torch.optim.ASGD."""
 
+    kept = 1
     lr: NotNegative = 0.01
     lambd: float = 1e-4
     alpha: float = 0.75
@@ -126,6 +133,8 @@ class NAdam(RAdam):
 class RMSprop(Decaying):
     """torch.optim.RMSprop."""
 
+    kept = 1
+    keeps_more = ("momentum", "centered")
     lr: NotNegative = 0.01
     alpha: NotNegative = 0.99
     eps: NotNegative = 1e-8

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.moe.estimators import ESTIMATORS
@@ -79,7 +78,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
         zero_stage=settings.zero_stage,
-        moments=_moments(settings),
+        moments=settings.moments,
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
         router=exp.router.trainable,
         modulated=exp.dmr.enabled,
@@ -97,13 +96,6 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     )
     reply = with_lora_rank(setup, setup.reply_rank)
     return replace(setup, receivers=sum(copies(reply, other) for other in exp.clients))
-
-
-def _moments(settings: DeepSpeedConfig) -> int:
-    """Return how many values the optimiser keeps for each weight."""
-    if str(settings.optimizer["type"]).lower() == "sgd":
-        return int(bool(settings.optimizer.get("params", {}).get("momentum")))
-    return 2
 
 
 def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:

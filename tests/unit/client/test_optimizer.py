@@ -108,10 +108,11 @@ def test_other_optimisers_get_what_the_json_says(kind):
 # what an optimiser keeps depends on its options
 OPTIONS = {
     **{name: [{}] for name in CLASSES},
+    "adam": [{}, {"amsgrad": True}],
     "adamw": [{}, {"amsgrad": True}, {"foreach": False}],
     "adagrad": [{}, {"initial_accumulator_value": 0.3, "lr_decay": 0.1}],
     "SGD": [{"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}, {}],
-    "RMSprop": [{}, {"momentum": 0.9, "centered": True}],
+    "RMSprop": [{}, {"momentum": 0.9}, {"momentum": 0.9, "centered": True}],
     "ASGD": [{}, {"t0": 1.0, "lambd": 0.1}],
 }
 
@@ -147,6 +148,17 @@ def test_a_reset_optimiser_is_a_new_one_to_the_bit(name, options):
     expected = train(CLASSES[name](fresh, **options), fresh, 4, seed=2)
     for step, step_expected in zip(after, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(step, step_expected, strict=True))
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, options) for name in OPTIONS for options in OPTIONS[name]])
+def test_the_values_kept_for_each_weight_are_counted(name, options):
+    """As torch keeps them after a step; a step number or a rate of all weights together is no such value."""
+    weights = new_weights()[:2]  # of more than one element
+    optimizer = CLASSES[name](weights, **options)
+    train(optimizer, weights, 1, seed=1)
+    for weight in weights:
+        kept = [value for value in optimizer.state[weight].values() if getattr(value, "shape", None) == weight.shape]
+        assert settings_for(name, **options).moments == len(kept)
 
 
 def test_every_optimiser_that_a_config_may_name_is_reset_in_a_test():
