@@ -4,9 +4,10 @@
     python launch/plan.py --config my.yaml --hostfile hostfile --device-memory 24G clients.0.budget=0.5
     python launch/plan.py                                         # the demo's figures, nothing to compare them with
 
-Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there. Memory is the largest
-phase of a run on the fullest rank of each client. On hosts without accelerators device memory means the memory of a
-rank; accelerator=cpu or accelerator=cuda plans for hosts that differ from this cost.
+Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there, and of those that are
+only the names are read. Memory is the largest phase of a run on the fullest rank of each client. On hosts without
+accelerators device memory means the memory of a rank; accelerator=cpu or accelerator=cuda plans for hosts that differ
+from this one.
 
 Exit codes: 0 it fits, 2 it does not, or a mistake in options, config or files.
 """
@@ -19,6 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -114,11 +116,15 @@ def read_inputs(exp: Experiment) -> PlanInput:
 
     on_cpu = exp.accelerator == "cpu" or (exp.accelerator == "auto" and not torch.cuda.is_available())
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"  # or DeepSpeed guesses
+    from ubsmoe_ds.models.families import FAMILIES
     from ubsmoe_ds.models.hf_config import model_shape, read_config
+    from ubsmoe_ds.models.stored import may_have_own_head
     from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
-    shape = model_shape(read_config(exp.model_dir), lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    return PlanInput(exp, shape, read_row_lengths(exp), on_cpu)
+    config = read_config(exp.model_dir)
+    shape = model_shape(config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
+    tied = shape.tied_embeddings and not may_have_own_head(exp.model_dir, FAMILIES[config.model_type])
+    return PlanInput(exp, replace(shape, tied_embeddings=tied), read_row_lengths(exp), on_cpu)
 
 
 def cost_table(inputs: PlanInput, plans: Sequence[ClientPlan]) -> Table:

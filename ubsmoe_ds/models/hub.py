@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import read_json
 
 CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer; no code
-WEIGHT_FILES = ("*.safetensors",)
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BUILTIN_MODELS = {"builtin:tiny_olmoe": Path(__file__).parent / "tiny_olmoe"}
 
 
@@ -30,9 +31,21 @@ def model_folder(path: str, *, weights: bool = False) -> Path:
         return BUILTIN_MODELS.get(path, Path(path))
     name, _, revision = path.removeprefix("hub:").partition("@")
     if weights:
-        commit = model_folder(path).name
-        return _fetch(path, name, commit, (*CONFIG_FILES, *WEIGHT_FILES))
+        folder = model_folder(path)
+        return _fetch(path, name, folder.name, (*CONFIG_FILES, SINGLE, *_shards(folder / INDEX)))
     return _fetch(path, name, revision or None, CONFIG_FILES)
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names; a model may have others beside them, the same weights in another form.
+
+    One that cannot be read names none here: `WeightFiles` says so.
+    """
+    try:
+        files = read_json(index)["weight_map"].values()
+        return sorted({file for file in files if isinstance(file, str)})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _fetch(path: str, name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

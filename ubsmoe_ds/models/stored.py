@@ -7,6 +7,7 @@ Shapes: E experts, D model width, F expert width.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.families import Family
-from ubsmoe_ds.models.weights import WeightFiles
+from ubsmoe_ds.models.weights import WeightFiles, known_names
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # stacked: [E, 2 F, D] and [E, D, F]
@@ -29,6 +30,17 @@ def block_name(family: Family, layer: int) -> str:
 def is_tied(hf: PreTrainedModel) -> bool:
     """Return whether a model's head is its embedding."""
     return hf.lm_head.weight is hf.model.embed_tokens.weight
+
+
+def may_have_own_head(folder: Path, family: Family) -> bool:
+    """Return whether a model that its config ties may have a head of its own: one is stored beside the embedding.
+
+    Only their values tell whether they are one; see `read_head`.
+
+    Raises:
+        UserError: as `known_names`.
+    """
+    return {HEAD, EMBEDDING} <= known_names(folder, family.usual_name)
 
 
 def check_files(

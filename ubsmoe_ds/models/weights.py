@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular
+from ubsmoe_ds.models.hub import INDEX, SINGLE
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 RECOMPUTED = "rotary_emb.inv_freq"  # older files hold it; transformers computes it from config.json
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others are quantised, or not weights
 PLAIN = "use weights in float32, float16 or bfloat16"
@@ -123,17 +123,7 @@ class WeightFiles:
 
     def _shards(self) -> dict[str, str]:
         """Return the files that the index names, each with a tensor that it should hold."""
-        path = self.folder / INDEX
-        try:
-            index = read_json(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards ({error})") from error
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not files:
-            raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards (weight_map is missing)")
-        for name, file in files.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
-                raise UserError(f"model.path: in {str(path)!r}, {name!r} is in {file!r}, no safetensors file beside it")
+        files = _weight_map(self.folder / INDEX)
         for name, file in files.items():
             if not (self.folder / file).is_file():
                 raise UserError(f"model.path: {str(self.folder / file)!r} is missing; it should hold {name!r}")
@@ -157,6 +147,38 @@ class WeightFiles:
         if isinstance(error, SafetensorError):
             remedy = "it is damaged or cut off: fetch it again"
         return UserError(f"model.path: {str(self.folder / file)!r} cannot be read{tensor}: {reason}; {remedy}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index of shards names."""
+    try:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards ({error})") from error
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards (weight_map is missing)")
+    for name, file in files.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+            raise UserError(f"model.path: in {str(path)!r}, {name!r} is in {file!r}, no safetensors file beside it")
+    return files
+
+
+def known_names(folder: Path, rename: Callable[[str], str]) -> set[str]:
+    """Return the names of a model's tensors, as far as they are known without its weights.
+
+    They stand in the index of its shards, or in the header of its only file.
+
+    Args:
+        folder: the model's; neither file need be there.
+        rename: as in `WeightFiles`.
+
+    Raises:
+        UserError: if one is there and cannot be read.
+    """
+    if (folder / SINGLE).is_file():
+        return set(WeightFiles(folder, rename).names)
+    return {rename(name) for name in _weight_map(folder / INDEX)} if (folder / INDEX).is_file() else set()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

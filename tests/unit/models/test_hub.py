@@ -1,5 +1,6 @@
 """Models of the hub: config and tokenizer come first, weights when they are loaded, and all of one commit."""
 
+import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,10 +28,14 @@ def hub(tmp_path, monkeypatch):
         fetched.append((revision, allow_patterns))
         folder = tmp_path / "snapshots" / commit
         folder.mkdir(parents=True, exist_ok=True)
-        for path in BUILTIN_MODELS["builtin:tiny_olmoe"].iterdir():
+        for path in stored.iterdir():
             if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
                 shutil.copy(path, folder)
         return str(folder)
+
+    stored = tmp_path / "stored"
+    shutil.copytree(BUILTIN_MODELS["builtin:tiny_olmoe"], stored)
+    (stored / "consolidated.safetensors").touch()  # the same weights in another form
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model_folder.cache_clear()
@@ -56,6 +61,16 @@ def test_weights_are_of_the_commit_whose_config_was_read(hub, revision):
     assert folder.name == COMMITS[0] and not has_weights(folder)
     assert model_folder(f"hub:org/tiny{revision}", weights=True) == folder and has_weights(folder)
     assert [asked for asked, _ in hub] == [revision.removeprefix("@") or None, COMMITS[0]]
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    load(folder, UBSMoESpec(GateConfig(k=2, candidates=4)))
+
+
+def test_of_a_model_in_shards_those_of_its_index_are_fetched(hub, tmp_path):
+    (tmp_path / "stored" / "model.safetensors").rename(tmp_path / "stored" / "part.safetensors")
+    names = {"weight_map": {"lm_head.weight": "part.safetensors", "model.norm.weight": "part.safetensors"}}
+    (tmp_path / "stored" / "model.safetensors.index.json").write_text(json.dumps(names))
+    folder = model_folder("hub:org/tiny", weights=True)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["part.safetensors"]
     load(folder, UBSMoESpec(GateConfig(k=2, candidates=4)))
 
 

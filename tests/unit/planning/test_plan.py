@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.models.cost import ModelShape
+from ubsmoe_ds.models.hub import BUILTIN_MODELS, INDEX
 from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
+from ubsmoe_ds.planning.memory_model import frozen_bytes
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
 
@@ -89,6 +92,25 @@ def test_more_experts_ranks_and_zero_change_memory_as_they_should(inputs):
     trained = 3 * 64 * 3 * 8 * (2048 + 1024)
     kept = {stage: bytes_needed(replace(alone, zero_stage=stage, bf16=True, reduce_bucket=0)) for stage in (0, 1)}
     assert kept[0] - kept[1] == pytest.approx(12 * trained * 3 / 4, rel=0.3)
+
+
+@pytest.mark.parametrize("stored", ["weights", "index", "index without a head", "neither"])
+def test_a_head_stored_beside_a_tied_embedding_is_counted(stored, inputs, tmp_path):
+    """A run keeps both if they differ, whatever config.json says; the names tell that there are two."""
+    folder = shutil.copytree(BUILTIN_MODELS["builtin:tiny_olmoe"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if stored != "weights":
+        (folder / "model.safetensors").unlink()
+    if "index" in stored:
+        names = ["model.embed_tokens.weight", *(["lm_head.weight"] if stored == "index" else [])]
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "not_fetched.safetensors")}))
+    few = ["accelerator=cpu", "train.rounds=1", "data.rows=40", "data.eval_rows=4"]
+    tied = read_inputs(load_experiment(TINY, [*few, f"model.path={folder}"]))
+    apart = stored in ("weights", "index")
+    one = 4 * config["vocab_size"] * config["hidden_size"]
+    missing = frozen_bytes(rank_setup(inputs, 0)) - frozen_bytes(rank_setup(tied, 0))
+    assert missing == (0 if apart else one)
 
 
 def test_what_fits_is_the_most_that_fits(inputs):
