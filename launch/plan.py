@@ -165,7 +165,8 @@ def memory_table(inputs: PlanInput, plans: Sequence[ClientPlan], fits: Sequence[
 
 def _fit_cells(result: Fit) -> list[str]:
     capacity = "all kept" if math.isinf(result.capacity) else f"{result.capacity:g}" if result.capacity else "none"
-    layout = "none" if result.layout is None else _layout(*result.layout)
+    layout = "none" if result.layout is None else _layout(result.layout.ranks, result.layout.expert_parallel)
+    layout += "" if result.has_room else ", no room"
     return ["yes" if result.fits_now else "no", str(result.k or "none"), capacity, layout]
 
 

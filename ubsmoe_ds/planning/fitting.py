@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,10 +18,11 @@ LARGEST_CAPACITY = 4.0
 
 
 class Layout(NamedTuple):
-    """A client's number of ranks and their expert parallelism."""
+    """A client's number of ranks, their expert parallelism, and the gradient accumulation steps of all clients."""
 
     ranks: int
     expert_parallel: int
+    accumulation: int
 
 
 class Fit(NamedTuple):
@@ -29,12 +30,14 @@ class Fit(NamedTuple):
 
     fits_now: whether the client fits as it is; k: largest K, 0: none; capacity: largest capacity factor, inf: nothing
     dropped, 0: none; layout: fewest ranks with the expert parallelism they need, None: no number of ranks fits.
+    has_room: whether the hosts have room for them.
     """
 
     fits_now: bool
     k: int
     capacity: float
     layout: Layout | None
+    has_room: bool = True
 
 
 def parse_bytes(text: str) -> float:
@@ -68,13 +71,11 @@ def fit(inputs: PlanInput, number: int, memory: float, slots: Mapping[str, int] 
     steps = [CAPACITY_STEP * n for n in range(1, round(LARGEST_CAPACITY / CAPACITY_STEP) + 1)]
     capacities = [(math.inf, None), *((factor, factor) for factor in reversed(steps))]
     capacity = next((f for f, given in capacities if bytes_needed(replace(setup, capacity=given)) <= memory), 0.0)
-    changes = ((layout, inputs.changed(number, **layout._asdict())) for layout in _layouts(inputs))
-    layouts = (
-        layout
-        for layout, changed in changes
-        if bytes_needed(rank_setup(changed, number)) <= memory and _have_places(changed, slots)
-    )
-    return Fit(bytes_needed(setup) <= memory, max(ks, default=0), capacity, next(layouts, None))
+    layouts = [layout for layout in _layouts(inputs, number) if _layout_fits(inputs, number, layout, memory)]
+    rooms = (layout for layout in layouts if _have_places(_laid_out(inputs, number, layout), slots))
+    chosen = next(rooms, None)
+    layout = chosen or next(iter(layouts), None)
+    return Fit(bytes_needed(setup) <= memory, max(ks, default=0), capacity, layout, has_room=layout == chosen)
 
 
 def _have_places(inputs: PlanInput, slots: Mapping[str, int] | None) -> bool:
@@ -85,13 +86,43 @@ def _have_places(inputs: PlanInput, slots: Mapping[str, int] | None) -> bool:
         return False
 
 
-def _layouts(inputs: PlanInput) -> Iterator[Layout]:
-    """Yield the layouts that a client can have, the fewest ranks first."""
+def _layouts(inputs: PlanInput, number: int) -> Iterator[Layout]:
+    """Yield the layouts that a client can have, the fewest ranks first.
+
+    Each has the experiment's accumulation steps; where these do not divide the batch, the most below that do.
+    """
     settings, experts = inputs.exp.deepspeed, inputs.exp.num_experts
-    most = settings.train_batch_size // settings.gradient_accumulation_steps
-    for ranks in range(1, most + 1):
-        if most % ranks == 0:
-            yield from (Layout(ranks, ep) for ep in range(1, ranks + 1) if ranks % ep == 0 and experts % ep == 0)
+    now, others = settings.gradient_accumulation_steps, [c.ranks for c in inputs.exp.clients]
+    del others[number]
+    for ranks in range(1, settings.train_batch_size + 1):
+        steps = next((n for n in range(now, 0, -1) if _divides(inputs, [ranks, *others], n)), None)
+        if steps is not None:
+            eps = (ep for ep in range(1, ranks + 1) if ranks % ep == 0 and experts % ep == 0)
+            yield from (Layout(ranks, ep, steps) for ep in eps)
+
+
+def _divides(inputs: PlanInput, ranks: Iterable[int], steps: int) -> bool:
+    """Return whether clients of so many ranks can share a batch out in so many accumulation steps."""
+    return all(inputs.exp.deepspeed.train_batch_size % (count * steps) == 0 for count in ranks)
+
+
+def _laid_out(inputs: PlanInput, number: int, layout: Layout) -> PlanInput:
+    changed = inputs.changed(number, ranks=layout.ranks, expert_parallel=layout.expert_parallel)
+    return changed.accumulating(layout.accumulation)
+
+
+def _layout_fits(inputs: PlanInput, number: int, layout: Layout, memory: float) -> bool:
+    """Return whether a client fits with a layout, and fewer accumulation steps leave those that fit fitting."""
+    changed = _laid_out(inputs, number, layout)
+    if bytes_needed(rank_setup(changed, number)) > memory:
+        return False
+    if layout.accumulation == inputs.exp.deepspeed.gradient_accumulation_steps:
+        return True
+    others = (other for other in range(len(inputs.exp.clients)) if other != number)
+    return all(
+        bytes_needed(rank_setup(changed, other)) <= memory or bytes_needed(rank_setup(inputs, other)) > memory
+        for other in others
+    )
 
 
 def check_fits(inputs: PlanInput, fits: Sequence[Fit], memory: float) -> None:
@@ -113,16 +144,10 @@ def check_fits(inputs: PlanInput, fits: Sequence[Fit], memory: float) -> None:
 
 def _remedy(inputs: PlanInput, number: int, fit: Fit, memory: float) -> str:
     """Return a change that makes the client fit; those that change least of what is learned come first."""
-    if fit.layout is not None:
-        needed = bytes_needed(rank_setup(inputs.changed(number, **fit.layout._asdict()), number)) / 1e9
-        key, (ranks, expert_parallel) = f"clients.{number}", fit.layout
-        return f"{key}.ranks={ranks} {key}.expert_parallel={expert_parallel} needs {needed:.3g} GB a rank"
-    micro, client = inputs.exp.deepspeed.gradient_accumulation_steps, inputs.exp.clients[number]
-    rows = inputs.exp.deepspeed.train_batch_size // client.ranks
-    for steps in (n for n in range(micro + 1, rows + 1) if _accumulation_is_allowed(inputs, n)):
-        needed = bytes_needed(rank_setup(inputs.accumulating(steps), number))
+    for text, changed in _changes(inputs, number, fit if fit.has_room else fit._replace(layout=None)):
+        needed = bytes_needed(rank_setup(changed, number))
         if needed <= memory:
-            return f"deepspeed.gradient_accumulation_steps={steps} needs {needed / 1e9:.3g} GB a rank"
+            return f"{text} needs {needed / 1e9:.3g} GB a rank"
     if math.isinf(fit.capacity):
         return f"clients.{number}.capacity_factor=null fits, which keeps all tokens"
     if fit.capacity:
@@ -130,8 +155,28 @@ def _remedy(inputs: PlanInput, number: int, fit: Fit, memory: float) -> str:
     if fit.k and inputs.exp.budget_scales == "experts":
         budget = math.ceil(1000 * fit.k / inputs.exp.k_max) / 1000
         return f"clients.{number}.budget={budget:g} (K {fit.k}) fits"
-    return "no K, capacity or number of ranks makes it fit; use larger devices, or lower evaluation.batch_size"
+    if fit.layout is not None:
+        return f"{_layout_text(inputs, number, fit.layout)} would fit, but the hosts have no room for it; use more"
+    return "none of K, capacity, batches and number of ranks makes it fit alone; use larger devices"
 
 
-def _accumulation_is_allowed(inputs: PlanInput, steps: int) -> bool:
-    return all(inputs.exp.deepspeed.train_batch_size % (client.ranks * steps) == 0 for client in inputs.exp.clients)
+def _changes(inputs: PlanInput, number: int, fit: Fit) -> Iterator[tuple[str, PlanInput]]:
+    """Yield changes that leave alone what is learned, but for rounding: as text, and what they lead to."""
+    size = inputs.exp.evaluation.batch_size
+    while size > 1:
+        size //= 2
+        yield f"evaluation.batch_size={size}", inputs.evaluating(size)
+    if fit.layout is not None:
+        yield _layout_text(inputs, number, fit.layout), _laid_out(inputs, number, fit.layout)
+    settings, ranks = inputs.exp.deepspeed, [client.ranks for client in inputs.exp.clients]
+    for steps in range(settings.gradient_accumulation_steps + 1, settings.train_batch_size // ranks[number] + 1):
+        if _divides(inputs, ranks, steps):
+            yield f"deepspeed.gradient_accumulation_steps={steps}", inputs.accumulating(steps)
+
+
+def _layout_text(inputs: PlanInput, number: int, layout: Layout) -> str:
+    key = f"clients.{number}"
+    text = f"{key}.ranks={layout.ranks} {key}.expert_parallel={layout.expert_parallel}"
+    if layout.accumulation != inputs.exp.deepspeed.gradient_accumulation_steps:
+        text += f" deepspeed.gradient_accumulation_steps={layout.accumulation}"
+    return text

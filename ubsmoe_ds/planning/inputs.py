@@ -58,6 +58,11 @@ class PlanInput:
         deepspeed = self.exp.deepspeed.model_copy(update={"gradient_accumulation_steps": steps})
         return replace(self, exp=self.exp.model_copy(update={"deepspeed": deepspeed}))
 
+    def evaluating(self, batch_size: int) -> "PlanInput":
+        """Return a copy with another number of rows in an evaluation batch."""
+        evaluation = self.exp.evaluation.model_copy(update={"batch_size": batch_size})
+        return replace(self, exp=self.exp.model_copy(update={"evaluation": evaluation}))
+
 
 def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     """Return the setup of a client's ranks."""

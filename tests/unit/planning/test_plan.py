@@ -16,7 +16,7 @@ from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.models.hub import BUILTIN_MODELS, INDEX
 from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
-from ubsmoe_ds.planning.memory_model import frozen_bytes
+from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, training_bytes
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
 
@@ -94,6 +94,18 @@ def test_more_experts_ranks_and_zero_change_memory_as_they_should(inputs):
     assert kept[0] - kept[1] == pytest.approx(12 * trained * 3 / 4, rel=0.3)
 
 
+def test_memory_is_kept_for_what_has_a_backward_and_for_the_optimisers_own_values(inputs):
+    """Of three layers with a dense one first, attention keeps for one; with LoRA on attention for all three."""
+    setup = replace(rank_setup(inputs, 0), on_cpu=False)
+    dense = replace(setup.shape, dense_layers=1, dense_width=64)
+    kept = [training_bytes(replace(setup, shape=replace(dense, leading_dense=n))).tokens for n in (0, 1)]
+    s = setup.shape
+    attention = 4 * (2 * s.hidden + 4 * s.heads * s.head_dim + s.heads + 2 * s.heads * s.head_dim)  # with q and k norms
+    assert kept[0] - kept[1] == (attention + 4 * 3 * 64) * setup.training.tokens
+    adagrad = load_experiment(TINY, ["deepspeed.optimizer={type: Adagrad}"])
+    assert rank_setup(replace(inputs, exp=adagrad), 0).moments == 1
+
+
 @pytest.mark.parametrize("stored", ["weights", "index", "index without a head", "neither"])
 def test_a_head_stored_beside_a_tied_embedding_is_counted(stored, inputs, tmp_path):
     """A run keeps both if they differ, whatever config.json says; the names tell that there are two."""
@@ -125,8 +137,9 @@ def test_remedies_really_fit(inputs):
     for number, memory in ((3, 0.567e9), (1, 0.581e9)):
         fits = [fit(inputs, n, memory) for n in range(4)]
         assert not fits[number].fits_now
-        changed = inputs.changed(number, **dict(zip(("ranks", "expert_parallel"), fits[number].layout, strict=True)))
-        assert bytes_needed(rank_setup(changed, number)) <= memory
+        layout = fits[number].layout
+        changed = inputs.changed(number, ranks=layout.ranks, expert_parallel=layout.expert_parallel)
+        assert bytes_needed(rank_setup(changed, number)) <= memory and layout.accumulation == 1
         with pytest.raises(UserError, match=r"clients\.\d: '\w+' needs 0\.\d+ GB a rank .*there are 0\.5\d+ GB; \w+"):
             check_fits(inputs, fits, memory)
 
@@ -138,12 +151,85 @@ def test_a_capacity_that_keeps_all_tokens_is_called_null(inputs):
 
 
 def test_remedies_use_only_the_hosts_that_a_client_names(inputs):
-    """The laptop's host has one slot: no number of ranks makes it fit, though other hosts have room."""
+    """The laptop's host has one slot: it has no room for more ranks, though other hosts have."""
     pinned = inputs.changed(1, hosts=["small"])
     memory = 0.581e9
-    assert fit(pinned, 1, memory, {"large": 8, "small": 2}).layout is not None
-    assert fit(pinned, 1, memory, {"large": 8, "small": 1}).layout is None
-    assert fit(inputs, 1, memory, {"large": 8, "small": 1}).layout is not None
+    assert fit(pinned, 1, memory, {"large": 8, "small": 2}).has_room
+    assert not fit(pinned, 1, memory, {"large": 8, "small": 1}).has_room
+    assert fit(inputs, 1, memory, {"large": 8, "small": 1}).has_room
+
+
+def remedy(inputs, memory, slots=None):
+    """Return the line that refuses a plan, without what is wrong."""
+    with pytest.raises(UserError) as refused:
+        check_fits(inputs, [fit(inputs, n, memory, slots) for n in range(len(inputs.exp.clients))], memory)
+    return str(refused.value).partition(" GB; ")[2]
+
+
+def large(inputs, clients, batch, accumulation, **lengths):
+    """Return the demo's inputs on accelerators with other clients, and experts that outweigh all else."""
+    exp = load_experiment(
+        TINY,
+        [
+            "method=topk",
+            f"clients=[{', '.join(clients)}]",
+            f"deepspeed.train_batch_size={batch}",
+            f"deepspeed.gradient_accumulation_steps={accumulation}",
+            "deepspeed.zero_optimization={}",
+        ],
+    )
+    shape = replace(inputs.shape, hidden=2048, expert_width=1024)
+    return PlanInput(exp, shape, [inputs.row_lengths[0]._replace(**lengths)] * len(clients), on_cpu=False)
+
+
+def test_more_ranks_than_the_accumulation_steps_allow_are_tried_with_fewer_steps(inputs):
+    """8 rows in 8 steps are for one rank; two ranks, each with half of the experts, need 4 steps or fewer."""
+    alone = large(inputs, ["{name: a, budget: 1}"], batch=8, accumulation=8)
+    halves = alone.changed(0, ranks=2, expert_parallel=2).accumulating(4)
+    memory = bytes_needed(rank_setup(halves, 0)) * 1.001
+    assert bytes_needed(rank_setup(alone, 0)) > 1.1 * memory
+    assert remedy(alone, memory).startswith(
+        "clients.0.ranks=2 clients.0.expert_parallel=2 deepspeed.gradient_accumulation_steps=4 needs "
+    )
+
+
+def test_fewer_accumulation_steps_must_not_push_out_another_client(inputs):
+    """The steps are those of all clients: with fewer, the other's larger micro-batches would no longer fit."""
+    clients = ["{name: a, budget: 1}", "{name: b, budget: 0.125, ranks: 2, expert_parallel: 2}"]
+    both = large(inputs, clients, batch=128, accumulation=64, length=100, eval_rows=1)
+    changed = both.changed(0, ranks=4, expert_parallel=4).accumulating(32)
+    memory = bytes_needed(rank_setup(both, 1)) * 1.001
+    assert bytes_needed(rank_setup(changed, 0)) < memory < bytes_needed(rank_setup(changed, 1))
+    assert fit(both, 0, memory).layout is None
+    assert fit(both, 0, bytes_needed(rank_setup(changed, 1))).layout == (4, 4, 32)
+
+
+def test_where_evaluation_is_fullest_a_smaller_batch_of_it_is_named(inputs):
+    setting = large(inputs, ["{name: a, budget: 1}"], batch=8, accumulation=1, eval_answers=50_000.0)
+    phases = memory_by_phase(rank_setup(setting, 0))
+    memory = max(size for phase, size in phases.items() if phase != "evaluate") * 1.01
+    assert phases["evaluate"] > 1.5 * memory
+    text = remedy(setting, memory)
+    assert text.startswith("evaluation.batch_size=")
+    size = int(text.partition("=")[2].split()[0])
+    needed = [bytes_needed(rank_setup(setting.evaluating(rows), 0)) for rows in (size, 2 * size)]
+    assert needed[0] <= memory < needed[1]
+
+
+def test_where_nothing_helps_alone_no_remedy_is_made_up(inputs):
+    """Training is fullest at any batch, K and layout: a smaller evaluation batch would change nothing."""
+    assert remedy(inputs, 0.3e9).startswith(
+        "none of K, capacity, batches and number of ranks makes it fit alone; use larger devices"
+    )
+
+
+def test_ranks_that_the_hosts_have_no_room_for_are_no_remedy_but_are_told(inputs):
+    alone = large(inputs, ["{name: a, budget: 0.125}"], batch=2, accumulation=1)
+    memory = bytes_needed(rank_setup(alone.changed(0, ranks=2, expert_parallel=2), 0)) * 1.001
+    assert remedy(alone, memory, {"host": 2}).startswith("clients.0.ranks=2 clients.0.expert_parallel=2 needs ")
+    assert remedy(alone, memory, {"host": 1}) == (
+        "clients.0.ranks=2 clients.0.expert_parallel=2 would fit, but the hosts have no room for it; use more"
+    )
 
 
 def test_bytes_inside_a_client_by_hand(inputs):
