@@ -9,6 +9,7 @@ from tests.support.jobs import OWN_SERVER, SHORT, TRAIN, run
 from tests.support.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU, also where there are fewer devices than ranks
 # a shell starts background jobs with SIGINT ignored, and all that the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
