@@ -19,6 +19,7 @@ from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.checkpoint.search import newest_sound
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
 from ubsmoe_ds.mpi.collectives import RanksLost
@@ -49,10 +50,12 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     """
     keep_freed_memory()
     stop = StopRequests(place.comm, exp.checkpoint.grace_s)
-    sign_in(os.environ, describe(exp.clients, place.rank))
+    who = describe(exp.clients, place.rank)
+    sign_in(os.environ, who)
+    hang_watch = HangWatch(who, exp.hang_timeout_s, place.survives)
     heartbeat = watchdog.watch(exp.clients, place, exp.host_timeout_s)
     try:
-        ending = _run(exp, place, stop, verbose, resume)
+        ending = _run(exp, place, stop, hang_watch, verbose, resume)
     except UserError:
         stop.close()
         raise
@@ -61,7 +64,9 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     return ending
 
 
-def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resume: str | None) -> Ending:
+def _run(
+    exp: Experiment, world: World, stop: StopRequests, hang_watch: HangWatch, verbose: bool, resume: str | None
+) -> Ending:
     """Build the federation, run its rounds, and close the group's torch world."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(world.cores)  # more threads than cores would slow each other down
@@ -73,7 +78,7 @@ def _run(exp: Experiment, world: World, stop: StopRequests, verbose: bool, resum
     from ubsmoe_ds.federation import recovery
     from ubsmoe_ds.federation.build import build
 
-    federation = build(exp, world, stop, on_accelerator=bool(devices), verbose=verbose, resume=resume)
+    federation = build(exp, world, stop, hang_watch, on_accelerator=bool(devices), verbose=verbose, resume=resume)
     code, message = 0, ""
     try:
         recovery.run(federation)

@@ -39,6 +39,7 @@ def same_as(whole, folder) -> None:
     "how",
     [
         "SIGTERM to the command",
+        pytest.param("SIGTERM to the command while a rank is stopped", marks=pytest.mark.extended),
         pytest.param("SIGUSR1 to one rank", marks=pytest.mark.extended),
         pytest.param("SIGKILL to the command", marks=pytest.mark.extended),
     ],
@@ -50,7 +51,9 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     time.sleep(0.3)
     if how == "SIGUSR1 to one rank":
         os.kill(job.rank_pids()[2], signal.SIGUSR1)
-    elif how == "SIGTERM to the command":
+    elif how.startswith("SIGTERM to the command"):
+        if how.endswith("stopped"):
+            os.kill(job.rank_pids()[2], signal.SIGSTOP)
         job.process.terminate()
     else:  # the command says nothing more, but mpiexec asks the ranks to stop
         job.process.kill()
@@ -108,6 +111,33 @@ def test_restarts_go_on_by_themselves(whole, tmp_path):
     assert job.end(240) == 0, job.output
     assert "restart 1 of 2" in job.output and "restart 2 of 2" in job.output
     same_as(whole, tmp_path / "tiny")
+
+
+def test_a_stopped_rank_is_named_and_a_restart_goes_on(whole, tmp_path):
+    """Client b's other rank waits for it in gloo and client a in MPI; neither of them hangs."""
+    changes = [f"output={tmp_path}", "hang_timeout_s=5", "--restarts", "1"]
+    job = Job([sys.executable, TRAIN, *SHORT, *changes], tmp_path / "log", **OWN_SERVER)
+    job.wait_for("round   1/3")
+    os.kill(job.rank_pids()[2], signal.SIGSTOP)
+    assert job.end(240) == 0, job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: client 'b', rank 1 of 2 (job rank 2) hangs: no progress for "), line
+    assert " in round 2, " in line and "is stopped by a signal (state T)" in line
+    assert "exit code 1; restart 1 of 1" in job.output and "was killed" not in job.output
+    same_as(whole, tmp_path / "tiny")
+
+
+@pytest.mark.extended
+def test_a_rank_that_hangs_but_lives_shows_where(tmp_path):
+    """Job rank 1 sleeps in its second step; job rank 2 waits for it inside its own."""
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "hang_timeout_s=4"]
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="hang@1:2")
+    assert job.end(60) == 1, job.output
+    line, *stacks = job.output[job.output.index("error: ") :].splitlines()
+    assert line.startswith("error: client 'b', rank 0 of 2 (job rank 1) hangs: ") and "local step 2" in line
+    assert "error: " not in "".join(stacks)
+    frames = [text for text in stacks if text.startswith("  File ")]
+    assert "failing_train.py" in frames[0] and frames[0].endswith(" in harm"), stacks
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path):
@@ -180,8 +210,11 @@ def test_another_layout_takes_over_the_same_global_state(whole, tmp_path):
 
 @pytest.mark.extended
 def test_a_late_client_merges_what_it_has(tmp_path):
-    """Client a takes 4 seconds a step: by the deadline it has done some of four (its weight: test_server.py)."""
-    changes = ["train.round_deadline_s=10", "train.rounds=1", f"output={tmp_path}"]
+    """Client a takes 4 seconds a step: by the deadline it has done some of four (its weight: test_server.py).
+
+    Nobody takes it for one that hangs, nor b, which waits for it longer than that would need.
+    """
+    changes = ["train.round_deadline_s=10", "train.rounds=1", f"output={tmp_path}", "hang_timeout_s=7"]
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, *changes]
     job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@0:4")
     assert job.end() == 0, job.output

@@ -12,6 +12,7 @@ import torch
 
 from tests.support import tiny
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.join import join
 from ubsmoe_ds.mpi.world import World
 
@@ -200,7 +201,7 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
     results: dict[str, Any] = {}
     for name, exp in experiments.items():
         stop = StopRequests(world.comm, None)
-        federation = build(exp, world, stop, on_accelerator=False, verbose=False)
+        federation = build(exp, world, stop, HangWatch("", None, survives=False), on_accelerator=False, verbose=False)
         federation.run()
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
@@ -247,7 +248,15 @@ def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, l
                 stop = StopAfter(looks_now if world.rank == world.comm.size - 1 else None)
                 resume = "auto" if attempt else None
                 torch.manual_seed(attempt)  # what is not restored will differ
-                federation = build(exp, world, stop, on_accelerator=False, verbose=False, resume=resume)
+                federation = build(
+                    exp,
+                    world,
+                    stop,
+                    HangWatch("", None, survives=False),
+                    on_accelerator=False,
+                    verbose=False,
+                    resume=resume,
+                )
                 try:
                     federation.run()
                     assert looks_now is None, "was not stopped"

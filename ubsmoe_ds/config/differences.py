@@ -16,6 +16,7 @@ MAY_CHANGE_ON_RESUME = (
     "oversubscribe",
     "evaluation",
     "host_timeout_s",
+    "hang_timeout_s",
     "train.rounds",
     "train.save_every",
     "train.round_deadline_s",

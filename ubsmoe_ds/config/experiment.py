@@ -66,6 +66,10 @@ class Experiment(Section):
     host_timeout_s: Annotated[float, Field(ge=1)] = Field(
         60, description="end a job on several hosts when one of them is silent for this many seconds"
     )
+    hang_timeout_s: Annotated[float, Field(ge=1)] | None = Field(
+        1200,
+        description="end a job of which a rank makes no progress for this many seconds; null: nobody watches",
+    )
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
     num_experts: PositiveInt = Field(description="experts of a layer; read from the model folder, cannot be set")

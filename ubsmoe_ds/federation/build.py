@@ -31,6 +31,7 @@ from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
+from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.launching.run_folder import (
     check_contents,
     check_run_folder,
@@ -53,6 +54,7 @@ def build(
     exp: Experiment,
     world: World,
     stop: StopRequests,
+    hang_watch: HangWatch,
     *,
     on_accelerator: bool,
     verbose: bool,
@@ -64,6 +66,7 @@ def build(
         exp: the experiment.
         world: this rank's place in the job.
         stop: requests to stop.
+        hang_watch: is told of this rank's progress.
         on_accelerator: whether the job runs on accelerators.
         verbose: let DeepSpeed print.
         resume: the checkpoint to resume from, see `CheckpointFinder.find`; None: start a new run.
@@ -108,6 +111,7 @@ def build(
         monitor=None,
         checkpoints=checkpoints,
         stop=stop,
+        hang_watch=hang_watch,
         stopwatch=stopwatch,
         progress=progress,
         local=local,

@@ -31,6 +31,7 @@ def run(federation: Federation) -> None:
             return
         except RanksLost as death:
             deaths.append(death)
+        federation.hang_watch.enter("recovery from a death")
         while True:
             try:
                 _shrink(federation)

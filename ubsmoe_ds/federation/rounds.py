@@ -44,6 +44,7 @@ from ubsmoe_ds.federation.metrics import (
     training_scalars,
 )
 from ubsmoe_ds.federation.outputs import Outputs
+from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -74,6 +75,7 @@ class Federation:
     monitor: "Monitor | None"
     checkpoints: CheckpointManager
     stop: StopRequests
+    hang_watch: HangWatch
     stopwatch: Stopwatch
     progress: Progress
     local: LocalProgress
@@ -87,6 +89,7 @@ class Federation:
             Diverged: if there is nothing to merge, or a merge or an evaluation is not finite.
             RanksLost: if a rank has died; call `run` again after recovery (see recovery.py).
         """
+        self.hang_watch.enter(f"round {self.progress.round}, start")
         if not self.aggregator.started:
             self.aggregator.start()
         while self.progress.round <= self.exp.train.rounds:
@@ -102,6 +105,7 @@ class Federation:
             self.progress.next_round()
         if self.checkpoints.is_due(self.progress):
             self._save()
+        self.hang_watch.enter("writing the results")
         outputs = Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
         outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
@@ -118,8 +122,11 @@ class Federation:
 
         def stop() -> bool:
             late = self.local.steps > 0 and time.monotonic() > deadline
-            return self.world.any_of_group(late or self.stop.poll())
+            stops = self.world.any_of_group(late or self.stop.poll())
+            self.hang_watch.count()
+            return stops
 
+        self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
         batches = self.batches_from(self.progress.steps_taken)
         self.client.train(batches, self.local, train.local_steps, stop, self.aggregator.lora_rank)
         self.progress.steps_taken += self.local.steps - begun
@@ -127,6 +134,7 @@ class Federation:
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
+        self.hang_watch.enter(f"round {self.progress.round}, end of its part")
         if self.world.any(self.stop.poll()):
             folder = self._save()
             self.stop.close()
@@ -134,6 +142,7 @@ class Federation:
 
     def _save(self) -> Path:
         """Save a checkpoint; return its folder (a collective)."""
+        self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
         folder = self.checkpoints.save(
             self.client, self.aggregator.store, self.aggregator.server, self.progress, self.local
         )
@@ -145,6 +154,7 @@ class Federation:
         """Merge the changes of all clients' local steps into every client's model (a collective)."""
         self.stopwatch.lap("wait")
         number, stats = self.progress.round, self.client.local_stats(self.local)
+        self.hang_watch.enter(f"round {number}, merge")
         try:
             merged = self.aggregator.merge(self._work_done())
         except Diverged as error:
@@ -168,8 +178,11 @@ class Federation:
             return None
 
         def stop() -> bool:
-            return self.world.any_of_group(self.stop.poll())
+            stops = self.world.any_of_group(self.stop.poll())
+            self.hang_watch.count()
+            return stops
 
+        self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
         part = evaluate_part(self.exp, self.world, self.client, self.evaluator, stop)
         self._stop_if_asked()
         scalars = view_scalars(self.exp, self.world, self.evaluator, self.aggregator.server.weights, part)
@@ -179,6 +192,7 @@ class Federation:
     def _record(self, evaluated: dict[str, float] | None) -> None:
         """Complete the round: save adapters if due, then write its record (a collective)."""
         number, every = self.progress.round, self.exp.train.save_every
+        self.hang_watch.enter(f"round {number}, record")
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:

@@ -19,6 +19,7 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
 LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
+KILLED_SECONDS = 10.0  # for ranks to end that were killed; one in a system call of a stuck file system does not
 FAILED_SECONDS = 15.0  # for mpiexec to end after its ranks have failed; it may wait for a host that is cut off
 
 
@@ -123,10 +124,19 @@ class Supervisor:
     def _end_what_is_left(self, folder: Path) -> None:
         """End ranks that outlive mpiexec: they would write where the next attempt does."""
         deadline = time.monotonic() + LEAVE_SECONDS
-        while self.ranks:
+        while self.ranks and time.monotonic() < deadline + KILLED_SECONDS:
             if time.monotonic() > deadline:
                 self._send(signal.SIGKILL)
             self._look(folder)
+        for handle, description in self.ranks.items():
+            print(
+                f"warning: {description} was killed, but has not ended: the system holds it, perhaps in a stuck file "
+                "system; it will do nothing more",
+                file=sys.stderr,
+                flush=True,
+            )
+            os.close(handle)
+        self.ranks.clear()
 
     def _send(self, number: int) -> None:
         """Send a signal to every rank that has signed in."""
@@ -144,5 +154,6 @@ class Supervisor:
             self.asked_to_stop = True
         if number != signal.SIGINT and self.ranks:
             self._send(signal.SIGUSR1)
+            self._send(signal.SIGCONT)  # one that is stopped would not hear of it, and the others wait for it
         elif self.process is not None:  # with nothing to save yet
             self.process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

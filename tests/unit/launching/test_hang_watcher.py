@@ -1,0 +1,213 @@
+"""A rank that hangs is noticed, by its watcher; one that works or waits for others is left alone."""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.ranks import REPO, clean_environment
+from ubsmoe_ds.launching.hang_watcher import Look, Rule, is_waiting
+from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, read_code
+from ubsmoe_ds.mpi.collectives import wait_quietly
+
+TIMEOUT = 10.0  # seconds of a clock that the tests move
+
+
+def seconds_until_overdue(looks, passed=1.0) -> float | None:
+    """Return when the rule finds a rank overdue that looks like this, one look every `passed` seconds."""
+    rule = Rule(TIMEOUT, 1.0, next(looks))
+    for number, look in enumerate(looks, start=1):
+        if rule.is_overdue(passed, look):
+            return number * passed
+    return None
+
+
+def looks(number=40, *, counted=True, state="S", cpu=0.0, moved=0, events=lambda second: 0):
+    """Yield what a rank shows that uses `cpu` seconds, moves `moved` bytes in a second and has noted `events`."""
+    return (Look(events(s), counted, state, cpu * s, moved * s) for s in range(number))
+
+
+@pytest.mark.parametrize(
+    ("shown", "noticed"),
+    {
+        "a step that does not end": (looks(), 11),
+        "though it works": (looks(cpu=1.0, moved=2**30, state="R"), 11),
+        "after two steps of 4 s": (looks(events=lambda s: min(s // 4, 2)), 8 + 11),
+        "steps of 10 s": (looks(events=lambda s: s // 10), None),
+        "a stage in which nothing happens": (looks(counted=False), 11),
+        "a stuck file system": (looks(counted=False, state="D"), 11),
+        "a stage with some work": (looks(counted=False, cpu=0.002), None),
+        "less than a rank that waits": (looks(counted=False, cpu=0.001), 11),
+        "a stage that reads a megabyte in 10 s": (looks(counted=False, moved=2**20 // 10), None),
+        "a stopped rank": (looks(state="T"), 11),
+        "a stopped rank in a stage with some work": (looks(counted=False, state="T", cpu=0.002), 11),
+        "a debugger": (looks(state="t"), None),
+    }.values(),
+)
+def test_when_a_rank_counts_as_one_that_hangs(shown, noticed):
+    """The limit is 10 s, so the look at second 11 is the first beyond it."""
+    assert seconds_until_overdue(shown) == noticed
+
+
+def test_a_rank_that_was_stopped_for_a_moment_is_none_that_hangs():
+    """It has waited for long, and is continued before the limit has passed."""
+    rule = Rule(TIMEOUT, 1.0, Look(0, False, "S", 0.0, 0))
+    for second in range(1, 10):
+        assert not rule.is_overdue(1.0, Look(0, False, "S", 0.0, 0)), second
+    for second in range(10, 20):
+        assert not rule.is_overdue(1.0, Look(0, False, "T", 0.0, 0)), second
+
+
+def test_a_watcher_that_was_suspended_itself_has_seen_nothing():
+    """An hour counts as two looks: after 10 s of silence it takes a look more."""
+    assert seconds_until_overdue(looks(5), passed=3600.0) is None
+
+
+@given(gaps=st.lists(st.integers(1, 10), max_size=20), counted=st.booleans(), state=st.sampled_from("SRD"))
+def test_steps_within_the_limit_never_trip_it_and_the_next_silence_does(gaps, counted, state):
+    steps = [number for number, gap in enumerate(gaps, start=1) for _ in range(gap)]
+    silence = [len(gaps)] * (int(TIMEOUT) + 1)
+    shown = (Look(events, counted, state, 0.0, 0) for events in [0, *steps, *silence])
+    # an event shows in the first of its looks: the last gap's other looks belong to the silence
+    assert seconds_until_overdue(shown) == len(steps) - (gaps[-1] - 1 if gaps else 0) + int(TIMEOUT) + 1
+
+
+class Never:
+    """A request of MPI that is not completed until `done`."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def Test(self) -> bool:  # noqa: N802  # as MPI names it
+        return self.done
+
+
+def test_a_rank_waits_for_others_if_its_innermost_call_does():
+    """By real stacks: a thread in `wait_quietly`, then none."""
+    request = Never()
+    thread = threading.Thread(target=wait_quietly, args=[request])
+    shown = []
+    for _ in range(2):
+        if not thread.is_alive() and not request.done:
+            thread.start()
+            time.sleep(0.05)
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            shown.append(file.read().decode())
+        request.done = True
+        thread.join()
+    assert [is_waiting(stacks) for stacks in shown] == [True, False], shown
+
+
+MAIN = "Current thread 0x01 (most recent call first):"
+IN_GLOO = '  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 3 in all_reduce'
+AT_WORK = '  File "/x/ubsmoe_ds/moe/layer.py", line 2 in forward'
+HEARTBEAT = ["Thread 0x02 (most recent call first):", '  File "/x/ubsmoe_ds/mpi/heartbeat.py", line 1 in _listen']
+
+
+@pytest.mark.parametrize(
+    ("lines", "waits"),
+    [
+        ([MAIN, IN_GLOO, AT_WORK], True),
+        (["Thread 0x02 (most recent call first):", IN_GLOO, MAIN, AT_WORK], True),  # backward on a GPU
+        ([MAIN, AT_WORK, IN_GLOO], False),  # what a call that waits has called is work
+        ([*HEARTBEAT, MAIN, AT_WORK], False),  # that one always waits
+        ([], False),
+    ],
+)
+def test_only_the_innermost_calls_count(lines, waits):
+    assert is_waiting("\n".join(lines)) == waits
+
+
+LIMIT = 1.2  # seconds, of real processes
+RANK = """
+import os, signal, sys, threading, time
+from ubsmoe_ds.launching.hang_watch import HangWatch
+from ubsmoe_ds.mpi.collectives import wait_quietly  # takes a while
+watch = HangWatch("client 'a', rank 0 of 1", 1.2, survives=sys.argv[1] == "survives")
+watch.enter("round 3, local step", counted_from=6)
+watch.count()
+LOCK = threading.Lock()
+print(watch._watcher.pid, flush=True)
+def stop():
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): os.kill(watch._watcher.pid, number)
+    os.kill(os.getpid(), signal.SIGSTOP)
+def survives(): stop()
+def lock():
+    for _ in range(2): LOCK.acquire()
+def steps():
+    for _ in range(12):
+        time.sleep(0.3)
+        watch.count()
+def waits():
+    class Request:
+        end = time.monotonic() + 3.6
+        def Test(self): return time.monotonic() > self.end
+    wait_quietly(Request())
+globals()[sys.argv[1]]()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Run processes that hang and others that do not, all at once; return name -> (code, output, watcher, folder)."""
+    started = {}
+    for name in ("stop", "survives", "lock", "steps", "waits"):
+        folder = tmp_path_factory.mktemp(name)
+        environment = clean_environment() | {"PYTHONPATH": str(REPO), PARENT_SPEAKS: str(folder)}
+        command = [sys.executable, "-c", RANK, name]
+        started[name] = (
+            folder,
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True),
+        )
+    results = {}
+    for name, (folder, process) in started.items():
+        output, _ = process.communicate(timeout=60)  # until the watcher, too, has closed it
+        watcher, _, rest = output.partition("\n")
+        results[name] = process.returncode, rest, int(watcher), folder
+    return results
+
+
+@pytest.mark.parametrize("name", ["stop", "survives"])
+def test_a_stopped_rank_is_named_and_killed(name, ranks):
+    """Signals that are meant for the whole job do not end the watcher."""
+    code, output, _, folder = ranks[name]
+    assert code == -signal.SIGKILL
+    start, _, end = output.partition(" s in round 3, local step 7 (hang_timeout_s 1.2); process ")
+    assert start.startswith("error: client 'a', rank 0 of 1 hangs: no progress for "), output
+    assert LIMIT <= float(start.rpartition(" ")[2]) < 60 and "is stopped by a signal (state T)" in end
+    assert output.count("\n") == 1
+    # a job that survives deaths goes on, so nobody says that it ends
+    assert read_code(folder) == (None if name == "survives" else 1)
+    assert ("continue with --resume auto" in end) == (name != "survives")
+
+
+def test_a_rank_that_lives_shows_its_stacks(ranks):
+    code, output, _, folder = ranks["lock"]
+    line, heading, frame, *_ = output.splitlines()
+    assert (code, read_code(folder)) == (-signal.SIGKILL, 1) and "; process " in line and " lives (state S)" in line
+    assert heading.endswith("(most recent call first):") and frame.endswith(" in lock"), output
+
+
+@pytest.mark.parametrize("name", ["steps", "waits"])
+def test_a_rank_that_is_slow_or_waits_for_others_is_left_alone(name, ranks):
+    """Each lasts three times the limit."""
+    code, output, _, folder = ranks[name]
+    assert (code, output, read_code(folder)) == (0, "", None)
+
+
+def test_no_watcher_is_left_behind(ranks):
+    deadline = time.monotonic() + 20
+    for _, _, watcher, _ in ranks.values():
+        while time.monotonic() < deadline and os.path.exists(f"/proc/{watcher}/fd/0"):  # noqa: PTH110
+            time.sleep(0.05)
+        assert not os.path.exists(f"/proc/{watcher}/fd/0")  # noqa: PTH110

@@ -1,0 +1,85 @@
+"""Note this rank's progress where a watcher sees it (hang_watcher.py), which ends the rank if it hangs.
+
+Each rank has a watcher: a process of its own, on its host, and so whatever started the job and whichever ranks are
+stopped. The watcher of a rank that waits for another leaves it alone; that other one's has to act.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ubsmoe_ds.launching.hang_watcher import ASK, PROGRESS, RECORD_BYTES, STAGE_BYTES
+
+WATCHER = Path(__file__).with_name("hang_watcher.py")
+# of a whole job, such as those of Slurm; the watcher has nothing to save, and ends with its rank
+NOT_FOR_WATCHERS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+class HangWatch:
+    """Keeps this rank's progress, from now until the process ends.
+
+    Args:
+        description: of this rank, for messages.
+        timeout_s: seconds without progress after which it is ended; None: nobody watches.
+        survives: whether the job goes on when ranks die.
+    """
+
+    def __init__(self, description: str, timeout_s: float | None, survives: bool) -> None:
+        self._events = self._number = 0
+        descriptor = os.memfd_create("progress")
+        os.truncate(descriptor, RECORD_BYTES)
+        self._record = mmap.mmap(descriptor, RECORD_BYTES)
+        self.enter("start-up")
+        if timeout_s is not None:
+            self._watcher = _start_watcher(descriptor, description, timeout_s, survives)
+        os.close(descriptor)
+
+    def enter(self, stage: str, counted_from: int | None = None) -> None:
+        """Begin a stage.
+
+        Args:
+            stage: its name in messages.
+            counted_from: number of steps that are done, if each further one is counted; then none may take longer than
+                the timeout. None: the stage may take any time, as long as the process works.
+        """
+        name = stage.encode()[: STAGE_BYTES - 1].ljust(STAGE_BYTES, b"\0")
+        self._record[PROGRESS.size : RECORD_BYTES] = name
+        self._counted, self._number = counted_from is not None, counted_from or 0
+        self._note()
+
+    def count(self) -> None:
+        """Note that the next step begins; costs a microsecond."""
+        self._number += 1
+        self._note()
+
+    def _note(self) -> None:
+        self._events += 1
+        PROGRESS.pack_into(self._record, 0, self._events, self._number, self._counted)
+
+
+def _start_watcher(record: int, description: str, timeout_s: float, survives: bool) -> subprocess.Popen | None:
+    """Start the watcher of this process; warn and return None if the system has no room for it."""
+    stacks = os.memfd_create("stacks")
+    faulthandler.register(ASK, file=stacks)
+    arguments = [str(record), str(stacks), f"{timeout_s:g}", str(int(survives)), description]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WATCHERS)  # a started process inherits it
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(WATCHER), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[record, stacks],
+        )
+    except OSError as error:
+        print(
+            f"warning: hang_timeout_s: {description} has no watcher ({error.strerror}); nobody will see if it hangs",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

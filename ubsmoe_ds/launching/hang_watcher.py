@@ -1,0 +1,228 @@
+"""Watch one rank from a process of its own, and end it if it hangs: a stopped process can do nothing about itself.
+
+    python -I -S hang_watcher.py RECORD STACKS TIMEOUT SURVIVES DESCRIPTION
+
+`HangWatch` (hang_watch.py) starts it in a rank. RECORD and STACKS are descriptors of memory that both share: in the
+first the rank notes its progress, into the second it writes the stacks of its threads on the signal `ASK`. The watcher
+ends when its standard input does, which the rank holds open for as long as it lives.
+
+It imports nothing but the standard library and takes some 20 ms to start; then it sleeps nearly always.
+"""
+
+import os
+import re
+import select
+import signal
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+PROGRESS = struct.Struct("<qqq")  # number of events, number within the stage, 1 if the stage is counted
+STAGE_BYTES = 256  # of the stage's name, which follows
+RECORD_BYTES = PROGRESS.size + STAGE_BYTES
+ASK = signal.SIGRTMAX - 2  # free: SIGUSR1 asks to stop, SIGUSR2 is some sites' own, and shells use neither end
+LOOKS, LONGEST_INTERVAL = 10, 5.0  # looks within the timeout; seconds between two at most
+WORKING = 0.002  # of a core; a rank that waits by polling (mpi/collectives.py) uses ten times as much, an idle one less
+MOVED_BYTES = 2**20  # read or written: it works
+ANSWER_SECONDS = 3.0  # for the rank to write its stacks; one in the kernel cannot
+MESSAGE_SECONDS = 0.3  # for mpiexec to forward the message before it ends the job
+STATES = {"T": "stopped by a signal", "D": "in an uninterruptible system call, as of a file system that is stuck"}
+# the innermost call of a thread that waits for other ranks: the job's, or those of its own client
+WAITS = re.compile(r'  File ".*/(ubsmoe_ds/mpi/(collectives|exits|ulfm)\.py|torch/distributed/.*|deepspeed/comm/.*)"')
+
+
+class Look(NamedTuple):
+    """What a look at the rank has shown."""
+
+    events: int  # that the rank has noted; none are taken back
+    counted: bool  # whether the stage consists of steps that are noted one by one
+    state: str  # of the process, a letter of /proc/PID/stat: T stopped, t traced, D uninterruptible, S asleep, R runs
+    cpu_seconds: float  # that it has used
+    moved_bytes: int  # that it has read and written
+
+
+class Rule:
+    """Decides from one look after the other whether a rank shows no sign of life.
+
+    Within a counted stage each step must end within the timeout. Other stages may take any time as long as the rank
+    works: it uses the CPU, reads or writes. A rank that is stopped must be so for the whole timeout.
+
+    Args:
+        timeout: seconds.
+        interval: seconds between two looks. More count as two intervals: a watcher that was suspended, as the whole
+            host or job may be, has seen nothing in between.
+        look: the first.
+    """
+
+    def __init__(self, timeout: float, interval: float, look: Look) -> None:
+        self.timeout, self.interval = timeout, interval
+        self.silent = self.stopped = 0.0  # seconds
+        self._first = look  # of the silence
+
+    def is_overdue(self, passed: float, look: Look) -> bool:
+        """Return whether the rank has shown no sign of life for longer than the timeout.
+
+        Args:
+            passed: seconds since the look before.
+            look: what it shows now.
+        """
+        passed = min(passed, 2 * self.interval)
+        self.stopped = self.stopped + passed if look.state == "T" else 0.0
+        self.silent += passed
+        if look.events != self._first.events:
+            self.start_anew(look)
+        if look.state == "T":
+            return self.stopped > self.timeout
+        if self.silent <= self.timeout:
+            return False
+        if look.state == "t" or (not look.counted and self._works(look)):  # a debugger holds it
+            self.start_anew(look)
+            return False
+        return True
+
+    def start_anew(self, look: Look) -> None:
+        """Begin the silence now: the rank is alive."""
+        self.silent, self._first = 0.0, look
+
+    def _works(self, look: Look) -> bool:
+        used, moved = look.cpu_seconds - self._first.cpu_seconds, look.moved_bytes - self._first.moved_bytes
+        return used >= WORKING * self.silent or moved >= MOVED_BYTES
+
+
+def is_waiting(stacks: str) -> bool:
+    """Return whether a thread waits for other ranks, by the stacks of faulthandler (innermost call first)."""
+    lines = stacks.splitlines()
+    return any(WAITS.match(line) for before, line in zip(lines, lines[1:], strict=False) if before.endswith("first):"))
+
+
+def look_at(pid: int, record: bytes) -> Look:
+    """Return what shows of a process; raise OSError if it is gone."""
+    events, _, counted = PROGRESS.unpack_from(record)
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])  # utime, stime
+    return Look(events, bool(counted), fields[0], ticks / os.sysconf("SC_CLK_TCK"), _moved(pid))
+
+
+def _moved(pid: int) -> int:
+    """Return the bytes that a process has read and written, pages of mapped files among them; 0 where nobody counts."""
+    try:
+        entries = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(entries[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
+
+
+def stage_of(record: bytes) -> str:
+    """Return the stage that the rank has noted, such as "round 2, local step 3"."""
+    _, number, counted = PROGRESS.unpack_from(record)
+    text = record[PROGRESS.size :].partition(b"\0")[0].decode(errors="replace")
+    return f"{text} {number}" if counted else text
+
+
+def message(description: str, stage: str, silent: float, timeout: float, pid: int, state: str) -> str:
+    """Return what names a rank that hangs, without what follows from it."""
+    what = f"is {STATES[state]} (state {state})" if state in STATES else f"lives (state {state})"
+    return (
+        f"error: {description} hangs: no progress for {silent:.1f} s in {stage} (hang_timeout_s {timeout:g}); "
+        f"process {pid} on {os.uname().nodename} {what}{_kernel_place(pid)}"
+    )
+
+
+def _kernel_place(pid: int) -> str:
+    """Return in which function of the kernel a process waits, and in which system call; empty where that is secret."""
+    found = []
+    for name in ("wchan", "syscall"):
+        try:
+            word = Path(f"/proc/{pid}/{name}").read_text().split()[:1]
+        except OSError:
+            continue
+        found += [f"{name} {text}" for text in word if text not in ("0", "-1", "running")]
+    return f", {', '.join(found)}" if found else ""
+
+
+class Watcher:
+    """Watches a rank until it ends.
+
+    Args:
+        pid: the rank, which is the parent of this process.
+        record, stacks: descriptors, see above.
+        timeout: seconds.
+        survives: whether the job goes on when ranks die.
+        description: of the rank.
+    """
+
+    def __init__(self, pid: int, record: int, stacks: int, timeout: float, survives: bool, description: str) -> None:
+        self.pid, self.stacks, self.survives, self.description = pid, stacks, survives, description
+        self.record = record
+        self.rule = Rule(timeout, min(timeout / LOOKS, LONGEST_INTERVAL), look_at(pid, self._read()))
+
+    def watch(self) -> None:
+        """Look again and again until the rank has ended or was ended; raise OSError if it is gone."""
+        looked_at = time.monotonic()
+        while not self._has_left(self.rule.interval):
+            record = self._read()
+            look = look_at(self.pid, record)
+            now = time.monotonic()
+            overdue = self.rule.is_overdue(now - looked_at, look)
+            looked_at = now
+            if overdue and self._hangs(look, record):
+                return
+
+    def _read(self) -> bytes:
+        """Return what the rank has noted."""
+        return os.pread(self.record, RECORD_BYTES, 0)
+
+    def _has_left(self, seconds: float) -> bool:
+        """Wait for so long; return at once with True when the rank closes our standard input."""
+        return bool(select.select([0], [], [], seconds)[0])
+
+    def _hangs(self, look: Look, record: bytes) -> bool:
+        """End a rank that is overdue, unless it only waits for others; return whether it was ended."""
+        stacks = "" if look.state == "T" else self._ask()
+        if is_waiting(stacks):  # then another rank hangs, if any: that one has a watcher too
+            self.rule.start_anew(look)
+            return False
+        silent = max(self.rule.silent, self.rule.stopped)
+        line = message(self.description, stage_of(record), silent, self.rule.timeout, self.pid, look.state)
+        follows = "its client is given up" if self.survives else "continue with --resume auto"
+        os.write(sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode())
+        if not self.survives:
+            self._sign_off()
+        time.sleep(MESSAGE_SECONDS)
+        if os.getppid() == self.pid:  # not an heir of its number
+            os.kill(self.pid, signal.SIGKILL)  # its launcher ends the others, or ULFM goes on without it
+        return True
+
+    def _ask(self) -> str:
+        """Return the stacks of the rank's threads; empty if it does not answer."""
+        start = os.fstat(self.stacks).st_size
+        os.kill(self.pid, ASK)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        size = start
+        while time.monotonic() < deadline and not self._has_left(ANSWER_SECONDS / 20):
+            before, size = size, os.fstat(self.stacks).st_size
+            if size == before > start:  # whole
+                break
+        return os.pread(self.stacks, size - start, start).decode(errors="replace")
+
+    def _sign_off(self) -> None:
+        """Tell the process that runs mpiexec, if there is one, that all has been said and the job ends with 1."""
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from ubsmoe_ds.base.errors import EXIT_FAILURE
+        from ubsmoe_ds.launching.sign_in import sign_off
+
+        sign_off(os.environ, EXIT_FAILURE)
+
+
+def main() -> None:
+    """Watch the process that has started this one."""
+    record, stacks, timeout, survives, description = sys.argv[1:]
+    with suppress(OSError):  # the rank is gone
+        Watcher(os.getppid(), int(record), int(stacks), float(timeout), survives == "1", description).watch()
+
+
+if __name__ == "__main__":
+    main()
