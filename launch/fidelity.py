@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pandas as pd
 
 from ubsmoe_ds.base.command_line import Parser, carry_out, whole
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 
@@ -47,10 +49,10 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Do what the options ask for.
+    """Measure, print, and write if asked.
 
     Raises:
-        UserError: for a mistake in config, data or options.
+        UserError: for a mistake in config, data or options, and if the folder cannot be written.
     """
     exp = load_experiment(options.config, options.overrides)
     ks = options.ks or [2**i for i in range(exp.k_max.bit_length()) if 2**i <= exp.k_max]
@@ -60,11 +62,15 @@ def measure(options: argparse.Namespace) -> None:
 
     text = markdown(table, bias, shlex.join(["python", *sys.argv]), exp)
     print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "fidelity.md").write_text(text + "\n", encoding="utf-8")
-        table.merge(bias, on=["k", "estimator"]).to_csv(options.out / "fidelity.csv", index=False, float_format="%.5g")
-        picture(table, bias).savefig(options.out / "fidelity.png", dpi=120)
+    if options.out is None:
+        return
+    whole = table.merge(bias, on=["k", "estimator"])
+    contents: dict[str, Callable[[Path], object]] = {
+        "fidelity.md": lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        "fidelity.csv": partial(whole.to_csv, index=False, float_format="%.5g"),
+        "fidelity.png": partial(picture(table, bias).savefig, dpi=120),
+    }
+    replace_files(options.out, contents)
 
 
 def check(exp: Experiment, ks: list[int]) -> None:

@@ -54,6 +54,8 @@ def prepared() -> Path:
     facts |= {"k": "2", "k_max": "4", "candidates": "8", "modulate": "weights", "gate_rescale": "learned"}
     base = str(folder / "single")
     peft_format.save(folder / "adapter", state, lora_rank=RANK, alpha=6.0, base_model=base, facts=facts)
+    sidecar = folder / "adapter" / peft_format.SIDECAR
+    save_file(load_file(sidecar), sidecar, metadata=facts)  # without the digest, which would refuse all changed weights
     return folder
 
 

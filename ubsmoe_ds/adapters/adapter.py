@@ -97,6 +97,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     family, config = read_facts(model_folder(name))
     if merged:
         return Adapter(read_tensors(whole), 0, 0.0, model_folder(name, weights=True), facts)
+    peft_format.check_belongs(folder, facts)
     state, lora_rank, scaling = peft_format.read(folder, family, config[family.num_experts])
     return Adapter(state, lora_rank, scaling, model_folder(name, weights=True), facts)
 

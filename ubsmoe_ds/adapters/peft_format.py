@@ -3,6 +3,7 @@
 A trained router is a module saved whole; peft_tensors.py has the forms of LoRA. Values that PEFT does not know (phi, K,
 the gate's learned scale) are in a file beside, `SIDECAR`. PEFT alone therefore computes the model at phi = 0 and
 scale 1, at the K of its config.
+The file beside is named last and holds the digest of the weights: files of two runs do not pass for one adapter.
 FLoRA leaves changed weights and no adapter, so PEFT is not used there.
 """
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from ubsmoe_ds.adapters.peft_config import adapter_config, read_settings
 from ubsmoe_ds.adapters.peft_tensors import SIDECAR_ENDINGS, expert_targets, from_peft, to_peft
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.base.files import replace_files, require_regular, sha256
 from ubsmoe_ds.models.families import Family
 from ubsmoe_ds.models.weights import read_tensors
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "ubsmoe.safetensors"
+DIGEST = "weights_sha256"  # a fact of the sidecar; adapters of earlier versions lack it
 
 
 def save(
@@ -52,9 +54,36 @@ def save(
         folder,
         {
             WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            SIDECAR: lambda path: save_file(beside, path, metadata=dict(facts)),
             CONFIG: lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
+            SIDECAR: lambda path: save_file(
+                beside, path, metadata={**facts, DIGEST: sha256(path.with_name(WEIGHTS)).hex()}
+            ),
         },
+    )
+
+
+def check_belongs(folder: Path, facts: Mapping[str, str]) -> None:
+    """Check that the weights are those that the sidecar was saved with.
+
+    Args:
+        folder: the adapter's.
+        facts: of its sidecar; without a digest anything passes.
+
+    Raises:
+        UserError: naming both files, or the weights if they cannot be read.
+    """
+    weights = folder / WEIGHTS
+    if DIGEST not in facts:
+        return
+    try:
+        require_regular(weights)
+        if sha256(weights).hex() == facts[DIGEST]:
+            return
+    except OSError as error:
+        raise UserError(f"adapter: {str(weights)!r} cannot be read ({error.strerror}); save it again") from error
+    raise UserError(
+        f"adapter: {str(weights)!r} is not the file that {str(folder / SIDECAR)!r} was saved with, so phi and K may be "
+        "another run's; take both from one saved adapter, or save it again"
     )
 
 

@@ -5,13 +5,14 @@ full. Readers raise OSError or ValueError, so that each caller can say whose fil
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,8 +112,17 @@ def writes(path: Path) -> Iterator[None]:
         raise UserError(f"{str(path)!r} cannot be written ({reason}); free space there or choose another") from error
 
 
+def sha256(path: Path) -> bytes:
+    """Return the SHA-256 of a file's content; raise OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files to a folder, under temporary names first, so that a failure leaves the earlier files whole.
+    """Write files that belong together to a folder: a failure leaves all the earlier ones, and none of the new.
+
+    A process that is killed while it gives them their names can still leave some of each. A reader that must know needs
+    a digest of the others in the file that is named last.
 
     Args:
         folder: made if it does not exist.
@@ -123,10 +133,36 @@ def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]
     """
     with writes(folder), _made(folder):
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
+            new, earlier = Path(unfinished), Path(unfinished) / "earlier"
+            earlier.mkdir()
             for name, write in contents.items():
-                write(Path(unfinished) / name)
+                write(new / name)
             for name in contents:
-                (Path(unfinished) / name).replace(folder / name)
+                if os.path.lexists(folder / name):
+                    _keep(folder / name, earlier / name)
+            try:
+                for name in contents:
+                    (new / name).replace(folder / name)
+            except OSError:
+                _put_back(folder, contents, earlier)
+                raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Give a file a second name; a copy, where the file system has no links."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _put_back(folder: Path, names: Iterable[str], earlier: Path) -> None:
+    """Undo the replacement of files, of which some have been replaced."""
+    for name in names:
+        if os.path.lexists(earlier / name):
+            (earlier / name).replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import read_json, require_regular
+from ubsmoe_ds.base.files import read_json, require_regular, sha256
 
 FORMATS = "ubsmoe_ds.checkpoint."
 FORMAT = f"{FORMATS}2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
-HASHED_AT_ONCE = 2**22  # bytes
 RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 
 
@@ -120,7 +119,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[int,
     path = folder / rank_file(rank)
     save_file(tensors, path)
     _sync(path)
-    return path.stat().st_size, _sha256(path)
+    return path.stat().st_size, sha256(path)
 
 
 def commit(
@@ -209,7 +208,7 @@ def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         require_regular(path)
         if path.stat().st_size != expected.get("bytes"):
             raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {expected.get('bytes')}")
-        if _sha256(path).hex() != expected.get("sha256"):
+        if sha256(path).hex() != expected.get("sha256"):
             raise Damaged(f"{name} does not have its checksum")
     except OSError as error:
         raise Damaged(f"{name} cannot be read ({error.strerror})") from error
@@ -275,14 +274,6 @@ class Reader:
             first, end = max(offset, start), min(offset + size, start + numel)
             if first < end:
                 yield first, self._files[file].get_slice(key)[first - offset : end - offset]
-
-
-def _sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.digest()
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

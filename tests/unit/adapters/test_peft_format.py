@@ -1,6 +1,8 @@
 """Adapters in PEFT's format: by hand, by PEFT itself on transformers' models, and as a round trip."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,37 @@ def test_a_round_trip_is_equal_to_the_bit(tmp_path):
         "adapter_model.safetensors",
         "ubsmoe.safetensors",
     ]
+
+
+def test_the_files_of_two_adapters_do_not_pass_for_one(tmp_path):
+    """As a process leaves them that is killed while it gives new files their names; older versions wrote no digest."""
+    saved_family("olmoe", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    folder, base = tmp_path / "adapter", str(tmp_path / "base")
+    for scale in (1.0, 2.0):
+        both = {name: value * scale for name, value in state.items()} | {"layers.0.phi": torch.full((8,), scale)}
+        save(tmp_path / f"{scale:g}", both, base_model=base)
+    shutil.copytree(tmp_path / "1", folder)
+    assert read_adapter(folder).state["layers.0.phi"][0] == 1
+    shutil.copy(tmp_path / "2" / peft_format.WEIGHTS, folder)
+    with pytest.raises(UserError, match="model.safetensors' is not the file that .*/ubsmoe.safetensors' was saved"):
+        read_adapter(folder)
+    (folder / peft_format.WEIGHTS).unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors' cannot be read"):
+        read_adapter(folder)
+    shutil.copy(tmp_path / "2" / peft_format.WEIGHTS, folder)
+    sidecar = folder / peft_format.SIDECAR
+    save_file(load_file(sidecar), sidecar, metadata={"k": "3", "base_model": base})
+    assert read_adapter(folder).state["layers.0.phi"][0] == 1
+
+
+def test_the_weights_are_named_before_the_file_that_has_their_digest(tmp_path, monkeypatch):
+    """So that whatever a killed process leaves of two adapters is noticed."""
+    saved_family("olmoe", tmp_path / "base")
+    named, really = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: (named.append(target.name), really(path, target))[1])
+    save(tmp_path / "adapter", trained(tmp_path / "base")[1])
+    assert (named[0], named[-1]) == (peft_format.WEIGHTS, peft_format.SIDECAR)
 
 
 def test_gate_and_up_become_one_adapter_by_hand():

@@ -67,6 +67,47 @@ def test_a_failed_write_leaves_the_earlier_files_whole(tmp_path):
     assert (tmp_path / "first").read_text() == "new"
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("earlier", [("first", "second", "third"), ("second",), ()], ids=["all", "one", "none"])
+@pytest.mark.parametrize("failing", ["first", "second", "third"])
+def test_files_that_belong_together_are_replaced_together(failing, earlier, links, tmp_path, monkeypatch):
+    """Whichever cannot be given its name: the earlier ones are there again, and nothing else."""
+    names = ("first", "second", "third")
+    for name in earlier:
+        (tmp_path / name).write_text(f"earlier {name}")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    really = Path.replace
+
+    def replace(path, target):
+        if target == tmp_path / failing and path.read_text() == "new":
+            raise OSError(1, "Operation not permitted")
+        return really(path, target)
+
+    def link(*_, **__):
+        raise PermissionError(1, "no links here")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", replace)
+        if not links:
+            broken.setattr(os, "link", link)
+        with pytest.raises(UserError, match="Operation not permitted"):
+            files.replace_files(tmp_path, {name: lambda path: path.write_text("new") for name in names})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    files.replace_files(tmp_path, {name: lambda path: path.write_text("new") for name in names})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "new")
+
+
+def test_a_folder_in_a_files_place_leaves_the_others_alone(tmp_path):
+    (tmp_path / "first").write_text("earlier")
+    (tmp_path / "second" / "inner").mkdir(parents=True)
+    with pytest.raises(UserError, match="Is a directory"):
+        files.replace_files(tmp_path, {name: lambda path: path.write_text("new") for name in ("first", "second")})
+    assert (tmp_path / "first").read_text() == "earlier" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "first",
+        "second",
+    ]
+
+
 def test_a_folder_that_was_made_for_a_failed_write_goes_again(tmp_path):
     with pytest.raises(UserError):
         files.replace_files(tmp_path / "new", {"only": fail})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import sha256
 from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.compatibility import check_same_experiment, with_defaults
 from ubsmoe_ds.checkpoint.storage import Damaged, OtherFormat, Piece, Reader
@@ -141,7 +142,7 @@ def test_a_pickle_with_the_right_checksum_is_refused_and_not_run(tmp_path):
     folder = storage.begin(tmp_path, 1)
     path = folder / storage.rank_file(0)
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    files = {path.name: (path.stat().st_size, storage._sha256(path))}
+    files = {path.name: (path.stat().st_size, sha256(path))}
     done = storage.commit(tmp_path, 1, "round-1", files, {})
     with pytest.raises(UserError, match="rank-00000.safetensors cannot be read"):
         verify(done)
