@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import finite_or_null
 
@@ -36,7 +36,8 @@ def main() -> int:
 
 def show(options: argparse.Namespace) -> None:
     """Print the table of `evaluate`."""
-    table = evaluate(options)
+    with quoting_rows(options.show_rows):
+        table = evaluate(options)
     if not options.json:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     for record in table.to_dict("records") if options.json else []:
@@ -67,6 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the frozen weights")
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
+    add_show_rows(parser)
     options = parser.parse_args(arguments)
     if options.base is not None and options.adapter is None:
         raise UserError("--base: is the model under an --adapter; leave it out with --model")
@@ -137,7 +139,7 @@ def exact_matches(
     from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
     from ubsmoe_ds.data.tokenizing import text_tokens
 
-    right = text_tokens([row["answer"] for row in rows], tokenizer)
+    right = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")
     new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
     lengths = {"max_length": max_length, "max_new_tokens": new_tokens}
     texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.experiment import Experiment
@@ -40,6 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole(0), default=20, help="optimiser steps before measuring")
     parser.add_argument("--batches", type=whole(1), default=8, help="batches to measure on, each the rows of one step")
     parser.add_argument("--out", type=Path, help="folder for fidelity.md, fidelity.csv and fidelity.png")
+    add_show_rows(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -57,7 +58,8 @@ def measure(options: argparse.Namespace) -> None:
     exp = load_experiment(options.config, options.overrides)
     ks = options.ks or [2**i for i in range(exp.k_max.bit_length()) if 2**i <= exp.k_max]
     check(exp, ks)
-    table, bias = report(exp, ks, options.steps, options.batches)
+    with quoting_rows(options.show_rows):
+        table, bias = report(exp, ks, options.steps, options.batches)
     from ubsmoe_ds.studies.fidelity_report import markdown, picture
 
     text = markdown(table, bias, shlex.join(["python", *sys.argv]), exp)

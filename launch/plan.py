@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ubsmoe_ds.base.command_line import Parser, carry_out, whole
+from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
@@ -54,6 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=whole(1, 1024), help="accelerators of each host, or its ranks if it has none")
     parser.add_argument("--hostfile", type=Path, help="instead of both: lines `host slots=N`")
     parser.add_argument("--device-memory", metavar="80G", help="memory of one device; G is 10^9 bytes, GiB 2^30")
+    add_show_rows(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -67,7 +68,8 @@ def show(options: argparse.Namespace) -> None:
     memory = None if options.device_memory is None else parse_bytes(options.device_memory)
     slots = read_slots(options, [name for client in exp.clients for name in client.hosts or []])
     line = None if slots is None else describe(exp.clients, place(exp.clients, slots))
-    inputs = read_inputs(exp)
+    with quoting_rows(options.show_rows):
+        inputs = read_inputs(exp)
     if inputs.on_cpu and exp.accelerator == "auto":
         print(
             "note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", file=sys.stderr

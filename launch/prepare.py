@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.base.command_line import Parser, carry_out, positive, whole
+from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, positive, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new
 
@@ -69,6 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     split.add_argument("--recover-steps", type=whole(0), default=0)
     split.add_argument("--recover-rows", type=whole(1), default=16, help="blocks of text in a step")
     split.add_argument("--lr", type=positive, default=3e-4, help="learning rate of the recovery")
+    add_show_rows(split)
     return parser.parse_args(arguments)
 
 
@@ -160,11 +161,13 @@ def make_split(options: argparse.Namespace) -> None:
     from ubsmoe_ds.data.sources import load_rows, only_source
     from ubsmoe_ds.models.split import recover, split
 
-    train, held_out, _ = load_rows(only_source(options.data), options.seed)
-    dense, tokenizer = read_dense(options.model, torch.float32)
     calibration = options.tokens // options.length
-    blocks = text_blocks(train, tokenizer, options.length, calibration + options.recover_steps * options.recover_rows)
-    unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)
+    count = calibration + options.recover_steps * options.recover_rows
+    with quoting_rows(options.show_rows):
+        train, held_out, _ = load_rows(only_source(options.data), options.seed)
+        dense, tokenizer = read_dense(options.model, torch.float32)
+        blocks = text_blocks(train, tokenizer, options.length, count)
+        unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)
     sizes = {"experts": options.experts, "shared": options.shared, "ks": options.ks, "seed": options.seed}
     model, _ = split(dense, blocks[:calibration], **sizes, say=print)
     report(f"dense {loss_of(dense, unseen):.3f}; split", model, unseen, options.ks)
@@ -182,7 +185,7 @@ def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any
 
     from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 
-    texts = text_tokens([f"{row['instruction']}\n{row['answer']}" for row in rows], tokenizer)
+    texts = text_tokens([f"{row['instruction']}\n{row['answer']}" for row in rows], tokenizer, rows, "instruction")
     begin, end = beginning(tokenizer), [tokenizer.eos_token_id]
     tokens = [token for text in texts for token in begin + text + end]
     times = -(-count * length // len(tokens))

@@ -24,7 +24,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ubsmoe_ds.base.command_line import Parser, whole
+from ubsmoe_ds.base.command_line import Parser, add_show_rows, quoting_rows, whole
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
@@ -58,6 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on over ssh, listed as lines `host slots=N`"
     )
+    add_show_rows(parser)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -92,7 +93,8 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     """
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
     check_run_folder(exp, resumes_in_place(exp, options.resume))
-    check_rows(exp)
+    with quoting_rows(options.show_rows):  # of rows that all clients read; ranks never quote those of a site
+        check_rows(exp)
     model_folder(exp.model.path, weights=True)  # fetch a model of the hub once, not on every rank
     hosts = None
     if options.hostfile is not None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 
@@ -12,6 +13,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU, also where there are fewer devices than ranks
 # a shell starts background jobs with SIGINT ignored, and all that the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# the key of a site is kept in the user's folder; tests leave no trace there
+STATE = tempfile.TemporaryDirectory(prefix="ubsmoe_ds-tests-")
+os.environ["XDG_STATE_HOME"] = STATE.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # threads that wait for cores which ranks and other tests need spin: the same tests took 15 times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -5,10 +5,11 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
-from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, EXIT_UNREAD, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, EXIT_UNREAD, EXIT_USER_ERROR, RowError, UserError
 
 MOST = 2**31 - 1
 
@@ -47,6 +48,24 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
     return value
+
+
+def add_show_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the option --show-rows, whose value `quoting_rows` takes."""
+    parser.add_argument(
+        "--show-rows", action="store_true", help="quote a bad row that this process reads; else only its place is named"
+    )
+
+
+@contextmanager
+def quoting_rows(asked: bool) -> Iterator[None]:
+    """Add what a bad row holds to the error that the block raises, if the user asked for it."""
+    try:
+        yield
+    except RowError as error:
+        if asked:
+            raise UserError(f"{error}; it holds {error.content}") from error
+        raise
 
 
 def carry_out(command: Callable[[], int | None]) -> int:

@@ -22,6 +22,14 @@ class UserError(Exception):
         super().__init__(_one_line(message))
 
 
+class RowError(UserError):
+    """A bad row. The message names file, line and field; what they hold is in `content` and may not leave its host."""
+
+    def __init__(self, message: str, content: object) -> None:
+        super().__init__(message)
+        self.content = _one_line(repr(content))
+
+
 class Preempted(Exception):  # noqa: N818  # no error: the job did as it was asked
     """The job was asked to stop and has saved a checkpoint; it ends with `EXIT_PREEMPTED`."""
 

@@ -14,6 +14,8 @@ from ubsmoe_ds.checkpoint.progress import SavedClient, SavedProgress
 from ubsmoe_ds.checkpoint.storage import Damaged, OtherFormat, Reader
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import Section
+from ubsmoe_ds.data.shares import has_sites
+from ubsmoe_ds.data.site_key import STATE
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
 
@@ -144,9 +146,12 @@ class CheckpointFinder:
                 f"{self.exp.merge.rule} no other client holds its LoRA ranks; use an older checkpoint, --resume FOLDER"
             )
         if manifest.data != self.data_digest:
+            what = "the rows of data.source have"
+            if has_sites(self.exp.clients):
+                what = f"rows of a client's source, or the key of its site ({STATE}, docs/data.md), have"
             raise UserError(
-                f"--resume: the rows of data.source have changed since {folder} was written; restore them, or start "
-                "a new run with another name=..."
+                f"--resume: {what} changed since {folder} was written; restore them, or start a new run with another "
+                "name=..."
             )
         return checkpoint
 

@@ -50,8 +50,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
-    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
-    replies = text_tokens([row["answer"] for row in rows], tokenizer)
+    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
+    replies = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")
     begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
@@ -169,7 +169,7 @@ class PackedRow(NamedTuple):
 
 def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow | None]:
     """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
-    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer)
+    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
     begin = beginning(tokenizer)
     return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -178,7 +178,8 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
     label = row["label"]
     place = occurrences(row["labels"][label], row["answer"])[-1]
     head, tail = row["answer"][:place], row["answer"][place + len(row["labels"][label]) :]
-    encoded = text_tokens([head + name + tail for name in row["labels"]], tokenizer)
+    options = [head + name + tail for name in row["labels"]]
+    encoded = text_tokens(options, tokenizer, [row] * len(options), "labels")
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
     start = fit(begin, prompt, max(map(len, encoded)), max_length)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.shares import common_rows, has_sites, site_rows
-from ubsmoe_ds.data.sources import Row, Unused, digest
+from ubsmoe_ds.data.site_key import key_of
+from ubsmoe_ds.data.sources import Unused, digest
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
 
@@ -15,7 +17,8 @@ class ClientRows:
 
     training: this client's rows; counts: training rows of each client; evaluation: rows, the same for all clients;
     unused: numbers of other rows, of the common source (one item) or of each client's; digest: differs when any rows
-    differ, and is the same on all ranks.
+    differ, and is the same on all ranks. It is kept with the run, which others may read; where rows stay at a site,
+    nobody can test a guess of them against it (`site_key.py`).
     """
 
     training: list[Row]
@@ -34,7 +37,7 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     """Read the rows of this rank's client (a collective where clients have sources of their own).
 
     Raises:
-        UserError: for a bad row, or a client without any.
+        UserError: for a bad row, a client without any, or a site that has no place for its key.
     """
     if not has_sites(exp.clients):
         common = common_rows(exp)
@@ -43,7 +46,8 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     rows = site_rows(exp, world.client)
     site = None  # the first rank of each client speaks for it
     if world.group_rank == 0:
-        site = [world.client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation])]
+        key = key_of(exp.clients[world.client].name)
+        site = [world.client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation], key)]
     sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
     counts, unused = [count for _, count, *_ in sites], [Unused(*numbers) for _, _, numbers, _ in sites]
     digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]

@@ -1,10 +1,7 @@
 """Read rows of multiple-choice questions from the built-in tasks, a JSON-lines file, or the Hugging Face hub.
 
-Schema of a row: task (str), id (str), instruction (str, the prompt), answer (str), question (str),
-choices (list of str), labels (list of str, how an answer names each choice), label (index of the right choice).
-`answer` contains `labels[label]` as a separate word (words.py). A row's other options are `answer` with the last such
-word replaced by another label. Texts are in NFC. Nothing here imports torch, so that a bad row is reported before any
-process is started.
+schema.py has the schema of a row. Nothing here imports torch, so that a bad row is reported before any process is
+started.
 """
 
 import hashlib
@@ -13,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.errors import RowError, UserError
 from ubsmoe_ds.base.files import open_regular, parse_json
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.words import nfc, occurrences
+from ubsmoe_ds.data.schema import Row, as_cloze, checked_row
 
-TEXT_FIELDS = ("task", "id", "instruction", "answer", "question")
 SYNTHETIC_ROWS = 4000
 LONGEST_LINE = 8 * 2**20  # bytes of a row in a file
 REMEDY_EVALUATION = "raise data.eval_fraction or set data.eval_source"
-Row = dict[str, Any]
 
 
 class Unused(NamedTuple):
@@ -88,7 +83,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
 def _in_form(rows: Sequence[Row], form: str, seed: int) -> list[Row]:
     """Return rows as `data.format` says, in an order that depends on the seed and their questions."""
     ordered = sorted(rows, key=lambda row: _position(row["question"], seed + 1))
-    return [as_cloze(row) if form == "cloze" else dict(row) for row in ordered]
+    return [as_cloze(row) for row in ordered] if form == "cloze" else ordered
 
 
 def _prompt_and_answer(row: Row) -> tuple[str, str]:
@@ -106,30 +101,17 @@ def load_site(config: DataConfig, source: str, seed: int) -> Rows:
     return load_rows(config.model_copy(update={"source": source}), seed)
 
 
-def digest(rows: Sequence[Any]) -> str:
-    """Return 32 hexadecimal digits that differ when the rows or their order differ."""
-    state = hashlib.blake2b(digest_size=16)
+def digest(rows: Sequence[Any], key: bytes = b"") -> str:
+    """Return 32 hexadecimal digits that differ when the rows, their order or the key differ.
+
+    Args:
+        rows: JSON values.
+        key: at most 64 bytes; whoever does not know it cannot tell which rows a digest is of.
+    """
+    state = hashlib.blake2b(digest_size=16, key=key)
     for row in rows:
         state.update(json.dumps(row, sort_keys=True).encode())
     return state.hexdigest()
-
-
-def as_cloze(row: Row) -> Row:
-    """Return the row as a cloze: the question alone, answered by the text of a choice, for models without instructions.
-
-    A choice that a row holds twice is one option.
-
-    Raises:
-        UserError: naming the row, if all its choices are the same.
-    """
-    choices = list(dict.fromkeys(row["choices"]))
-    if len(choices) == 1:
-        raise UserError(
-            f"data: row {row['id']!r} of {row['task']!r} offers {choices[0]!r} alone; a cloze row needs two"
-        )
-    answer = row["choices"][row["label"]]
-    changed = {"instruction": f"Question: {row['question']}\nAnswer:", "answer": answer}
-    return row | changed | {"choices": choices, "labels": choices, "label": choices.index(answer)}
 
 
 def evaluation_rows(source: str, count: int | None, seed: int, form: str = "instruction") -> list[Row]:
@@ -188,66 +170,42 @@ def read_rows(source: str, split: str) -> list[Row]:
         return read_jsonl(Path(name))
     # imported here: the hub is used only when the config asks for it
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     name, _, named_split = name.partition("@")
     split = named_split or split
     try:
         dataset = load_dataset(name, split=split)
+    except DatasetGenerationError as error:  # quotes what could not be parsed
+        raise RowError(
+            f"data: hub:{name}@{split} holds rows that cannot be read ({type(error).__name__})", error
+        ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"data: hub:{name}@{split} cannot be loaded: {message}") from error
-    rows = [_checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
+    rows = [checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
     if not rows:
         raise UserError(f"data: hub:{name}@{split} holds no rows")
     return rows
 
 
-def _checked(line: bytes, where: str) -> Row:
+def _checked(line: bytes, place: str) -> Row:
     if len(line) > LONGEST_LINE:
-        raise UserError(f"data: {where}: is longer than {LONGEST_LINE} bytes; write one row a line")
+        raise UserError(f"data: {place}: is longer than {LONGEST_LINE} bytes; write one row a line")
     try:
         row = parse_json(line)
-    except ValueError as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"data: {where}: is not a JSON object ({error})") from error
-    return _checked_row(row, where)
+    except ValueError as error:
+        raise RowError(f"data: {place}: is not a JSON object ({_where(error)})", error) from error
+    return checked_row(row, place)
 
 
-def _checked_row(row: Any, where: str) -> Row:
-    """Return the row if it has the schema, else raise with one line that names the wrong field."""
-    if not isinstance(row, dict):
-        raise UserError(f"data: {where}: is a {type(row).__name__}, must be an object with the fields of a row")
-    for field in TEXT_FIELDS:
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a text")
-    for field in ("choices", "labels"):
-        if (
-            not isinstance(row.get(field), list)
-            or not row[field]
-            or not all(isinstance(v, str) and v for v in row[field])
-        ):
-            raise UserError(f"data: {where}: field {field!r} is {row.get(field)!r}, must be a list of texts")
-    if len(row["choices"]) != len(row["labels"]):
-        raise UserError(f"data: {where}: has {len(row['choices'])} choices but {len(row['labels'])} labels")
-    if len(row["labels"]) < 2:
-        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must hold at least two")
-    label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(row["labels"]):
-        raise UserError(f"data: {where}: field 'label' is {label!r}, must be 0 to {len(row['labels']) - 1}")
-    row |= {field: nfc(row[field]) for field in TEXT_FIELDS}
-    row |= {field: [nfc(text) for text in row[field]] for field in ("choices", "labels")}
-    if len(set(row["labels"])) != len(row["labels"]):
-        raise UserError(f"data: {where}: field 'labels' is {row['labels']}, must not repeat a label")
-    if not occurrences(row["labels"][label], row["answer"]):
-        raise UserError(
-            f"data: {where}: field 'answer' is {row['answer']!r}, must contain {row['labels'][label]!r} as a word"
-        )
-    for field in (*TEXT_FIELDS, "choices", "labels"):
-        try:
-            "".join(row[field]).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"data: {where}: field {field!r} is {row[field]!r}, no valid Unicode") from error
-    return row
+def _where(error: ValueError) -> str:
+    """Return what is wrong with a JSON text, without its content."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is no UTF-8"
+    return "a key stands twice, a number is too long or not finite, or it is nested too deeply"
 
 
 def _position(question: str, seed: int) -> float:

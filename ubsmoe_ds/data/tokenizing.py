@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ubsmoe_ds.base.errors import UserError
-
-SHOWN = 60  # characters of a text in a message
+from ubsmoe_ds.base.errors import RowError
+from ubsmoe_ds.data.schema import Row, place_of
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -14,23 +13,29 @@ def beginning(tokenizer: Any) -> list[int]:
     return [begin] if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else []
 
 
-def text_tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def text_tokens(texts: Sequence[str], tokenizer: Any, rows: Sequence[Row], field: str) -> list[list[int]]:
     """Tokenise texts without adding anything; a special token's name in a text, such as `</s>`, is tokenised as text.
 
+    Args:
+        texts: made of the rows, one of each.
+        tokenizer: the model's.
+        rows, field: name the text in messages.
+
     Raises:
-        UserError: if the tokenizer reads such a name as the special token even so (Unigram and word-level vocabularies
+        RowError: if the tokenizer reads such a name as the special token even so (Unigram and word-level vocabularies
             that list it among the words).
     """
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     special = _special(tokenizer)
-    for text, tokens in zip(texts, ids, strict=True):
+    for row, text, tokens in zip(rows, texts, ids, strict=True):
         if not special.isdisjoint(tokens):
             name = tokenizer.convert_ids_to_tokens(next(token for token in tokens if token in special))
-            raise UserError(
-                f"data: a row holds {name!r}, which the model's tokenizer reads as its special token and not as text; "
-                f"take it out of the row that begins {text[:SHOWN]!r}"
+            raise RowError(
+                f"data: {place_of(row, field)} holds {name!r}, which the model's tokenizer reads as its special token "
+                "and not as text; take it out",
+                text,
             )
     return list(ids)
 

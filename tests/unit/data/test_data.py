@@ -132,19 +132,25 @@ BAD_LINES = {
     "invalid UTF-8": (b"\xff\xfe{}", "is not a JSON object"),
     "missing field": (
         json.dumps({k: v for k, v in GOOD.items() if k != "answer"}),
-        "field 'answer' is None, must be a text",
+        "field 'answer' is missing, must be a text",
     ),
-    "wrong type": (json.dumps(GOOD | {"question": 3}), "field 'question' is 3, must be a text"),
-    "empty choices": (json.dumps(GOOD | {"choices": []}), "field 'choices' is [], must be a list of texts"),
+    "wrong type": (json.dumps(GOOD | {"question": 3}), "field 'question' is of type int, must be a text"),
+    "empty choices": (json.dumps(GOOD | {"choices": []}), "field 'choices' is empty, must be a list of texts"),
     "unequal lists": (json.dumps(GOOD | {"labels": ["a", "b", "c"]}), "has 2 choices but 3 labels"),
     "repeated labels": (json.dumps(GOOD | {"labels": ["b", "b"]}), "must not repeat a label"),
-    "label out of range": (json.dumps(GOOD | {"label": 2}), "field 'label' is 2, must be 0 to 1"),
-    "boolean label": (json.dumps(GOOD | {"label": True}), "field 'label' is True"),
-    "answer without label": (json.dumps(GOOD | {"answer": "the correct answer is c"}), "must contain 'b'"),
-    "label within a word": (json.dumps(GOOD | {"answer": "the right one is about"}), "must contain 'b' as a word"),
+    "label out of range": (json.dumps(GOOD | {"label": 2}), "field 'label' must be a whole number from 0 to 1"),
+    "boolean label": (json.dumps(GOOD | {"label": True}), "field 'label' must be a whole number"),
+    "answer without label": (
+        json.dumps(GOOD | {"answer": "the correct answer is c"}),
+        "field 'answer' must contain the label",
+    ),
+    "label within a word": (
+        json.dumps(GOOD | {"answer": "the right one is about"}),
+        "must contain the label that `label` counts to, as a word",
+    ),
     "one option": (
         json.dumps(GOOD | {"choices": ["one"], "labels": ["b"], "label": 0}),
-        "field 'labels' is ['b'], must hold at least two",
+        "field 'labels' holds one label, must hold at least two",
     ),
 }
 
@@ -183,7 +189,7 @@ def test_hub_rows_are_checked_and_an_unreachable_hub_is_reported(monkeypatch):
     )
     train, held_out, _ = load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows"), 0)
     assert len(train) == 3 and held_out == [GOOD]
-    with pytest.raises(UserError, match="hub:a/rows@bad, row 1: field 'label' is 5"):
+    with pytest.raises(UserError, match="hub:a/rows@bad, row 1: field 'label' must be"):
         load_rows(DataConfig(source="hub:a/rows@bad"), 0)
     with pytest.raises(UserError, match="data: hub:a/rows@empty holds no rows"):
         load_rows(DataConfig(source="hub:a/rows", eval_source="hub:a/rows@empty"), 0)
@@ -350,7 +356,7 @@ def test_cloze_rows_by_hand(tmp_path):
     assert evaluation_rows(f"jsonl:{path}", None, 0) == [row]
     same = tmp_path / "same.jsonl"
     same.write_text(json.dumps(row | {"choices": ["sky"] * 3}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match="row '1' of 't' offers 'sky' alone"):
+    with pytest.raises(UserError, match="same.jsonl, line 1: field 'choices' offers one choice alone"):
         evaluation_rows(f"jsonl:{same}", None, 0, "cloze")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(row | {"question": "how?"}) + "\n", encoding="utf-8")

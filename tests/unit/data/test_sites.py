@@ -1,16 +1,21 @@
 """Clients whose rows stay at their site: read by nobody else."""
 
+import json
+import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from mpi4py import MPI
 
 from tests.support import tiny
-from tests.support.sites import NAMES, write_sites
+from tests.support.sites import NAMES, write, write_sites
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.client_rows import client_rows
+from ubsmoe_ds.data.site_key import key_of
+from ubsmoe_ds.data.sources import digest
 from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
 
@@ -49,6 +54,39 @@ def test_other_rows_at_a_site_are_other_data(files):
         exp = tiny.experiment("unused", [{"budget": 1.0, "source": source}], data={"eval_source": files["eval"]})
         digests.add(of_client(exp, 0).digest)
     assert len(digests) == 2
+
+
+def test_nobody_can_test_a_guess_of_a_sites_rows(files, tmp_path, monkeypatch):
+    """Whoever has the run and the code, but not the site's key, gets another digest of the right rows."""
+    row = json.loads(Path(files["a"].removeprefix("jsonl:")).read_text().splitlines()[0])
+    clients = [{"budget": 1.0, "source": write(tmp_path / "one.jsonl", [row])}]
+    exp = tiny.experiment("unused", clients, data={"eval_source": files["eval"]})
+    rows = of_client(exp, 0)
+    guess = digest([[*bytes.fromhex(digest([*rows.training, *rows.evaluation]))]])
+    assert len(rows.training) == 1 and guess != rows.digest == of_client(exp, 0).digest
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert of_client(exp, 0).digest != rows.digest
+    assert stat.S_IMODE((tmp_path / "another user" / "ubsmoe_ds" / "site.key").stat().st_mode) == 0o600
+
+
+def test_clients_of_one_site_with_equal_rows_have_different_keys():
+    assert key_of("a") == key_of("a") != key_of("b")
+
+
+def test_a_key_that_cannot_be_kept_secret_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    key_of("a")
+    (path,) = (tmp_path / "ubsmoe_ds").iterdir()
+    path.chmod(0o640)
+    with pytest.raises(UserError, match="XDG_STATE_HOME: .*site.key' may be read by others; remove it"):
+        key_of("a")
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match="does not hold 32 bytes"):
+        key_of("a")
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    with pytest.raises(UserError, match="XDG_STATE_HOME: the key of the site cannot be kept in '/dev/null/ubsmoe_ds"):
+        key_of("a")
 
 
 @pytest.mark.parametrize(

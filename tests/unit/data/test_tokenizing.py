@@ -8,8 +8,14 @@ from launch.prepare import text_blocks
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import encode, pack
+from ubsmoe_ds.data.schema import PlacedRow
 from ubsmoe_ds.data.tokenizing import text_tokens
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
+
+
+def tokens_of(texts, tokenizer):
+    rows = [PlacedRow({}, f"rows.jsonl, line {number}") for number in range(1, len(texts) + 1)]
+    return text_tokens(texts, tokenizer, rows, "answer")
 
 
 def builtin():
@@ -36,9 +42,9 @@ def test_names_of_special_tokens_are_tokenised_as_text(tokenizer):
     names = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
     assert len(names) >= 2
     texts = [f"a {name} b{name}" for name in names]
-    for text, ids in zip(texts, text_tokens(texts, tokenizer), strict=True):
+    for text, ids in zip(texts, tokens_of(texts, tokenizer), strict=True):
         assert set(ids).isdisjoint(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), text
-        pieces = text_tokens([text[: len(text) - 3], text[len(text) - 3 :]], tokenizer)
+        pieces = tokens_of([text[: len(text) - 3], text[len(text) - 3 :]], tokenizer)
         assert len(ids) <= sum(map(len, pieces)), "read as characters, not dropped"
 
 
@@ -58,7 +64,7 @@ def test_a_row_has_special_tokens_from_its_end_alone():
 def test_texts_without_special_tokens_are_those_of_the_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
     texts = [row["instruction"] for row in synthetic.rows(40, 0)] + ["ünïcode 正确", "  two  spaces\n\n"]
-    assert text_tokens(texts, tokenizer) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert tokens_of(texts, tokenizer) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_a_special_token_that_is_a_word_of_the_vocabulary_is_refused():
@@ -68,9 +74,10 @@ def test_a_special_token_that_is_a_word_of_the_vocabulary_is_refused():
     level = with_words(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     level.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for tokenizer in (unigram, level):
-        text_tokens(["a never seen"], tokenizer)
-        with pytest.raises(UserError, match=r"data: a row holds '</s>', .* the row that begins 'never a </s> a'"):
-            text_tokens(["a", "never a </s> a"], tokenizer)
+        tokens_of(["a never seen"], tokenizer)
+        with pytest.raises(UserError, match="data: rows.jsonl, line 2: field 'answer' holds '</s>', ") as caught:
+            tokens_of(["a", "never a </s> a"], tokenizer)
+        assert "never" not in str(caught.value) and "never" in caught.value.content
 
 
 def test_texts_that_calibrate_experts_end_by_the_program_alone():
