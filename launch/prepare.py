@@ -82,14 +82,16 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from ubsmoe_ds.models.families import ADAPTER
-    from ubsmoe_ds.models.hub import model_folder
+    from ubsmoe_ds.models.families import ADAPTER, read_bounded
+    from ubsmoe_ds.models.hub import model_folder, refuse_links_out
     from ubsmoe_ds.models.tokenizer import read_tokenizer
     from ubsmoe_ds.models.upcycle import check_dense
+    from ubsmoe_ds.models.weights import WeightFiles
 
     transformers_logging.disable_progress_bar()  # errors are one line
     transformers_logging.set_verbosity_error()
     folder = model_folder(name)
+    read_bounded(folder)
     if (folder / ADAPTER).exists():
         raise UserError(
             f"--model: transformers would add {str(folder / ADAPTER)!r} to the model beside it; move it elsewhere, or "
@@ -100,7 +102,10 @@ def read_dense(name: str, dtype: Any) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         check_dense(config)
-        model, loaded = AutoModelForCausalLM.from_pretrained(model_folder(name, weights=True), **asked, **local)
+        whole = model_folder(name, weights=True)
+        refuse_links_out(whole)
+        WeightFiles(whole)  # within bounds
+        model, loaded = AutoModelForCausalLM.from_pretrained(whole, **asked, **local)
     except UserError:
         raise
     except Exception as error:  # transformers and safetensors raise anything

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.merged import check_complete
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import replace_files, require_regular
+from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.base.tensor_files import open_tensors
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
@@ -121,8 +122,7 @@ def _facts(folder: Path) -> dict[str, str]:
     if not os.path.lexists(path):
         return {}
     try:
-        require_regular(path)
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             facts = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter: {str(path)!r} cannot be read ({getattr(error, 'strerror', error)})") from error

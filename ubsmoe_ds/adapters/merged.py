@@ -10,13 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import new_folder, require_new, require_regular
+from ubsmoe_ds.base.files import new_folder, require_new
+from ubsmoe_ds.base.tensor_files import open_tensors
 from ubsmoe_ds.models.families import Family, read_facts
+from ubsmoe_ds.models.hub import refuse_links_out
 from ubsmoe_ds.models.stored import projections
 from ubsmoe_ds.models.weights import WeightFiles
 
@@ -32,9 +34,11 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
         whole: whether to refuse an adapter in which some layers lack tensors; PEFT may adapt some layers only.
 
     Raises:
-        UserError: if `out` is in use, the base cannot be read, or the state is not of this base or not whole.
+        UserError: if `out` is in use, the base cannot be read or has a file that is a link out of its folder, or the
+            state is not of this base or not whole.
     """
     require_new(out, "--merge")
+    refuse_links_out(base)
     family, _ = read_facts(base)
     files = WeightFiles(base)
     if whole:
@@ -76,8 +80,7 @@ def _merged_shard(
 ) -> dict[str, Tensor]:
     merged = {}
     try:
-        require_regular(path)
-        with safe_open(path, framework="pt") as shard:
+        with open_tensors(path) as shard:
             for name in shard.keys():  # noqa: SIM118 - no mapping
                 merged[name] = _merged_tensor(name, shard.get_tensor(name), family, state, scaling, used)
     except (OSError, SafetensorError) as error:

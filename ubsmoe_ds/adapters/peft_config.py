@@ -14,6 +14,7 @@ from ubsmoe_ds.base.files import read_json
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+MOST_CONFIG, MOST_PATTERNS = 4 * 2**20, 1024  # bytes; each pattern is tried on each module
 MOST_RANK, LEAST_ALPHA, MOST_ALPHA = 2**16, 1e-6, 1e9
 # of rank_pattern and alpha_pattern: a file must not bring an expression that takes for ever
 SAFE_PATTERN, MOST_REPEATS = re.compile(r"\^?(?:[\w.-]|\\\.|\.\*|\\d\+)+"), 3
@@ -110,7 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: naming the file.
     """
     try:
-        config = read_json(path)
+        config = read_json(path, MOST_CONFIG)
     except OSError as error:
         raise UserError(
             f"adapter: {str(path)!r} cannot be read ({error.strerror}); name an adapter's folder"
@@ -176,6 +177,8 @@ def _pattern(
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
         raise UserError(f"{where} {key} is {pattern!r}, must be numbers by module")
+    if len(pattern) > MOST_PATTERNS:
+        raise UserError(f"{where} {key} has {len(pattern)} patterns, must be at most {MOST_PATTERNS}")
     checked = {}
     for module, value in pattern.items():
         if not SAFE_PATTERN.fullmatch(module) or sum(map(module.count, "*+")) > MOST_REPEATS or len(module) > 200:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from ubsmoe_ds.base.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # of a JSON file; the weight index of a large model has a few MB
+MOST_VALUES = 2**20  # of a JSON text, about; Python takes 0.5 s for them
 
 
 def require_regular(path: Path) -> None:
@@ -60,22 +61,30 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     return data.decode()
 
 
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file; raise as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path))
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """Return the value of a JSON file of at most `most` bytes; raise as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, most))
 
 
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text; drop nothing silently.
 
     Raises:
-        ValueError: for a text that is not JSON, a key that stands twice in an object, NaN, Infinity, and nesting that
-            is too deep.
+        ValueError: for a text that is not JSON, a key that stands twice in an object, NaN, Infinity, nesting that is
+            too deep, and more than about `MOST_VALUES` values.
     """
+    raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES} values")
     try:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a path in a folder is, or is below, a link that leads out of it."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def finite_or_null(value: Any) -> Any:

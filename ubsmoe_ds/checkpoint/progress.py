@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ubsmoe_ds.base.files import finite_or_null
@@ -48,7 +49,7 @@ class SavedClient(Section):
     steps, bad_steps, seconds: local steps taken and skipped in the current round, and their wall time.
     """
 
-    layout: list[Count]
+    layout: Annotated[list[Count], Field(min_length=2, max_length=2)]
     lora_rank: Count
     steps_taken: Count
     steps: Count

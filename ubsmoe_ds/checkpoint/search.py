@@ -159,6 +159,11 @@ class CheckpointFinder:
 def _content(manifest: Mapping[str, Any]) -> Manifest:
     """Return the run's part of a manifest; raise `Damaged` if this program did not write it."""
     try:
-        return Manifest.model_validate({key: manifest[key] for key in Manifest.model_fields if key in manifest})
+        content = Manifest.model_validate({key: manifest[key] for key in Manifest.model_fields if key in manifest})
     except ValidationError as error:
         raise Damaged(f"{storage.MANIFEST} was not written by this program ({error.errors()[0]['loc']})") from error
+    for name, client in content.clients.items():  # each rank has written a file
+        ranks, expert_parallel = client.layout
+        if not 1 <= expert_parallel <= ranks <= len(manifest["files"]) or ranks % expert_parallel:
+            raise Damaged(f"{storage.MANIFEST} has the layout {client.layout} of client {name!r}, which cannot be")
+    return content

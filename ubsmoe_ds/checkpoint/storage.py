@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json, require_regular, sha256
+from ubsmoe_ds.base.tensor_files import open_tensors
 
 FORMATS = "ubsmoe_ds.checkpoint."
 FORMAT = f"{FORMATS}2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
+MOST_MANIFEST = 16 * 2**20  # bytes; 10,000 ranks and clients take 5 MB
 RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 
 
@@ -177,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         OtherFormat: if another version of the program wrote it in a format that this one does not read.
     """
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, MOST_MANIFEST)
     except (OSError, ValueError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(manifest, dict) or not str(manifest.get("format")).startswith(FORMATS):
@@ -231,12 +233,12 @@ class Reader:
         self._index: dict[tuple[str, str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for name in names:
             try:
-                file = self._files[name] = safe_open(folder / name, framework="pt")
+                file = self._files[name] = open_tensors(folder / name)
                 for key in file.keys():  # noqa: SIM118  # a safetensors file is not a mapping
                     kind, owner, tensor, offset = key.split("|")
                     numel = file.get_slice(key).get_shape()[0]
                     self._index[kind, owner, tensor].append((int(offset), numel, name, key))
-            except (OSError, SafetensorError, ValueError) as error:
+            except (OSError, SafetensorError, ValueError, IndexError) as error:
                 raise UserError(f"checkpoint: {folder / name} cannot be read ({error}); use an older one") from error
 
     def has(self, kind: str, owner: str, name: str) -> bool:

@@ -1,17 +1,18 @@
 """Check and create the folder that a run writes to; one that holds another run is refused before anything starts."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import leads_out, read_json
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching import ownership
 
 FILES = ("metrics.jsonl", "summary.json", "config.json", "tensorboard/events.*")
 ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
+MOST_CONFIG = 2**20  # bytes of a run's config.json
 CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints/.tmp-*")
 
 
@@ -95,7 +96,7 @@ def resumes_in_place(exp: Experiment, resume: str | None) -> bool:
 def _method_and_model(path: Path) -> tuple[str, str, str] | None:
     """Return method, model and name from a run's config.json; None if it cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, MOST_CONFIG)
         return config["method"], config["model"]["path"], config["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -123,9 +124,15 @@ def clear_run_folder(run_dir: Path) -> None:
     """Remove the files of an earlier run, which `check_run_folder` has allowed; no others.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if it cannot be written, or files to remove are behind a link, in a folder that is another's.
     """
     try:
+        for old in _matching(run_dir, (*FILES, *ADAPTERS, *CHECKPOINTS)):
+            if leads_out(old.parent, run_dir):
+                raise UserError(
+                    f"output: {old} is behind a link out of the run's folder and is not removed; remove the link, or "
+                    "choose another folder with output=... or name=..."
+                )
         forget_checkpoints(run_dir)  # first: a checkpoint without its records must not be resumed
         for old in _matching(run_dir, (*FILES, *ADAPTERS)):
             old.unlink()

@@ -123,13 +123,8 @@ def _is_moe(decoder: nn.Module) -> bool:
 
 def _check_files(files: WeightFiles, config: PreTrainedConfig, family: Family) -> None:
     """Check that files and config.json describe one model, before memory is taken for it."""
-    folder, layers = files.folder, config.num_hidden_layers
-    if not isinstance(layers, int) or layers < 1:
-        raise UserError(
-            f"model.path: in {str(folder / 'config.json')!r}, num_hidden_layers is {layers!r}, must be a whole number "
-            "from 1"
-        )
-    files.require([f"model.layers.{layers - 1}.input_layernorm.weight"])
+    folder = files.folder
+    files.require([f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"])
     try:
         with torch.device("meta"):
             kept, blocks = _parts(_with_one_expert(config, family, torch.float32))

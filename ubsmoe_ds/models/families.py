@@ -13,7 +13,10 @@ from typing import Any
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
 
-MOST_EXPERTS = 2**16
+MOST_CONFIG = 2**20  # bytes; a config.json has a few thousand
+MOST_LAYERS = 1024  # known models have at most 126
+MOST_EXPERTS = 2**16  # of a layer, and of all layers together; known models have some 23,000
+MOST_LABELS = 2**16  # of a classifier's; transformers makes a name for each
 SILU = ("silu", "swish")  # transformers' names of the experts' activation
 ADAPTER = "adapter_config.json"
 COUNTS = ("num_experts", "num_local_experts")  # the same number: transformers reads either, and may write the other
@@ -73,15 +76,7 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
     Raises:
         UserError: naming the file, the key and its value.
     """
-    path = folder / "config.json"
-    try:
-        facts = read_json(path)
-    except OSError as error:
-        raise UserError(f"model.path: {path}: cannot be read ({error.strerror}); name a model folder") from error
-    except ValueError as error:
-        raise UserError(f"model.path: {path}: is not valid JSON ({error})") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"model.path: {path}: must hold key: value pairs, found {type(facts).__name__}")
+    path, facts = folder / "config.json", read_bounded(folder)
     kind = facts.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
@@ -95,8 +90,38 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
         if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is not a number here
             raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, must be a number from 1 to {most}")
         most = facts[name]
+    if facts[family.num_experts] * facts.get("num_hidden_layers", 1) > MOST_EXPERTS:
+        raise UserError(
+            f"model.path: {path}: {family.num_experts} is {facts[family.num_experts]} and num_hidden_layers "
+            f"{facts['num_hidden_layers']}, more than {MOST_EXPERTS} experts"
+        )
     _check_plain(folder, facts)
     return family, facts
+
+
+def read_bounded(folder: Path) -> dict[str, Any]:
+    """Return a model folder's config.json, after checking the numbers and lists that transformers loops over.
+
+    Raises:
+        UserError: naming the file, the key and its value.
+    """
+    path = folder / "config.json"
+    try:
+        facts = read_json(path, MOST_CONFIG)
+    except OSError as error:
+        raise UserError(f"model.path: {path}: cannot be read ({error.strerror}); name a model folder") from error
+    except ValueError as error:
+        raise UserError(f"model.path: {path}: is not valid JSON ({error})") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"model.path: {path}: must hold key: value pairs, found {type(facts).__name__}")
+    for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_labels", MOST_LABELS)):
+        value = facts.get(name)
+        if name in facts and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"model.path: {path}: {name} is {value!r}, must be a whole number from 1 to {most}")
+    for name, value in facts.items():
+        if name.endswith("layers") and isinstance(value, list) and len(value) > MOST_LAYERS:
+            raise UserError(f"model.path: {path}: {name} lists {len(value)} layers, must be at most {MOST_LAYERS}")
+    return facts
 
 
 def _check_plain(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import read_json
+from ubsmoe_ds.base.files import leads_out, read_json
 
 CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # config and tokenizer; no code
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -57,6 +57,25 @@ def _fetch(path: str, name: str, revision: str | None, patterns: tuple[str, ...]
         message = " ".join(str(error).split())[:200]
         remedy = remedy_for(error)
         raise UserError(f"model.path: {path!r} cannot be fetched ({message}); {remedy}, or use a folder") from error
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Check that nothing that is copied from a model folder lies outside: a link may lead to a secret of this user.
+
+    In the hub's cache, `models--NAME/snapshots/COMMIT`, files are links to `models--NAME/blobs`.
+
+    Raises:
+        UserError: naming a file of a model that is a link out of the folder.
+    """
+    cache = folder.resolve().parents[1] if len(folder.resolve().parents) > 1 else folder
+    is_cached = folder.resolve().parent.name == "snapshots" and cache.name.startswith("models--")
+    for pattern in (*CONFIG_FILES, "*.safetensors", "additional_chat_templates", "additional_chat_templates/*"):
+        for path in sorted(folder.glob(pattern)):
+            if leads_out(path, folder) and not (is_cached and not leads_out(path, cache / "blobs")):
+                raise UserError(
+                    f"model.path: {str(path)!r} is a link that leads out of the model's folder, so its content is not "
+                    "written to another; put the file itself there"
+                )
 
 
 def remedy_for(error: Exception) -> str:

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import read_json, require_regular
+from ubsmoe_ds.base.files import read_json
+from ubsmoe_ds.base.tensor_files import MOST_TENSORS, open_tensors
 from ubsmoe_ds.models.hub import INDEX, SINGLE
 
 RECOMPUTED = "rotary_emb.inv_freq"  # older files hold it; transformers computes it from config.json
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others are quantised, or not weights
 PLAIN = "use weights in float32, float16 or bfloat16"
+MOST_SHARDS = 4096
 MAPPED_BYTES = 64 * 2**20  # unmap a file after so many: its pages count as this process's memory
 
 
@@ -60,6 +61,8 @@ class WeightFiles:
                         "remove one"
                     )
                 self._places[name] = file, stored
+            if len(self._places) > MOST_TENSORS:
+                raise UserError(f"model.path: {str(folder)!r} holds more than {MOST_TENSORS} tensors")
 
     @property
     def names(self) -> list[str]:
@@ -127,14 +130,17 @@ class WeightFiles:
         for name, file in files.items():
             if not (self.folder / file).is_file():
                 raise UserError(f"model.path: {str(self.folder / file)!r} is missing; it should hold {name!r}")
-        return {file: name for name, file in files.items()}
+        shards = {file: name for name, file in files.items()}
+        if len(shards) > MOST_SHARDS:
+            raise UserError(f"model.path: {str(self.folder / INDEX)!r} names more than {MOST_SHARDS} files")
+        return shards
 
     def _handle(self, file: str, name: str) -> safe_open:
         if self._opened is not None and file == self._open_name and self._read_bytes <= MAPPED_BYTES:
             return self._opened
         self._opened = None  # unmaps what was read before the next file is mapped
         try:
-            self._opened = safe_open(self.folder / file, framework="pt")
+            self._opened = open_tensors(self.folder / file)
         except (SafetensorError, OSError) as error:
             raise self._unreadable(file, name, error) from error
         self._open_name, self._read_bytes = file, 0
@@ -158,6 +164,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise UserError(f"model.path: {str(path)!r} is no index of safetensors shards (weight_map is missing)")
+    if len(files) > MOST_TENSORS:
+        raise UserError(f"model.path: {str(path)!r} names more than {MOST_TENSORS} tensors")
     for name, file in files.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise UserError(f"model.path: in {str(path)!r}, {name!r} is in {file!r}, no safetensors file beside it")
@@ -188,8 +196,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: if the file cannot be read, or a tensor is not of floats or not finite; names file and tensor.
     """
     try:
-        require_regular(path)
-        tensors = load_file(path)
+        with open_tensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         pickled = next(iter(sorted(other.name for other in path.parent.glob("*.bin"))), None)
         hint = f"; {pickled} may run code when read: save it as safetensors" if pickled else ""

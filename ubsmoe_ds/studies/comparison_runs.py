@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import read_json
 from ubsmoe_ds.config.differences import WITHOUT_EFFECT, differences, flatten
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.methods import ABLATIONS, with_preset
@@ -113,7 +114,7 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     for run in runs:
         folder = run.exp.run_dir
         try:
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(folder / "summary.json")
             lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines]
             clients += _client_rows(run, summary, records)
@@ -175,7 +176,7 @@ def _number(value: float | None) -> float:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object; empty if the file is missing or was never completed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,10 +1,13 @@
 """Which checkpoints are sound: their state was evaluated, and its loss was finite."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.progress import Progress, SavedProgress
-from ubsmoe_ds.checkpoint.search import newest_sound
+from ubsmoe_ds.checkpoint.search import _content, newest_sound
+from ubsmoe_ds.checkpoint.storage import Damaged
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,16 @@ def test_the_newest_sound_checkpoint_is_found(tmp_path):
     assert newest_sound(tmp_path) == folders[2]
     (folders[2] / storage.MANIFEST).write_text("damaged")
     assert newest_sound(tmp_path) == folders[1]
+
+
+@given(layout=st.lists(st.one_of(st.integers(0, 5), st.just(10_000_000)), max_size=3))
+def test_a_layout_that_no_run_of_so_many_files_had_is_damage(layout):
+    """Ranks and expert parallelism, of a run that wrote 4 files: restoring would loop over the ranks that it names."""
+    client = {"layout": layout, "lora_rank": 1, "steps_taken": 0, "steps": 0, "bad_steps": 0}
+    files = {storage.rank_file(rank): {} for rank in range(4)}
+    manifest = {"progress": Progress().saved(), "clients": {"a": client}, "config": {}, "data": "", "files": files}
+    if layout in ([1, 1], [2, 1], [2, 2], [3, 1], [3, 3], [4, 1], [4, 2], [4, 4]):
+        assert _content(manifest).clients["a"].layout == layout
+    else:
+        with pytest.raises(Damaged):
+            _content(manifest)
