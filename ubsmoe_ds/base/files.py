@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ubsmoe_ds.base.errors import UserError
 
+UNFINISHED = ".unfinished-"  # begins the name of a folder whose files are being written
 MOST_BYTES = 64 * 2**20  # of a JSON file; the weight index of a large model has a few MB
 MOST_VALUES = 2**20  # of a JSON text, about; Python takes 0.5 s for them
 
@@ -141,7 +142,7 @@ def replace_files(folder: Path, contents: Mapping[str, Callable[[Path], object]]
         UserError: if they cannot be written, naming the folder.
     """
     with writes(folder), _made(folder):
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
             new, earlier = Path(unfinished), Path(unfinished) / "earlier"
             earlier.mkdir()
             for name, write in contents.items():

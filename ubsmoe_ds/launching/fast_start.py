@@ -5,16 +5,16 @@ It is done on one host, on the CPU, under MPICH's mpiexec; everywhere else each 
 """
 
 import runpy
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from ubsmoe_ds.launching.scratch import scratch_folder
 
 SERVER = "UBSMOE_DS_FORK_SERVER"  # in the environment: the socket of a server that is there already
 # what all ranks of a job import, as far as it starts neither threads nor MPI
@@ -62,11 +62,10 @@ def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOAD
         environment: of the ranks; those with another are not forked.
         modules: to import.
     """
-    folder = tempfile.mkdtemp(prefix="ubsmoe_ds-")  # nobody else may enter it
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, theirs = socket.socketpair()
-    try:
-        path = str(Path(folder) / "fork_server")
+    with scratch_folder() as folder, listening, ours, theirs:
+        path = str(folder / "fork_server")
         listening.bind(path)
         listening.listen(socket.SOMAXCONN)
         numbers = [listening.fileno(), theirs.fileno()]
@@ -83,10 +82,6 @@ def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOAD
         finally:
             server.kill()  # ranks that are left go with it
             server.wait()
-    finally:
-        for each in (listening, ours, theirs):
-            each.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def through(path: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import leads_out, read_json
+from ubsmoe_ds.base.files import UNFINISHED, leads_out, read_json
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching import ownership
 
@@ -105,6 +105,8 @@ def _method_and_model(path: Path) -> tuple[str, str, str] | None:
 def open_run_folder(run_dir: Path, run_id: str, wait_s: float = ownership.WAIT_SECONDS) -> IO[str]:
     """Make the run's folder, if there is none, and hold it for this process; return the file to close when it is done.
 
+    What a killed job has left half-written there is removed.
+
     Args:
         run_dir: the folder.
         run_id: the run's.
@@ -115,7 +117,10 @@ def open_run_folder(run_dir: Path, run_id: str, wait_s: float = ownership.WAIT_S
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        return ownership.claim(run_dir, run_id, wait_s)
+        owner = ownership.claim(run_dir, run_id, wait_s)
+        for unfinished in _matching(run_dir, [f"**/{UNFINISHED}*"]):
+            shutil.rmtree(unfinished)
+        return owner
     except OSError as error:
         raise _unwritable(run_dir, error) from error
 

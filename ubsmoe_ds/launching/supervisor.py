@@ -7,12 +7,12 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED
+from ubsmoe_ds.launching.scratch import scratch_folder
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, open_sign_in, read_code
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # ask a job to stop
@@ -56,10 +56,9 @@ class Supervisor:
         if self.asked_to_stop or self.interrupted:  # between two attempts
             return EXIT_INTERRUPTED if self.interrupted else EXIT_TERMINATED
         self.seen = False
-        with tempfile.TemporaryDirectory(prefix="ubsmoe_ds-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
+        with scratch_folder() as folder:
             open_sign_in(folder)
-            environment = {**environment, PARENT_SPEAKS: name}
+            environment = {**environment, PARENT_SPEAKS: str(folder)}
             self.process = subprocess.Popen(
                 command, env=environment, start_new_session=True, preexec_fn=end_with_parent
             )

@@ -1,5 +1,6 @@
 """Where ranks are forked and where each imports for itself. What the fork server does: tests/distributed."""
 
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,7 @@ def test_with_an_accelerator_they_import_for_themselves(started, monkeypatch):
 def test_a_path_too_long_for_a_socket_costs_time_only(started, monkeypatch, tmp_path):
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
-    monkeypatch.setattr(fast_start.tempfile, "mkdtemp", lambda prefix: str(deep))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(deep))
     with fast_start.shims({}, sound=True) as words:
         assert not words
     assert not started

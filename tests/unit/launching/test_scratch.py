@@ -1,0 +1,61 @@
+"""Temporary folders go with their makers, and those of makers that were killed with the next one."""
+
+import multiprocessing
+import tempfile
+
+import pytest
+
+from ubsmoe_ds.launching.run_folder import open_run_folder
+from ubsmoe_ds.launching.scratch import LOCK, PREFIX, scratch_folder, sweep
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def make(made, done):
+    with scratch_folder() as folder:
+        (folder / "socket").write_text("")
+        made.set()
+        done.wait()
+
+
+def test_what_a_killed_process_has_left_goes_at_the_next_start(temporary):
+    """A living process keeps its folder, and so does a stranger."""
+    (temporary / f"{PREFIX}mine").mkdir()
+    context = multiprocessing.get_context("fork")
+    made, done = context.Event(), context.Event()
+    process = context.Process(target=make, args=(made, done))
+    process.start()
+    assert made.wait(10)
+    sweep()
+    (left,) = (path.parent for path in temporary.glob("*/socket"))
+    process.kill()
+    process.join()
+    assert left.exists()
+    with scratch_folder() as folder:
+        assert sorted(temporary.iterdir()) == sorted([folder, temporary / f"{PREFIX}mine"])
+        assert folder.stat().st_mode & 0o777 == 0o700
+        sweep()
+        assert (folder / LOCK).exists()
+    assert [*temporary.iterdir()] == [temporary / f"{PREFIX}mine"]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(temporary):
+    """Anybody may write to /tmp."""
+    (temporary / "precious").write_text("")
+    (temporary / f"{PREFIX}trap").mkdir()
+    (temporary / f"{PREFIX}trap" / LOCK).symlink_to(temporary / "precious")
+    sweep()
+    assert (temporary / f"{PREFIX}trap").exists() and (temporary / "precious").exists()
+
+
+def test_half_written_files_of_a_killed_job_go_with_the_next(temporary):
+    run = temporary / "run"
+    for folder in (run / ".unfinished-a", run / "adapter" / "clients" / "phone" / ".unfinished-b", run / "adapter"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "file").write_text("")
+    open_run_folder(run, "id").close()
+    assert sorted(path.name for path in run.rglob("*")) == [".owner", "adapter", "clients", "file", "phone"]
