@@ -7,8 +7,9 @@
     python launch/compare.py --methods all --only 3               # run the third job; slurm/compare.sbatch does so
 
 Writes results.csv, rounds.csv, results.md, comparison.png and, for ablations, ablation.png to the folder --out. The
-same command continues where it stopped: finished jobs are not run again. With --only it runs one job and writes no
-results; several such commands may run at the same time.
+same command continues where it stopped: finished jobs are not run again. Runs that earlier commands finished in --out
+stay in the tables if config, weights and rows are the same; notes name them, and those that are left out. With --only
+it runs one job and writes no results; several such commands may run at the same time.
 Exit codes: 0 done, 2 a mistake in options or config, 130 interrupted; else the exit code of the job that failed.
 """
 
@@ -19,14 +20,16 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ubsmoe_ds.base.command_line import Parser, carry_out, whole
 from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, UserError
 from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
+from ubsmoe_ds.studies.comparison_earlier import earlier_runs
 from ubsmoe_ds.studies.comparison_jobs import Job, Runner, make_jobs, notes, run_job, run_jobs, settings_by_label
 from ubsmoe_ds.studies.comparison_picture import picture
 from ubsmoe_ds.studies.comparison_runs import Run, collect, machines
@@ -71,9 +74,7 @@ def compare(arguments: Sequence[str], runner: Runner) -> int:
     """
     options = parse(arguments)
     jobs = read_jobs(options)
-    remarks = notes([job.run for job in jobs])
-    for line in remarks:
-        print(f"note: {line}", file=sys.stderr, flush=True)
+    tell(notes([job.run for job in jobs]))
     if options.list:
         print("\n".join(job.run.exp.name for job in jobs))
         return 0
@@ -83,11 +84,14 @@ def compare(arguments: Sequence[str], runner: Runner) -> int:
     except KeyboardInterrupt:
         return report("interrupted; the same command continues where it stopped", EXIT_INTERRUPTED)
     if code == 0 and options.only is None:
-        command = shlex.join(["python", "launch/compare.py", *arguments])
-        runs = [job.run for job in jobs]
-        headline = f"`{command}`; {machines(runs)}; seeds {' '.join(options.seeds)}"
-        write_results(runs, Path(options.out), "\n\n".join([headline, *remarks]))
+        finish(options, [job.run for job in jobs], shlex.join(["python", "launch/compare.py", *arguments]))
     return code
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Print notes."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def read_jobs(options: argparse.Namespace) -> list[Job]:
@@ -97,8 +101,31 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
         UserError: for a mistake in options or config; nothing has been started or written then.
     """
     settings = settings_by_label(options.methods, options.ablate)
+    return jobs_of(options, settings, read_seeds(options.seeds))
+
+
+def jobs_of(options: argparse.Namespace, settings: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Job]:
+    """Return the jobs of these labels and seeds, with the config, overrides and folder of the options."""
     train = ROOT / "launch" / "train.py"
-    return make_jobs(train, options.config, options.overrides, settings, read_seeds(options.seeds), Path(options.out))
+    return make_jobs(train, options.config, options.overrides, settings, seeds, Path(options.out))
+
+
+def finish(options: argparse.Namespace, asked: Sequence[Run], command: str) -> None:
+    """Write the results of a command's own runs, and of those that earlier commands finished in the same folder."""
+
+    def as_asked(label: str, seed: int) -> Run:
+        return jobs_of(options, settings_by_label([label], ablate=False), [seed])[0].run
+
+    earlier = earlier_runs(Path(options.out) / "runs", asked, as_asked)
+    runs = [*asked, *earlier.runs]
+    remarks = list(earlier.left_out)
+    if earlier.runs:
+        names = ", ".join(run.exp.name for run in earlier.runs)
+        remarks.insert(0, f"also in the tables, from earlier commands: {names}")
+    tell(remarks)
+    seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    headline = f"`{command}`; {machines(runs)}; seeds {seeds}"
+    write_results(runs, Path(options.out), "\n\n".join([headline, *notes(runs), *remarks]))
 
 
 def read_seeds(texts: Sequence[str]) -> list[int]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.studies.comparison_table import by_budget
 
 MARKERS = "osD^vPX<>*hp"  # more of them than colours, so that colour and marker repeat together only after 60 lines
@@ -32,9 +33,9 @@ def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str])
         (loss_axes, "loss", "evaluation loss"),
         (cv_axes, "training_utilisation_cv", "utilisation CV in training"),
     ):
-        for place, method in enumerate(methods):
+        for method in methods:
             line = by_round.loc[method, column].dropna()
-            axes.plot(line.index, line.values, label=method, **_style(place))
+            axes.plot(line.index, line.values, label=method, **_style(method))
         axes.set(title=f"{title}, mean over seeds", xlabel="round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -48,17 +49,20 @@ def _draw_by_budget(axes: Axes, figures: pd.DataFrame, methods: Sequence[str], t
     for place, method in enumerate(methods):
         line = figures.loc[method].loc[budgets]
         x = [number + OFFSET * (place - (len(methods) - 1) / 2) for number in range(len(budgets))]
-        axes.errorbar(x, line["mean"], yerr=line["std"].fillna(0.0), label=method, capsize=2, **_style(place))
+        axes.errorbar(x, line["mean"], yerr=line["std"].fillna(0.0), label=method, capsize=2, **_style(method))
     axes.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
     axes.set(title=f"{title}, mean ± std over seeds", xlabel="budget of the client")
     axes.grid(alpha=0.3)
 
 
-def _style(place: int) -> dict[str, Any]:
-    """Return colour, marker and dash of the line at this place of the legend."""
+def _style(method: str) -> dict[str, Any]:
+    """Return colour, marker and dash of a method's line, the same in every picture."""
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a ListedColormap
+    place = [*PRESETS, *ABLATIONS].index(method)
+    # ablations are drawn beside ub_smoe and topk, whose colours come first
+    colour = place if method in PRESETS else place + 2
     return {
-        "color": colours[place % len(colours)],
+        "color": colours[colour % len(colours)],
         "marker": MARKERS[place % len(MARKERS)],
         "linestyle": "-" if place < len(colours) else "--",
         "markersize": 5,

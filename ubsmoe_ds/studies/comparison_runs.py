@@ -5,7 +5,7 @@ A run is known by its method (a preset or an ablation, config/methods.py) and it
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
-from ubsmoe_ds.config.differences import WITHOUT_EFFECT, differences, flatten
+from ubsmoe_ds.config.differences import WITHOUT_EFFECT, Difference, differences, flatten
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.methods import ABLATIONS, with_preset
 from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
@@ -42,22 +42,46 @@ def is_finished(exp: Experiment) -> bool:
     Raises:
         UserError: if the folder holds a run of another config, finished or with checkpoints to resume from.
     """
-    finished = isinstance(_read_object(exp.run_dir / "summary.json").get("clients"), list)
-    if finished or checkpoints(exp.run_dir):
-        recorded = _read_object(exp.run_dir / "config.json")
-        for key, old, new in differences(recorded, exp.model_dump(mode="json"), (*WITHOUT_EFFECT, "run_id")):
-            raise UserError(
-                f"out: {exp.run_dir} holds {'a finished' if finished else 'an unfinished'} run with {key}={old!r}, but "
-                f"this command asks for {new!r}; remove the folder or choose another --out"
-            )
+    finished = is_complete(exp.run_dir)
+    difference = other_config(exp) if finished or checkpoints(exp.run_dir) else None
+    if difference is not None:
+        key, old, new = difference
+        raise UserError(
+            f"out: {exp.run_dir} holds {'a finished' if finished else 'an unfinished'} run with {key}={old!r}, but "
+            f"this command asks for {new!r}; remove the folder or choose another --out"
+        )
     return finished
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds a finished run, of whatever config."""
+    return isinstance(_read_object(folder / "summary.json").get("clients"), list)
+
+
+def other_config(exp: Experiment) -> Difference | None:
+    """Return the first key in which the run in the experiment's folder differs from it; None: it is this run."""
+    recorded = _read_object(exp.run_dir / "config.json")
+    may_differ = (*WITHOUT_EFFECT, "run_id")
+    return next(iter(differences(recorded, exp.model_dump(mode="json"), may_differ)), None)
+
+
 def check_inputs(runs: Iterable[Run]) -> None:
-    """Check that finished runs used the weights and rows that exist now; a run that did not record its own passes.
+    """Check that finished runs used the weights and rows that exist now.
 
     Raises:
         UserError: naming the first folder with other weights or rows.
+    """
+    for run, meaning in other_inputs(runs):
+        raise UserError(
+            f"out: {run.exp.run_dir} holds a finished run with other {meaning} than there are now; remove the folder "
+            "or choose another --out"
+        )
+
+
+def other_inputs(runs: Iterable[Run]) -> Iterator[tuple[Run, str]]:
+    """Yield the finished runs that used others than exist now, with "weights" or "rows".
+
+    A run that did not record its own passes.
     """
     models: dict[Path, str] = {}
     rows: dict[str, str | None] = {}
@@ -74,10 +98,7 @@ def check_inputs(runs: Iterable[Run]) -> None:
         now = {"model_digest": models[exp.model_dir], "data_digest": rows[key]}
         for name, meaning in (("model_digest", "weights"), ("data_digest", "rows")):
             if now[name] is not None and now[name] != summary[name]:
-                raise UserError(
-                    f"out: {exp.run_dir} holds a finished run with other {meaning} than there are now; remove the "
-                    "folder or choose another --out"
-                )
+                yield run, meaning
 
 
 def departures(run: Run) -> list[str]:

@@ -1,6 +1,7 @@
 """The command that compares methods: which jobs it runs and runs again, and what it refuses."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -101,6 +102,57 @@ def test_finished_jobs_are_not_run_again(tmp_path, capsys):
     # another path to the same folder is the same folder
     assert compare_tiny(tmp_path / "runs" / "..", runner, methods="topk ub_smoe", seeds="0 1") == 0
     assert runner.ran == ["topk-seed1"]
+
+
+def in_tables(out: Path) -> list[tuple[str, str]]:
+    """Return (method, seed) of the runs in a folder's table, in its order."""
+    rows = csv.DictReader((out / "results.csv").open())
+    return list(dict.fromkeys((row["method"], row["seed"]) for row in rows))
+
+
+def test_other_methods_and_seeds_in_the_same_folder_add_to_the_tables(tmp_path, capsys):
+    assert compare_tiny(tmp_path, FakeRunner(), methods="ub_smoe flora", seeds="0 1") == 0
+    assert capsys.readouterr().err == ""
+    runner = FakeRunner()
+    assert compare_tiny(tmp_path, runner, methods="topk", seeds="2") == 0 and runner.ran == ["topk-seed2"]
+    names = "ub_smoe-seed0, ub_smoe-seed1, flora-seed0, flora-seed1"
+    told = f"also in the tables, from earlier commands: {names}"
+    assert capsys.readouterr().err == f"note: {told}\n"
+    assert in_tables(tmp_path) == [("topk", "2"), *((m, s) for m in ("ub_smoe", "flora") for s in "01")]
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "--methods topk --seeds 2 " in lines[0] and lines[0].endswith("; seeds 0 1 2")
+    assert lines[2] == told and sum(line.startswith("| `topk` | 0.5000 (n = 1) |") for line in lines) == 1
+    assert sum(line.startswith("| `ub_smoe` | 0.3300 ± 0.0566 (n = 2) |") for line in lines) == 1  # of 0.29 0.37
+
+
+def test_earlier_runs_of_another_comparison_are_left_out_and_named(tmp_path, capsys):
+    """Another config, other weights, damaged files. A run that is not finished has no place in a table anyway."""
+    assert compare_tiny(tmp_path, FakeRunner(), "train.local_steps=7", methods="flora florist", seeds="0") == 0
+    assert compare_tiny(tmp_path, FakeRunner(), methods="flame a3smoe smoe_llb", seeds="0") == 0
+    runs = tmp_path / "runs"
+    weights = runs / "flame-seed0" / "summary.json"
+    weights.write_text(json.dumps(json.loads(weights.read_text()) | {"model_digest": "0", "data_digest": "0"}))
+    (runs / "a3smoe-seed0" / "metrics.jsonl").write_text("")
+    (runs / "smoe_llb-seed0" / "summary.json").unlink()
+    (runs / "topk-seed01").mkdir()  # no name that a job has
+    (runs / "topk-seed01" / "summary.json").write_text(weights.read_text())
+    capsys.readouterr()
+    assert compare_tiny(tmp_path, FakeRunner(), methods="topk") == 0
+    told = [
+        "left out of the tables: a3smoe-seed0 (their files are damaged)",
+        "left out of the tables: flame-seed0 (made with other weights than there are now)",
+        "left out of the tables: flora-seed0, florist-seed0 (made with train.local_steps=7, this command has 10)",
+    ]
+    assert capsys.readouterr().err == "".join(f"note: {line}\n" for line in told)
+    assert in_tables(tmp_path) == [("topk", "0")]
+    assert (tmp_path / "results.md").read_text().splitlines()[2:7:2] == told
+
+
+def test_earlier_runs_whose_method_does_not_go_with_this_config_are_left_out(tmp_path, capsys):
+    assert compare_tiny(tmp_path, FakeRunner(), methods="flora") == 0
+    assert compare_tiny(tmp_path, FakeRunner(), "merge.clip_norm=1.0", methods="topk") == 0
+    assert "left out of the tables: flora-seed0 (merge.clip_norm: 1.0 does not work" in capsys.readouterr().err
+    assert in_tables(tmp_path) == [("topk", "0")]
 
 
 def test_finished_job_of_another_config_is_refused(tmp_path, capsys):

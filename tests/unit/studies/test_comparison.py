@@ -10,7 +10,7 @@ import pytest
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
-from ubsmoe_ds.config.methods import PRESETS
+from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
 from ubsmoe_ds.studies.comparison_picture import picture
 from ubsmoe_ds.studies.comparison_runs import ROUND_COLUMNS, Run, check_inputs, collect, departures, machines
@@ -54,7 +54,12 @@ def made_up(folder: Path, clients: str = TWO, methods: tuple[str, ...] = ("ub_sm
     runs = []
     for method in methods:
         for seed in range(seeds):
-            job_keys = [f"method={method}", f"seed={seed}", f"name={method}-{seed}", f"output={folder}"]
+            job_keys = [
+                f"method={method.partition('-')[0]}",
+                f"seed={seed}",
+                f"name={method}-{seed}",
+                f"output={folder}",
+            ]
             exp = load_experiment(CONFIG, [clients, *job_keys, "train.rounds=3", "evaluation.every=2"])
             finish(exp, LOSS.get(method, (0.6, 0.6, 0.6))[seed])
             runs.append(Run(method, seed, exp))
@@ -153,6 +158,19 @@ def test_pictures_show_every_method(tmp_path):
     assert list(accuracy.containers[topk][0].get_ydata()) == pytest.approx([60.0, 70.0])
     assert list(end.containers[topk][0].get_ydata()) == pytest.approx([0.4, 0.3])
     assert list(accuracy.lines[0].get_xdata()) != list(accuracy.containers[topk][0].get_xdata())
+
+
+def test_a_methods_line_looks_the_same_in_every_picture(tmp_path):
+    """Whatever else is drawn, and in whatever order; the lines of the picture of ablations differ in colour."""
+    ablations = ("ub_smoe", "topk", *ABLATIONS)
+    frames = collect(made_up(tmp_path, methods=(*PRESETS, *ABLATIONS), seeds=1))
+    looks = []
+    for methods in (tuple(PRESETS), tuple(reversed(PRESETS)), ("flora", "topk"), ablations):
+        axes = picture(*frames, methods).axes[2]
+        lines = dict(zip(methods, axes.lines, strict=True))
+        looks.append({m: (line.get_color(), line.get_marker(), line.get_linestyle()) for m, line in lines.items()})
+    assert all(look == looks[0].get(method, look) for part in looks for method, look in part.items())
+    assert len({colour for colour, _, _ in looks[-1].values()}) == len(ablations)
 
 
 def test_finished_runs_must_have_used_the_weights_and_rows_that_exist_now(tmp_path):
