@@ -28,6 +28,7 @@ from typing import Any
 from ubsmoe_ds.base.command_line import Parser, carry_out, whole
 from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, UserError
 from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.studies.comparison_earlier import earlier_runs
 from ubsmoe_ds.studies.comparison_jobs import Job, Runner, make_jobs, notes, run_job, run_jobs, settings_by_label
@@ -76,7 +77,7 @@ def compare(arguments: Sequence[str], runner: Runner) -> int:
     jobs = read_jobs(options)
     tell(notes([job.run for job in jobs]))
     if options.list:
-        print("\n".join(job.run.exp.name for job in jobs))
+        say("\n".join(job.run.exp.name for job in jobs))
         return 0
     chosen = jobs if options.only is None else [nth_job(jobs, options.only)]
     try:
@@ -91,7 +92,7 @@ def compare(arguments: Sequence[str], runner: Runner) -> int:
 def tell(lines: Sequence[str]) -> None:
     """Print notes."""
     for line in lines:
-        print(f"note: {line}", file=sys.stderr, flush=True)
+        say(f"note: {line}", error=True)
 
 
 def read_jobs(options: argparse.Namespace) -> list[Job]:
@@ -178,12 +179,12 @@ def write_results(runs: Sequence[Run], out: Path, headline: str) -> None:
         figure = picture(clients, rounds, methods)
         files[name] = partial(figure.savefig, dpi=150)
     replace_files(out, files)
-    print(f"written to {out}: results.md results.csv rounds.csv {' '.join(pictures)}", flush=True)
+    say(f"written to {out}: results.md results.csv rounds.csv {' '.join(pictures)}")
 
 
 def report(line: str, code: int) -> int:
     """Print an error and return its exit code."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    say(f"error: {line}", error=True)
     return code
 
 

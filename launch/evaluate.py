@@ -25,6 +25,7 @@ from typing import Any
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import finite_or_null
+from ubsmoe_ds.base.terminal import say
 
 LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than the answer needs
 
@@ -39,9 +40,9 @@ def show(options: argparse.Namespace) -> None:
     with quoting_rows(options.show_rows):
         table = evaluate(options)
     if not options.json:
-        print(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+        say(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     for record in table.to_dict("records") if options.json else []:
-        print(json.dumps(finite_or_null(record)))
+        say(json.dumps(finite_or_null(record)))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -102,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     check_window(model.hf.config, evaluator.longest)
     setting, dropped = f"--max-length {max_length}", by_name(evaluator.dropped)
     for line in length_lines(setting, "evaluation", evaluator.lengths, dropped_of=dropped):
-        print(line, file=sys.stderr)
+        say(line, error=True)
     records = []
     for k in ks:
         exact = None

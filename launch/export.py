@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ubsmoe_ds.base.command_line import Parser, carry_out
+from ubsmoe_ds.base.terminal import say
 
 
 def main() -> int:
@@ -50,8 +51,8 @@ def export(options: argparse.Namespace) -> None:
         lost.append(f"K = {facts['k']} (set num_experts_per_tok; it is {default} in the config)")
     write_merged(base, state, scaling, options.merge, whole=bool(facts))
     if lost:
-        print(f"note: plain weights have no place for {', '.join(lost)}", file=sys.stderr)
-    print(f"written to {options.merge}")
+        say(f"note: plain weights have no place for {', '.join(lost)}", error=True)
+    say(f"written to {options.merge}")
 
 
 if __name__ == "__main__":

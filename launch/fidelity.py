@@ -25,6 +25,7 @@ import pandas as pd
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> None:
     from ubsmoe_ds.studies.fidelity_report import markdown, picture
 
     text = markdown(table, bias, shlex.join(["python", *sys.argv]), exp)
-    print(text)
+    say(text)
     if options.out is None:
         return
     whole = table.merge(bias, on=["k", "estimator"])
@@ -142,7 +143,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows, exp.clients[0].name)
     for line in length_lines(f"data.max_length={exp.data.max_length}", "training", lengths):
-        print(line, flush=True)
+        say(line)
     start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.group_rank)
     return client, partial(encoder.steps, examples, 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ubsmoe_ds.base.command_line import carry_out
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.terminal import say
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def hand_over() -> None:
         UserError: if the harness is not installed, and for our own arguments.
     """
     if find_spec("lm_eval") is None and {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\nThe harness's own options are shown where it is installed.")
+        say(f"{__doc__}\nThe harness's own options are shown where it is installed.")
         return
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
@@ -83,7 +84,7 @@ def train(
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             losses = f"loss {output.loss.item():.3f} answer {answer_loss.item():.4f}"
-            print(f"step {step} {losses} {time.time() - start:.0f} s", flush=True)
+            say(f"step {step} {losses} {time.time() - start:.0f} s")
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ def main() -> None:
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 
 if __name__ == "__main__":

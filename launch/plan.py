@@ -28,6 +28,7 @@ from rich.table import Table
 
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.launching.hostfile import read_hostfile
@@ -71,21 +72,19 @@ def show(options: argparse.Namespace) -> None:
     with quoting_rows(options.show_rows):
         inputs = read_inputs(exp)
     if inputs.on_cpu and exp.accelerator == "auto":
-        print(
-            "note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", file=sys.stderr
-        )
+        say("note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", error=True)
     plans = plan(inputs)
     fits = [] if memory is None else [fit(inputs, n, memory, slots) for n in range(len(exp.clients))]
     console = Console()
     for table in (cost_table(inputs, plans), memory_table(inputs, plans, fits)):
         console.print(table)
     slowest, over_fastest, over_median = straggler(plans)
-    print(
+    say(
         f"straggler: {exp.clients[slowest].name}, {over_fastest:.2f} times the fastest client's time and "
         f"{over_median:.2f} times the median, if all devices are equally fast"
     )
     if line is not None:
-        print(f"placement: {line}")
+        say(f"placement: {line}")
     if memory is not None:
         check_fits(inputs, fits, memory)
 

@@ -25,6 +25,7 @@ from typing import Any
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, positive, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new
+from ubsmoe_ds.base.terminal import say
 
 MOST_EXPERTS = 1024
 HELD_OUT = 16  # blocks of held-out text that the loss is measured on
@@ -39,7 +40,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Run the command and print where the model is."""
     require_new(options.out, "--out")
     {"upcycle": make_upcycled, "split": make_split, "smollm2": unpack_smollm2}[options.command](options)
-    print(f"written to {options.out}")
+    say(f"written to {options.out}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -174,11 +175,11 @@ def make_split(options: argparse.Namespace) -> None:
         blocks = text_blocks(train, tokenizer, options.length, count)
         unseen = text_blocks(held_out, tokenizer, options.length, HELD_OUT)
     sizes = {"experts": options.experts, "shared": options.shared, "ks": options.ks, "seed": options.seed}
-    model, _ = split(dense, blocks[:calibration], **sizes, say=print)
+    model, _ = split(dense, blocks[:calibration], **sizes, say=say)
     report(f"dense {loss_of(dense, unseen):.3f}; split", model, unseen, options.ks)
     batches = blocks[calibration:].split(options.recover_rows) if options.recover_steps else ()
     for number, (k, divergence) in enumerate(recover(model, dense, batches, options.ks, options.lr), start=1):
-        print(f"recovery step {number}/{options.recover_steps}: K {k}, divergence {divergence:.3f}", flush=True)
+        say(f"recovery step {number}/{options.recover_steps}: K {k}, divergence {divergence:.3f}")
     if options.recover_steps:
         report("recovered", model, unseen, options.ks)
     save(model, tokenizer, options.out)
@@ -222,7 +223,7 @@ def report(what: str, model: Any, ids_BS: Any, ks: list[int]) -> None:
         losses.append(f"K {k} {loss:.3f}")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = model.config.num_experts_per_tok
-    print(f"loss on held-out text: {what} {', '.join(losses)}", flush=True)
+    say(f"loss on held-out text: {what} {', '.join(losses)}")
 
 
 def unpack_smollm2(options: argparse.Namespace) -> None:

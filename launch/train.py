@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, quoting_rows, whole
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.shares import check_rows
@@ -64,6 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     """Validate, then start an MPI world or join it as a rank; return the exit code."""
+    guard_libraries()
     try:
         first, inside = launchers.is_first(os.environ), launchers.inside_mpi(os.environ)
         left_over.check_process_manager(os.environ)
@@ -139,18 +141,18 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         return exits.end_after_error(EXIT_USER_ERROR, survives, together)
     except KeyboardInterrupt:
         if speaks and PARENT_SPEAKS not in os.environ:
-            print("error: interrupted", file=sys.stderr, flush=True)
+            say("error: interrupted", error=True)
         return exits.end_after_error(EXIT_INTERRUPTED, survives, together=False)
     except Exception as error:  # whatever it is: the other ranks must not wait for this one
         time.sleep(DEATH_SECONDS)  # if only another rank was killed, mpiexec ends this one before it prints
         detail = traceback.format_exc() if options.verbose else "(-v shows the traceback)\n"
         line = f"error: {who}: {type(error).__name__}: {error}\n{detail}"
-        print(line, end="", file=sys.stderr, flush=True)
+        say(line.rstrip(), error=True)
         if survives:
             exits.die()  # the other clients continue
         return exits.end_after_error(EXIT_FAILURE, survives, together=False)
     if ending.world.rank == 0 and ending.message:
-        print(ending.message, file=sys.stderr, flush=True)
+        say(ending.message, error=True)
     sign_off(os.environ, ending.code)
     return exits.end_together(ending.world.comm, ending.code, survives)
 
@@ -169,7 +171,7 @@ def report_once(error: UserError, speaks: bool, speaks_for_group: bool) -> bool:
 
 def report(error: UserError) -> int:
     """Print a user's mistake as one line; return the exit code."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    say(f"error: {error}", error=True)
     return EXIT_USER_ERROR
 
 

@@ -104,3 +104,12 @@ def test_nothing_is_pickled_or_evaluated(name):
     pickling = {".bcast", ".gather", ".scatter", ".allgather", ".alltoall", ".allreduce", ".send", ".recv"}
     methods = {"." + call.rsplit(".", 1)[-1] for call in calls if "comm" in call.rsplit(".", 1)[0]}
     assert not methods & pickling
+
+
+def test_one_place_prints():
+    """Names and values from files may hold control characters, which `base/terminal.py` escapes."""
+    commands = {path.name: path.read_text() for path in (PACKAGE.parent / "launch").glob("[!_]*.py")}
+    for name, source in (SOURCES | commands).items():
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+        if name != "base.terminal":
+            assert not calls & {"print", "sys.stdout.write", "sys.stderr.write"}, f"{name}: use say"

@@ -1,6 +1,5 @@
 """Register trained adapters as a model of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval`."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,7 +64,7 @@ class UBSMoELM(HFLM):
 def _device(name: str | None) -> torch.device:
     """Return the device of this name, or the CPU with a line if there is no CUDA."""
     if not torch.cuda.is_available() and (name is None or name.startswith("cuda")):
-        print("note: torch sees no CUDA device; the model runs on the CPU", file=sys.stderr, flush=True)
+        say("note: torch sees no CUDA device; the model runs on the CPU", error=True)
         return torch.device("cpu")
     try:
         device = torch.device(name or "cuda")

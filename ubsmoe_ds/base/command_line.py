@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, EXIT_UNREAD, EXIT_USER_ERROR, RowError, UserError
+from ubsmoe_ds.base.terminal import guard_libraries, say
 
 MOST = 2**31 - 1
 
@@ -74,14 +75,15 @@ def carry_out(command: Callable[[], int | None]) -> int:
     Args:
         command: returns its exit code, or None for 0.
     """
+    guard_libraries()
     try:
         code = command()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", error=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
+        say("error: interrupted", error=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         if not _reader_has_left(sys.stdout.fileno()):

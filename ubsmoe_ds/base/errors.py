@@ -3,6 +3,8 @@
 Any other exception is a defect or a failed machine.
 """
 
+from ubsmoe_ds.base.terminal import printable
+
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3  # the numbers have gone wrong; a repetition would end in the same way
@@ -46,5 +48,5 @@ def _one_line(text: str) -> str:
     """Return the text as one line for a terminal: control characters escaped, the middle of a long text left out."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = printable(text)
     return line if len(line) <= LONGEST + 100 else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

@@ -1,6 +1,5 @@
 """Find the checkpoint to resume from, verify it, and compare it with the run; all ranks of the job work together."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.compatibility import check_same_experiment
 from ubsmoe_ds.checkpoint.progress import SavedClient, SavedProgress
@@ -126,7 +126,7 @@ class CheckpointFinder:
         if any(damages):
             if self.world.rank == 0:
                 first = next(filter(None, damages))
-                print(f"warning: checkpoint {folder} is damaged: {first}; skipping it", file=sys.stderr, flush=True)
+                say(f"warning: checkpoint {folder} is damaged: {first}; skipping it", error=True)
             return None
         assert content is not None
         return Checkpoint(folder, content, Reader(folder, manifest["files"]))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.messages import section_of
@@ -131,7 +132,7 @@ def main() -> None:
     if sys.argv[1:] == ["--write"]:
         PAGE.write_text(page(), encoding="utf-8")
     else:
-        print(page(), end="")
+        say(page().rstrip())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.files import writes
 from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint import storage
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress
@@ -219,4 +220,4 @@ def _open_monitor(exp: Experiment, checkpoint: Checkpoint | None, run_id: str, i
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    say(line)

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
@@ -64,7 +65,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line to the terminal."""
-        print(text, flush=True)
+        say(text)
 
     def round(self, record: Record) -> None:
         """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""

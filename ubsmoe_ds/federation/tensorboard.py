@@ -1,12 +1,13 @@
 """Write TensorBoard's event file. It is an optional log: a full disk ends the log with a warning, never the run."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from ubsmoe_ds.base.terminal import say
 
 Result = TypeVar("Result")
 
@@ -62,5 +63,5 @@ class TensorBoard:
             self._writer = None
             reason = error.strerror or error
             text = f"warning: {self.folder}: TensorBoard's log ends here ({reason}); training goes on"
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)
             return None

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ubsmoe_ds.base.errors import EXIT_FAILURE
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching.fork_shim import MOST_BYTES, surroundings
 from ubsmoe_ds.launching.supervisor import end_with_parent
 
@@ -167,7 +168,7 @@ class Server:
     def _say(self, why: str) -> None:
         """Tell the user once that jobs start the slow way."""
         if not self.spoken:
-            print(f"note: ranks import everything themselves, because this differs: {why}", file=sys.stderr, flush=True)
+            say(f"note: ranks import everything themselves, because this differs: {why}", error=True)
             self.spoken = True
 
 
@@ -277,7 +278,7 @@ def main() -> list[str] | None:
     server.added = {k: v for k, v in os.environ.items() if k not in before}
     why = not_ready({0, 1, 2, listening.fileno(), creator.fileno()})
     if why:
-        print(f"note: ranks import everything themselves: after the imports there are {why}", file=sys.stderr)
+        say(f"note: ranks import everything themselves: after the imports there are {why}", error=True)
         return None
     gc.freeze()  # the pages of what is imported stay shared
     return server.serve()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching.hang_watcher import ASK, PROGRESS, RECORD_BYTES, STAGE_BYTES
 
 WATCHER = Path(__file__).with_name("hang_watcher.py")
@@ -75,11 +76,8 @@ def _start_watcher(record: int, description: str, timeout_s: float, survives: bo
             pass_fds=[record, stacks],
         )
     except OSError as error:
-        print(
-            f"warning: hang_timeout_s: {description} has no watcher ({error.strerror}); nobody will see if it hangs",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = f"{description} has no watcher ({error.strerror})"
+        say(f"warning: hang_timeout_s: {why}; nobody will see if it hangs", error=True)
         return None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,12 +10,12 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import IO
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.terminal import say
 
 FILE = ".owner"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -80,7 +80,7 @@ def _lock(file: IO[str], kind: int, quiet: bool = False) -> bool:
             line = (
                 f"warning: {file.name} cannot be locked ({error.strerror}); see to it that no other job uses its folder"
             )
-            print(line, file=sys.stderr, flush=True)
+            say(line, error=True)
     return True
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching import fast_start, left_over
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_open_mpi, mpi_command, open_mpi_command
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
@@ -56,7 +57,7 @@ def relaunch(
     left_over.check_host_lists(os.environ)
     present, note = left_over.without_dead_allocation(os.environ, hostfile=hosts is not None)
     if note:
-        print(note, file=sys.stderr, flush=True)
+        say(note, error=True)
     environment = _environment(present, ranks, one_host=hosts is None)
     make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     if open_mpi:
@@ -74,7 +75,7 @@ def relaunch(
             code = supervisor.run(make_command(script, [*arguments, *options], ranks), environment)
             if open_mpi and code == 0 and not supervisor.seen and finished() <= summary_before:
                 # no rank was on this host; an mpiexec that is cut off from them may call that success
-                print("error: mpiexec has ended, but the run has left no summary.json", file=sys.stderr, flush=True)
+                say("error: mpiexec has ended, but the run has left no summary.json", error=True)
                 return EXIT_FAILURE
             return code
 
@@ -94,7 +95,7 @@ def _attempt_again(attempt: Callable[[Sequence[str]], int], restarts: int, saved
     for number in range(1, restarts + 1):
         if code in (*DELIBERATE, EXIT_INTERRUPTED, EXIT_TERMINATED):
             break
-        print(f"exit code {code}; restart {number} of {restarts}", file=sys.stderr, flush=True)
+        say(f"exit code {code}; restart {number} of {restarts}", error=True)
         resumes = saved() - before or not saved()  # with no checkpoint at all, --resume auto starts anew
         code = attempt(["--resume", "auto"] if resumes else [])
     return code

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching.scratch import scratch_folder
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, open_sign_in, read_code
 
@@ -81,7 +82,7 @@ class Supervisor:
             code = signed_off if signed_off == EXIT_FAILURE else code or signed_off
         elif not self.interrupted:
             if dead:
-                print(f"error: {' or '.join(dead)} was killed", file=sys.stderr, flush=True)
+                say(f"error: {' or '.join(dead)} was killed", error=True)
             if self.seen:  # an MPI that survives deaths calls it success if all have died
                 code = code or EXIT_FAILURE
         if self.interrupted:
@@ -128,11 +129,10 @@ class Supervisor:
                 self._send(signal.SIGKILL)
             self._look(folder)
         for handle, description in self.ranks.items():
-            print(
+            say(
                 f"warning: {description} was killed, but has not ended: the system holds it, perhaps in a stuck file "
                 "system; it will do nothing more",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
             os.close(handle)
         self.ranks.clear()

@@ -8,7 +8,6 @@ import contextlib
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.exits import end_host, end_with_daemon
@@ -91,4 +91,4 @@ def _describe(clients: Sequence[ClientConfig], world: World, host: str) -> str:
 
 def _say(line: str) -> None:
     """Print a line for the user."""
-    print(line, file=sys.stderr, flush=True)
+    say(line, error=True)

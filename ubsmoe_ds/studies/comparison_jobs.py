@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ubsmoe_ds.base.errors import EXIT_FAILURE, UserError
+from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES
@@ -137,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], runner: Runner, report: Callable[[str, int], i
             seconds = time.perf_counter() - start
             spent, ran, took = spent + seconds, ran + 1, f"{seconds:.1f} s"
         left = timedelta(seconds=round(spent / max(ran, 1) * (len(missing) - ran)))
-        print(_progress(job, number, len(jobs), took) + (f"  ETA {left}" if ran else ""), flush=True)
+        say(_progress(job, number, len(jobs), took) + (f"  ETA {left}" if ran else ""))
     return 0
 
 
