@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import clean_environment
-from ubsmoe_ds.mpi.heartbeat import ANSWER, BEAT, BEATS, Heartbeat, Host, open_socket
+from ubsmoe_ds.mpi.datagram import Seal
+from ubsmoe_ds.mpi.heartbeat import BEAT, BEATS, CONTENT, FIRST, LOST, Heartbeat, Host, open_socket
 
 pytestmark = [pytest.mark.extended, pytest.mark.alone]
 TOKEN = b"0123456789abcdef"
@@ -141,36 +141,55 @@ def test_another_address_is_used_when_one_falls_silent_and_the_best_that_answers
 def test_the_best_address_is_used_though_another_answers_sooner(net, monkeypatch):
     send = Heartbeat._send
 
-    def late(self, kind, host, number, place):
+    def late(self, kind, host, number, place, to=FIRST):
         seconds = TIMEOUT / BEATS / 2 if kind == BEAT and number == 0 else 0
-        threading.Timer(seconds, send, (self, kind, host, number, place)).start()
+        threading.Timer(seconds, send, (self, kind, host, number, place, to)).start()
 
     monkeypatch.setattr(Heartbeat, "_send", late)
     hosts = net(2, addresses=("127.0.0.1", "127.0.0.2"))
     assert hosts.beating[1]._reached == {0: hosts.beating[1]._destination(0)}
 
 
-def test_strangers_count_for_nothing(net):
-    """Neither another job's beat, nor one cut short, nor this host's own keeps a host alive."""
+def recorded(beating, monkeypatch):
+    """Return the list of datagrams that a host seals from now on."""
+    sent, seal = [], beating._seal.seal
+    monkeypatch.setattr(beating._seal, "seal", lambda *given: sent.append(seal(*given)) or sent[-1])
+    return sent
+
+
+def test_strangers_count_for_nothing(net, monkeypatch):
+    """Neither copies of its own beats, nor those of another job, cut short or in clear keep a host alive."""
     hosts = net(2)
     stranger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     places = [("127.0.0.1", host.port) for host in hosts.hosts]
+    copies = recorded(hosts.beating[1], monkeypatch)
+    time.sleep(TIMEOUT / 2)
     hosts.stop(1)
-    beat = struct.pack("!BHB", BEAT, 1, 0)
+    assert copies
+    beat = CONTENT.pack(BEAT, 1, 0)
+    other_job = Seal(TOKEN[::-1], 1, CONTENT.size)
     deadline = time.monotonic() + SECONDS
     with stranger:
         while not hosts.ended:
             assert time.monotonic() < deadline
-            for content in (
-                b"x" * len(TOKEN) + beat,
-                TOKEN,
-                TOKEN + beat + b"\0",
-                TOKEN + struct.pack("!BHB", BEAT, 0, 0),
-                TOKEN + struct.pack("!BHB", BEAT, 7, 0),
-                TOKEN + struct.pack("!BHB", ANSWER, 1, 0),
-            ):
+            for content in (*copies, copies[0][:-1], other_job.seal(FIRST, beat), TOKEN + beat):
                 stranger.sendto(content, places[0])
             time.sleep(0.02)
+
+
+def test_no_copy_and_no_flood_ends_the_job(net, monkeypatch):
+    """Of three hosts one is told of a loss; the datagram that told it is sent to the other, among many of no sense."""
+    hosts = net(3)
+    copies = recorded(hosts.beating[0], monkeypatch)
+    hosts.beating[0]._send(LOST, 1, 0, hosts.beating[0]._reached[1], to=1)
+    hosts.wait_for(1)
+    lost = [copy for copy in copies if CONTENT.pack(LOST, 1, 0) in copy]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        for _ in range(2000):
+            for content in (*lost, b"x" * len(lost[0])):
+                stranger.sendto(content, ("127.0.0.1", hosts.hosts[2].port))
+    time.sleep(TIMEOUT / 3)
+    assert hosts.ended == {1}
 
 
 SUSPENDED = """

@@ -2,7 +2,8 @@
 
 MPI and gloo over TCP wait for ever for a host whose cable is cut, and ranks may rightly wait long for slower ones. So
 one process per host sends a datagram to the first host every few seconds and gets an answer. A host that is silent for
-too long is lost; the first host then tells the others, and each ends its own ranks (watchdog.py).
+too long is lost; the first host then tells the others, and each ends its own ranks (watchdog.py). Datagrams are sealed
+(datagram.py): nobody else can keep a dead host alive, or end the job, with datagrams of his own or with copies.
 """
 
 import contextlib
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ubsmoe_ds.mpi.datagram import Seal
+
 BEATS = 6  # within the timeout; single datagrams may be lost too
 SEARCH = 1 / 2  # part of the timeout without an answer after which other addresses are tried
 LONGEST_INTERVAL = 5.0  # seconds between two beats
-HEADER = struct.Struct("!16sBHB")  # token of the job, kind, host in question, number of the address it was sent to
+CONTENT = struct.Struct("!BHB")  # kind, host in question, number of the address it was sent to
 BEAT, ANSWER, LOST = range(3)
 REPEATS = 3  # of a datagram that nobody answers
 HEARD_SECONDS = 1.0  # for launchers to pass on the message, before anybody ends
@@ -55,7 +58,7 @@ class Heartbeat:
         own_socket: from `open_socket`, bound to this host's port in the list.
         me: this host's position in the list.
         hosts: all hosts of the job.
-        token: 16 bytes that tell this job's datagrams from those of others.
+        token: 16 secret bytes of this job, with which its datagrams are sealed.
         timeout_seconds: silence after which a host is lost.
         say: called in the thread with a line for the user.
         end: called in the thread, last, when a host is lost; its argument is whether this host is cut off from the
@@ -72,7 +75,9 @@ class Heartbeat:
         say: Callable[[str], None],
         end: Callable[[bool], None],
     ) -> None:
-        self._socket, self._me, self._hosts, self._token = own_socket, me, hosts, token
+        self._socket, self._me, self._hosts = own_socket, me, hosts
+        self._seal = Seal(token, me, CONTENT.size)
+        self._seal.guard(own_socket)
         self._timeout, self._say, self._end = timeout_seconds, say, end
         self._interval = min(timeout_seconds / BEATS, LONGEST_INTERVAL)
         # when the first host is silent the second one reports it, so the others wait a little longer
@@ -130,18 +135,19 @@ class Heartbeat:
     def _read(self) -> bool:
         """Take one datagram; return whether it says that a host is lost."""
         try:
-            content, sender = self._socket.recvfrom(HEADER.size + 1)
+            datagram, place = self._socket.recvfrom(self._seal.size + 1)
         except OSError:  # the system reports here that an earlier one could not be delivered
             return False
-        if len(content) != HEADER.size:
+        opened = self._seal.open(datagram)
+        if opened is None:
             return False
-        token, kind, host, address = HEADER.unpack(content)
-        if token != self._token:
-            return False
+        sender, (kind, host, address) = opened[0], CONTENT.unpack(opened[1])
         first = self._hosts[FIRST]
-        if self._me == FIRST and kind == BEAT and host in self._silence:
-            self._silence[host], self._reached[host] = 0.0, sender
-            self._send(ANSWER, host, address, sender)
+        if self._me == FIRST and kind == BEAT and host == sender and host in self._silence:
+            self._silence[host], self._reached[host] = 0.0, place
+            self._send(ANSWER, host, address, place, to=host)
+        elif self._me != FIRST and sender != FIRST:
+            return False
         elif self._me != FIRST and kind == ANSWER and address < len(first.addresses):
             if self._best is None or address < self._best or self._searches():
                 self._best, self._reached[FIRST] = address, self._destination(address)
@@ -177,7 +183,7 @@ class Heartbeat:
         remaining = set(self._reached) - set(silent) if self._me == FIRST else ()
         for host in remaining:
             for _ in range(REPEATS):
-                self._send(LOST, silent[0], 0, self._reached[host])
+                self._send(LOST, silent[0], 0, self._reached[host], to=host)
         if remaining:
             time.sleep(TOLD_SECONDS)
 
@@ -191,7 +197,7 @@ class Heartbeat:
                 "breaks"
             )
 
-    def _send(self, kind: int, host: int, address: int, destination: tuple) -> None:
+    def _send(self, kind: int, host: int, address: int, destination: tuple, to: int = FIRST) -> None:
         """Send one datagram.
 
         Args:
@@ -199,6 +205,7 @@ class Heartbeat:
             host: position in the list of the host that it is about.
             address: number of the first host's address that a beat is sent to, and its answer comes from.
             destination: address and port.
+            to: position of the host that it is for.
         """
         with contextlib.suppress(OSError):  # no route, or a full buffer: as if it were lost on the way
-            self._socket.sendto(HEADER.pack(self._token, kind, host, address), destination)
+            self._socket.sendto(self._seal.seal(to, CONTENT.pack(kind, host, address)), destination)
