@@ -142,6 +142,15 @@ def test_a_bug_in_one_rank_costs_its_client_only(tmp_path):
     assert "RuntimeError: planted fault" in output and "client 'c' is lost" in output
 
 
+@pytest.mark.extended
+def test_a_stopped_rank_costs_its_client_only(tmp_path):
+    output = survive(tmp_path / "out", "stop@3:5", "hang_timeout_s=5")
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: client 'c', rank 0 of 1 (job rank 3) hangs: ") and "its client is given up" in line
+    assert "warning: round 2: client 'c' is lost" in output
+    assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
+
+
 def test_an_mpi_that_does_not_survive_deaths_is_refused(tmp_path):
     from tests.support.jobs import train
 

@@ -6,6 +6,7 @@ in a job rank's STEP-th (default: second) local step; several with + between
 
 raise, user    an error; a user's mistake
 hang           it never comes back
+stop           a real SIGSTOP
 nan            its weights hold NaN for this step
 slow           every step takes STEP (2) seconds longer
 huge           its update of round STEP is 10^12 times as large
@@ -99,6 +100,8 @@ def plant(fault: str) -> None:
             nll = real_step(self, batch)
             weight.copy_(healthy)
             return nll
+        if kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         print(f"hanging with process id {os.getpid()}", flush=True)
         time.sleep(300)
         return None

@@ -15,6 +15,7 @@ import select
 import signal
 import struct
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ LOOKS, LONGEST_INTERVAL = 10, 5.0  # looks within the timeout; seconds between t
 WORKING = 0.002  # of a core; a rank that waits by polling (mpi/collectives.py) uses ten times as much, an idle one less
 MOVED_BYTES = 2**20  # read or written: it works
 ANSWER_SECONDS = 3.0  # for the rank to write its stacks; one in the kernel cannot
+SAY_SECONDS = 5.0  # for the message to be taken
 MESSAGE_SECONDS = 0.3  # for mpiexec to forward the message before it ends the job
 STATES = {"T": "stopped by a signal", "D": "in an uninterruptible system call, as of a file system that is stuck"}
 # the innermost call of a thread that waits for other ranks: the job's, or those of its own client
@@ -180,15 +182,22 @@ class Watcher:
         return bool(select.select([0], [], [], seconds)[0])
 
     def _hangs(self, look: Look, record: bytes) -> bool:
-        """End a rank that is overdue, unless it only waits for others; return whether it was ended."""
+        """End a rank that is overdue, unless it only waits for others; return whether it has ended or was ended."""
         stacks = "" if look.state == "T" else self._ask()
-        if is_waiting(stacks):  # then another rank hangs, if any: that one has a watcher too
+        if self._has_left(0):
+            return True
+        # if it waits then another rank hangs, if any: that one has a watcher too
+        if is_waiting(stacks) or self._read() != record:
             self.rule.start_anew(look)
             return False
         silent = max(self.rule.silent, self.rule.stopped)
         line = message(self.description, stage_of(record), silent, self.rule.timeout, self.pid, look.state)
         follows = "its client is given up" if self.survives else "continue with --resume auto"
-        os.write(sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode())
+        # in a thread: whoever reads the output may hang too
+        say = threading.Thread(target=os.write, args=[sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode()])
+        say.daemon = True
+        say.start()
+        say.join(SAY_SECONDS)
         if not self.survives:
             self._sign_off()
         time.sleep(MESSAGE_SECONDS)

@@ -10,6 +10,7 @@ function           called by                        this rank          its clien
 `end_now`          a rank asked to stop twice       ends with 143      ends              ends with 143
 `leave_job`        ranks whose client lost a rank   ends with 0        is lost           goes on (ULFM only)
 `die`              a rank with an error of its own  SIGKILL            is lost           goes on (ULFM only)
+its watcher        (launching/hang_watcher.py)      SIGKILL            like the job      ends with 1, goes on with ULFM
 
 MPICH, and Open MPI without ULFM: mpiexec ends all ranks when one aborts or is killed, and returns its code. Ranks that
 fail together call Finalize first: then their exit codes stand, and nobody has to be ended by force.

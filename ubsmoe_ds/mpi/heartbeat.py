@@ -177,7 +177,7 @@ class Heartbeat:
         names = " and ".join(self._hosts[host].description for host in silent)
         self._say(
             f"error: {names} {'has' if len(silent) == 1 else 'have'} not been heard from for {self._timeout:g} s; the "
-            "network or the host is down; continue with --resume auto"
+            "network or the host is down, or its first rank is stopped; continue with --resume auto"
         )
         time.sleep(min(HEARD_SECONDS, self._timeout / 2))  # nobody gets an answer meanwhile
         remaining = set(self._reached) - set(silent) if self._me == FIRST else ()

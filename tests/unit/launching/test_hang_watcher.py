@@ -8,13 +8,14 @@ import sys
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.ranks import REPO, clean_environment
-from ubsmoe_ds.launching.hang_watcher import Look, Rule, is_waiting
+from ubsmoe_ds.launching.hang_watcher import PROGRESS, Look, Rule, Watcher, is_waiting
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, read_code
 from ubsmoe_ds.mpi.collectives import wait_quietly
 
@@ -35,25 +36,27 @@ def looks(number=40, *, counted=True, state="S", cpu=0.0, moved=0, events=lambda
     return (Look(events(s), counted, state, cpu * s, moved * s) for s in range(number))
 
 
-@pytest.mark.parametrize(
-    ("shown", "noticed"),
-    {
-        "a step that does not end": (looks(), 11),
-        "though it works": (looks(cpu=1.0, moved=2**30, state="R"), 11),
-        "after two steps of 4 s": (looks(events=lambda s: min(s // 4, 2)), 8 + 11),
-        "steps of 10 s": (looks(events=lambda s: s // 10), None),
-        "a stage in which nothing happens": (looks(counted=False), 11),
-        "a stuck file system": (looks(counted=False, state="D"), 11),
-        "a stage with some work": (looks(counted=False, cpu=0.002), None),
-        "less than a rank that waits": (looks(counted=False, cpu=0.001), 11),
-        "a stage that reads a megabyte in 10 s": (looks(counted=False, moved=2**20 // 10), None),
-        "a stopped rank": (looks(state="T"), 11),
-        "a stopped rank in a stage with some work": (looks(counted=False, state="T", cpu=0.002), 11),
-        "a debugger": (looks(state="t"), None),
-    }.values(),
-)
-def test_when_a_rank_counts_as_one_that_hangs(shown, noticed):
+# name: (what shows, the second at which it is noticed)
+CASES = {
+    "a step that does not end": (looks(), 11),
+    "though it works": (looks(cpu=1.0, moved=2**30, state="R"), 11),
+    "after two steps of 4 s": (looks(events=lambda s: min(s // 4, 2)), 8 + 11),
+    "steps of 10 s": (looks(events=lambda s: s // 10), None),
+    "a stage in which nothing happens": (looks(counted=False), 11),
+    "a stuck file system": (looks(counted=False, state="D"), 11),
+    "a stage with some work": (looks(counted=False, cpu=0.002), None),
+    "less than a rank that waits": (looks(counted=False, cpu=0.001), 11),
+    "a stage that reads a megabyte in 10 s": (looks(counted=False, moved=2**20 // 10), None),
+    "a stopped rank": (looks(state="T"), 11),
+    "a stopped rank in a stage with some work": (looks(counted=False, state="T", cpu=0.002), 11),
+    "a debugger": (looks(state="t"), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_when_a_rank_counts_as_one_that_hangs(name):
     """The limit is 10 s, so the look at second 11 is the first beyond it."""
+    shown, noticed = CASES[name]
     assert seconds_until_overdue(shown) == noticed
 
 
@@ -80,32 +83,24 @@ def test_steps_within_the_limit_never_trip_it_and_the_next_silence_does(gaps, co
     assert seconds_until_overdue(shown) == len(steps) - (gaps[-1] - 1 if gaps else 0) + int(TIMEOUT) + 1
 
 
-class Never:
-    """A request of MPI that is not completed until `done`."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def Test(self) -> bool:  # noqa: N802  # as MPI names it
-        return self.done
+def stacks_now() -> str:
+    """Return the stacks of this process's threads."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode()
 
 
 def test_a_rank_waits_for_others_if_its_innermost_call_does():
-    """By real stacks: a thread in `wait_quietly`, then none."""
-    request = Never()
-    thread = threading.Thread(target=wait_quietly, args=[request])
-    shown = []
-    for _ in range(2):
-        if not thread.is_alive() and not request.done:
-            thread.start()
-            time.sleep(0.05)
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            shown.append(file.read().decode())
-        request.done = True
-        thread.join()
-    assert [is_waiting(stacks) for stacks in shown] == [True, False], shown
+    """By real stacks: with a thread in `wait_quietly`, and without. A request's `Test` is of C, as MPI's."""
+    lock = threading.Lock()
+    thread = threading.Thread(target=wait_quietly, args=[SimpleNamespace(Test=lock.locked)])
+    thread.start()
+    time.sleep(0.05)
+    with_it = stacks_now()
+    lock.acquire()
+    thread.join()
+    assert is_waiting(with_it) and not is_waiting(stacks_now()), with_it
 
 
 MAIN = "Current thread 0x01 (most recent call first):"
@@ -128,9 +123,24 @@ def test_only_the_innermost_calls_count(lines, waits):
     assert is_waiting("\n".join(lines)) == waits
 
 
+@pytest.mark.parametrize(("after", "left"), [(b"progress", False), (b"", True)], ids=["goes on", "ends"])
+def test_a_rank_that_was_asked_and_goes_on_or_ends_does_not_hang(after, left, monkeypatch, capfd):
+    """It does so while the watcher waits for its answer, and gives none."""
+    watcher = Watcher.__new__(Watcher)
+    watcher.pid, watcher.description, watcher.survives = -1, "a rank", True  # nobody to kill
+    watcher.rule = Rule(TIMEOUT, 1.0, Look(0, True, "S", 0.0, 0))
+    monkeypatch.setattr(Watcher, "_ask", lambda self: "")
+    monkeypatch.setattr(Watcher, "_has_left", lambda self, seconds: left)
+    monkeypatch.setattr(Watcher, "_read", lambda self: RECORD + after)
+    assert watcher._hangs(Look(0, True, "S", 0.0, 0), RECORD) == left
+    assert capfd.readouterr().err == ""
+
+
+RECORD = PROGRESS.pack(0, 0, 1)
 LIMIT = 1.2  # seconds, of real processes
 RANK = """
 import os, signal, sys, threading, time
+from types import SimpleNamespace
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.collectives import wait_quietly  # takes a while
 watch = HangWatch("client 'a', rank 0 of 1", 1.2, survives=sys.argv[1] == "survives")
@@ -148,11 +158,11 @@ def steps():
     for _ in range(12):
         time.sleep(0.3)
         watch.count()
+    os._exit(0)  # MPI takes its time
 def waits():
-    class Request:
-        end = time.monotonic() + 3.6
-        def Test(self): return time.monotonic() > self.end
-    wait_quietly(Request())
+    threading.Timer(3.6, LOCK.acquire).start()
+    wait_quietly(SimpleNamespace(Test=LOCK.locked))
+    os._exit(0)
 globals()[sys.argv[1]]()
 """
 
