@@ -229,3 +229,22 @@ def test_a_server_that_must_not_fork_says_so_and_leaves(what, tmp_path, capfd):
         assert (
             f"note: ranks import everything themselves: after the imports there are {reason}" in capfd.readouterr().err
         )
+
+
+STUCK = "import sys\nsys.modules['__main__'].kill = lambda rank: None\n"  # it is not killed at once, whatever is sent
+
+
+def test_a_rank_that_does_not_end_holds_no_other_up(tmp_path):
+    """Such as one in a system call of a stuck file system: the job that is started again needs the server."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    environment = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    with fast_start.fork_server(environment, ["stuck"]) as started:
+        first = Rank(tmp_path, started, "time.sleep(60)", env=environment)
+        first.shim.kill()
+        first.end()
+        command = [*started.through, sys.executable, "-u", str(tmp_path / "program.py"), ""]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        facts = json.loads(done.stdout)
+        assert facts["parent"] == first.facts["parent"] == started.pid and not done.returncode
+        os.kill(first.facts["pid"], signal.SIGKILL)
+        assert first.is_gone()

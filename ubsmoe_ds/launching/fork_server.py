@@ -82,14 +82,15 @@ class Server:
                 poll.register(descriptor, select.POLLIN)
             for rank in self.ranks:
                 poll.register(rank.handle, select.POLLIN)
-                poll.register(rank.shim.fileno(), select.POLLIN)
+                if rank.shim.fileno() >= 0:
+                    poll.register(rank.shim.fileno(), select.POLLIN)
             ready = {descriptor for descriptor, _ in poll.poll()}
             for rank in list(self.ranks):
                 if rank.handle in ready:
                     self._reap(rank)
                 elif rank.shim.fileno() in ready:  # it never speaks again: it has ended
                     kill(rank)
-                    self._reap(rank)
+                    rank.shim.close()  # reaped once it has ended, which a stuck file system may delay
             if wanted and self.creator.fileno() in ready:
                 wanted = False
                 self.listening.close()
