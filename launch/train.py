@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, quoting_rows, whole
 from ubsmoe_ds.base.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from ubsmoe_ds.base.terminal import say
+from ubsmoe_ds.base.terminal import guard_libraries, say
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.shares import check_rows
