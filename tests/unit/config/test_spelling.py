@@ -132,13 +132,13 @@ def ends_well(*overrides):
         assert str(error).isprintable() and str(error)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(keys, values)
 def test_any_value_at_any_key_is_an_experiment_or_one_line(key, value):
     ends_well(f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(keys, scalars.map(str) | st.text(max_size=30))
 def test_any_text_at_any_key_is_an_experiment_or_one_line(key, text):
     ends_well(f"{key}={text}")

@@ -116,7 +116,7 @@ def test_a_name_of_several_hosts_is_refused(pinned, hosts, message):
 
 
 @given(data=st.data(), slots=st.lists(st.integers(1, 3), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_pinned_clients_are_placed_wherever_they_can_be(data, slots):
     """A placement exists if no set of hosts is the only choice of more ranks than it has slots (Hall's theorem)."""
     hosts = {f"n{n}": count for n, count in enumerate(slots)}
