@@ -21,7 +21,7 @@ NOT_FOR_WATCHERS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
 class HangWatch:
-    """Keeps this rank's progress, from now until the process ends.
+    """Keeps this rank's progress, which is watched as long as this object lives.
 
     Args:
         description: of this rank, for messages.
