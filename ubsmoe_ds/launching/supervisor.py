@@ -78,10 +78,13 @@ class Supervisor:
             dead: descriptions of the ranks that were gone before mpiexec.
         """
         if signed_off is not None:
-            # an mpiexec that had to be killed, or lost a host, ends with any code
-            code = signed_off if signed_off == EXIT_FAILURE else code or signed_off
+            if code not in (0, signed_off) and signed_off != EXIT_FAILURE:
+                say(f"note: mpiexec ended with code {code} after the ranks had ended with {signed_off}", error=True)
+            code = signed_off  # an mpiexec that had to be killed, or lost its proxy or a host, ends with any code
         elif not self.interrupted:
-            if dead:
+            if code < 0 and not self.asked_to_stop:
+                say(f"error: mpiexec was killed (signal {-code}); continue with --resume auto", error=True)
+            elif dead:
                 say(f"error: {' or '.join(dead)} was killed", error=True)
             if self.seen:  # an MPI that survives deaths calls it success if all have died
                 code = code or EXIT_FAILURE

@@ -11,6 +11,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -56,6 +57,7 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
     one_host = len(set(placement[group])) == 1
     meeting = meet(group_comm, comm, one_host)
     _set_rendezvous(meeting, group_comm, host_comm)
+    _remove_shared_names(host_comm)
     crosses = group_comm.rank == 0 and not one_host
     said = gather_json(comm, f"{meeting.address} ({meeting.interface})" if crosses else "")
     return World(
@@ -144,6 +146,19 @@ def _hosts(comm: MPI.Intracomm) -> list[str]:
             seen[host] += 1
             host_of_leader[first] = host if seen[host] == 1 else f"{host}#{seen[host]}"
     return [host_of_leader[first] for first in leaders.tolist()]
+
+
+def _remove_shared_names(host_comm: MPI.Comm) -> None:
+    """Remove the names of the shared memory that MPICH has opened on this host (a collective over its ranks).
+
+    All ranks have it by now, and keep it without a name. A rank that is killed could not remove the name any more, and
+    the memory would stay until the host starts anew.
+    """
+    host_comm.Barrier()
+    if host_comm.rank == 0:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        for path in {line.split()[-1] for line in lines if "/dev/shm/mpich_shm_" in line}:
+            Path(path).unlink(missing_ok=True)
 
 
 def _fair_cores(host_comm: MPI.Comm) -> int:

@@ -41,3 +41,37 @@ def test_a_rank_that_cannot_be_killed_is_given_up(supervising, tmp_path, monkeyp
     supervising._end_what_is_left(tmp_path)
     assert capsys.readouterr().err.startswith("warning: client 'a', rank 0 of 1 was killed, but has not ended: ")
     assert not supervising.ranks
+
+
+KILLED = ["client 'a', rank 0 of 1"]
+
+
+@pytest.mark.parametrize(
+    ("mpiexec", "signed_off", "dead", "code", "line"),
+    [
+        (0, 0, [], 0, ""),
+        (0, 75, [], 75, ""),
+        (255, 0, [], 0, "note: mpiexec ended with code 255 after the ranks had ended with 0\n"),  # its proxy was killed
+        (-9, 75, [], 75, "note: mpiexec ended with code -9 after the ranks had ended with 75\n"),
+        (7, 1, [], 1, ""),  # a rank has said why
+        (9, None, KILLED, 9, "error: client 'a', rank 0 of 1 was killed\n"),
+        (-9, None, [], 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
+        (-9, None, KILLED, 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
+        (0, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),  # Open MPI, after all have died
+    ],
+)
+def test_the_code_is_that_of_the_ranks_if_they_have_said_one(mpiexec, signed_off, dead, code, line, capsys):
+    result = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    result.interrupted = result.asked_to_stop = False
+    result.seen = True
+    assert result._judge(mpiexec, signed_off, dead) == code
+    assert capsys.readouterr().err == line
+
+
+def test_whoever_asked_for_the_end_is_not_told_of_it(capsys):
+    result = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    result.interrupted, result.asked_to_stop, result.seen = False, True, True
+    assert result._judge(-15, None, []) == 143
+    result.interrupted = True
+    assert result._judge(-2, None, KILLED) == 130
+    assert capsys.readouterr().err == ""
