@@ -27,7 +27,7 @@ def test_ranks_are_numbered_by_clients_wherever_they_were_started(joined):
         (3, 2, 0),
     ]
     ports = [int(r["port"]) for r in joined]
-    assert ports[0] == ports[2] and len(set(ports)) == 3, "clients of a host need ports of their own"
+    assert ports[0] == ports[2] > 0 and ports[1] == ports[3] == 0, "a client of one rank opens no port"
 
 
 def test_ranks_that_see_devices_of_their_own_do_not_count_as_sharing(joined):

@@ -43,16 +43,19 @@ def meet(group_comm: Any, job_comm: Any, one_host: bool) -> Meeting:
     Args:
         group_comm: communicator of the group.
         job_comm: communicator of the job. Ports are held until all groups have theirs, so that they differ on a host.
-        one_host: whether the group is on one host; then it meets on the loopback interface.
+        one_host: whether the group is on one host; then it meets on the loopback interface. A group of one rank has
+            nobody to meet, and no port.
 
     Raises:
         UserError: on every rank of the job, if no address of some group's first rank is reached by all its others.
     """
-    with closing(_Listener()) if group_comm.rank == 0 else nullcontext() as listener:
+    alone = group_comm.size == 1 and one_host
+    with closing(_Listener(one_host)) if group_comm.rank == 0 and not alone else nullcontext() as listener:
         offer = None if listener is None else (listener.port, listener.token, _addresses(one_host))
-        port, token, addresses = gather_json(group_comm, offer)[0]
+        port, token, addresses = (0, "", [LOOPBACK]) if alone else gather_json(group_comm, offer)[0]
         with ThreadPoolExecutor(max_workers=MOST_ADDRESSES) as pool:
-            tried = list(pool.map(lambda address: _reach(address, port, token), addresses))
+            reach = interface_of if alone else partial(_reach, port=port, token=token)
+            tried = list(pool.map(reach, addresses))
         answers = gather_json(group_comm, [interface is not None for interface in tried])
         reached = np.array(answers, dtype=bool).all(axis=0)
         problem = "" if reached.any() else ", ".join(addresses) or "it has none"
@@ -67,20 +70,22 @@ def meet(group_comm: Any, job_comm: Any, one_host: bool) -> Meeting:
 
 
 class _Listener:
-    """Holds a free port on all interfaces and answers each connection with a token, which tells it from other hosts.
+    """Holds a free port and answers each connection with a token, which tells it from other hosts.
 
-    The system gives this port to no outgoing connection: torch takes it again only after rows have been read.
+    It listens on the loopback interface for a group on one host, else on all, to find out which the others reach. The
+    store that torch opens there later listens on the chosen address alone (client/deepspeed_setup.py). The system gives
+    this port to no outgoing connection: torch takes it again only after rows have been read.
     """
 
-    def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
+    def __init__(self, one_host: bool) -> None:
+        both = socket.has_dualstack_ipv6() and not one_host
         listen = partial(
             socket.create_server,
             family=socket.AF_INET6 if both else socket.AF_INET,
             backlog=1024,
             dualstack_ipv6=both,
         )
-        self.server = _on_free_port(listen)
+        self.server = _on_free_port(lambda place: listen((LOOPBACK if one_host else place[0], place[1])))
         self.port, self.token = int(self.server.getsockname()[1]), secrets.token_hex(8)
         threading.Thread(target=self._answer, daemon=True).start()
 
