@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import OlmoeForCausalLM
 
 VOCAB = 61
+# the preset's other values would hide PG's own: what it draws, and how little it weighs
+WITHOUT_PG = {"estimator": "none", "scale": 1.0, "tokens_per_expert": None, "moment_share": 1.0}
 
 
 def hf_model(seed: int = 0, **changes: Any) -> "OlmoeForCausalLM":
@@ -54,7 +56,7 @@ def experiment(model_path: str, clients: list[dict], **sections: Any) -> Experim
         "num_experts": 8,
         "k_max": 4,
         "lora": {"rank": 3, "alpha": 6.0},
-        "pseudo_gradient": {"estimator": "none", "tokens_per_expert": None, "moment_share": 1.0},
+        "pseudo_gradient": WITHOUT_PG,
         "router": {"gate_rescale": "none"},
         "deepspeed": deepspeed(),
         "clients": [{"name": f"c{i}"} | client for i, client in enumerate(clients)],
@@ -106,7 +108,7 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
     """
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))
-    raw["pseudo_gradient"] = {"estimator": changes.get("pg", "none"), "tokens_per_expert": None, "moment_share": 1.0}
+    raw["pseudo_gradient"] = {**WITHOUT_PG, "estimator": changes.get("pg", "none")}
     raw["router"] = {"aux_loss": changes.get("aux", 0.0), "gate_rescale": changes.get("rescale", "none")}
     raw["lora"]["attention"] = changes.get("attention", False)
     raw["dmr"]["candidates"] = changes.get("candidates")

@@ -128,10 +128,10 @@ class Experiment(Section):
         return [client.name if own_model else f"k{self.active_experts(client)}" for client in self.clients]
 
     def rho(self, client: ClientConfig) -> float:
-        """Return the scale of the pseudo-gradient: the client's sparsity 1 - K_c / M, or the configured constant."""
-        if self.pseudo_gradient.rho == "sparsity":
-            return 1.0 - self.active_experts(client) / self.num_experts
-        return self.pseudo_gradient.rho
+        """Return the weight of the pseudo-gradient: scale (1 - K_c / M), or scale times a constant."""
+        config = self.pseudo_gradient
+        rho = 1.0 - self.active_experts(client) / self.num_experts if config.rho == "sparsity" else config.rho
+        return config.scale * rho
 
     @model_validator(mode="before")
     @classmethod

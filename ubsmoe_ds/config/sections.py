@@ -134,7 +134,8 @@ class PseudoGradientConfig(Section):
         "none",
         description="how gradients of experts that were not activated are estimated; dense_oracle: for studies",
     )
-    rho: Literal["sparsity"] | Positive = Field("sparsity", description="its scale; sparsity: 1 - K_c / experts")
+    rho: Literal["sparsity"] | Positive = Field("sparsity", description="its weight; sparsity: 1 - K_c / experts")
+    scale: Positive = Field(1.0, description="factor on `rho` [ours]; below 1 the real gradient keeps the lead")
     tokens_per_expert: PositiveInt | None = Field(
         None, description="tokens that each expert draws from a micro-batch of a rank; null: all of them"
     )

@@ -42,7 +42,7 @@ class PseudoGradientCollector:
     Args:
         layers: the model's UB-SMoE layers, in order, their expert groups set (after `deepspeed.initialize`).
         estimator: a key of `ESTIMATORS`.
-        rho: scale of the pseudo-gradient.
+        rho: weight of the pseudo-gradient, see `Experiment.rho`.
         tokens_per_expert: number drawn from each micro-batch of each rank, see `draw_tokens`; None: all of them, which
             is exact but costs as much as running every expert, so for tests and studies. `expert_mean` draws none.
     """

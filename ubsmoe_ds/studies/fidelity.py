@@ -34,17 +34,16 @@ class Measured(NamedTuple):
 def measure(client: Client, batches: Iterator[StepBatch], k: int, estimators: Sequence[str], count: int) -> dict:
     """Measure gradients at K = k on the rows of `count` steps.
 
-    The client's weights do not change; its own collector is detached.
+    Pseudo-gradients have their full weight rho: `pseudo_gradient.scale` is left out, because the dense gradient has no
+    such factor. The client's weights do not change; its own collector is detached.
 
     Returns:
         {estimator: [Measured, one per step]}.
     """
-    rho = client.exp.pseudo_gradient.rho
-    scale = 1 - k / client.exp.num_experts if rho == "sparsity" else rho
+    configured = client.exp.pseudo_gradient.rho
+    rho = 1 - k / client.exp.num_experts if configured == "sparsity" else configured
     measured: dict[str, list[Measured]] = {estimator: [] for estimator in estimators}
-    collectors = {
-        e: None if e == "none" else PseudoGradientCollector(client.model.layers, e, scale) for e in estimators
-    }
+    collectors = {e: None if e == "none" else PseudoGradientCollector(client.model.layers, e, rho) for e in estimators}
     if client.collector is not None:
         client.collector.detach()
     for _ in range(count):

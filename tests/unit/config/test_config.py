@@ -22,7 +22,20 @@ def test_the_demo_is_valid_and_complete():
     exp = load()
     assert exp.world_size == 6 and exp.num_experts == 16 and exp.k_max == 8 and exp.candidates == 16
     assert [exp.active_experts(client) for client in exp.clients] == [2, 4, 6, 8]
-    assert exp.rho(exp.clients[0]) == 1 - 2 / 16
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["pseudo_gradient.scale=1"], [14 / 16, 12 / 16, 10 / 16, 8 / 16]),
+        (["pseudo_gradient.scale=0.5"], [7 / 16, 6 / 16, 5 / 16, 4 / 16]),
+        (["pseudo_gradient.scale=0.25", "pseudo_gradient.rho=2"], [0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_the_weight_of_pg_by_hand(keys, expected):
+    """scale * (1 - K / 16) at K = 2, 4, 6, 8; scale * 2 for the constant rho 2."""
+    exp = load(*keys)
+    assert [exp.rho(client) for client in exp.clients] == expected
 
 
 @pytest.mark.parametrize(
@@ -95,6 +108,7 @@ WRONG = {
         "pseudo_gradient.estimator: 'magic' is no estimator; use one of",
     ),
     "rho": (["pseudo_gradient.rho=dense"], "pseudo_gradient.rho"),
+    "scale 0": (["pseudo_gradient.scale=0"], "pseudo_gradient.scale: 0 is not valid"),
     "source": (["data.source=csv:x"], "data.source: 'csv:x' is not valid"),
     "no equals sign": (["train.rounds"], "override 'train.rounds': must read key.sub=value"),
     "no such client": (["clients.9.budget=1"], "override 'clients.9.budget=1'"),
