@@ -31,6 +31,7 @@ VARIANTS = (  # estimator, tokens_per_expert
     ("linearised", 4),
     ("linearised", 8),
     ("linearised", 16),
+    ("linearised", 64),
 )
 MOMENT_SHARE = 1 / 16  # as in the preset ub_smoe
 

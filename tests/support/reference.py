@@ -22,8 +22,12 @@ def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
     return load(exp.weights_dir, client_spec(exp, config, 0)).train()
 
 
-def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM]:
-    """Train the first client for `count` steps in a plain loop; return (mean losses, gradient norms, the model)."""
+def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoEForCausalLM, Tensor]:
+    """Train the first client for `count` steps in a plain loop.
+
+    Return (mean losses, gradient norms, the model, squared norms of each expert's real and pseudo-gradient as added,
+    [L, E, 2]).
+    """
     model = whole_model(exp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     options = exp.deepspeed.optimizer["params"]
@@ -33,6 +37,7 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
     if exp.pseudo_gradient.estimator == "linearised":
         calibrate(exp, model, seen)
     losses, norms = [], []
+    squares_LE2 = torch.zeros(len(model.layers), exp.num_experts, 2, dtype=torch.float64)
     for _ in range(count):
         tokens = next(batches).micro[0]
         logits = model(tokens.input_ids, tokens.used, tokens.position_A)
@@ -45,12 +50,18 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
         pseudo = pseudo_gradients(exp, model, seen)
         for p in trained.values():
             p.grad.mul_(factor)
-        for parameter, gradient in pseudo:
-            parameter.grad.add_(gradient * factor)
+        of = {id(parameter): gradient * factor for parameter, gradient in pseudo}
+        for i, layer in enumerate(model.layers):
+            for p in [p for pair in layer.experts.factors().values() for p in pair if id(p) in of]:
+                for e in range(len(p)):
+                    squares_LE2[i, e, 0] += p.grad[e].square().sum()
+                    squares_LE2[i, e, 1] += of[id(p)][e].square().sum()
+        for parameter, _ in pseudo:
+            parameter.grad.add_(of[id(parameter)])
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, norms, model
+    return losses, norms, model, squares_LE2
 
 
 def _keep(record: dict[str, Tensor], module: UBSMoE, inputs: tuple[Tensor, ...], output: Tensor) -> None:

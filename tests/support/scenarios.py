@@ -31,7 +31,8 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
     """Train one client of `ranks` ranks for `count` steps in each variant, one engine after the other.
 
     A variant is {"deepspeed": arguments of tiny.deepspeed, "pg": estimator of pseudo-gradients, ...}. Return for each
-    its losses, norms, and the final fp32 value of every trainable parameter on this rank.
+    its losses, norms, the final fp32 value of every trainable parameter on this rank, and this rank's part of the
+    squared norms of the experts' gradients.
     """
     client_config = {"budget": 0.5, "ranks": ranks, "expert_parallel": expert_parallel}
     base = tiny.experiment(model_path, [client_config])
@@ -71,6 +72,8 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
             norms.append(client.gradient_hook.norms[0])
         results |= {f"{name}/losses": np.array(losses), f"{name}/norms": np.array(norms)}
         results |= {f"{name}/value/{key}": value for key, value in _masters(client).items()}
+        squares_LE2 = client.gradient_squares()
+        results |= {} if squares_LE2 is None else {f"{name}/squares": squares_LE2.numpy()}
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return results

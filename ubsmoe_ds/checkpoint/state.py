@@ -21,8 +21,8 @@ from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.gradients import Fragment
 
-EXPERT_SUMS = ".moments"  # counts over a rank's own experts, not over its tokens
-NORMS = slice(3, None)  # of `LocalProgress.sums`
+EXPERT_SUMS = (".moments", ".squares")  # sums over a rank's own experts, not over its tokens
+NORM = 3  # in `LocalProgress.sums`
 Layout = Sequence[int]  # a client's ranks and expert parallelism
 
 
@@ -164,7 +164,7 @@ def restore_rank(client: Client, group_rank: int, local: LocalProgress, reader: 
         for source in taken:
             total += _counted(reader, f"count.{source}", owner, name, first, len(total)).to(total)
         if name == "sums" and taken:
-            total[NORMS] /= len(taken)  # each rank holds the norms of the whole client
+            total[NORM] /= len(taken)  # each rank holds the norm of the whole client's gradient
         held.copy_(total.view(held.shape))
 
 
@@ -185,7 +185,9 @@ def _counts(client: Client, local: LocalProgress) -> Iterator[tuple[str, int, Te
             yield f"layers.{index}.{key}", 0, getattr(gate, key)
         if experts.moment_sums_EX is not None:
             yield (
-                f"layers.{index}{EXPERT_SUMS}",
+                f"layers.{index}.moments",
                 experts.first * experts.moment_sums_EX.shape[1],
                 experts.moment_sums_EX,
             )
+        if client.gradient_hook.squares is not None:
+            yield f"layers.{index}.squares", experts.first * 2, client.gradient_hook.squares.sums_LE2[index]

@@ -29,15 +29,14 @@ from ubsmoe_ds.moe.moments import ExpertMoments
 
 
 class LocalStats(NamedTuple):
-    """Sums over one rank's local steps of a round: answer loss, tokens, routes, gradient norms of the whole client."""
+    """Sums over one rank's local steps of a round: answer loss, tokens, routes, gradient norm of the whole client."""
 
     nll: float
     answer_tokens: float
     used_tokens: float
     dropped_routes: float
     routed_routes: float
-    real_norm: float
-    pseudo_norm: float
+    gradient_norm: float  # of the real gradient before clipping
     steps: float
     bad_steps: float  # skipped for NaN or Inf
 
@@ -47,14 +46,14 @@ class LocalProgress:
     """Progress of one rank's local steps within a round. The gates keep the counts of routes.
 
     steps: steps taken or skipped. bad_steps: steps skipped for NaN or Inf.
-    sums: answer loss, answer tokens, used tokens, norms of the real and of the pseudo-gradient, summed over the steps
-        taken; [5] fp64 on the CPU.
+    sums: answer loss, answer tokens, used tokens, norm of the real gradient, summed over the steps taken; [4] fp64 on
+        the CPU.
     deadline: on the monotonic clock. seconds: duration of the steps so far, those before a checkpoint included.
     """
 
     steps: int = 0
     bad_steps: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     deadline: float | None = None
     seconds: float = 0.0
 
@@ -159,7 +158,7 @@ class Client:
             answers = sum(len(tokens.target_A) for tokens in batch.micro)
             sums[0] += nll
             # add Python scalars: building a tensor from them would force a device sync
-            for place, value in enumerate((answers, batch.used_tokens, *self.gradient_hook.norms), start=1):
+            for place, value in enumerate((answers, batch.used_tokens, self.gradient_hook.norms[0]), start=1):
                 sums[place] += value
         local.sums = sums.cpu()
 
@@ -169,10 +168,10 @@ class Client:
 
     def local_stats(self, local: LocalProgress) -> LocalStats:
         """Return the sums over this rank's local steps of the round."""
-        nll, answer_tokens, used_tokens, real_norm, pseudo_norm = local.sums.tolist()
+        nll, answer_tokens, used_tokens, gradient_norm = local.sums.tolist()
         dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
         routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
-        sums = (nll, answer_tokens, used_tokens, dropped, routed, real_norm, pseudo_norm)
+        sums = (nll, answer_tokens, used_tokens, dropped, routed, gradient_norm)
         return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
     @property
@@ -228,9 +227,11 @@ class Client:
                 self.model(*tokens.to(self.device)[:3])
 
     def reset_counts(self) -> None:
-        """Restart the counts of routed tokens and the moments."""
+        """Restart the counts of routed tokens, the squares of the experts' gradients and the moments."""
         for layer in self.model.layers:
             layer.gate.reset_counts()
+        if self.gradient_hook.squares is not None:
+            self.gradient_hook.squares.sums_LE2.zero_()
         if self.moments is not None:
             self.moments.start()
 
@@ -238,6 +239,20 @@ class Client:
         """Return the tokens that this rank routed to each expert, last its tokens; [L, E + 1] int64 on the CPU."""
         gates = [layer.gate for layer in self.model.layers]
         return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
+
+    def gradient_squares(self) -> Tensor | None:
+        """Return this rank's part of the squared norms of all experts' (real, pseudo) gradients; None without PG.
+
+        Returns:
+            [L, E, 2] fp64 on the CPU; only the sum over the ranks of a client has a meaning.
+        """
+        squares, layer = self.gradient_hook.squares, self.model.layers[0]
+        if squares is None:
+            return None
+        local_LE2 = squares.sums_LE2.cpu()
+        whole_LE2 = local_LE2.new_zeros(len(local_LE2), layer.num_experts, 2)
+        whole_LE2[:, layer.experts.first : layer.experts.first + layer.num_local_experts] = local_LE2
+        return whole_LE2
 
     def recover(self) -> None:
         """Reset the optimiser and non-finite learned scales; for use after NaN or Inf, on the reloaded shared state."""

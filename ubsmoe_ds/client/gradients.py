@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ubsmoe_ds.moe.collector import Addition, PseudoGradientCollector
 from ubsmoe_ds.moe.layer import UBSMoE
@@ -74,6 +75,45 @@ class MasterWeights:
         return Fragment(flat[mapping.param_group_index], high.start, low.start, high.numel)
 
 
+class ExpertSquares:
+    """Squared norms of each expert's real and pseudo-gradient as the optimiser gets them, summed over a round's steps.
+
+    The sums stay on the device. An element counts on one rank of the client: where replicas hold whole masters, on the
+    first. So sums over the client's ranks mean the same in any layout.
+
+    sums_LE2: layer, local expert, (real, pseudo); fp64.
+
+    Args:
+        layers: the client's UB-SMoE layers.
+        whole: whether every rank holds whole masters (no ZeRO).
+    """
+
+    def __init__(self, layers: list[UBSMoE], whole: bool) -> None:
+        pairs = [(i, pair) for i, layer in enumerate(layers) for pair in layer.experts.factors().values()]
+        self._layer_of = {id(parameter): i for i, pair in pairs for parameter in pair}
+        self._counts_here = not whole or dist.get_rank() < layers[0].ep_size
+        shape, device = (len(layers), layers[0].num_local_experts, 2), layers[0].gate.wg.weight.device
+        self.sums_LE2 = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, parameter: nn.Parameter, offset: int, gradients: tuple[Tensor, Tensor], factor: float) -> None:
+        """Add one step's (real, pseudo) elements [offset, offset + numel) of an expert adapter's stacked parameter.
+
+        Args:
+            parameter: the LoRA factor, [local E, ...].
+            offset: position of the first element in the flat parameter.
+            gradients: of these elements, flat.
+            factor: what the pseudo-gradient is still to be multiplied by.
+        """
+        if not self._counts_here:
+            return
+        sums_E2 = self.sums_LE2[self._layer_of[id(parameter)]]
+        for column, (part, weight) in enumerate(zip(gradients, (1.0, factor), strict=True)):
+            rest = parameter.numel() - offset - len(part)
+            whole = F.pad(part, (offset, rest)) if offset or rest else part
+            norm_E = torch.linalg.vector_norm(whole.view(len(parameter), -1), dim=1, dtype=torch.float32)
+            sums_E2[:, column].add_(norm_E.double().square(), alpha=weight**2)
+
+
 class GradientHook:
     """Clips by the global norm of the real gradients, then adds the pseudo-gradients scaled by the same factor.
 
@@ -102,6 +142,7 @@ class GradientHook:
         self._undecided = True
         self._additions: list[Addition] = []
         self._zero = engine.zero_optimization_stage() > 0
+        self.squares = None if collector is None else ExpertSquares(layers, whole=not self._zero)
         engine.basic_optimizer.register_step_pre_hook(self._before_step)
 
     def prepare(self) -> None:
@@ -131,9 +172,11 @@ class GradientHook:
             fragment = self.masters.fragment(parameter)
             if fragment is not None and id(fragment.master) in masters:
                 master, start, offset, numel = fragment
-                assert master.grad is not None
+                assert master.grad is not None and self.squares is not None
                 piece = gradient.reshape(-1)[offset : offset + numel].to(master.grad)
-                master.grad.view(-1)[start : start + numel].add_(piece, alpha=factor)
+                real = master.grad.view(-1)[start : start + numel]
+                self.squares.add(parameter, offset, (real, piece), factor)
+                real.add_(piece, alpha=factor)
 
     def _read_norms(self) -> tuple[float, float]:
         """Return (real, pseudo) norm of the client, read together: each read waits for the device."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
 from ubsmoe_ds.client.engine import LocalStats
 
+FED = 8  # tokens in a round from which an expert's real gradient says something; with fewer it is starved [ours]
+
 
 class RoundSeconds(NamedTuple):
     """Wall seconds of a client's first rank: local steps, waiting for others, packing and moving updates, merging."""
@@ -86,17 +88,42 @@ def training_scalars(
         if sums.answer_tokens:
             scalars[f"train_loss/{name}"] = sums.nll / sums.answer_tokens
         scalars[f"dropped_share/{name}"] = sums.dropped_routes / max(sums.routed_routes, 1)
-        scalars[f"gradient_norm/{name}"] = sums.real_norm / max(sums.steps, 1)
-        scalars[f"pseudo_over_real_norm/{name}"] = sums.pseudo_norm / max(sums.real_norm, 1e-12)
+        scalars[f"gradient_norm/{name}"] = sums.gradient_norm / max(sums.steps, 1)
         scalars[f"tokens/{name}"] = sums.used_tokens
         scalars[f"megabytes_sent/{name}"] = float(sent) / 1e6
     total = LocalStats(*np.sum(stats, axis=0))
     if total.answer_tokens:
         scalars["train/loss"] = total.nll / total.answer_tokens
     scalars["train/dropped_share"] = total.dropped_routes / max(total.routed_routes, 1)
-    scalars["train/pseudo_over_real_norm"] = total.pseudo_norm / max(total.real_norm, 1e-12)
     scalars["exchange/megabytes"] = float(bytes_C.sum()) / 1e6
     scalars["utilisation/cv"] = float(coefficient_of_variation(utilisation_LE).mean())
+    return scalars
+
+
+def expert_scalars(clients: Sequence[str], routed_CLE: Tensor, squares_CLE2: Tensor | None) -> dict[str, float]:
+    """Return how many experts each client starved, and how much its pseudo-gradient (PG) outweighs the real one.
+
+    `pseudo_over_real_norm` is the median, over the experts of all layers that are not starved, of ||PG|| / ||real||,
+    both norms over all steps of the round and all LoRA factors of the expert; 0 without PG. A starved expert has no
+    real gradient to speak of, so it does not count; where all are starved there is no ratio.
+
+    Args:
+        clients: names of the clients.
+        routed_CLE: tokens that each client routed to each expert in the round.
+        squares_CLE2: squared norms of the (real, pseudo) gradients; None without PG.
+    """
+    scalars: dict[str, float] = {}
+    for c, (name, routed_LE) in enumerate(zip(clients, routed_CLE, strict=True)):
+        fed_LE = routed_LE >= FED
+        scalars[f"starved_experts/{name}"] = int((~fed_LE).sum())
+        if squares_CLE2 is None:
+            scalars[f"pseudo_over_real_norm/{name}"] = 0.0
+        elif fed_LE.any():
+            real_N, pseudo_N = squares_CLE2[c][fed_LE].sqrt().numpy().T
+            scalars[f"pseudo_over_real_norm/{name}"] = float(np.median(pseudo_N / np.maximum(real_N, 1e-12)))
+    ratios = [value for key, value in scalars.items() if key.startswith("pseudo_over_real_norm/")]
+    if ratios:
+        scalars["train/pseudo_over_real_norm"] = max(ratios)
     return scalars
 
 

@@ -125,6 +125,17 @@ class Monitor:
                 self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
                 self._tensorboard.text(f"left_out/{client}", text, number)
 
+    def outweighed(self, number: int, clients: Sequence[str], metrics: Mapping[str, float]) -> None:
+        """Warn of clients whose pseudo-gradient is larger than the real gradient; see `metrics.expert_scalars`."""
+        scale = self.exp.pseudo_gradient.scale
+        for client in clients:
+            ratio = metrics.get(f"pseudo_over_real_norm/{client}", 0.0)
+            if ratio > 1:
+                text = f"has a pseudo-gradient {ratio:.3g} times its real gradient"
+                remedy = f"lower pseudo_gradient.scale, now {scale:g}"
+                self.say(f"warning: round {number}: client {client!r} {text} (median of its experts); {remedy}")
+                self._tensorboard.text(f"outweighed/{client}", text, number)
+
     def lost(self, number: int, clients: Sequence[str], left: int) -> None:
         """Warn of clients that are lost for the rest of the job.
 

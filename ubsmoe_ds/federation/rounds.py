@@ -39,6 +39,7 @@ from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
 from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     complete_seconds,
+    expert_scalars,
     merge_scalars,
     seconds_scalars,
     training_scalars,
@@ -169,6 +170,7 @@ class Federation:
             self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
             self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C.tolist())
             self.monitor.left_out(number, self._names, merged.statistics)
+            self.monitor.outweighed(number, self._names, metrics)
 
     def _evaluate(self) -> dict[str, float] | None:
         """Evaluate every client's model; return its scalars, or None if this round is not due (a collective)."""
@@ -240,8 +242,8 @@ class Federation:
         stages = self.stopwatch.seconds
         seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
         rate = self.client.learning_rate
-        if self.world.group_rank > 0:  # norms and steps are the client's, times its first rank's: count them once
-            stats = stats._replace(real_norm=0.0, pseudo_norm=0.0, steps=0.0, bad_steps=0.0)
+        if self.world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
+            stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds, rate = RoundSeconds(*np.zeros(len(seconds))), 0.0
         table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent, rate])
         stats_C = [LocalStats(*row) for row in table[:, : len(stats)]]
@@ -254,6 +256,7 @@ class Federation:
         weights, norms, rates = (
             part.tolist() for part in (self.aggregator.server.weight_C, statistics.norm_C, table[:, -1])
         )
+        metrics |= expert_scalars(self._names, statistics.routed_CLE, statistics.squares_CLE2)
         metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, norms, rates)
         return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
 

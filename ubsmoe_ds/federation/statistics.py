@@ -27,6 +27,8 @@ class RoundStatistics(NamedTuple):
     excess_C: see `screening.excess`.
     left_out_C: whether a client is left out because of its excess.
     moments_LEX: see `sum_moments`.
+    routed_CLE: tokens that each client routed to each expert.
+    squares_CLE2: squared norms of each client's (real, pseudo) gradients of each expert; None without pseudo-gradients.
     """
 
     usage: Usage
@@ -36,6 +38,8 @@ class RoundStatistics(NamedTuple):
     excess_C: np.ndarray
     left_out_C: np.ndarray
     moments_LEX: Tensor | None
+    routed_CLE: Tensor
+    squares_CLE2: Tensor | None
 
     @property
     def nonfinite(self) -> np.ndarray:
@@ -78,7 +82,8 @@ def gather(
     table[world.client] = [*counts_LX.reshape(-1).tolist(), *part]
     table = world.sum(table)
     counts_CLX = torch.from_numpy(table[:, : -len(part)]).view(len(weights), *counts_LX.shape)
-    routed_CLE = counts_CLX[..., :-1] / counts_CLX[..., -1:].clamp_min(1)
+    routed_CLE = counts_CLX[..., :-1]
+    share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
     squares_C, rank_C, work_C = table[:, -len(part) :].T
     norm_C = np.sqrt(squares_C)
     excess_C = excess(norm_C, work_C)
@@ -86,11 +91,12 @@ def gather(
     work_C = np.where(left_out_C, 0.0, work_C)
     counted_C = np.where(np.isfinite(norm_C), work_C, 0.0)
     weight_C = torch.tensor(weights, dtype=torch.float64) * torch.from_numpy(counted_C)
-    utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), routed_CLE)
+    utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), share_CLE)
     moments_LEX = sum_moments(world, client, weights[world.client] if counted_C[world.client] > 0 else 0.0)
-    usage = Usage(routed_CLE, utilisation_LE.float())
+    squares_CLE2 = sum_squares(world, client, len(weights))
+    usage = Usage(share_CLE, utilisation_LE.float())
     ranks = [int(rank) for rank in rank_C]
-    return RoundStatistics(usage, ranks, work_C, norm_C, excess_C, left_out_C, moments_LEX)
+    return RoundStatistics(usage, ranks, work_C, norm_C, excess_C, left_out_C, moments_LEX, routed_CLE, squares_CLE2)
 
 
 def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
@@ -109,6 +115,20 @@ def sum_moments(world: World, client: Client, weight: float) -> Tensor | None:
     sums_LEX = client.moments.sums()
     valid_LE1 = torch.isfinite(sums_LEX).all(dim=-1, keepdim=True)
     return torch.from_numpy(world.sum((weight * torch.where(valid_LE1, sums_LEX, 0.0)).numpy()))
+
+
+def sum_squares(world: World, client: Client, clients: int) -> Tensor | None:
+    """Return the squared norms of each client's expert gradients, summed over its ranks (a collective).
+
+    Returns:
+        [C, L, E, 2] like `Client.gradient_squares`; None without pseudo-gradients.
+    """
+    squares_LE2 = client.gradient_squares()
+    if squares_LE2 is None:
+        return None
+    table = np.zeros((clients, *squares_LE2.shape))
+    table[world.client] = squares_LE2.numpy()
+    return torch.from_numpy(world.sum(table))
 
 
 def count_refused(world: World, refused: Sequence[tuple[int, int]], clients: int, units: int) -> list[tuple[int, int]]:

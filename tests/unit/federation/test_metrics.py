@@ -11,6 +11,7 @@ from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     complete_seconds,
     evaluation_scalars,
+    expert_scalars,
     merge_scalars,
     seconds_scalars,
     training_scalars,
@@ -18,8 +19,8 @@ from ubsmoe_ds.federation.metrics import (
 )
 
 STATS = [
-    LocalStats(6.0, 3, 40, 5, 20, 8.0, 2.0, 4, 0),
-    LocalStats(1.0, 2, 10, 0, 30, 3.0, 0.0, 2, 1),
+    LocalStats(6.0, 3, 40, 5, 20, 8.0, 4, 0),
+    LocalStats(1.0, 2, 10, 0, 30, 3.0, 2, 1),
 ]
 SECONDS = [RoundSeconds(4.0, 1.0, 0.5, 0.25), RoundSeconds(2.0, 3.0, 0.75, 0.5)]
 
@@ -50,14 +51,28 @@ def test_training_scalars_sum_over_clients_and_divide_by_the_work_done():
     assert (scalars["train_loss/a"], scalars["train_loss/b"], scalars["train/loss"]) == (2.0, 0.5, 7 / 5)
     assert (scalars["dropped_share/a"], scalars["dropped_share/b"], scalars["train/dropped_share"]) == (0.25, 0.0, 0.1)
     assert (scalars["gradient_norm/a"], scalars["gradient_norm/b"]) == (2.0, 1.5)
-    assert scalars["pseudo_over_real_norm/a"] == 0.25 and scalars["train/pseudo_over_real_norm"] == pytest.approx(
-        2 / 11
-    )
     assert (scalars["tokens/a"], scalars["steps/b"], scalars["bad_steps/b"], scalars["lora_rank/b"]) == (40, 2, 1, 2)
     assert (scalars["refused_units/a"], scalars["refused_units/b"]) == (0, 7)
     assert (scalars["megabytes_sent/a"], scalars["megabytes_sent/b"], scalars["exchange/megabytes"]) == (3.0, 1.0, 4.0)
     # CV of (0.5, 0.5) is 0, of (0.75, 0.25) it is 0.25 / 0.5, with the population's deviation
     assert scalars["utilisation/cv"] == pytest.approx(0.25)
+
+
+def test_ratio_of_norms_and_starved_experts_by_hand():
+    """Two layers of two experts. Client a starves the expert with 7 tokens; its others have 3 / 4, 12 / 6 and 0 / 5.
+
+    Their median is 0.75; of b's 2 and 4 / 1 it is 3. Client c starves all of its experts: it has no ratio.
+    """
+    routed_CLE = torch.tensor([[[8, 7], [90, 20]], [[0, 3], [9, 8]], [[0, 0], [7, 7]]])
+    real_CLE = torch.tensor([[[4.0, 0.1], [6.0, 5.0]], [[0.0, 0.1], [2.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    pseudo_CLE = torch.tensor([[[3.0, 9.0], [12.0, 0.0]], [[9.0, 9.0], [4.0, 4.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    squares_CLE2 = torch.stack([real_CLE, pseudo_CLE], dim=-1).double().square()
+    scalars = expert_scalars(["a", "b", "c"], routed_CLE, squares_CLE2)
+    assert [scalars[f"starved_experts/{name}"] for name in "abc"] == [1, 2, 4]
+    assert scalars["pseudo_over_real_norm/a"] == 0.75 and scalars["pseudo_over_real_norm/b"] == 3.0
+    assert "pseudo_over_real_norm/c" not in scalars and scalars["train/pseudo_over_real_norm"] == 3.0
+    without = expert_scalars(["a", "b", "c"], routed_CLE, None)
+    assert without["starved_experts/b"] == 2 and without["train/pseudo_over_real_norm"] == 0.0
 
 
 def test_the_merge_weighs_clients_otherwise_than_tokens_do():

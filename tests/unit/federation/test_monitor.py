@@ -25,3 +25,14 @@ def test_records_are_of_all_jobs_of_a_run(tmp_path):
     assert [record["metrics"]["steps/a"] for record in resumed.records()] == [0, 1, 2, 3]
     assert {record["run_id"] for record in resumed.records()} == {"an id"}
     assert json.loads((exp.run_dir / "config.json").read_text())["run_id"] == "an id"
+
+
+def test_a_pseudo_gradient_that_outweighs_the_real_one_gets_one_line_a_client(tmp_path, capsys):
+    exp = tiny.experiment("unused", [{"budget": 1.0}] * 3, pseudo_gradient={"estimator": "linearised", "scale": 0.5})
+    exp = exp.model_copy(update={"output": str(tmp_path)})
+    monitor = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"))
+    monitor.outweighed(4, ["c0", "c1", "c2"], {"pseudo_over_real_norm/c0": 4.7, "pseudo_over_real_norm/c1": 1.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: round 4: client 'c0' has a pseudo-gradient 4.7 times its real gradient (median of its experts); "
+        "lower pseudo_gradient.scale, now 0.5"
+    ]
