@@ -78,8 +78,8 @@ class MasterWeights:
 class ExpertSquares:
     """Squared norms of each expert's real and pseudo-gradient as the optimiser gets them, summed over a round's steps.
 
-    The sums stay on the device. An element counts on one rank of the client: where replicas hold whole masters, on the
-    first. So sums over the client's ranks mean the same in any layout.
+    The sums stay on the device. Each element counts on one rank of the client: the first that holds it. So sums over
+    the client's ranks mean the same in any layout.
 
     sums_LE2: layer, local expert, (real, pseudo); fp64.
 
@@ -91,27 +91,31 @@ class ExpertSquares:
     def __init__(self, layers: list[UBSMoE], whole: bool) -> None:
         pairs = [(i, pair) for i, layer in enumerate(layers) for pair in layer.experts.factors().values()]
         self._layer_of = {id(parameter): i for i, pair in pairs for parameter in pair}
-        self._counts_here = not whole or dist.get_rank() < layers[0].ep_size
+        self._first_holder = dist.get_rank() < layers[0].ep_size
+        self._whole = whole
         shape, device = (len(layers), layers[0].num_local_experts, 2), layers[0].gate.wg.weight.device
         self.sums_LE2 = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, parameter: nn.Parameter, offset: int, gradients: tuple[Tensor, Tensor], factor: float) -> None:
-        """Add one step's (real, pseudo) elements [offset, offset + numel) of an expert adapter's stacked parameter.
+    def add_real(self, parameter: nn.Parameter, offset: int, gradient: Tensor) -> None:
+        """Add elements [offset, offset + numel) of the real gradient of an expert adapter's factor, [local E, ...]."""
+        if self._first_holder or not self._whole:
+            rest = parameter.numel() - offset - len(gradient)
+            whole = F.pad(gradient, (offset, rest)) if offset or rest else gradient
+            self._add(parameter, 0, expert_norms(whole.view(parameter.shape)), 1.0)
 
-        Args:
-            parameter: the LoRA factor, [local E, ...].
-            offset: position of the first element in the flat parameter.
-            gradients: of these elements, flat.
-            factor: what the pseudo-gradient is still to be multiplied by.
-        """
-        if not self._counts_here:
-            return
-        sums_E2 = self.sums_LE2[self._layer_of[id(parameter)]]
-        for column, (part, weight) in enumerate(zip(gradients, (1.0, factor), strict=True)):
-            rest = parameter.numel() - offset - len(part)
-            whole = F.pad(part, (offset, rest)) if offset or rest else part
-            norm_E = torch.linalg.vector_norm(whole.view(len(parameter), -1), dim=1, dtype=torch.float32)
-            sums_E2[:, column].add_(norm_E.double().square(), alpha=weight**2)
+    def add_pseudo(self, norms: list[tuple[nn.Parameter, Tensor]], factor: float) -> None:
+        """Add `expert_norms` of whole pseudo-gradients, which are still to be multiplied by `factor`."""
+        for parameter, norm_E in norms if self._first_holder else ():
+            self._add(parameter, 1, norm_E, factor)
+
+    def _add(self, parameter: nn.Parameter, column: int, norm_E: Tensor, factor: float) -> None:
+        sums_E = self.sums_LE2[self._layer_of[id(parameter)], :, column]
+        sums_E.add_(norm_E.double().square(), alpha=factor**2)
+
+
+def expert_norms(gradient: Tensor) -> Tensor:
+    """Return the L2 norm of each expert's part of a gradient [E, ...]; [E] fp32."""
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32)
 
 
 class GradientHook:
@@ -156,15 +160,17 @@ class GradientHook:
         """Clip and add, or skip. The base optimiser calls it once a step, or once a parameter group under ZeRO."""
         masters = {id(master) for group in optimizer.param_groups for master in group["params"]}
         if self._undecided:
-            self.norms = self._read_norms()
+            pseudo_norms = [(parameter, expert_norms(gradient)) for parameter, gradient in self._additions]
+            self.norms = self._read_norms(pseudo_norms)
             self.skipped, self._undecided = not math.isfinite(sum(self.norms)), False
+            if self.squares is not None and not self.skipped:
+                self.squares.add_pseudo(pseudo_norms, self._factor())
         if self.skipped:
             for group in optimizer.param_groups:
                 for master in group["params"]:
                     master.grad = None
             return
-        # factor = min(1, max_norm / ||g||); 1e-6 as in torch and DeepSpeed
-        factor = 1.0 if self.max_norm == 0 else min(1.0, self.max_norm / (self.norms[0] + 1e-6))
+        factor = self._factor()
         if not self._zero and factor < 1:
             torch._foreach_mul_([g for _, g in self._gradients()], factor)  # g <- factor g; ZeRO has done it
         # g <- g + factor p, on the part of each master that this rank keeps
@@ -175,13 +181,21 @@ class GradientHook:
                 assert master.grad is not None and self.squares is not None
                 piece = gradient.reshape(-1)[offset : offset + numel].to(master.grad)
                 real = master.grad.view(-1)[start : start + numel]
-                self.squares.add(parameter, offset, (real, piece), factor)
+                self.squares.add_real(parameter, offset, real)
                 real.add_(piece, alpha=factor)
 
-    def _read_norms(self) -> tuple[float, float]:
-        """Return (real, pseudo) norm of the client, read together: each read waits for the device."""
+    def _factor(self) -> float:
+        """Return the step's clipping factor min(1, max_norm / ||g||); 1e-6 as in torch and DeepSpeed."""
+        return 1.0 if self.max_norm == 0 else min(1.0, self.max_norm / (self.norms[0] + 1e-6))
+
+    def _read_norms(self, pseudo_norms: list[tuple[nn.Parameter, Tensor]]) -> tuple[float, float]:
+        """Return (real, pseudo) norm of the client, read together: each read waits for the device.
+
+        Args:
+            pseudo_norms: `expert_norms` of each pseudo-gradient.
+        """
         real = self._norm_of_deepspeed() if self._zero else self._norm(self._gradients())
-        pseudo = self._norm(self._additions)
+        pseudo = self._norm(pseudo_norms)
         real_norm, pseudo_norm = torch.stack([real, pseudo.to(real)]).tolist()
         return real_norm, pseudo_norm
 
