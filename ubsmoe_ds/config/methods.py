@@ -39,7 +39,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         _PLAIN,
         {
             "dmr": {"enabled": True},
-            "pseudo_gradient": {"estimator": "linearised", "tokens_per_expert": 4, "moment_share": 0.0625},
+            # scale and tokens are ours: results/pg_scale, and the cost of drawing more in docs/performance.md
+            "pseudo_gradient": {
+                "estimator": "linearised",
+                "scale": 0.08,
+                "tokens_per_expert": 4,
+                "moment_share": 0.0625,
+            },
         },
     ),
     # sparse routing with K_c experts and FedAvg, nothing else

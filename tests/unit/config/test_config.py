@@ -27,15 +27,16 @@ def test_the_demo_is_valid_and_complete():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
+        ([], [0.08 * 14 / 16, 0.08 * 12 / 16, 0.08 * 10 / 16, 0.08 * 8 / 16]),
         (["pseudo_gradient.scale=1"], [14 / 16, 12 / 16, 10 / 16, 8 / 16]),
         (["pseudo_gradient.scale=0.5"], [7 / 16, 6 / 16, 5 / 16, 4 / 16]),
         (["pseudo_gradient.scale=0.25", "pseudo_gradient.rho=2"], [0.5, 0.5, 0.5, 0.5]),
     ],
 )
 def test_the_weight_of_pg_by_hand(keys, expected):
-    """scale * (1 - K / 16) at K = 2, 4, 6, 8; scale * 2 for the constant rho 2."""
+    """scale * (1 - K / 16) at K = 2, 4, 6, 8, the preset's scale being 0.08; scale * 2 for the constant rho 2."""
     exp = load(*keys)
-    assert [exp.rho(client) for client in exp.clients] == expected
+    assert [exp.rho(client) for client in exp.clients] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
