@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.launching.run_folder import check_run_folder, create_run_folder
+from ubsmoe_ds.launching.run_folder import check_run_folder, clear_run_folder
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_what_lies_behind_a_link_is_not_removed(link, file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / link).symlink_to(tmp_path / "another run")
     with pytest.raises(UserError, match="output: .* is behind a link out of the run's folder"):
-        create_run_folder(tmp_path / "run")
+        clear_run_folder(tmp_path / "run")
     assert kept.exists()
 
 
@@ -34,7 +34,7 @@ def test_a_linked_run_folder_and_links_to_files_are_cleared(tmp_path):
         (tmp_path / name / "summary.json").touch()
     (tmp_path / "elsewhere" / "config.json").symlink_to(tmp_path / "precious" / "summary.json")
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
-    create_run_folder(tmp_path / "run")
+    clear_run_folder(tmp_path / "run")
     assert not any((tmp_path / "elsewhere").iterdir()) and (tmp_path / "precious" / "summary.json").exists()
 
 
