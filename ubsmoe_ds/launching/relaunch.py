@@ -16,7 +16,14 @@ from pathlib import Path
 from ubsmoe_ds.base.errors import DELIBERATE, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching import fast_start, left_over
-from ubsmoe_ds.launching.launchers import RENDEZVOUS_VARIABLES, is_mpich, is_open_mpi, mpi_command, open_mpi_command
+from ubsmoe_ds.launching.launchers import (
+    RENDEZVOUS_VARIABLES,
+    forwarded,
+    is_mpich,
+    is_open_mpi,
+    mpi_command,
+    open_mpi_command,
+)
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS
 from ubsmoe_ds.launching.supervisor import Supervisor
 
@@ -34,6 +41,7 @@ def relaunch(
     ranks: int,
     *,
     hosts: Mapping[str, int] | None = None,
+    forward: Sequence[str] = (),
     survive: bool = False,
     restarts: int = 0,
     saved: Callable[[], set[tuple]] = set,
@@ -45,6 +53,7 @@ def relaunch(
         script, arguments: how this process was started.
         ranks: number of ranks of the job.
         hosts: number of ranks on each host; None: this host, or as mpiexec finds in an allocation of Slurm.
+        forward: names of further variables that ranks on other hosts get, see `launchers.forwarded`.
         survive: whether the job goes on when ranks die.
         restarts: how often a job that died is started again, from its newest checkpoint.
         saved: identifies the checkpoints that exist; a restart does not resume those of an earlier run.
@@ -59,9 +68,12 @@ def relaunch(
     if note:
         say(note, error=True)
     environment = _environment(present, ranks, one_host=hosts is None)
-    make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     if open_mpi:
         environment = OPEN_MPI_WAITS_QUIETLY | environment
+    if hosts is not None:
+        environment = {name: environment[name] for name in forwarded(environment, forward)}
+    make_command = partial(mpi_command, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
+    if open_mpi:
         open_mpi_start = partial(open_mpi_command, survive=survive, forwarded=[*environment, PARENT_SPEAKS])
         make_command = partial(open_mpi_start, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     one_host = hosts is None and "SLURM_JOB_ID" not in environment

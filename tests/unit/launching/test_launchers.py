@@ -133,13 +133,9 @@ def test_values_are_shorter_while_mpi_starts():
 
 def test_hosts_are_given_to_each_mpiexec():
     hosts = {"n0": 4, "n1": 2}
-    assert launchers.mpi_command("t.py", ["seed=1"], 6, hosts=hosts)[:5] == [
-        "mpiexec",
-        "-hosts",
-        "n0:4,n1:2",
-        "-n",
-        "6",
-    ]
+    names = ["CUDA_VISIBLE_DEVICES", "PYTHONPATH", "UCX_TLS"]
+    line = " ".join(launchers.mpi_command("t.py", ["seed=1"], 6, hosts=hosts))
+    assert line.startswith("mpiexec -hosts n0:4,n1:2 -n 6 python ")
     command = launchers.open_mpi_command(
         "t.py",
         [],
@@ -147,10 +143,37 @@ def test_hosts_are_given_to_each_mpiexec():
         mpiexec="mpiexec",
         python="python",
         hosts=hosts,
-        forwarded=["HOME", "PYTHONPATH", "UCX_TLS", "CUDA_VISIBLE_DEVICES"],
+        forwarded=names,
     )
     text = " ".join(command)
-    assert "--host n0:4,n1:2 -x CUDA_VISIBLE_DEVICES -x PYTHONPATH -x UCX_TLS -n 6" in text and "HOME" not in text
+    assert "--host n0:4,n1:2 -x CUDA_VISIBLE_DEVICES -x PYTHONPATH -x UCX_TLS -n 6" in text
     assert "-m mpi4py" in text and "ulfm" not in text
     survive = launchers.open_mpi_command("t.py", [], 6, mpiexec="mpiexec", python="python", survive=True)
     assert "--with-ft ulfm" in " ".join(survive) and "mpi4py" not in survive
+
+
+def test_no_token_leaves_the_host_unless_it_is_asked_for():
+    environment = dict.fromkeys(
+        [
+            *("PATH", "PYTHONPATH", "LC_ALL", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HOME", "NCCL_DEBUG"),
+            *(
+                "MAIL",
+                "SSH_CLIENT",
+                "AWS_SECRET_ACCESS_KEY",
+                "WANDB_API_KEY",
+                "LD_PRELOAD",
+                "HTTPS_PROXY",
+                "MY_VARIABLE",
+            ),
+            *("HF_TOKEN", "HF_HUB_TOKEN", "UBSMOE_DS_API_KEY", "CONDA_TOKEN", "hf_token", "UCX_PASS", "PGPASSWORD"),
+        ],
+        "value",
+    )
+    passed = launchers.forwarded(environment, [])
+    assert passed == sorted(
+        ["PATH", "PYTHONPATH", "LC_ALL", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HOME", "NCCL_DEBUG"]
+    )
+    assert launchers.forwarded(environment | {"SSH_AUTH_SOCK": "x"}, []) == sorted([*passed, "SSH_AUTH_SOCK"])
+    assert launchers.forwarded(environment, ["HF_TOKEN", "PATH"]) == sorted([*passed, "HF_TOKEN"])
+    with pytest.raises(UserError, match="--forward-env: HF_TOKE is not set; correct the name, or set it"):
+        launchers.forwarded(environment, ["HF_TOKE"])
