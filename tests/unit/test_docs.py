@@ -179,6 +179,19 @@ def test_yaml_blocks_have_known_keys(page):
         check_mapping(yaml.safe_load(block), Experiment, page)
 
 
+def test_tests_that_pages_name_exist():
+    """docs/security.md proves each of its statements by a test."""
+    named = [found for page in PAGES for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(page))]
+    assert len(named) > 20
+    for path, name in named:
+        assert re.search(rf"^def {name}\(", text_of(path), re.MULTILINE), f"{path}::{name}"
+    rows = [
+        line for line in text_of("docs/security.md").partition("## What leaves")[2].splitlines() if line[:2] == "| "
+    ]
+    statements = [row for row in rows if not row.startswith("| statement")]
+    assert statements and all("::test_" in row for row in statements)
+
+
 def test_the_experiment_of_the_readme_is_valid():
     (block,) = blocks("README.md", "yaml")
     raw = yaml.safe_load(block)
