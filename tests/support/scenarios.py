@@ -273,6 +273,8 @@ def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, l
                     for projection, weight in federation.client.model.layers[0].experts.base().items():
                         results[f"{label}/base/{projection}"] = weight.detach().float().numpy()
                     results[f"{label}/random"] = torch.get_rng_state().numpy()
+                if federation.monitor is not None:
+                    federation.monitor.close()  # a job's process would end here, and so give up the run's folder
                 federation.client.engine.destroy()
                 world.barrier()
     torch.distributed.destroy_process_group()
