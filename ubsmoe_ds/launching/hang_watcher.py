@@ -37,7 +37,7 @@ WAITS = re.compile(r'  File ".*/(ubsmoe_ds/mpi/(collectives|exits|ulfm)\.py|torc
 
 
 class Look(NamedTuple):
-    """What a look at the rank has shown."""
+    """Hold what a look at the rank shows."""
 
     events: int  # that the rank has noted; none are taken back
     counted: bool  # whether the stage consists of steps that are noted one by one

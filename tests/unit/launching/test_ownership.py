@@ -64,7 +64,8 @@ def test_a_look_does_not_keep_an_owner_out(tmp_path, monkeypatch):
     with (tmp_path / FILE).open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         monkeypatch.setattr(ownership.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
-        claim(tmp_path, "first").close()
+        with claim(tmp_path, "first"):
+            assert holder_of(tmp_path).startswith("run first ")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
