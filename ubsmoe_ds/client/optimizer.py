@@ -1,4 +1,4 @@
-"""What DeepSpeed is told about a client's optimiser, and how the optimiser is reset."""
+"""Describe a client's optimiser to DeepSpeed, and reset it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,7 +19,7 @@ Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
 class Parameters(Section):
-    """What every optimiser of torch takes. Its gradients of gradients and CUDA graphs are not used here."""
+    """Parameters of every optimiser of torch, but for gradients of gradients and CUDA graphs, which are not used."""
 
     kept: ClassVar[int] = 2  # values that it keeps for each weight
     keeps_more: ClassVar[tuple[str, ...]] = ()  # parameters of which each, where it is set, adds one

@@ -15,7 +15,9 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
 from ubsmoe_ds.client.engine import LocalStats
 
-FED = 8  # tokens in a round from which an expert's real gradient says something; with fewer it is starved [ours]
+LEAST_TOKENS = (
+    8  # tokens in a round from which an expert's real gradient says something; with fewer it is starved [ours]
+)
 
 
 class RoundSeconds(NamedTuple):
@@ -114,7 +116,7 @@ def expert_scalars(clients: Sequence[str], routed_CLE: Tensor, squares_CLE2: Ten
     """
     scalars: dict[str, float] = {}
     for c, (name, routed_LE) in enumerate(zip(clients, routed_CLE, strict=True)):
-        fed_LE = routed_LE >= FED
+        fed_LE = routed_LE >= LEAST_TOKENS
         scalars[f"starved_experts/{name}"] = int((~fed_LE).sum())
         if squares_CLE2 is None:
             scalars[f"pseudo_over_real_norm/{name}"] = 0.0
