@@ -52,7 +52,7 @@ def experiment(folder: Path, ks: Sequence[int], seed: int, variant: str) -> Expe
 
 def write_rows(folder: Path, seed: int) -> None:
     """Write a seed's training rows in two files: four fifths to train on, one fifth to evaluate."""
-    rows, _ = load_rows(load_experiment(CONFIG, SETTINGS).data, seed)
+    rows = load_rows(load_experiment(CONFIG, SETTINGS).data, seed).training
     held = len(rows) // 5
     for name, part in (("train", rows[:-held]), ("held", rows[-held:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
@@ -92,10 +92,12 @@ def run(out: Path, ks: Sequence[int], seeds: Sequence[int], variants: Sequence[s
 def one_run(exp: Experiment, world: Any) -> None:
     """Run the federation on this rank (a collective)."""
     from ubsmoe_ds.federation.build import build
+    from ubsmoe_ds.launching.hang_watch import HangWatch
     from ubsmoe_ds.mpi.preemption import StopRequests
 
     stop = StopRequests(world.comm, None)
-    federation = build(exp, world, stop, on_accelerator=False, verbose=False, resume=None)
+    unwatched = HangWatch("", None, survives=False)
+    federation = build(exp, world, stop, unwatched, on_accelerator=False, verbose=False, resume=None)
     federation.run()
     federation.client.engine.destroy()
 

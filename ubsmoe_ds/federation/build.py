@@ -79,7 +79,7 @@ def build(
     if not verbose:
         transformers_logging.disable_progress_bar()
     rows = client_rows(exp, world)
-    checkpoint = _find_checkpoint(exp, world, rows.digest, resume)
+    checkpoint, in_own_folder = _find_checkpoint(exp, world, rows.digest, resume)
     checkpoints = CheckpointManager(exp, world, rows.digest)
     texts = _encode(exp, world, rows)
     rows = replace(rows, counts=[lengths.kept for lengths in texts.lengths])  # w_c is of the rows that are trained on
@@ -99,7 +99,6 @@ def build(
     aggregator = Aggregator(exp, world, client, store, server, exchange_for, stopwatch)
     if checkpoint is not None:
         aggregator.note_restored()
-    in_own_folder = resumes_in_place(exp, resume)
     progress.run_id = _run_id(world, progress.run_id if in_own_folder else "")
     federation = Federation(
         exp=exp,
@@ -126,13 +125,19 @@ def _run_id(world: World, resumed: str) -> str:
     return resumed or gather_json(world.comm, uuid4().hex)[0]
 
 
-def _find_checkpoint(exp: Experiment, world: World, data_digest: str, resume: str | None) -> Checkpoint | None:
-    """Return the checkpoint to resume from, if any; raise if the run's folder is in use (a collective)."""
+def _find_checkpoint(
+    exp: Experiment, world: World, data_digest: str, resume: str | None
+) -> tuple[Checkpoint | None, bool]:
+    """Find the checkpoint to resume from, and raise if the run's folder is in use (a collective).
+
+    Returns:
+        (checkpoint, or None; whether the run may go on in its own folder).
+    """
     checkpoint = None if resume is None else CheckpointFinder(exp, world, data_digest).find(resume)
     in_own_folder = resumes_in_place(exp, resume)
     if world.rank == 0 and not (in_own_folder and checkpoint is not None):
         check_run_folder(exp, in_own_folder)
-    return checkpoint
+    return checkpoint, in_own_folder
 
 
 class _Texts(NamedTuple):
