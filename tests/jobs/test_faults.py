@@ -174,6 +174,7 @@ def test_a_resume_that_cannot_be_is_refused_and_nothing_is_touched(name, whole, 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.extended
 def test_more_rounds_and_another_layout_go_on(whole, tmp_path):
     """From 3 ranks to 2, and from expert parallelism to ZeRO 2: equal but for the order of sums."""
     for folder in ("same", "other"):
@@ -239,6 +240,7 @@ def test_a_huge_update_is_left_out_and_the_others_are_merged(tmp_path):
     assert losses[0] > losses[1] > losses[2] > losses[3]
 
 
+@pytest.mark.extended
 def test_an_evaluation_that_is_not_finite_ends_the_job_and_a_sound_checkpoint_stays(tmp_path):
     """Nobody is left out, and round 5 is saved before an evaluation could show what has happened to the model."""
     changes = ["merge.screen_factor=null", "train.rounds=6", "evaluation.every=4", "checkpoint.keep=1"]
@@ -263,9 +265,8 @@ BAD_STEPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.extended] if name != "fp32" else []) for name in BAD_STEPS]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("name", BAD_STEPS)
 def test_steps_with_nan_are_skipped_and_counted(name, tmp_path):
     """DeepSpeed itself skips some such steps, differently in each of its optimisers."""
     limit, changes, out = BAD_STEPS[name]
@@ -310,6 +311,7 @@ def test_restarts_do_not_resume_from_an_earlier_run(whole, tmp_path):
     same_as(whole, tmp_path / "tiny")
 
 
+@pytest.mark.extended
 def test_a_full_disk_ends_the_job_and_leaves_the_checkpoint_before(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import read_inputs
+from launch.plan import main, read_inputs
 from tests.support.jobs import NOT_FORKED, SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.config.loading import load_experiment
@@ -94,7 +94,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_plan_ends_with_code_2_and_one_line(name):
+def test_a_refused_plan_ends_with_code_2_and_one_line(name, monkeypatch, capsys):
+    """In this process, which has imported everything; the command above is a process of its own."""
     arguments, expected = REFUSED[name]
-    code, _, errors = planned(*arguments)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "accelerator=cpu", "train.rounds=1", *arguments])
+    code, errors = main(), capsys.readouterr().err
     assert code == 2 and errors.startswith(expected) and errors.count("\n") == 1, errors
