@@ -59,7 +59,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.01, generator=generator)
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny_olmoe"])
-    examples, _ = encode(synthetic.rows(2, seed), tokenizer, 64)
+    examples, _ = encode(synthetic.rows(1, seed), tokenizer, 64)
     tokens = collate(examples, 0)
     seen = reference.watch(model.layers)
     collectors = [PseudoGradientCollector([layer], estimator, rho=1.0).attach() for layer in model.layers]
@@ -74,7 +74,7 @@ def collected(estimator: str, k: int, noise: float, seed: int) -> list[tuple[tor
 
 @pytest.mark.parametrize(("seed", "k"), [(0, 1), (1, 2), (0, 4)])
 def test_token_weighted_points_along_the_dense_gradient_on_upcycled_experts(seed, k):
-    """Cosine in every layer on copies with 30 % noise; 0.948 to 0.975 when measured."""
+    """Cosine in every layer on copies with 30 % noise; 0.940 to 0.982 when measured."""
     for ours, dense in collected("token_weighted", k, 0.3, seed):
         assert F.cosine_similarity(ours, dense, dim=0) > 0.9
 

@@ -6,12 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch import compare
 from tests.unit.studies.test_comparison import CONFIG, LOSS, TWO, finish
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.studies.comparison_jobs import Runner, run_job
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(request, monkeypatch):
+    """Leave drawing to one test: what pictures show is tested in test_comparison.py."""
+    if request.function is not test_all_jobs_and_files:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"a picture"))
 
 
 class FakeRunner:
