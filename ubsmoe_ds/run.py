@@ -53,7 +53,7 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     who = describe(exp.clients, place.rank)
     sign_in(os.environ, who)
     hang_watch = HangWatch(who, exp.hang_timeout_s, place.survives)
-    heartbeat = watchdog.watch(exp.clients, place, exp.host_timeout_s)
+    heartbeat = watchdog.watch(exp.clients, place, exp.host_timeout_s, hang_watch)
     try:
         ending = _run(exp, place, stop, hang_watch, verbose, resume)
     except UserError:

@@ -31,8 +31,20 @@ class Net:
         self.said: list[list[str]] = [[] for _ in range(count)]
         self.ended: set[int] = set()
         self.cut_off: set[int] = set()  # those that ended because they are cut off from the first
+        self.waiting: set[int] = set()  # hosts all of whose ranks wait
+        self.others_wait = False  # as the first host has heard
         self.beating = {
-            n: Heartbeat(each, n, self.hosts, TOKEN, timeout, self.said[n].append, partial(self._end, n))
+            n: Heartbeat(
+                each,
+                n,
+                self.hosts,
+                TOKEN,
+                timeout,
+                say=self.said[n].append,
+                end=partial(self._end, n),
+                waits=partial(self.waiting.__contains__, n),
+                note_others=partial(setattr, self, "others_wait"),
+            )
             for n, each in enumerate(sockets)
         }
 
@@ -103,6 +115,16 @@ def test_hosts_that_end_together_lose_nobody(net):
         hosts.stop(number)
         time.sleep(TIMEOUT / BEATS)
     assert hosts.said == [[], [], []] and not hosts.ended
+
+
+def test_the_first_host_hears_when_all_others_wait(net):
+    """With hosts 1 and 2 it is so, with host 2 alone no longer."""
+    hosts = net(3)
+    for waiting, expected in (({1}, False), ({1, 2}, True), ({2}, False)):
+        hosts.waiting.clear()
+        hosts.waiting.update(waiting)
+        time.sleep(2 * TIMEOUT / BEATS)
+        assert hosts.others_wait == expected, waiting
 
 
 def test_where_no_datagram_passes_there_is_a_warning_and_no_alarm(net):

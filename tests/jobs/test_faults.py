@@ -136,6 +136,20 @@ def test_a_rank_that_hangs_but_lives_shows_where(tmp_path):
     assert "failing_train.py" in frames[0] and frames[0].endswith(" in harm"), stacks
 
 
+def test_ranks_that_all_wait_for_one_another_are_noticed(tmp_path):
+    """Job rank 2 waits for a message that nobody sends, job rank 1 for it in gloo, job rank 0 for both in MPI."""
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "hang_timeout_s=2"]
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="deadlock@2:2")
+    assert job.end(60) == 1, job.output
+    line, *stacks = job.output[job.output.index("error: ") :].splitlines()
+    assert line.startswith("error: all ranks wait for one another: no progress for "), line
+    assert (
+        "client 'a', rank 0 of 1 (job rank 0) in round 1, " in line
+        and "rank 1 of 2 (job rank 2) in round 1, local step 2" in line
+    )
+    assert "error: " not in "".join(stacks) and any("in wait_quietly" in text for text in stacks)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path):
     subprocess.run(["cp", "-r", str(whole), str(tmp_path / "tiny")], check=True)
     path = tmp_path / "tiny" / "checkpoints" / "000003-round-3" / "rank-00001.safetensors"

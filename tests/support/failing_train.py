@@ -6,6 +6,7 @@ in a job rank's STEP-th (default: second) local step; several with + between
 
 raise, user    an error; a user's mistake
 hang           it never comes back
+deadlock       it waits for a message that nobody sends, so that all others wait for it
 stop           a real SIGSTOP
 nan            its weights hold NaN for this step
 slow           every step takes STEP (2) seconds longer
@@ -64,6 +65,8 @@ def plant(fault: str) -> None:
     rank, _, step = place.partition(":")
     from mpi4py import MPI
 
+    from ubsmoe_ds.mpi.collectives import wait_quietly
+
     if kind.startswith("kill-"):
         if MPI.COMM_WORLD.rank == int(rank):
             plant_kill(kind.removeprefix("kill-"), int(step or 1))
@@ -100,6 +103,8 @@ def plant(fault: str) -> None:
             nll = real_step(self, batch)
             weight.copy_(healthy)
             return nll
+        if kind == "deadlock":
+            wait_quietly(MPI.COMM_WORLD.Irecv(bytearray(1), source=0, tag=99))
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         print(f"hanging with process id {os.getpid()}", flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from ubsmoe_ds.config.loading import load_experiment  # noqa: E402
+from ubsmoe_ds.launching.hang_watch import HangWatch  # noqa: E402
 from ubsmoe_ds.mpi import watchdog  # noqa: E402
 from ubsmoe_ds.mpi.join import join  # noqa: E402
 
@@ -24,7 +25,7 @@ def main() -> None:
     clients = ", ".join(f"{{name: c{number}, budget: 1.0}}" for number in range(count))
     exp = load_experiment(CONFIG, [f"clients=[{clients}]", f"host_timeout_s={HOST_TIMEOUT_S}"])
     joined = join(exp, sys.argv[0], sys.argv[1:])
-    heartbeat = watchdog.watch(exp.clients, joined, exp.host_timeout_s)
+    heartbeat = watchdog.watch(exp.clients, joined, exp.host_timeout_s, HangWatch("", None, survives=False))
     joined.barrier()
     time.sleep(1)  # all hosts have been heard from
     print(f"waiting {joined.rank}", flush=True)

@@ -1,19 +1,34 @@
 """Note this rank's progress where a watcher sees it (hang_watcher.py), which ends the rank if it hangs.
 
 Each rank has a watcher: a process of its own, on its host, and so whatever started the job and whichever ranks are
-stopped. The watcher of a rank that waits for another leaves it alone; that other one's has to act.
+stopped. The watcher of a rank that waits for another leaves it alone; that other one's has to act. If all ranks wait,
+for one another, the watcher of the job's first rank does, which reads what the others note.
 """
 
 import faulthandler
+import json
 import mmap
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ubsmoe_ds.base.terminal import say
-from ubsmoe_ds.launching.hang_watcher import ASK, PROGRESS, RECORD_BYTES, STAGE_BYTES
+from ubsmoe_ds.launching.hang_watcher import ASK
+from ubsmoe_ds.launching.progress_record import (
+    FLAG,
+    OTHERS_WAIT_AT,
+    PROGRESS,
+    RECORD_BYTES,
+    STAGE_BYTES,
+    STAGE_END,
+    Peer,
+    do_all_wait,
+    open_peers,
+)
 
 WATCHER = Path(__file__).with_name("hang_watcher.py")
 # of a whole job, such as those of Slurm; the watcher has nothing to save, and ends with its rank
@@ -31,13 +46,15 @@ class HangWatch:
 
     def __init__(self, description: str, timeout_s: float | None, survives: bool) -> None:
         self._events = self._number = 0
-        descriptor = os.memfd_create("progress")
+        self._watcher: subprocess.Popen | None = None
+        self._peers: list[tuple[Peer, int]] = []
+        descriptor = os.memfd_create("progress")  # stays open: the first rank's watcher opens it from here
         os.truncate(descriptor, RECORD_BYTES)
         self._record = mmap.mmap(descriptor, RECORD_BYTES)
         self.enter("start-up")
         if timeout_s is not None:
             self._watcher = _start_watcher(descriptor, description, timeout_s, survives)
-        os.close(descriptor)
+        self.peer = Peer(os.getpid(), descriptor, description)
 
     def enter(self, stage: str, counted_from: int | None = None) -> None:
         """Begin a stage.
@@ -48,7 +65,7 @@ class HangWatch:
                 the timeout. None: the stage may take any time, as long as the process works.
         """
         name = stage.encode()[: STAGE_BYTES - 1].ljust(STAGE_BYTES, b"\0")
-        self._record[PROGRESS.size : RECORD_BYTES] = name
+        self._record[PROGRESS.size : STAGE_END] = name
         self._counted, self._number = counted_from is not None, counted_from or 0
         self._note()
 
@@ -56,6 +73,28 @@ class HangWatch:
         """Note that the next step begins; costs a microsecond."""
         self._number += 1
         self._note()
+
+    def meet(self, peers: Sequence[Peer], acts: bool, hosts: int) -> None:
+        """Learn of all ranks of this host; called on the first of them.
+
+        Args:
+            peers: `peer` of every rank of the host.
+            acts: whether this rank's watcher ends it when all ranks of the job wait; the job's first.
+            hosts: number of the job's hosts.
+        """
+        with suppress(OSError):  # a rank in a container of its own: nobody sees whether all wait
+            self._peers = open_peers(peers)
+            if acts and self._watcher is not None and self._watcher.stdin is not None:
+                self._watcher.stdin.write(f"{json.dumps([hosts, *peers])}\n".encode())
+                self._watcher.stdin.flush()
+
+    def host_waits(self) -> bool:
+        """Return whether all ranks of this host were found to wait for others."""
+        return do_all_wait(self._peers)
+
+    def note_others(self, wait: bool) -> None:
+        """Note whether all ranks of all other hosts wait."""
+        FLAG.pack_into(self._record, OTHERS_WAIT_AT, wait)
 
     def _note(self) -> None:
         self._events += 1

@@ -4,26 +4,42 @@
 
 `HangWatch` (hang_watch.py) starts it in a rank. RECORD and STACKS are descriptors of memory that both share: in the
 first the rank notes its progress, into the second it writes the stacks of its threads on the signal `ASK`. The watcher
-ends when its standard input does, which the rank holds open for as long as it lives.
+ends when its standard input does, which the rank holds open for as long as it lives. The watcher of the job's first
+rank reads there, in one line, which other ranks the host has; if all wait, for one another, it ends its own.
 
-It imports nothing but the standard library and takes some 20 ms to start; then it sleeps nearly always.
+It imports little but the standard library and takes some 20 ms to start; then it sleeps nearly always.
 """
 
+import json
 import os
 import re
 import select
 import signal
-import struct
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-PROGRESS = struct.Struct("<qqq")  # number of events, number within the stage, 1 if the stage is counted
-STAGE_BYTES = 256  # of the stage's name, which follows
-RECORD_BYTES = PROGRESS.size + STAGE_BYTES
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ubsmoe_ds.base.errors import EXIT_FAILURE  # noqa: E402
+from ubsmoe_ds.launching.progress_record import (  # noqa: E402
+    FLAG,
+    OTHERS_WAIT_AT,
+    PROGRESS,
+    RECORD_BYTES,
+    STAGE_END,
+    WAITS_AT,
+    Peer,
+    do_all_wait,
+    open_peers,
+    stage_of,
+)
+from ubsmoe_ds.launching.sign_in import sign_off  # noqa: E402
+
 ASK = signal.SIGRTMAX - 2  # free: SIGUSR1 asks to stop, SIGUSR2 is some sites' own, and shells use neither end
 LOOKS, LONGEST_INTERVAL = 10, 5.0  # looks within the timeout; seconds between two at most
 WORKING = 0.002  # of a core; a rank that waits by polling (mpi/collectives.py) uses ten times as much, an idle one less
@@ -31,6 +47,8 @@ MOVED_BYTES = 2**20  # read or written: it works
 ANSWER_SECONDS = 3.0  # for the rank to write its stacks; one in the kernel cannot
 SAY_SECONDS = 5.0  # for the message to be taken
 MESSAGE_SECONDS = 0.3  # for mpiexec to forward the message before it ends the job
+OVERDUE, WORKS = "overdue", "works"  # what a rank is that has noted nothing for the timeout
+ALL_WAIT_TIMES = 2  # looks, a timeout apart, at which all ranks wait; a rank may have been about to go on
 STATES = {"T": "stopped by a signal", "D": "in an uninterruptible system call, as of a file system that is stuck"}
 # the innermost call of a thread that waits for other ranks: the job's, or those of its own client
 WAITS = re.compile(r'  File ".*/(ubsmoe_ds/mpi/(collectives|exits|ulfm)\.py|torch/distributed/.*|deepspeed/comm/.*)"')
@@ -64,8 +82,8 @@ class Rule:
         self.silent = self.stopped = 0.0  # seconds
         self._first = look  # of the silence
 
-    def is_overdue(self, passed: float, look: Look) -> bool:
-        """Return whether the rank has shown no sign of life for longer than the timeout.
+    def judge(self, passed: float, look: Look) -> str | None:
+        """Return OVERDUE for a rank that has shown no sign of life for the timeout, WORKS for one that only works.
 
         Args:
             passed: seconds since the look before.
@@ -74,16 +92,13 @@ class Rule:
         passed = min(passed, 2 * self.interval)
         self.stopped = self.stopped + passed if look.state == "T" else 0.0
         self.silent += passed
-        if look.events != self._first.events:
+        if look.events != self._first.events or look.state == "t":  # a debugger holds it
             self.start_anew(look)
         if look.state == "T":
-            return self.stopped > self.timeout
+            return OVERDUE if self.stopped > self.timeout else None
         if self.silent <= self.timeout:
-            return False
-        if look.state == "t" or (not look.counted and self._works(look)):  # a debugger holds it
-            self.start_anew(look)
-            return False
-        return True
+            return None
+        return WORKS if not look.counted and self._works(look) else OVERDUE
 
     def start_anew(self, look: Look) -> None:
         """Begin the silence now: the rank is alive."""
@@ -117,19 +132,22 @@ def _moved(pid: int) -> int:
     return sum(int(entries[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
 
 
-def stage_of(record: bytes) -> str:
-    """Return the stage that the rank has noted, such as "round 2, local step 3"."""
-    _, number, counted = PROGRESS.unpack_from(record)
-    text = record[PROGRESS.size :].partition(b"\0")[0].decode(errors="replace")
-    return f"{text} {number}" if counted else text
-
-
 def message(description: str, stage: str, silent: float, timeout: float, pid: int, state: str) -> str:
     """Return what names a rank that hangs, without what follows from it."""
     what = f"is {STATES[state]} (state {state})" if state in STATES else f"lives (state {state})"
     return (
         f"error: {description} hangs: no progress for {silent:.1f} s in {stage} (hang_timeout_s {timeout:g}); "
         f"process {pid} on {os.uname().nodename} {what}{_kernel_place(pid)}"
+    )
+
+
+def all_wait_message(peers: Sequence[tuple[Peer, int]], hosts: int, silent: float, timeout: float) -> str:
+    """Return what says that all ranks wait, and where those of this host do."""
+    where = "; ".join(f"{peer.description} in {stage_of(os.pread(record, RECORD_BYTES, 0))}" for peer, record in peers)
+    here = "" if hosts == 1 else f"{hosts} hosts, here "
+    return (
+        f"error: all ranks wait for one another: no progress for {silent:.1f} s (hang_timeout_s {timeout:g}); "
+        f"{here}{where}"
     )
 
 
@@ -159,6 +177,8 @@ class Watcher:
     def __init__(self, pid: int, record: int, stacks: int, timeout: float, survives: bool, description: str) -> None:
         self.pid, self.stacks, self.survives, self.description = pid, stacks, survives, description
         self.record = record
+        self.hosts = self.all_waited = 0  # of the job; times in a row that all its ranks were found waiting
+        self.peers: list[tuple[Peer, int]] = []  # ranks of this host
         self.rule = Rule(timeout, min(timeout / LOOKS, LONGEST_INTERVAL), look_at(pid, self._read()))
 
     def watch(self) -> None:
@@ -168,30 +188,55 @@ class Watcher:
             record = self._read()
             look = look_at(self.pid, record)
             now = time.monotonic()
-            overdue = self.rule.is_overdue(now - looked_at, look)
+            verdict = self.rule.judge(now - looked_at, look)
             looked_at = now
-            if overdue and self._hangs(look, record):
+            if verdict is not None and self._hangs(verdict, look, record):
                 return
 
     def _read(self) -> bytes:
         """Return what the rank has noted."""
-        return os.pread(self.record, RECORD_BYTES, 0)
+        return os.pread(self.record, STAGE_END, 0)
 
     def _has_left(self, seconds: float) -> bool:
         """Wait for so long; return at once with True when the rank closes our standard input."""
-        return bool(select.select([0], [], [], seconds)[0])
+        if not select.select([0], [], [], seconds)[0]:
+            return False
+        line = sys.stdin.readline()
+        if line:  # once: which ranks this host has
+            self.hosts, *peers = json.loads(line)
+            with suppress(OSError):  # one of them has ended
+                self.peers = open_peers(peers)
+        return not line
 
-    def _hangs(self, look: Look, record: bytes) -> bool:
-        """End a rank that is overdue, unless it only waits for others; return whether it has ended or was ended."""
+    def _hangs(self, verdict: str, look: Look, record: bytes) -> bool:
+        """End a rank that is overdue, or one of many that all wait; return whether it has ended or was ended."""
         stacks = "" if look.state == "T" else self._ask()
         if self._has_left(0):
             return True
-        # if it waits then another rank hangs, if any: that one has a watcher too
-        if is_waiting(stacks) or self._read() != record:
+        waits = is_waiting(stacks)  # then another rank hangs, if any: that one has a watcher too
+        self._note_waiting(1 + look.events if waits else 0)
+        self.all_waited = self.all_waited + 1 if waits and self._do_all_wait() else 0
+        if self.all_waited == ALL_WAIT_TIMES:
+            line = all_wait_message(self.peers, self.hosts, self.all_waited * self.rule.timeout, self.rule.timeout)
+        elif waits or verdict == WORKS or self._read() != record:
             self.rule.start_anew(look)
             return False
-        silent = max(self.rule.silent, self.rule.stopped)
-        line = message(self.description, stage_of(record), silent, self.rule.timeout, self.pid, look.state)
+        else:
+            silent = max(self.rule.silent, self.rule.stopped)
+            line = message(self.description, stage_of(record), silent, self.rule.timeout, self.pid, look.state)
+        self._end(line, stacks)
+        return True
+
+    def _note_waiting(self, waiting: int) -> None:
+        os.pwrite(self.record, FLAG.pack(waiting), WAITS_AT)
+
+    def _do_all_wait(self) -> bool:
+        """Return whether all ranks of the job are known to wait."""
+        others = FLAG.unpack(os.pread(self.record, FLAG.size, OTHERS_WAIT_AT)) == (1,)
+        return do_all_wait(self.peers) and (self.hosts == 1 or others)
+
+    def _end(self, line: str, stacks: str) -> None:
+        """Say why the rank is ended, and end it."""
         follows = "its client is given up" if self.survives else "continue with --resume auto"
         # in a thread: whoever reads the output may hang too
         say = threading.Thread(target=os.write, args=[sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode()])
@@ -203,7 +248,6 @@ class Watcher:
         time.sleep(MESSAGE_SECONDS)
         if os.getppid() == self.pid:  # not an heir of its number
             os.kill(self.pid, signal.SIGKILL)  # its launcher ends the others, or ULFM goes on without it
-        return True
 
     def _ask(self) -> str:
         """Return the stacks of the rank's threads; empty if it does not answer."""
@@ -219,10 +263,6 @@ class Watcher:
 
     def _sign_off(self) -> None:
         """Tell the process that runs mpiexec, if there is one, that all has been said and the job ends with 1."""
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from ubsmoe_ds.base.errors import EXIT_FAILURE
-        from ubsmoe_ds.launching.sign_in import sign_off
-
         sign_off(os.environ, EXIT_FAILURE)
 
 

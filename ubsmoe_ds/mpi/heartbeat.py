@@ -20,7 +20,7 @@ from ubsmoe_ds.mpi.datagram import Seal
 BEATS = 6  # within the timeout; single datagrams may be lost too
 SEARCH = 1 / 2  # part of the timeout without an answer after which other addresses are tried
 LONGEST_INTERVAL = 5.0  # seconds between two beats
-CONTENT = struct.Struct("!BHB")  # kind, host in question, number of the address it was sent to
+CONTENT = struct.Struct("!BHB?")  # kind, host in question, number of the address it was sent to, do its ranks wait
 BEAT, ANSWER, LOST = range(3)
 REPEATS = 3  # of a datagram that nobody answers
 HEARD_SECONDS = 1.0  # for launchers to pass on the message, before anybody ends
@@ -63,6 +63,8 @@ class Heartbeat:
         say: called in the thread with a line for the user.
         end: called in the thread, last, when a host is lost; its argument is whether this host is cut off from the
             first.
+        waits: called in the thread; returns whether all ranks of this host wait for others.
+        note_others: called in the first host's thread with whether all ranks of all other hosts wait.
     """
 
     def __init__(
@@ -74,11 +76,15 @@ class Heartbeat:
         timeout_seconds: float,
         say: Callable[[str], None],
         end: Callable[[bool], None],
+        waits: Callable[[], bool],
+        note_others: Callable[[bool], None],
     ) -> None:
         self._socket, self._me, self._hosts = own_socket, me, hosts
         self._seal = Seal(token, me, CONTENT.size)
         self._seal.guard(own_socket)
         self._timeout, self._say, self._end = timeout_seconds, say, end
+        self._waits, self._note_others = waits, note_others
+        self._waiting: set[int] = set()  # hosts all of whose ranks wait
         self._interval = min(timeout_seconds / BEATS, LONGEST_INTERVAL)
         # when the first host is silent the second one reports it, so the others wait a little longer
         self._patience = timeout_seconds + (2 * max(self._interval, HEARD_SECONDS) if me > 1 else 0)
@@ -141,10 +147,12 @@ class Heartbeat:
         opened = self._seal.open(datagram)
         if opened is None:
             return False
-        sender, (kind, host, address) = opened[0], CONTENT.unpack(opened[1])
+        sender, (kind, host, address, waits) = opened[0], CONTENT.unpack(opened[1])
         first = self._hosts[FIRST]
         if self._me == FIRST and kind == BEAT and host == sender and host in self._silence:
             self._silence[host], self._reached[host] = 0.0, place
+            self._waiting = self._waiting | {host} if waits else self._waiting - {host}
+            self._note_others(len(self._waiting) == len(self._silence))
             self._send(ANSWER, host, address, place, to=host)
         elif self._me != FIRST and sender != FIRST:
             return False
@@ -208,4 +216,5 @@ class Heartbeat:
             to: position of the host that it is for.
         """
         with contextlib.suppress(OSError):  # no route, or a full buffer: as if it were lost on the way
-            self._socket.sendto(self._seal.seal(to, CONTENT.pack(kind, host, address)), destination)
+            waits = kind == BEAT and self._waits()
+            self._socket.sendto(self._seal.seal(to, CONTENT.pack(kind, host, address, waits)), destination)

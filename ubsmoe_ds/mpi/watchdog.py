@@ -17,6 +17,8 @@ import psutil
 
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.launching.hang_watch import HangWatch
+from ubsmoe_ds.launching.hang_watcher import Peer
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.exits import end_host, end_with_daemon
 from ubsmoe_ds.mpi.heartbeat import Heartbeat, Host, open_socket
@@ -24,20 +26,26 @@ from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.mpi.world import World
 
 
-def watch(clients: Sequence[ClientConfig], world: World, timeout_s: float) -> Heartbeat | None:
-    """Start to watch the other hosts (a collective).
+def watch(clients: Sequence[ClientConfig], world: World, timeout_s: float, hang_watch: HangWatch) -> Heartbeat | None:
+    """Start to watch the other hosts, and whether all ranks wait for one another (a collective).
 
     Args:
         clients: of the job.
         world: this rank's.
         timeout_s: seconds of silence after which a host counts as lost.
+        hang_watch: this rank's.
 
     Returns:
         The heartbeat on the first rank of each host, to be closed by the caller; None on all other ranks, in a job on
         one host, and in a job that survives deaths, where the first rank of a host may die.
     """
     first_of = {host: world.hosts.index(host) for host in world.hosts}  # in the order of their first ranks
-    if len(first_of) == 1 or world.survives:
+    if world.survives:
+        return None
+    peers = [Peer(*peer) for peer in gather_json(world.host_comm, hang_watch.peer)]
+    if world.host_comm.rank == 0:
+        hang_watch.meet(peers, acts=world.rank == 0, hosts=len(first_of))
+    if len(first_of) == 1:
         return None
     end_with_daemon()
     here = world.hosts[world.rank]
@@ -60,7 +68,9 @@ def watch(clients: Sequence[ClientConfig], world: World, timeout_s: float) -> He
     )
     token = bytes.fromhex(facts_of[0]["token"])
     me = list(first_of).index(here)
-    return Heartbeat(own_socket, me, hosts, token, timeout_s, _say, partial(end_host, others))
+    end = partial(end_host, others)
+    waits, note_others = hang_watch.host_waits, hang_watch.note_others
+    return Heartbeat(own_socket, me, hosts, token, timeout_s, _say, end, waits, note_others)
 
 
 def _handles(pids: Iterable[int]) -> list[int]:

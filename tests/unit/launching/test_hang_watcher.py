@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.ranks import REPO, clean_environment
-from ubsmoe_ds.launching.hang_watcher import PROGRESS, Look, Rule, Watcher, is_waiting
+from ubsmoe_ds.launching.hang_watcher import OVERDUE, WORKS, Look, Rule, Watcher, is_waiting
+from ubsmoe_ds.launching.progress_record import (
+    FLAG,
+    OTHERS_WAIT_AT,
+    PROGRESS,
+    STAGE_BYTES,
+    STAGE_END,
+    WAITS_AT,
+    Peer,
+    do_all_wait,
+)
 from ubsmoe_ds.launching.sign_in import PARENT_SPEAKS, read_code
 from ubsmoe_ds.mpi.collectives import wait_quietly
 
@@ -26,8 +36,11 @@ def seconds_until_overdue(looks, passed=1.0) -> float | None:
     """Return when the rule finds a rank overdue that looks like this, one look every `passed` seconds."""
     rule = Rule(TIMEOUT, 1.0, next(looks))
     for number, look in enumerate(looks, start=1):
-        if rule.is_overdue(passed, look):
+        verdict = rule.judge(passed, look)
+        if verdict == OVERDUE:
             return number * passed
+        if verdict == WORKS:
+            rule.start_anew(look)
     return None
 
 
@@ -64,9 +77,9 @@ def test_a_rank_that_was_stopped_for_a_moment_is_none_that_hangs():
     """It has waited for long, and is continued before the limit has passed."""
     rule = Rule(TIMEOUT, 1.0, Look(0, False, "S", 0.0, 0))
     for second in range(1, 10):
-        assert not rule.is_overdue(1.0, Look(0, False, "S", 0.0, 0)), second
+        assert rule.judge(1.0, Look(0, False, "S", 0.0, 0)) is None, second
     for second in range(10, 20):
-        assert not rule.is_overdue(1.0, Look(0, False, "T", 0.0, 0)), second
+        assert rule.judge(1.0, Look(0, False, "T", 0.0, 0)) is None, second
 
 
 def test_a_watcher_that_was_suspended_itself_has_seen_nothing():
@@ -128,12 +141,57 @@ def test_a_rank_that_was_asked_and_goes_on_or_ends_does_not_hang(after, left, mo
     """It does so while the watcher waits for its answer, and gives none."""
     watcher = Watcher.__new__(Watcher)
     watcher.pid, watcher.description, watcher.survives = -1, "a rank", True  # nobody to kill
+    watcher.record, watcher.peers, watcher.all_waited = noted(0, 0), [], 0
     watcher.rule = Rule(TIMEOUT, 1.0, Look(0, True, "S", 0.0, 0))
     monkeypatch.setattr(Watcher, "_ask", lambda self: "")
     monkeypatch.setattr(Watcher, "_has_left", lambda self, seconds: left)
     monkeypatch.setattr(Watcher, "_read", lambda self: RECORD + after)
-    assert watcher._hangs(Look(0, True, "S", 0.0, 0), RECORD) == left
+    assert watcher._hangs(OVERDUE, Look(0, True, "S", 0.0, 0), RECORD) == left
     assert capfd.readouterr().err == ""
+
+
+def noted(events: int, flag: int) -> int:
+    """Return a descriptor of what a rank has noted, and its watcher behind it."""
+    descriptor = os.memfd_create("noted")
+    os.pwrite(descriptor, PROGRESS.pack(events, 7, 1) + b"round 3, local step".ljust(STAGE_BYTES, b"\0"), 0)
+    os.pwrite(descriptor, FLAG.pack(flag), WAITS_AT)
+    os.pwrite(descriptor, FLAG.pack(0), OTHERS_WAIT_AT)
+    return descriptor
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([(4, 5), (0, 1)], True),  # (events, flag of the watcher: 1 + events when it was found waiting)
+        ([(4, 5), (0, 0)], False),  # the second works
+        ([(5, 5), (0, 1)], False),  # the first has gone on since
+        ([], False),  # nobody knows
+    ],
+)
+def test_all_ranks_wait_if_each_was_found_so_and_has_not_gone_on(ranks, expected):
+    peers = [(Peer(n, 0, f"rank {n}"), noted(*rank)) for n, rank in enumerate(ranks)]
+    assert do_all_wait(peers) == expected
+
+
+def test_a_job_on_several_hosts_waits_when_the_others_do(monkeypatch, capfd):
+    """The first rank's watcher asks twice, so that a rank that was about to go on is not taken for one that waits."""
+    watcher = Watcher.__new__(Watcher)
+    watcher.pid, watcher.description, watcher.survives, watcher.all_waited = -1, "rank 0", True, 0
+    watcher.record = noted(4, 0)
+    watcher.hosts, watcher.peers = 2, [(Peer(1, 0, "rank 0"), watcher.record)]
+    look = Look(4, True, "S", 0.0, 0)
+    watcher.rule = Rule(TIMEOUT, 1.0, look)
+    monkeypatch.setattr(Watcher, "_ask", lambda self: f"{MAIN}\n{IN_GLOO}\n")
+    monkeypatch.setattr(Watcher, "_has_left", lambda self, seconds: False)
+    record = os.pread(watcher.record, STAGE_END, 0)
+    assert [watcher._hangs(WORKS, look, record) for _ in range(3)] == [False] * 3  # of the other host nobody knows
+    os.pwrite(watcher.record, FLAG.pack(1), OTHERS_WAIT_AT)
+    assert [watcher._hangs(WORKS, look, record) for _ in range(2)] == [False, True]
+    line = capfd.readouterr().err.splitlines()[0]
+    assert line == (
+        "error: all ranks wait for one another: no progress for 20.0 s (hang_timeout_s 10); 2 hosts, here rank 0 in "
+        "round 3, local step 7; its client is given up"
+    )
 
 
 RECORD = PROGRESS.pack(0, 0, 1)
