@@ -188,7 +188,7 @@ def test_strangers_count_for_nothing(net, monkeypatch):
     time.sleep(TIMEOUT / 2)
     hosts.stop(1)
     assert copies
-    beat = CONTENT.pack(BEAT, 1, 0)
+    beat = CONTENT.pack(BEAT, 1, 0, False)
     other_job = Seal(TOKEN[::-1], 1, CONTENT.size)
     deadline = time.monotonic() + SECONDS
     with stranger:
@@ -205,7 +205,7 @@ def test_no_copy_and_no_flood_ends_the_job(net, monkeypatch):
     copies = recorded(hosts.beating[0], monkeypatch)
     hosts.beating[0]._send(LOST, 1, 0, hosts.beating[0]._reached[1], to=1)
     hosts.wait_for(1)
-    lost = [copy for copy in copies if CONTENT.pack(LOST, 1, 0) in copy]
+    lost = [copy for copy in copies if CONTENT.pack(LOST, 1, 0, False) in copy]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         for _ in range(2000):
             for content in (*lost, b"x" * len(lost[0])):
