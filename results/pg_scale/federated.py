@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--out", type=Path, default=Path("results/pg_scale"))
     parser.add_argument("--k", type=int, nargs=2, default=[2, 4], help="active experts of the two clients")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(200, 210))
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(200, 220))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
     if options.command == "run":
