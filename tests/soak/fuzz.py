@@ -138,11 +138,19 @@ def surfaces() -> dict[str, Surface]:
     """Return all surfaces by name."""
     from transformers.utils import logging as transformers_logging
 
-    from tests.soak import fuzz_checkpoints, fuzz_commands, fuzz_config, fuzz_models, fuzz_rows, fuzz_writers
+    from tests.soak import (
+        fuzz_checkpoints,
+        fuzz_commands,
+        fuzz_config,
+        fuzz_models,
+        fuzz_rows,
+        fuzz_starting,
+        fuzz_writers,
+    )
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    modules = (fuzz_config, fuzz_rows, fuzz_models, fuzz_checkpoints, fuzz_commands, fuzz_writers)
+    modules = (fuzz_config, fuzz_rows, fuzz_models, fuzz_checkpoints, fuzz_commands, fuzz_writers, fuzz_starting)
     return {surface.name: surface for module in modules for surface in module.SURFACES}
 
 

@@ -7,8 +7,8 @@ from tests.soak import chaos
 pytestmark = pytest.mark.extended
 
 
-def test_five_kills_leave_no_trace(tmp_path):
-    assert chaos.soak(tmp_path, kills=5, seed=0).startswith("5 kills in ")
+def test_five_faults_leave_no_trace(tmp_path):
+    assert chaos.soak(tmp_path, faults=5, seed=0).startswith("5 faults (")
 
 
 @pytest.mark.skipif(not chaos.OPEN_MPI.exists(), reason="no Open MPI: see tests/cluster/test_survival.py")

@@ -90,5 +90,5 @@ def _describe(file: IO[str]) -> str:
     try:
         owner = json.loads(file.read(2000))
         return f"run {owner['run_id']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another job"
