@@ -86,6 +86,7 @@ class Supervisor:
                 say(f"error: mpiexec was killed (signal {-code}); continue with --resume auto", error=True)
             elif dead:
                 say(f"error: {' or '.join(dead)} was killed", error=True)
+                code = EXIT_FAILURE  # mpiexec's is the number of the signal, such as 2, which means something else here
             if self.seen:  # an MPI that survives deaths calls it success if all have died
                 code = code or EXIT_FAILURE
         if self.interrupted:
