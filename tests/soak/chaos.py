@@ -111,12 +111,15 @@ def strike(job: Job, chance: random.Random, round_seconds: float) -> str | None:
 
 
 def unused(files: set[Path]) -> set[Path]:
-    """Return the files that exist, and that no living process has mapped, such as another job's."""
+    """Return the files that exist, and that no living process has mapped, such as another job's.
+
+    Names of MPICH's memory are left out: those of ranks that were killed while MPI started go at a later start.
+    """
     mapped = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             mapped |= {Path(line.split()[-1]) for line in maps.read_text().splitlines() if str(SHARED_MEMORY) in line}
-    return {file for file in files - mapped if file.exists()}
+    return {file for file in files - mapped if file.exists() and not file.name.startswith("mpich_shm_")}
 
 
 def broken_run(out: Path, chance: random.Random, faults: int) -> Counter[str]:
