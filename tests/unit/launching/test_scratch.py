@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from ubsmoe_ds.launching.run_folder import open_run_folder
 from ubsmoe_ds.launching import scratch
+from ubsmoe_ds.launching.run_folder import open_run_folder
 from ubsmoe_ds.launching.scratch import LOCK, OLD_SECONDS, PREFIX, scratch_folder, sweep
 
 
