@@ -50,7 +50,8 @@ FAULTS = {
     "mpiexec": (0.07, signal.SIGKILL),
     "mpiexec's proxy": (0.06, signal.SIGKILL),
 }
-CODES = (-signal.SIGKILL, 0, 1, 75, 137, 143)  # of launch/train.py: killed, and those of docs/fault-tolerance.md
+# of launch/train.py: killed, or asked to stop before it listens; and those of docs/fault-tolerance.md
+CODES = (-signal.SIGKILL, -signal.SIGTERM, 0, 1, 75, 137, 143)
 PROGRAMS = {"mpiexec": "mpiexec", "mpiexec's proxy": "hydra_pmi_proxy"}
 SHARED_MEMORY = Path("/dev/shm")
 
