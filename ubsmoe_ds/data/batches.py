@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.data.lengths import Lengths, fit
+from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, fit, fit_row
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 from ubsmoe_ds.data.words import occurrences
@@ -38,14 +38,16 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token."""
+    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token unless its end is cut."""
 
     prompt: list[int]
     answer: list[int]
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], Lengths]:
-    """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit`.
+def encode(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT
+) -> tuple[list[Example], Lengths]:
+    """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit_row`.
 
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
@@ -55,10 +57,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
-        start = fit(begin, prompt, len(answer), max_length)
-        if start is not None:
-            cut += len(start) < len(begin) + len(prompt)
-            examples.append(Example(start, answer))
+        parts = fit_row(begin, prompt, answer, max_length, overlong)
+        if parts is not None:
+            cut += len(parts[0]) + len(parts[1]) < len(begin) + len(prompt) + len(answer)
+            examples.append(Example(*parts))
     return examples, Lengths(len(examples), cut, len(rows) - len(examples))
 
 
@@ -167,14 +169,16 @@ class PackedRow(NamedTuple):
         return [self.common, *map(len, self.options)]
 
 
-def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow | None]:
+def pack(rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT) -> list[PackedRow | None]:
     """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
     begin = beginning(tokenizer)
-    return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
+    return [
+        _pack(row, begin, prompt, tokenizer, (max_length, overlong)) for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
-def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow | None:
+def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, limit: tuple[int, str]) -> PackedRow | None:
     label = row["label"]
     place = occurrences(row["labels"][label], row["answer"])[-1]
     head, tail = row["answer"][:place], row["answer"][place + len(row["labels"][label]) :]
@@ -182,7 +186,7 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
     encoded = text_tokens(options, tokenizer, [row] * len(options), "labels")
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
-    start = fit(begin, prompt, max(map(len, encoded)), max_length)
+    start = fit(begin, prompt, max(map(len, encoded)), *limit)
     if start is None:
         return None
     cut = len(start) < len(begin) + len(prompt)

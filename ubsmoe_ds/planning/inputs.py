@@ -21,7 +21,7 @@ class RowLengths(NamedTuple):
 
     length: of the longest step; answers: positions asked for per row, at most; mean_*: of an average row.
     eval_*: of packed evaluation rows, the same for all clients; eval_rows: their number.
-    text_bytes: of all rows that a rank of the client reads.
+    text_bytes: of all rows that a rank of the client reads; rows: the client trains on.
     """
 
     length: int
@@ -33,6 +33,7 @@ class RowLengths(NamedTuple):
     eval_mean_length: float
     eval_rows: int
     text_bytes: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class PlanInput:
         clients[number] = clients[number].model_copy(update=changes)
         return replace(self, exp=self.exp.model_copy(update={"clients": clients}))
 
-    def accumulating(self, steps: int) -> "PlanInput":
-        """Return a copy with another number of gradient accumulation steps."""
+    def accumulating(self, steps: int, number: int = 0) -> "PlanInput":
+        """Return a copy with another number of gradient accumulation steps, where a client has its number from."""
+        if self.exp.clients[number].gradient_accumulation_steps is not None:
+            return self.changed(number, gradient_accumulation_steps=steps)
         deepspeed = self.exp.deepspeed.model_copy(update={"gradient_accumulation_steps": steps})
         return replace(self, exp=self.exp.model_copy(update={"deepspeed": deepspeed}))
 
@@ -67,7 +70,8 @@ class PlanInput:
 def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     """Return the setup of a client's ranks."""
     exp, lengths = inputs.exp, inputs.row_lengths[number]
-    client, settings = exp.clients[number], exp.deepspeed
+    client = exp.clients[number]
+    settings = exp.settings(client)
     micro = settings.gradient_accumulation_steps
     rows = max(1, settings.train_batch_size // (client.ranks * micro))
     # all ranks with the same view share its evaluation rows

@@ -31,7 +31,9 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     for number, rows in enumerate(client_rows):
         examples, _ = encoder.encode(rows, exp.clients[number].name)
         training = _training_lengths(encoder, number, examples)
-        lengths.append(RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows)))
+        lengths.append(
+            RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows), rows=len(examples))
+        )
     return lengths
 
 
@@ -40,10 +42,10 @@ def _bytes(rows: Sequence[Row]) -> int:
 
 
 def _training_lengths(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:
-    exp = encoder.exp
-    count = min(MOST_STEPS, exp.train.rounds * exp.train.local_steps)
+    exp, config = encoder.exp, encoder.exp.clients[number]
+    count = min(MOST_STEPS, exp.train.rounds * exp.local_steps(config, len(examples)))
     lengths, answers = [], []
-    for rank in range(exp.clients[number].ranks):
+    for rank in range(config.ranks):
         for batch in islice(encoder.steps(examples, number, rank), count):
             lengths += [tokens.input_ids.shape[1] for tokens in batch.micro]
             answers += [len(tokens.target_A) / len(tokens.input_ids) for tokens in batch.micro]
