@@ -206,7 +206,7 @@ class Client:
         The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together.
         DeepSpeed averages over both; the factor undoes that. So the gradient does not depend on the client's layout.
         """
-        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A)
+        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A, None, tokens.position_BS)
         nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
         loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
@@ -231,7 +231,8 @@ class Client:
         self.moments.start(every=1)  # every step: the tokens are few, and this runs only once
         for _ in range(count):
             for tokens in next(batches).micro:
-                self.model(*tokens.to(self.device)[:3])
+                held = tokens.to(self.device)
+                self.model(held.input_ids, held.used, held.position_A, None, held.position_BS)
 
     def reset_counts(self) -> None:
         """Restart the counts of routed tokens, the squares of the experts' gradients and the moments."""

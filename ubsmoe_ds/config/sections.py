@@ -230,3 +230,6 @@ class DataConfig(Section):
     overlong: Literal["cut_prompt", "cut_end", "drop"] = Field(
         "cut_prompt", description="a longer row loses the beginning of its prompt, its end, or is dropped"
     )
+    packing: bool = Field(
+        False, description="train on several rows in one sequence of at most `max_length` tokens, each on its own"
+    )

@@ -74,6 +74,7 @@ class Encoder:
             pad=self.tokenizer.pad_token_id,
             seed=(self.exp.seed, client),
             first=first,
+            packed_length=self.exp.data.max_length if self.exp.data.packing else None,
         )
 
 

@@ -19,7 +19,9 @@ REDUCE_BUCKET = 5e8  # elements of ZeRO's gradient buffer, DeepSpeed's default
 class RowLengths(NamedTuple):
     """Lengths of a client's rows in tokens, padding included.
 
-    length: of the longest step; answers: positions asked for per row, at most; mean_*: of an average row.
+    length: of a sequence of the largest micro-batch; answers: positions asked for per sequence, at most; mean_*: of an
+    average row. sequences: of the largest micro-batch, over its rows; mean_context: tokens of an average sequence.
+    Without packing each row is a sequence.
     eval_*: of packed evaluation rows, the same for all clients; eval_rows: their number.
     text_bytes: of all rows that a rank of the client reads; rows: the client trains on.
     """
@@ -34,6 +36,8 @@ class RowLengths(NamedTuple):
     eval_rows: int
     text_bytes: int = 0
     rows: int = 1
+    sequences: float = 1.0
+    mean_context: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     # all ranks with the same view share its evaluation rows
     workers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
     eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / workers))
-    training = Batch(rows, lengths.length, math.ceil(rows * lengths.answers))
+    sequences = max(1, round(rows * lengths.sequences))
+    training = Batch(sequences, lengths.length, math.ceil(sequences * lengths.answers))
     setup = RankSetup(
         shape=replace(inputs.shape, lora_rank=exp.lora_rank(client)),
         k=exp.active_experts(client),
@@ -93,6 +98,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         modulated=exp.dmr.enabled,
         **_pseudo_gradients(exp, training.tokens),
         training=training,
+        packed=exp.data.packing,
         micro_batches=micro,
         evaluation=Batch(eval_rows, lengths.eval_length, math.ceil(eval_rows * lengths.eval_answers)),
         clients=len(exp.clients),
