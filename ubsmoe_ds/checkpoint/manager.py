@@ -13,7 +13,7 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
 from ubsmoe_ds.checkpoint.progress import Progress, restored
-from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
+from ubsmoe_ds.checkpoint.search import Checkpoint, best_rounds, newest_sound
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.collectives import gather_json
@@ -45,8 +45,12 @@ class CheckpointManager:
     def is_due(self, progress: Progress) -> bool:
         """Return whether the latest complete round should be saved and has not been."""
         every, complete = self.exp.checkpoint.every, progress.round - 1
-        due = bool(every) and complete > 0 and (complete % every == 0 or complete == self.exp.train.rounds)
+        due = bool(every) and complete > 0 and (complete % every == 0 or progress.is_over(self.exp.train))
         return due and complete != self._saved_round
+
+    def best_rounds(self) -> set[int]:
+        """Return the best round of each checkpoint that the run may still be resumed from."""
+        return best_rounds(self.exp.run_dir)
 
     def note_saved(self, progress: Progress) -> None:
         """Note, once all ranks have agreed, that a checkpoint of this progress is on disk."""
@@ -166,7 +170,8 @@ class CheckpointManager:
             for config in self.exp.clients
         ]
         lora_rank = server.lora_ranks[self.world.client]
-        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0)
+        within = checkpoint.manifest.progress.merged or any(client.steps for client in saved_clients.values())
+        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0, within)
         self.note_saved(progress)
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)
