@@ -13,7 +13,7 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
 from ubsmoe_ds.checkpoint.progress import Progress, restored
-from ubsmoe_ds.checkpoint.search import Checkpoint, best_rounds, newest_sound
+from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.collectives import gather_json
@@ -47,10 +47,6 @@ class CheckpointManager:
         every, complete = self.exp.checkpoint.every, progress.round - 1
         due = bool(every) and complete > 0 and (complete % every == 0 or progress.is_over(self.exp.train))
         return due and complete != self._saved_round
-
-    def best_rounds(self) -> set[int]:
-        """Return the best round of each checkpoint that the run may still be resumed from."""
-        return best_rounds(self.exp.run_dir)
 
     def note_saved(self, progress: Progress) -> None:
         """Note, once all ranks have agreed, that a checkpoint of this progress is on disk."""

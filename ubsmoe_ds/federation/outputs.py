@@ -14,6 +14,7 @@ from torch import Tensor
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
 from ubsmoe_ds.base.files import UNFINISHED, writes
 from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.search import best_rounds
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
@@ -69,7 +70,13 @@ class Outputs:
         self.save_adapters(progress, FOLDER, progress.round - 1)
         peak_C = self._peak_memory()
         self.world.agree()
+        self.prune_best(progress)
         if monitor is not None:
+            best = best_folder(self.exp.run_dir, progress.best_round)
+            if self.exp.train.keeps_best and not best.is_dir():
+                monitor.say(
+                    f"note: {best} is not there: the best round was before this run's folder or train.save_best"
+                )
             rows = self._summary(progress, peak_C, batch.micro[0], records=monitor.records())
             evaluations = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
@@ -107,6 +114,11 @@ class Outputs:
             with writes(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this round
                 unfinished.replace(folder)
+
+    def prune_best(self, progress: Progress) -> None:
+        """Remove the adapters of rounds that are no longer the best, on the first rank."""
+        if self.exp.train.keeps_best and self.world.rank == 0:
+            remove_older_best(self.exp.run_dir, progress.best_round, best_rounds(self.exp.run_dir))
 
     def save_adapters(self, progress: Progress, name: str, number: int) -> None:
         """Write each client's adapter, and the merged one from the client of the largest LoRA rank, which holds it all.

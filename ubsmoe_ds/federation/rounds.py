@@ -46,7 +46,7 @@ from ubsmoe_ds.federation.metrics import (
     seconds_scalars,
     training_scalars,
 )
-from ubsmoe_ds.federation.outputs import Outputs, remove_older_best
+from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
@@ -217,8 +217,7 @@ class Federation:
         self.world.agree()
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)
-        if best and self.monitor is not None:
-            remove_older_best(self.exp.run_dir, number, self.checkpoints.best_rounds())
+            self._outputs.prune_best(self.progress)
         if number:
             complete_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
         self.stopwatch.reset()
