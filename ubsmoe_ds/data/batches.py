@@ -1,4 +1,4 @@
-"""Build token batches for training and evaluation. Loss and scores are on answer tokens only.
+"""Build token batches for training and evaluation. Loss and scores are on the tokens that a row has for that.
 
 Rows are padded on the right to the longest row of the whole step, so that all ranks of a client, and all micro-batches
 of a step, have equal token counts. Shapes: B rows, S positions, A answer positions.
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.data.chat import ChatTemplate
 from ubsmoe_ds.data.lengths import Lengths, fit
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.row_tokens import RowTokens, row_tokens
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 from ubsmoe_ds.data.words import occurrences
 
@@ -38,47 +40,86 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token."""
+    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token or as a template has it.
+
+    learned: which tokens of the answer bear loss, as other turns may stand between those of the assistant; None: all.
+    """
 
     prompt: list[int]
     answer: list[int]
+    learned: list[bool] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of tokens to run: the last one is only predicted."""
+        return len(self.prompt) + len(self.answer) - 1
+
+    @property
+    def places(self) -> list[int]:
+        """Return the places in the answer of the tokens that bear loss."""
+        if self.learned is None:
+            return list(range(len(self.answer)))
+        return [place for place, bears in enumerate(self.learned) if bears]
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], Lengths]:
+def encode(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, chat: ChatTemplate | None = None, train_on: str = "answers"
+) -> tuple[list[Example], Lengths]:
     """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit`.
+
+    Args:
+        rows: of one form.
+        tokenizer: the model's.
+        max_length: most tokens of a row.
+        chat: how conversations are written; None: the rows are none.
+        train_on: as `data.train_on`.
 
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
-    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
-    replies = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")
-    begin, examples, cut = beginning(tokenizer), [], 0
-    for prompt, reply in zip(prompts, replies, strict=True):
-        answer = [*reply, tokenizer.eos_token_id]
-        start = fit(begin, prompt, len(answer), max_length)
-        if start is not None:
-            cut += len(start) < len(begin) + len(prompt)
-            examples.append(Example(start, answer))
-    return examples, Lengths(len(examples), cut, len(rows) - len(examples))
+    found = [fitted(tokens, max_length) for tokens in row_tokens(rows, tokenizer, chat)]
+    examples = [example for example, _ in found if example is not None]
+    if train_on == "all":  # but the first token, which nothing predicts
+        examples = [Example(e.prompt[:1], e.prompt[1:] + e.answer) for e in examples]
+    return examples, Lengths(len(examples), sum(cut for _, cut in found), len(rows) - len(examples))
+
+
+def fitted(tokens: RowTokens, max_length: int) -> tuple[Example | None, bool]:
+    """Return (the row cut to a length, or None if it is dropped; whether its prompt lost its beginning)."""
+    begin, prompt, answer, learned = tokens
+    start = fit(begin, prompt, len(answer), max_length)
+    if start is None:
+        return None, False
+    return Example(start, answer, learned), len(start) < len(begin) + len(prompt)
 
 
 def collate(examples: Sequence[Example], pad: int, length: int | None = None) -> Tokens:
     """Return a batch padded to `length` (default: the longest row).
 
-    Targets are the answer tokens, at the positions that predict them.
+    Targets are the tokens that bear loss, at the positions that predict them.
     """
-    length = length or max(len(e.prompt) + len(e.answer) - 1 for e in examples)
+    length = length or max(map(len, examples))
     ids = torch.full((len(examples), length), pad, dtype=torch.int64)
     used = torch.zeros(len(examples), length, dtype=torch.bool)
     positions: list[int] = []
+    targets: list[int] = []
     for b, example in enumerate(examples):
         sequence = example.prompt + example.answer[:-1]
         ids[b, : len(sequence)] = torch.tensor(sequence)
         used[b, : len(sequence)] = True
         first = b * length + len(example.prompt) - 1
-        positions.extend(range(first, first + len(example.answer)))
-    targets = [token for example in examples for token in example.answer]
+        positions.extend(first + place for place in example.places)
+        targets.extend(example.answer[place] for place in example.places)
     return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets))
+
+
+def last_reply(example: Example) -> tuple[list[int], list[int]]:
+    """Return (all tokens before an example's last answer, that answer), as a model is asked for it."""
+    first = max((place for place in range(len(example.answer)) if not _bears(example, place)), default=-1) + 1
+    return example.prompt + example.answer[:first], example.answer[first:]
+
+
+def _bears(example: Example, place: int) -> bool:
+    return example.learned is None or example.learned[place]
 
 
 class StepBatch(NamedTuple):
@@ -127,10 +168,10 @@ def steps(
                 epoch = row // len(examples)
                 current = _order(len(examples), seed, epoch)
             chosen.append(examples[current[row % len(examples)]])
-        length = max(len(e.prompt) + len(e.answer) - 1 for e in chosen)
+        length = max(map(len, chosen))
         parts = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
         micro = [collate(part, pad, length) for part in parts]
-        yield StepBatch(micro, sum(len(e.answer) for e in chosen), sum(int(t.used.sum()) for t in micro))
+        yield StepBatch(micro, sum(len(e.places) for e in chosen), sum(int(t.used.sum()) for t in micro))
         step += 1
 
 
@@ -144,7 +185,9 @@ class PackedRow(NamedTuple):
     """A row's prompt and all its options in one sequence, so that the prompt is computed once.
 
     start: the prompt and the `common` tokens that all options begin with; options: the rest of each. The right option
-    (`label`) includes the end-of-text token, so that the same pass gives the answer loss.
+    (`label`) includes the end-of-text token, so that the same pass gives the answer loss. A row without choices has one
+    option, its answer.
+    characters: of each whole option; learned: as in `Example`, of an answer.
     """
 
     start: list[int]
@@ -152,6 +195,8 @@ class PackedRow(NamedTuple):
     options: list[list[int]]
     label: int
     cut: bool  # the prompt lost its beginning
+    characters: tuple[int, ...] = ()
+    learned: list[bool] | None = None
 
     def __len__(self) -> int:
         """Return the number of tokens to run: the last token of an option is only predicted."""
@@ -167,8 +212,20 @@ class PackedRow(NamedTuple):
         return [self.common, *map(len, self.options)]
 
 
-def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow | None]:
-    """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
+def pack(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, chat: ChatTemplate | None = None
+) -> list[PackedRow | None]:
+    """Tokenise rows to be scored, questions with their answer written with each label; None: dropped (`lengths.fit`).
+
+    Args:
+        rows: of one form.
+        tokenizer: the model's.
+        max_length: most tokens of a prompt with any of its options.
+        chat: how conversations are written; None: the rows are none.
+    """
+    if rows and "choices" not in rows[0]:
+        answered = (fitted(tokens, max_length) for tokens in row_tokens(rows, tokenizer, chat))
+        return [None if e is None else PackedRow(e.prompt, 0, [e.answer], 0, cut, (), e.learned) for e, cut in answered]
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
     begin = beginning(tokenizer)
     return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
@@ -186,7 +243,8 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
     if start is None:
         return None
     cut = len(start) < len(begin) + len(prompt)
-    return PackedRow(start + encoded[label][:common], common, [option[common:] for option in encoded], label, cut)
+    rest = [option[common:] for option in encoded]
+    return PackedRow(start + encoded[label][:common], common, rest, label, cut, tuple(map(len, options)))
 
 
 def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:

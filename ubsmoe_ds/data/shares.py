@@ -78,5 +78,5 @@ def rows_by_client(exp: Experiment) -> tuple[list[list[Row]], list[Row]]:
 
 def check_rows(exp: Experiment) -> None:
     """Raise if common rows on this machine are bad or leave a client without any. Rows of sites and of the hub pass."""
-    if not has_sites(exp.clients) and not exp.data.source.startswith("hub:"):
+    if not has_sites(exp.clients) and not any(source.startswith("hub:") for source in exp.data.files):
         common_rows(exp)

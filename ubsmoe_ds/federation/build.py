@@ -23,6 +23,7 @@ from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.chat import PLAINLY
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
@@ -116,7 +117,8 @@ def build(
         progress=progress,
         local=local,
     )
-    _announce(federation, checkpoint, in_own_folder)
+    notes = [PLAINLY] if texts.encoder.writes_plainly(rows.training, rows.evaluation) else []
+    _announce(federation, checkpoint, in_own_folder, notes)
     return federation
 
 
@@ -159,7 +161,8 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    chat, length = encoder.chat(rows.evaluation), exp.data.max_length
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, length, exp.evaluation.batch_size, chat)
     check_window(encoder.model, evaluator.longest)
     table = np.zeros((len(exp.clients), len(lengths)))
     if world.group_rank == 0:
@@ -195,7 +198,7 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     return batches_from
 
 
-def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool) -> None:
+def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool, notes: Sequence[str]) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
     exp, world = federation.exp, federation.world
     world.barrier()  # nothing is written before every rank has what it needs
@@ -204,7 +207,7 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_fold
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
     shares = row_counts(federation.rows.kept, federation.aggregator.server.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
-    for line in (*lines, *federation.rows.lines(exp.data)):
+    for line in (*lines, *notes, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 
 
