@@ -19,7 +19,7 @@ from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 DATA = REPO / "tests" / "data"
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-# of the first row of each file: all tokens up to the last learned one, and the runs that are learned, <end> ending a text
+# of the first row of each file: all tokens up to the last learned one, and the runs that are learned
 LEARNED = {
     "messages": (
         "### System:\nYou help Nora in the woods.\n\n### User:\nWhat colour is a heron?\n\n### Assistant:\n"
