@@ -52,6 +52,15 @@ def content(row: Row) -> tuple[str, ...]:
     return nfc(row["prompt"]), nfc(row["completion"])
 
 
+def whole_text(row: Row) -> str:
+    """Return a row as one text, without a template."""
+    if "instruction" in row:
+        return f"{row['instruction']}\n{row['answer']}"
+    if "messages" in row:
+        return "\n\n".join(message["content"] for message in row["messages"])
+    return row["prompt"] + row["completion"]
+
+
 def checked_row(row: Any, place: str) -> Row:
     """Return the row if it has the schema.
 

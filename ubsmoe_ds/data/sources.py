@@ -5,17 +5,18 @@ started.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.formats import AUTO, CLOZE
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.files import raw_rows
-from ubsmoe_ds.data.formats import format_of, read_row, renamed
-from ubsmoe_ds.data.schema import Row, as_cloze, content, question_of
+from ubsmoe_ds.data.row_table import DIGEST, RowTable, read_table, table_of
+from ubsmoe_ds.data.schema import Row, as_cloze
+from ubsmoe_ds.data.stored import Alone, Sharing, texts_of
 
 SYNTHETIC_ROWS = 4000
 REMEDY_EVALUATION = "raise data.eval_fraction or set data.eval_source"
@@ -36,12 +37,26 @@ class Unused(NamedTuple):
 class Rows(NamedTuple):
     """Training and evaluation rows, in an order that depends on the seed only, and how many others there are."""
 
-    training: list[Row]
-    evaluation: list[Row]
+    training: Sequence[Row]
+    evaluation: Sequence[Row]
+    unused: Unused
+
+
+class Chosen(NamedTuple):
+    """The same, with what training rows are dealt by."""
+
+    training: RowTable
+    evaluation: Sequence[Row]
     unused: Unused
 
 
 def load_rows(config: DataConfig, seed: int) -> Rows:
+    """Read training and evaluation rows as `choose` does, in a process of its own."""
+    chosen = choose(config, seed)
+    return Rows(chosen.training.rows, *chosen[1:])
+
+
+def choose(config: DataConfig, seed: int, sharing: Sharing | None = None) -> Chosen:
     """Read training and evaluation rows; no row is in both.
 
     Rows are the same if their prompts and their answers are. Where evaluation rows are held out, it is by question.
@@ -49,50 +64,49 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     Args:
         config: the data section.
         seed: of the synthetic tasks and of the choice of rows.
+        sharing: with whom many rows are shared; None: with nobody.
 
     Raises:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
-    is_synthetic = config.source == "synthetic"
+    sharing, is_synthetic = sharing or Alone(), config.source == "synthetic"
     if is_synthetic:
-        if config.format not in (AUTO, CLOZE, "instruction"):
-            raise UserError(f"data.format: {config.format!r} is not that of the synthetic rows; use auto or cloze")
-        rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
-        rows = [as_cloze(row) for row in rows] if config.format == CLOZE else rows
+        rows = table_of(_synthetic(config, seed), "instruction", seed)
     else:
-        rows = read_rows(config.source, config, split="train")
+        rows = read_table(config.source, config, "train", seed, sharing)
     if config.eval_source is None:
-        held_out = [row for row in rows if _position(question_of(row), 0) < config.eval_fraction]
-        train = [row for row in rows if _position(question_of(row), 0) >= config.eval_fraction]
+        is_held_out_N = rows.columns.hold_out_N < config.eval_fraction
+        train, held_out = (rows.select(np.flatnonzero(part)) for part in (~is_held_out_N, is_held_out_N))
     else:
-        train, held_out = rows, read_rows(config.eval_source, config, split="test")
-    train, held_out = (
-        sorted(part, key=lambda row: _position(question_of(row), seed + 1)) for part in (train, held_out)
-    )
-    # a held-out row has another question than all training rows, which its prompt asks
-    asked = set() if config.eval_source is None else {content(row) for row in held_out}
-    new = [row for row in train if content(row) not in asked]
-    chosen = Rows(new[: config.rows], held_out[: config.eval_rows], Unused(0, 0, 0))
-    if not chosen.training:
-        raise _nothing_left(config, "training", f"{len(train) - len(new)} are evaluation rows", "give more rows")
-    if not chosen.evaluation:
-        raise _nothing_left(
-            config, "evaluation", f"they ask {len({question_of(row) for row in rows})} questions", REMEDY_EVALUATION
-        )
+        train, held_out = rows, read_table(config.eval_source, config, "test", seed, sharing)
+    train, held_out = train.ordered(), held_out.ordered()
+    new_N = np.arange(len(train))  # a held-out row has another question than all training rows, which its prompt asks
+    if config.eval_source is not None:
+        new_N = np.flatnonzero(~np.isin(train.columns.same_N, held_out.columns.same_N))
+    training = train.select(new_N[: config.rows])
+    evaluation = list(held_out.rows_at(np.arange(len(held_out))[: config.eval_rows]))
+    evaluated = len(train) - len(new_N)
+    if not len(training):
+        raise _nothing_left(config, "training", f"{evaluated} are evaluation rows", "give more rows")
+    if not evaluation:
+        asked = f"they ask {len(np.unique(rows.columns.hold_out_N))} questions"
+        raise _nothing_left(config, "evaluation", asked, REMEDY_EVALUATION)
     if is_synthetic:
-        return chosen
-    beyond = len(new) - len(chosen.training), len(held_out) - len(chosen.evaluation)
-    return chosen._replace(unused=Unused(len(train) - len(new), *beyond))
+        return Chosen(training, evaluation, Unused(0, 0, 0))
+    return Chosen(training, evaluation, Unused(evaluated, len(new_N) - len(training), len(held_out) - len(evaluation)))
+
+
+def _synthetic(config: DataConfig, seed: int) -> list[Row]:
+    """Make rows of the built-in tasks."""
+    if config.format not in (AUTO, CLOZE, "instruction"):
+        raise UserError(f"data.format: {config.format!r} is not that of the synthetic rows; use auto or cloze")
+    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
+    return [as_cloze(row) for row in rows] if config.format == CLOZE else rows
 
 
 def _nothing_left(config: DataConfig, kind: str, why: str, remedy: str) -> UserError:
     """Return the error where a source leaves no rows of a kind."""
     return UserError(f"data.source: {config.source!r} leaves no {kind} rows ({why}); {remedy}")
-
-
-def load_site(config: DataConfig, source: str, seed: int) -> Rows:
-    """Read rows as `load_rows` does, with the training rows of one client's own source."""
-    return load_rows(config.model_copy(update={"source": source}), seed)
 
 
 def digest(rows: Sequence[Any], key: bytes = b"") -> str:
@@ -102,9 +116,15 @@ def digest(rows: Sequence[Any], key: bytes = b"") -> str:
         rows: JSON values.
         key: at most 64 bytes; whoever does not know it cannot tell which rows a digest is of.
     """
-    state = hashlib.blake2b(digest_size=16, key=key)
-    for row in rows:
-        state.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest_of([rows], key)
+
+
+def digest_of(parts: Iterable[Sequence[Any]], key: bytes = b"") -> str:
+    """Return the digest of several sequences of rows, one after another."""
+    state = hashlib.blake2b(digest_size=DIGEST, key=key)
+    for rows in parts:
+        for text in texts_of(rows):
+            state.update(text)
     return state.hexdigest()
 
 
@@ -123,8 +143,10 @@ def evaluation_rows(
         UserError: as `load_rows`.
     """
     config = only_source(source).model_copy(update={"format": form, "columns": dict(columns or {})})
-    rows = load_rows(config, seed).evaluation if source == "synthetic" else read_rows(source, config, split="test")
-    return sorted(rows, key=lambda row: _position(question_of(row), seed + 1))[:count]
+    if source == "synthetic":
+        return list(load_rows(config, seed).evaluation)[:count]
+    rows = read_table(source, config, "test", seed, Alone()).ordered().rows
+    return list(rows[: len(rows) if count is None else count])
 
 
 def only_source(source: str) -> DataConfig:
@@ -139,35 +161,3 @@ def only_source(source: str) -> DataConfig:
         raise UserError(
             f"--data: {source!r} is not synthetic, a path, jsonl:PATH or hub:OWNER/NAME[/SUBSET][@SPLIT]"
         ) from error
-
-
-def read_rows(sources: str | Sequence[str], config: DataConfig, split: str) -> list[Row]:
-    """Read the rows of one or several sources, all of one format, and check each.
-
-    Args:
-        sources: as `data.source`, without `synthetic`.
-        config: how they are read.
-        split: of a data set that has splits, where the source names none.
-
-    Raises:
-        UserError: naming the file, the row and the mistake in it.
-    """
-    rows = list(_checked(sources, config, split))
-    if not rows:
-        raise UserError(f"data: {sources if isinstance(sources, str) else ', '.join(sources)} holds no rows")
-    return rows
-
-
-def _checked(sources: str | Sequence[str], config: DataConfig, split: str) -> Iterator[Row]:
-    """Yield each row, checked; the first one decides the format."""
-    name = ""
-    for place, raw in raw_rows(sources, split):
-        if not name:
-            name = format_of(renamed(raw, place, config.columns), config.format, place)
-        yield read_row(raw, name, place, config.columns, cloze=config.format == CLOZE)
-
-
-def _position(question: str, seed: int) -> float:
-    """Return a number in [0, 1) that depends only on question and seed, to split and order rows by question."""
-    digest = hashlib.blake2b(f"{seed}\n{question}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

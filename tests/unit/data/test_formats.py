@@ -12,9 +12,10 @@ from ubsmoe_ds.config.formats import FORMATS
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data.chat import ChatTemplate, template_of
 from ubsmoe_ds.data.formats import format_of, read_row
+from ubsmoe_ds.data.row_table import read_table
 from ubsmoe_ds.data.row_tokens import row_tokens
 from ubsmoe_ds.data.schema import content, question_of
-from ubsmoe_ds.data.sources import read_rows
+from ubsmoe_ds.data.stored import Alone
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 DATA = REPO / "tests" / "data"
@@ -51,7 +52,7 @@ def tokenizer():
 
 
 def read(path, **data):
-    return read_rows(str(path), DataConfig(**data), split="train")
+    return read_table(str(path), DataConfig(**data), "train", 0, Alone()).rows
 
 
 def write(path, *rows):
