@@ -58,6 +58,15 @@ KILLED = ["client 'a', rank 0 of 1"]
         (2, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),  # by SIGINT: no mistake of the user
         (-9, None, [], 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
         (-9, None, KILLED, 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
+        (
+            9,
+            None,
+            [],
+            1,
+            "error: mpiexec ended with code 9, and no rank has said why; see above\n",
+        ),  # killed as it started
+        (143, None, [], 143, ""),  # a second signal to a rank
+        (2, None, [], 2, ""),  # a config that cannot be read on another host
         (0, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),  # Open MPI, after all have died
     ],
 )
