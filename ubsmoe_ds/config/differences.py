@@ -14,11 +14,14 @@ MAY_CHANGE_ON_RESUME = (
     *WITHOUT_EFFECT,
     "accelerator",
     "oversubscribe",
+    "data.packing",
     "evaluation",
     "host_timeout_s",
     "hang_timeout_s",
     "train.rounds",
     "train.save_every",
+    "train.save_best",
+    "train.patience",
     "train.round_deadline_s",
     "clients.*.ranks",
     "clients.*.expert_parallel",
@@ -29,6 +32,10 @@ MAY_CHANGE_ON_RESUME = (
     "deepspeed.memory_breakdown",
     "deepspeed.comms_logger",
 )
+
+
+# what a version of the program wrote for the same thing before
+FORMER = (("data.format", "instruction", "auto"),)  # the rows are compared by their digest
 
 
 class Difference(NamedTuple):
@@ -47,6 +54,9 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any], may_diffe
         may_differ: keys to leave out, with everything below them; `*` stands for any number of a list item.
     """
     old, new = flatten(recorded), flatten(asked)
+    for key, former, now in FORMER:
+        for config in (old, new):
+            config |= {key: now} if config.get(key) == former else {}
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return [Difference(key, old.get(key), new.get(key)) for key in keys if not _is_within(key, may_differ)]
 

@@ -1,16 +1,18 @@
 """Declare every key of an experiment once: type, default, bounds, and its meaning (`description`).
 
 One class is one section. Checks that need a single section are here; those that span sections are in experiment.py.
-`reference.py` makes docs/configuration.md of these declarations. Imports no torch.
+The sections of a run's course are in training.py. `reference.py` makes docs/configuration.md of these declarations.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.merge_rules import RULES, MergeRule
 from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.paths import check_source, expand
@@ -25,6 +27,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a 
 Folder = Annotated[str, AfterValidator(expand)]
 RowSource = Annotated[str, AfterValidator(partial(check_source, synthetic=False))]
 AnySource = Annotated[str, AfterValidator(partial(check_source, synthetic=True))]
+RowSources = RowSource | Annotated[list[RowSource], Field(min_length=1)]  # one, or several that are read as one
 
 
 class Section(BaseModel):
@@ -49,6 +52,12 @@ class ClientConfig(Section):
     )
     lora_rank: PositiveInt | None = Field(
         None, description="LoRA rank; null: from the budget where it scales ranks, else `lora.rank`"
+    )
+    local_steps: PositiveInt | None = Field(None, description="its steps in a round; null: as `train` says")
+    lr: Positive | None = Field(None, description="its learning rate; null: as `deepspeed` says")
+    train_batch_size: PositiveInt | None = Field(None, description="rows of its steps; null: as `deepspeed` says")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="micro-batches of its steps; null: as `deepspeed` says"
     )
     hosts: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="hosts that its ranks must be on; null: any"
@@ -80,7 +89,7 @@ class ModelConfig(Section):
         return value if value.startswith(("hub:", "builtin:")) else expand(value)
 
 
-class LoraConfig(Section):
+class _LoraKeys(Section):
     """LoRA on the experts' gate, up and down projections, and on attention if asked; HetLoRA's self-pruning."""
 
     rank: PositiveInt = Field(8, description="LoRA rank of the whole; a client's own is at most this")
@@ -91,6 +100,25 @@ class LoraConfig(Section):
     )
     prune_gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.99, description="HetLoRA's gamma: the tail is all ranks beyond floor(gamma r)"
+    )
+
+    @property
+    def start(self) -> str:
+        """Return the folder of the adapter to start from; empty: a new one."""
+        return getattr(self, "from") or ""
+
+
+if TYPE_CHECKING:
+
+    class LoraConfig(_LoraKeys):
+        """The section `lora`."""
+
+else:  # Python has no other way to name a field with one of its keywords
+    LoraConfig = create_model(
+        "LoraConfig",
+        __base__=_LoraKeys,
+        __doc__=_LoraKeys.__doc__,
+        **{"from": (Folder | None, Field(None, description="folder of the adapter to start from; null: a new one"))},
     )
 
 
@@ -202,11 +230,25 @@ class MergeConfig(Section):
 class DataConfig(Section):
     """Where rows come from, and how they are dealt to the clients."""
 
-    source: AnySource = Field("synthetic", description="training rows: `synthetic`, `jsonl:PATH` or `hub:NAME[@SPLIT]`")
-    eval_source: RowSource | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
-    format: Literal["instruction", "cloze"] = Field(
-        "instruction",
-        description="instruction: the row's prompt; cloze: the question, answered by a choice's text",
+    source: AnySource | Annotated[list[RowSource], Field(min_length=1)] = Field(
+        "synthetic",
+        description="training rows: `synthetic`, a PATH (file, folder, pattern, or a list of them), `jsonl:PATH`, or "
+        "`hub:OWNER/NAME[/SUBSET][@SPLIT]`",
+    )
+    eval_source: RowSources | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
+    format: str = Field(
+        AUTO,
+        description="how rows are read (docs/data.md); auto: by their fields; cloze: questions with choices asked "
+        "without them, answered by a choice's text",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="a format's name of a field: its name in your rows, such as `{prompt: question}`"
+    )
+    chat_template: Folder | None = Field(
+        None, description="file of a chat template (jinja); null: the tokenizer's, or a plain one"
+    )
+    train_on: Literal["answers", "all"] = Field(
+        "answers", description="tokens that bear loss: answers, completions and assistant turns, or all"
     )
     partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
     alpha: Positive = Field(
@@ -218,41 +260,24 @@ class DataConfig(Section):
         0.1, description="share of the questions held out where `eval_source` is null"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(
-        256, description="tokens of a row; longer prompts lose their beginning"
+        256, description="tokens of a row; longer rows are treated as `overlong` says"
+    )
+    overlong: Literal["cut_prompt", "cut_end", "drop"] = Field(
+        "cut_prompt", description="a longer row loses the beginning of its prompt, its end, or is dropped"
+    )
+    packing: bool = Field(
+        False, description="train on several rows in one sequence of at most `max_length` tokens, each on its own"
     )
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        names = (AUTO, CLOZE, *FORMATS)
+        if value not in names:
+            raise ValueError(f"{value!r} is not a format; {one_of(value, names)}")
+        return value
 
-class TrainConfig(Section):
-    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage are in the DeepSpeed JSON."""
-
-    rounds: PositiveInt = Field(5, description="rounds of the run")
-    local_steps: PositiveInt = Field(10, description="optimiser steps of a client in a round")
-    optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="keep a client's optimiser moments between rounds, or reset them"
-    )
-    save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
-    round_deadline_s: Positive | None = Field(
-        None, description="seconds of local steps after which a client stops and merges what it has; null: none"
-    )
-    max_bad_steps: Count = Field(
-        3, description="steps of a round skipped for NaN or Inf, beyond which a client sits the round out"
-    )
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are saved, from which a job resumes after it was stopped or died; see checkpoint/."""
-
-    every: Count = Field(1, description="rounds between checkpoints; 0: only when the job is asked to stop")
-    keep: PositiveInt = Field(2, description="number of newest checkpoints to keep")
-    grace_s: Positive | None = Field(
-        None, description="seconds from SIGTERM or SIGUSR1 to the end, saved or not; null: as long as saving takes"
-    )
-
-
-class EvalConfig(Section):
-    """Evaluation on all evaluation rows, once for each distinct client model."""
-
-    every: PositiveInt = Field(
-        1, description="rounds between evaluations; the first state and the last round always are"
-    )
-    batch_size: PositiveInt = Field(16, description="rows that a rank evaluates at a time")
+    @property
+    def files(self) -> list[str]:
+        """Return the training sources, one or several."""
+        return [self.source] if isinstance(self.source, str) else self.source

@@ -1,12 +1,14 @@
 """The rows of one rank's client, and what all ranks know about the rows of all clients."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.host_files import OfHost
 from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.shares import common_rows, has_sites, site_rows
 from ubsmoe_ds.data.site_key import key_of
-from ubsmoe_ds.data.sources import Unused, digest
+from ubsmoe_ds.data.sources import Unused, digest, digest_of
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
 
@@ -21,16 +23,23 @@ class ClientRows:
     nobody can test a guess of them against it (`site_key.py`).
     """
 
-    training: list[Row]
+    training: Sequence[Row]
     counts: list[int]
-    evaluation: list[Row]
+    evaluation: Sequence[Row]
     unused: list[Unused]
     digest: str
 
-    @property
-    def weights(self) -> list[float]:
-        """Return w_c: each client's share of all training rows."""
-        return [count / sum(self.counts) for count in self.counts]
+
+def merge_weights(kind: str, rows_C: Sequence[int], tokens_C: Sequence[int]) -> list[float]:
+    """Return w_c, each client's weight in the merge, summing to one.
+
+    Args:
+        kind: as `train.weights`.
+        rows_C: training rows of each client.
+        tokens_C: answer tokens of these rows.
+    """
+    counts = {"rows": rows_C, "tokens": tokens_C, "equal": [1] * len(rows_C)}[kind]
+    return [count / sum(counts) for count in counts]
 
 
 def client_rows(exp: Experiment, world: World) -> ClientRows:
@@ -40,15 +49,16 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
         UserError: for a bad row, a client without any, or a site that has no place for its key.
     """
     if not has_sites(exp.clients):
-        common = common_rows(exp)
+        common = common_rows(exp, OfHost(world.comm, world.hosts, says=world.rank == 0))
         counts = [len(share) for share in common.shares]
         return ClientRows(common.of_client(world.client), counts, common.evaluation, [common.unused], common.digest)
-    rows = site_rows(exp, world.client)
+    rows = site_rows(exp, world.client, OfHost(world.group_comm, world.group_hosts[world.client]))
+    training = rows.training.rows
     site = None  # the first rank of each client speaks for it
     if world.group_rank == 0:
         key = key_of(exp.clients[world.client].name)
-        site = [world.client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation], key)]
+        site = [world.client, len(training), rows.unused, digest_of([training, rows.evaluation], key)]
     sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
     counts, unused = [count for _, count, *_ in sites], [Unused(*numbers) for _, _, numbers, _ in sites]
     digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]
-    return ClientRows(rows.training, counts, rows.evaluation, unused, digest(digests))
+    return ClientRows(training, counts, rows.evaluation, unused, digest(digests))

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data import batches
-from ubsmoe_ds.data.batches import Example, PackedRow, StepBatch
+from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.chat import ChatTemplate, template_of
+from ubsmoe_ds.data.evaluation_rows import PackedRow, pack
 from ubsmoe_ds.data.lengths import Lengths, nothing_fits
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -26,13 +29,35 @@ class Encoder:
     model: PreTrainedConfig
     tokenizer: Any
 
+    @cached_property
+    def _template(self) -> tuple[str, bool]:
+        return template_of(self.exp.data.chat_template, self.tokenizer)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self._template[0])
+
+    def chat(self, rows: Sequence[Row]) -> ChatTemplate | None:
+        """Return how rows are written as conversations, if they are some.
+
+        Raises:
+            UserError: for a template or a tokenizer that cannot be used.
+        """
+        return self._chat if rows and "messages" in rows[0] else None
+
+    def writes_plainly(self, *parts: Sequence[Row]) -> bool:
+        """Return whether some rows are conversations, and the model has no template for them."""
+        return any(self.chat(rows) is not None for rows in parts) and self._template[1]
+
     def encode(self, rows: Sequence[Row], client: str) -> tuple[list[Example], Lengths]:
         """Return (examples to train on, numbers of rows of the client with this name).
 
         Raises:
             UserError: if none of its rows fits in `data.max_length`.
         """
-        examples, lengths = batches.encode(rows, self.tokenizer, self.exp.data.max_length)
+        data = self.exp.data
+        chat = self.chat(rows)
+        examples, lengths = batches.encode(rows, self.tokenizer, data.max_length, chat, data.train_on, data.overlong)
         if not examples:
             raise nothing_fits(
                 "data.max_length", self.exp.data.max_length, f"{len(rows)} training rows of client {client!r}"
@@ -45,7 +70,9 @@ class Encoder:
         Raises:
             UserError: if a row is longer than the model's sliding window, or none fits in `data.max_length`.
         """
-        packed = [row for row in batches.pack(rows, self.tokenizer, self.exp.data.max_length) if row is not None]
+        data = self.exp.data
+        found = pack(rows, self.tokenizer, data.max_length, self.chat(rows), data.overlong)
+        packed = [row for row in found if row is not None]
         if not packed:
             raise nothing_fits("data.max_length", self.exp.data.max_length, f"{len(rows)} evaluation rows")
         check_window(self.model, max(row.longest for row in packed))
@@ -60,15 +87,18 @@ class Encoder:
             rank: of the client's ranks.
             first: number of the first step wanted.
         """
+        config = self.exp.clients[client]
+        settings = self.exp.settings(config)
         return batches.steps(
             examples,
-            batch_size=self.exp.deepspeed.train_batch_size,
-            micro_batches=self.exp.deepspeed.gradient_accumulation_steps,
+            batch_size=settings.train_batch_size,
+            micro_batches=settings.gradient_accumulation_steps,
             rank=rank,
-            ranks=self.exp.clients[client].ranks,
+            ranks=config.ranks,
             pad=self.tokenizer.pad_token_id,
             seed=(self.exp.seed, client),
             first=first,
+            packed_length=self.exp.data.max_length if self.exp.data.packing else None,
         )
 
 

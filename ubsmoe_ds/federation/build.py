@@ -1,13 +1,13 @@
 """Build one rank's `Federation` from an experiment. Import this only once the rendezvous variables are set."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
+from ubsmoe_ds.adapters.start import start_from_adapter
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.files import writes
@@ -21,9 +21,11 @@ from ubsmoe_ds.checkpoint.search import Checkpoint, CheckpointFinder
 from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
+from ubsmoe_ds.client.generation import Prompts, check_positions
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
-from ubsmoe_ds.data.client_rows import ClientRows, client_rows
+from ubsmoe_ds.data.chat import PLAINLY
+from ubsmoe_ds.data.client_rows import ClientRows, client_rows, merge_weights
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
 from ubsmoe_ds.data.row_report import RowReport
@@ -82,17 +84,19 @@ def build(
     checkpoint, in_own_folder = _find_checkpoint(exp, world, rows.digest, resume)
     checkpoints = CheckpointManager(exp, world, rows.digest)
     texts = _encode(exp, world, rows)
-    rows = replace(rows, counts=[lengths.kept for lengths in texts.lengths])  # w_c is of the rows that are trained on
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
+    started_from = start_from_adapter(exp, client) if exp.lora.start and checkpoint is None else {}
     release_freed_memory()
+    prompts = _prompts(exp, client, texts)
     store = _unit_store(exp, client)
     batches_from = _batches(world, texts)
     if client.moments is not None and checkpoint is None:
         client.calibrate(batches_from(0), CALIBRATION_STEPS)
     exchange_for, owned = plan_exchanges(exp, world, store, _print if world.rank == 0 else None)
-    server = Server(exp, owned, rows.weights)
-    progress, local = Progress(), LocalProgress()
+    kept = [lengths.kept for lengths in texts.lengths]  # w_c is of what is trained on
+    server = Server(exp, owned, merge_weights(exp.train.weights, kept, texts.tokens))
+    progress, local = Progress(started_from=started_from), LocalProgress()
     if checkpoint is not None:
         progress, local = checkpoints.restore(checkpoint, client, store, server)
     stopwatch = Stopwatch()
@@ -106,6 +110,7 @@ def build(
         client=client,
         aggregator=aggregator,
         evaluator=texts.evaluator,
+        prompts=prompts,
         rows=_row_report(exp, texts, rows.unused),
         batches_from=batches_from,
         monitor=None,
@@ -116,7 +121,8 @@ def build(
         progress=progress,
         local=local,
     )
-    _announce(federation, checkpoint, in_own_folder)
+    notes = [PLAINLY] if texts.encoder.writes_plainly(rows.training, rows.evaluation) else []
+    _announce(federation, checkpoint, in_own_folder, notes)
     return federation
 
 
@@ -145,12 +151,14 @@ class _Texts(NamedTuple):
 
     examples: what it trains on.
     lengths: number of training rows of each client by what length did to them.
+    tokens: answer tokens of each client's training rows.
     evaluator: holds the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
 
     examples: Sequence[Example]
     lengths: list[Lengths]
+    tokens: list[int]
     evaluator: Evaluator
     encoder: Encoder
 
@@ -159,19 +167,34 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    data, chat = exp.data, encoder.chat(rows.evaluation)
+    size = exp.evaluation.batch_size
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, data.max_length, size, chat, data.overlong)
     check_window(encoder.model, evaluator.longest)
-    table = np.zeros((len(exp.clients), len(lengths)))
+    table = np.zeros((len(exp.clients), len(lengths) + 1))
     if world.group_rank == 0:
-        table[world.client] = lengths
-    of_clients = [Lengths(*map(int, counts)) for counts in world.sum(table)]
-    return _Texts(examples, of_clients, evaluator, encoder)
+        table[world.client] = [*lengths, sum(len(example.places) for example in examples)]
+    counts = world.sum(table).astype(int).tolist()
+    of_clients, tokens = [Lengths(*part[:-1]) for part in counts], [part[-1] for part in counts]
+    return _Texts(examples, of_clients, tokens, evaluator, encoder)
 
 
 def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowReport:
     """Name the numbers of rows by client."""
     training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
     return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped, unused)
+
+
+def _prompts(exp: Experiment, client: Client, texts: _Texts) -> Prompts | None:
+    """Return the evaluation prompts that the run answers as it goes; None if it is not asked to."""
+    count = exp.evaluation.generate
+    if not count:
+        return None
+    prompts = Prompts(texts.evaluator.packed[:count], texts.encoder.tokenizer)
+    setting = f"evaluation.generate: {prompts.max_new_tokens} tokens of an answer"
+    remedy = "lower data.max_length, or set evaluation.generate=0"
+    check_positions(client.model, prompts.tokens, prompts.max_new_tokens, setting, remedy)
+    return prompts
 
 
 def _unit_store(exp: Experiment, client: Client) -> UnitStore:
@@ -195,16 +218,16 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     return batches_from
 
 
-def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool) -> None:
+def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool, notes: Sequence[str]) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
     exp, world = federation.exp, federation.world
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
-    shares = row_counts(federation.rows.kept, federation.aggregator.server.weights)
+    shares = row_counts(federation.rows.kept, federation.aggregator.server.weights, exp.train.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
-    for line in (*lines, *federation.rows.lines(exp.data)):
+    for line in (*lines, *notes, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 
 
