@@ -6,7 +6,8 @@
 Rows have log-normal lengths of median 90 and sigma 0.6, cut at --max-length tokens: our assumption for instruction rows
 such as Alpaca's, most of which are short and a few long. The last half of a row is its answer. Both implementations
 take the same steps of the same client in turn; `ratio` is the time over that of packed steps, so it is how many times
-more useful tokens packing trains on in the same time. `useful` is the share of tokens that are no padding.
+more useful tokens packing trains on in the same time. `useful` is the share of tokens that are no padding. Times are
+CPU seconds, which a busy machine disturbs less; on an accelerator wall seconds between events.
 
     packed      `data.packing: true`: sequences of at most --max-length tokens, with a mask between rows
     padded      each row padded to the longest of its step, with a plain causal mask
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import add_output_option, in_turn, machine, ratio, say, start_alone
+from measuring import add_output_option, cpu_seconds_of, in_turn, machine, ratio, say, seconds_of, start_alone
 from train_step import experiment, scaled_checkpoint
 
 from ubsmoe_ds.base.malloc import keep_freed_memory
@@ -75,7 +76,8 @@ def measure(path: str, options: argparse.Namespace) -> None:
         client.moments.update(client.moments.sums())
     client.reset_counts()
     client.engine.train()
-    seconds = in_turn({name: all_steps(client, part) for name, part in of.items()}, options.repeats)
+    timer = seconds_of if torch.cuda.is_available() else cpu_seconds_of
+    seconds = in_turn({name: all_steps(client, part) for name, part in of.items()}, options.repeats, timer)
     for name, part in of.items():
         record = {"bench": "packing", "impl": name, "dtype": options.dtype, "rows": options.rows}
         tokens = sum(batch.used_tokens for batch in part)

@@ -1,6 +1,7 @@
 """Save the adapters of a run, the shared one and each client's, and load models with them."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def save_adapter(
         folder: the folder to write.
         state: see `UnitStore.full_state`.
         lora_rank: that of the state.
-        scaling: factor of B A; written as alpha = scaling * lora_rank.
+        scaling: factor of B A; written as alpha = scaling * lora_rank, or with rsLoRA as scaling * sqrt(lora_rank).
         k: active experts that the adapter is meant for.
         about: further facts: `run_id`, of the run that it is of, `round`, and what the run started from.
     """
@@ -75,9 +76,17 @@ def save_adapter(
     base, _, revision = path.removeprefix("hub:").partition("@")
     if not path.startswith("hub:"):
         base, revision = str(exp.model_dir.resolve()), ""
-    alpha = scaling * lora_rank
+    rslora = exp.lora.rslora
+    alpha = scaling * (math.sqrt(lora_rank) if rslora else lora_rank)
     peft_format.save(
-        folder, state, lora_rank=lora_rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None
+        folder,
+        state,
+        lora_rank=lora_rank,
+        alpha=alpha,
+        base_model=base,
+        facts=facts,
+        revision=revision or None,
+        rslora=rslora,
     )
 
 

@@ -81,8 +81,13 @@ def adapter_config(
     alpha: float,
     base_model: str,
     revision: str | None = None,
+    *,
+    rslora: bool = False,
 ) -> dict[str, Any]:
-    """Return PEFT's config for the tensors of `to_peft` and the weights of `expert_targets`."""
+    """Return PEFT's config for the tensors of `to_peft` and the weights of `expert_targets`.
+
+    Gate and up are one adapter of twice the LoRA rank, whose alpha gives it the same scaling.
+    """
     attention = [name for name in ATTENTION_PROJECTIONS if any(f".self_attn.{name}." in key for key in tensors)]
     joined = GATE_UP in targets
     router = any(key.endswith(".mlp.gate.weight") for key in tensors)
@@ -99,9 +104,9 @@ def adapter_config(
         "target_modules": attention,
         "target_parameters": list(targets) or None,
         "rank_pattern": {GATE_UP: 2 * rank} if joined else {},
-        "alpha_pattern": {GATE_UP: 2 * alpha} if joined else {},
+        "alpha_pattern": {GATE_UP: (math.sqrt(2) if rslora else 2) * alpha} if joined else {},
         "modules_to_save": ["mlp.gate"] if router else None,
-    }
+    } | ({"use_rslora": True} if rslora else {})
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def save(
     base_model: str,
     facts: Mapping[str, str],
     revision: str | None = None,
+    rslora: bool = False,
 ) -> None:
     """Write an adapter folder: PEFT's two files and the sidecar.
 
@@ -46,9 +47,10 @@ def save(
         base_model: folder or id of the base, for readers.
         facts: K, N_p and the like, for the sidecar's metadata.
         revision: revision of the base, if it is an id that has one.
+        rslora: whether B A is scaled by alpha / sqrt(lora_rank).
     """
     tensors = to_peft(state)
-    config = adapter_config(tensors, expert_targets(state), lora_rank, alpha, base_model, revision)
+    config = adapter_config(tensors, expert_targets(state), lora_rank, alpha, base_model, revision, rslora=rslora)
     beside = {name: value.contiguous() for name, value in state.items() if name.endswith(SIDECAR_ENDINGS)}
     replace_files(
         folder,

@@ -52,7 +52,8 @@ def start_from_adapter(exp: Experiment, client: Client) -> dict[str, str]:
             value = value[..., : place.shape[-2], :]
         elif name.endswith(".lora_B"):
             value = value[..., : place.shape[-1]]
-            factor = adapter.scaling / (exp.lora.alpha / exp.lora_rank(client.config))
+            rank = exp.lora_rank(client.config)
+            factor = adapter.scaling / (exp.lora_alpha(rank) / rank)
             value = value * factor if factor != 1 else value
         assert isinstance(place, torch.nn.Parameter)
         client.gradient_hook.masters.write(place, value.to(place.device))

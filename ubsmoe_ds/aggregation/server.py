@@ -65,7 +65,7 @@ class Server:
         self.weigh([1.0] * len(self.weights), [False] * len(self.weights))
         self.segments = _segments(units, self.row.elementwise)
         self.lora_ranks = list(exp.lora_ranks)
-        self._scaling = [exp.lora.alpha / rank for rank in self.lora_ranks]  # of the modules: pruning keeps it
+        self._scaling = [exp.lora_alpha(rank) / rank for rank in self.lora_ranks]  # of the modules: pruning keeps it
         self.optimizers = [ServerOptimizer(exp.merge) for _ in self.segments]
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
         self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge

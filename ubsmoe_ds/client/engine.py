@@ -73,7 +73,7 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
         gate=gate,
         lora_rank=exp.lora_rank(config),
         full_rank=exp.lora.rank,
-        lora_alpha=exp.lora.alpha,
+        lora_alpha=exp.lora_alpha(exp.lora_rank(config)),
         lora_attention=exp.lora.attention,
         router_trainable=exp.router.trainable,
         expert_parallel=config.expert_parallel,

@@ -109,6 +109,10 @@ class Experiment(Section):
             return client.lora_rank
         return _share(self.lora.rank, client.budget) if self.budget_scales == "lora_rank" else self.lora.rank
 
+    def lora_alpha(self, lora_rank: int) -> float:
+        """Return the alpha with which alpha / LoRA rank is the scaling at this LoRA rank, rsLoRA or not."""
+        return self.lora.alpha * math.sqrt(lora_rank) if self.lora.rslora else self.lora.alpha
+
     @property
     def lora_ranks(self) -> list[int]:
         """Return the first LoRA rank of each client."""

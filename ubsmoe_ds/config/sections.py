@@ -94,6 +94,7 @@ class _LoraKeys(Section):
 
     rank: PositiveInt = Field(8, description="LoRA rank of the whole; a client's own is at most this")
     alpha: Positive = Field(16.0, description="updates are scaled by alpha / LoRA rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(LoRA rank) instead (arXiv 2312.03732)")
     attention: bool = Field(False, description="also on the q, k, v and o projections of attention")
     prune_penalty: NotNegative = Field(
         0.0, description="HetLoRA's lambda, of the penalty sum ||B[:, tail]|| ||A[tail, :]||; 0: no self-pruning"

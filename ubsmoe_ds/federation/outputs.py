@@ -141,7 +141,8 @@ class Outputs:
         if self.world.group_rank == 0:
             about = {"run_id": progress.run_id, "round": str(number)}
             about |= {f"started_from_{key}": value for key, value in progress.started_from.items()}
-            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config), about)
+            rank = self.exp.lora_rank(config)  # the first one: pruning keeps the scaling
+            self._write_adapters(folder, state, scales, self.exp.lora_alpha(rank) / rank, about)
         self.world.barrier()
 
     def _write_adapters(

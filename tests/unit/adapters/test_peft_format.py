@@ -59,6 +59,26 @@ def test_peft_computes_our_logits(family, attention, tmp_path):
     assert (ours - base).abs().max() > 0.1  # the adapter does something
 
 
+def test_peft_computes_our_logits_with_rslora(tmp_path):
+    """alpha 5 over sqrt(2): the same numbers as alpha 5 sqrt(2) over 2, in PEFT and after a round trip."""
+    hf = saved_family("qwen3_moe", tmp_path / "base")
+    spec = {"lora_rank": RANK, "lora_alpha": 5 * RANK**0.5, "lora_attention": True}
+    model = load(tmp_path / "base", UBSMoESpec(GateConfig(k=3, candidates=8), **spec)).eval()
+    _, state = trained(tmp_path / "base")
+    for name, value in state.items():
+        model.named_state()[name].data.copy_(value)
+    save(tmp_path / "adapter", state, alpha=5.0, rslora=True)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["use_rslora"] is True
+    peft = PeftModel.from_pretrained(hf, tmp_path / "adapter").eval()
+    ids, used = ids_and_mask()
+    with torch.no_grad():
+        assert (model(ids, used) - peft(input_ids=ids).logits).abs().max() < 1e-4
+    back, rank, scaling = read(tmp_path / "adapter")
+    assert rank == RANK and scaling == pytest.approx(5 / RANK**0.5)
+    for name, value in state.items():
+        torch.testing.assert_close(back[name], value, rtol=1e-6, atol=0)
+
+
 def test_a_round_trip_is_equal_to_the_bit(tmp_path):
     saved_family("qwen3_moe", tmp_path / "base")
     _, state = trained(tmp_path / "base")

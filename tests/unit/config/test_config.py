@@ -59,6 +59,14 @@ def test_active_experts_rule(budget, k_max):
     assert 1 <= k <= k_max and (k <= k_max * budget + 1e-6 or k == 1) and k > k_max * budget - 1
 
 
+def test_rslora_scales_by_the_root_of_each_clients_rank():
+    """alpha 16: 16 / 4 and 16 / 2 at LoRA ranks 16 and 4; without it 1 and 4. Budgets scale LoRA ranks here."""
+    ranks = ["lora.rank=16", "method=hetlora", "lora.alpha=16"]
+    for rslora, expected in (("true", [4.0, 8.0]), ("false", [1.0, 4.0])):
+        exp = load(*ranks, f"lora.rslora={rslora}")
+        assert [exp.lora_alpha(rank) / rank for rank in (16, 4)] == pytest.approx(expected)
+
+
 def test_overrides_reach_every_depth():
     exp = load("train.rounds=3", "clients.1.budget=0.75", "deepspeed.zero_optimization.stage=2", "dmr.enabled=false")
     assert exp.train.rounds == 3 and exp.clients[1].budget == 0.75
