@@ -20,9 +20,9 @@ from ubsmoe_ds.data.fingerprint import machine, model_digest
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.metrics import training_speed
+from ubsmoe_ds.models.causal_lm import moe_of
 from ubsmoe_ds.models.cost import step_flops
 from ubsmoe_ds.models.hf_config import model_shape
-from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.mpi.world import World
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ class Outputs:
         """Return the scales that the gates learned for this client alone (a collective over its ranks under ZeRO)."""
         scales = {}
         for index, decoder in enumerate(self.client.model.decoders):
-            if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
-                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(decoder.mlp.gate.scale).cpu()
+            layer = moe_of(decoder)
+            if layer is not None and layer.gate.scale is not None:
+                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(layer.gate.scale).cpu()
         return scales
 
     def _peak_memory(self) -> np.ndarray:

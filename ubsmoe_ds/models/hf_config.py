@@ -10,6 +10,13 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.models.families import FAMILIES, read_facts
 
+SPARSE_KEYS = {  # keys that say which layers have experts, and their least values
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 0,
+}
+
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """Return the folder's config.
@@ -23,13 +30,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers checks a hundred keys and raises anything
         raise unusable(folder, error) from error
-    every, layers = getattr(config, "decoder_sparse_step", 1), config.num_hidden_layers
-    if type(every) is not int or every < 1:
-        raise UserError(f"model.path: {folder / 'config.json'}: decoder_sparse_step is {every!r}, must be at least 1")
-    if isinstance(layers, int) and not any(is_sparse(config, n) for n in range(every - 1, layers, every)):
+    layers = config.num_hidden_layers
+    for key, least in SPARSE_KEYS.items():
+        value = getattr(config, key, least)
+        if type(value) is not int or value < least:
+            raise UserError(f"model.path: {folder / 'config.json'}: {key} is {value!r}, must be at least {least}")
+    if isinstance(layers, int) and not any(is_sparse(config, n) for n in range(layers)):
+        given = " and ".join(key for key in (*SPARSE_KEYS, "mlp_only_layers") if hasattr(config, key))
         raise UserError(
-            f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its "
-            "decoder_sparse_step and mlp_only_layers"
+            f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its {given}"
         )
     noise = getattr(config, "router_jitter_noise", None)
     if noise:
@@ -41,9 +50,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def is_sparse(config: PreTrainedConfig, layer: int) -> bool:
-    """Return whether a layer has experts; in Qwen's families some layers may have none."""
-    every = getattr(config, "decoder_sparse_step", 1)
-    return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % every == 0
+    """Return whether a layer has experts; in some families the first, or some between, have none."""
+    first, every, interval, start = (getattr(config, key, least) for key, least in SPARSE_KEYS.items())
+    last = getattr(config, "moe_layer_end_index", layer)
+    if layer in (getattr(config, "mlp_only_layers", None) or ()) or not max(first, start) <= layer <= last:
+        return False
+    return (layer + 1) % every == 0 and (layer + 1) % interval == 0
 
 
 def check_length(config: PreTrainedConfig, length: int, key: str) -> None:

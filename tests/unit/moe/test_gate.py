@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
+from ubsmoe_ds.moe.router import Router
 
 
 def make_gate(k=2, experts=4, hidden=4, candidates=None, normalize=False, min_capacity=1, **options):
     config = GateConfig(k=k, candidates=candidates or experts, min_capacity=min_capacity, **options)
-    gate = UBSMoEGate(hidden, experts, config, normalize=normalize)
+    gate = UBSMoEGate(hidden, experts, config, Router(normalize=normalize))
     if hidden == experts:
         gate.wg.weight.data.copy_(torch.eye(experts))  # the input's entries are the logits
     return gate.train()
