@@ -115,6 +115,14 @@ class Family:
     router: RouterLine = field(default_factory=RouterLine)
     experts: ExpertsLine = field(default_factory=ExpertsLine)
 
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys that a config of the family has."""
+        line = self.router
+        named = (self.num_experts, self.width, self.active, line.scaling, line.least_sum, *line.groups)
+        clamped = ("swiglu_alpha", "swiglu_limit") if self.experts.activation == "clamped_swish" else ()
+        return [key for key in (*named, *clamped, "norm_topk_prob" * (line.normalizes is None)) if key]
+
     def usual_name(self, name: str) -> str:
         """Return a stored tensor's name as the family's files usually have it, of renamed ones transformers' name.
 

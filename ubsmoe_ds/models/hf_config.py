@@ -40,6 +40,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"model.path: {folder / 'config.json'}: none of its {layers} layers has experts; see its {given}"
         )
+    family = FAMILIES[config.model_type]
+    missing = [key for key in family.keys if not hasattr(config, key)]
+    if missing:
+        raise UserError(
+            f"model.path: {folder / 'config.json'}: transformers knows no {missing[0]} of {config.model_type!r}, which "
+            "models/families.py names; this program cannot train such models"
+        )
     noise = getattr(config, "router_jitter_noise", None)
     if noise:
         raise UserError(
