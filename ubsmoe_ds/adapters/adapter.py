@@ -65,8 +65,16 @@ def save_adapter(
     if not path.startswith("hub:"):
         base, revision = str(exp.model_dir.resolve()), ""
     alpha = scaling * lora_rank
+    family, _ = read_facts(exp.model_dir)
     peft_format.save(
-        folder, state, lora_rank=lora_rank, alpha=alpha, base_model=base, facts=facts, revision=revision or None
+        folder,
+        state,
+        lora_rank=lora_rank,
+        alpha=alpha,
+        base_model=base,
+        facts=facts,
+        family=family,
+        revision=revision or None,
     )
 
 
@@ -178,7 +186,7 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
     state = adapter.state
     spec = _spec(adapter)
     model = load(adapter.base, spec, dtype)
-    places = model.named_state()
+    places = model.named_state() | model.router_biases()
     for name, value in state.items():
         if adapter.lora_rank == 0 and name.endswith((".lora_A", ".lora_B")):
             continue  # FLoRA merged them

@@ -90,6 +90,8 @@ class Outputs:
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
         save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, run_id=run_id)
+        if self.exp.router.trainable:  # PEFT saves a router's module whole
+            state = state | {name: value.cpu() for name, value in self.client.model.router_biases().items()}
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)

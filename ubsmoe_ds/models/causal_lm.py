@@ -192,6 +192,14 @@ class UBSMoEForCausalLM(nn.Module):
             state |= {f"{adapter.name}.{ending}": value for ending, value in values.items()}
         return state
 
+    def router_biases(self) -> dict[str, Tensor]:
+        """Return the routers' frozen biases, "layers.0.router.bias" and ".correction", where the family has them."""
+        biases: dict[str, Tensor] = {}
+        for index, layer in enumerate(map(moe_of, self.decoders)):
+            values = {} if layer is None else {"bias": layer.gate.bias_E, "correction": layer.gate.correction_E}
+            biases |= {f"layers.{index}.router.{name}": value for name, value in values.items() if value is not None}
+        return biases
+
     def set_active_experts(self, k: int) -> None:
         """Set K in every layer."""
         for layer in self.layers:

@@ -28,6 +28,7 @@ class RouterLine:
     """A family's router: names of its tensors in transformers' block, and its rule, see moe/router.py.
 
     weight, bias, correction: of the logits, and of the choice alone; "" where there is none
+    correction_ndim: dimensions of the last, of which but one is more than 1
     score: "softmax" or "sigmoid"
     normalizes: whether the K weights sum to one; None: the config says (norm_topk_prob)
     scaling, least_sum, groups: keys of the config for the factor of the K weights, the least divisor, and (number of
@@ -39,6 +40,7 @@ class RouterLine:
     weight: str = "gate.weight"
     bias: str = ""
     correction: str = ""
+    correction_ndim: int = 1
     score: str = "softmax"
     normalizes: bool | None = None
     scaling: str = ""
@@ -51,6 +53,12 @@ class RouterLine:
     def tensors(self) -> list[str]:
         """Return the names of the tensors."""
         return [name for name in (self.weight, self.bias, self.correction) if name]
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """Return our endings and transformers' names of what is in the weight's module, which PEFT saves whole."""
+        ours = {"weight": self.weight, "bias": self.bias, "correction": self.correction}
+        return {ending: name for ending, name in ours.items() if name.startswith(f"{self.module}.")}
 
     @property
     def module(self) -> str:
@@ -194,7 +202,10 @@ FAMILIES = {
         shared=("shared_experts",),
         renamed=(("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),),
         router=RouterLine(
-            correction="gate.moe_statics.e_score_correction_bias", normalizes=True, least_sum="moe_norm_min"
+            correction="gate.moe_statics.e_score_correction_bias",
+            correction_ndim=2,
+            normalizes=True,
+            least_sum="moe_norm_min",
         ),
     ),
     "hunyuan_v1_moe": Family(
