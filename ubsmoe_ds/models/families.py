@@ -104,6 +104,8 @@ class Family:
     returns_pair: whether the block returns (hidden states, router scores)
     attention: names of the projections that get LoRA with `lora.attention`, of those that a layer's self_attn has
     normed_queries: whether queries and keys pass a norm
+    shared_width: keys of the config whose product is the width of the shared expert
+    gated_attention: whether q_proj gives a gate too, of the same size as the queries
     """
 
     block: str = "mlp"
@@ -116,6 +118,8 @@ class Family:
     shared: tuple[str, ...] = ()
     shared_beside: str = ""
     normed_queries: bool = False
+    shared_width: tuple[str, ...] = ()
+    gated_attention: bool = False
     module: str = "mlp"
     renamed: tuple[tuple[str, str], ...] = ()
     returns_pair: bool = False
@@ -127,7 +131,8 @@ class Family:
     def keys(self) -> list[str]:
         """Return the keys that a config of the family has."""
         line = self.router
-        named = (self.num_experts, self.width, self.active, line.scaling, line.least_sum, *line.groups)
+        named = [self.num_experts, self.width, self.active, line.scaling, line.least_sum, *line.groups]
+        named += self.shared_width
         clamped = ("swiglu_alpha", "swiglu_limit") if self.experts.activation == "clamped_swish" else ()
         return [key for key in (*named, *clamped, "norm_topk_prob" * (line.normalizes is None)) if key]
 
@@ -151,9 +156,14 @@ _SIGMOID = RouterLine(  # DeepSeek-V3 (arXiv 2412.19437)
     groups=("n_group", "topk_group"),
     group_best=2,
 )
-_DEEPSEEK = Family(num_experts="n_routed_experts", shared=("shared_experts",), router=_SIGMOID)
+_DEEPSEEK = Family(
+    num_experts="n_routed_experts",
+    shared=("shared_experts",),
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    router=_SIGMOID,
+)
 _LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")  # multi-head latent attention
-_GATED = ("shared_expert", "shared_expert_gate")
+_QWEN = Family(shared=("shared_expert", "shared_expert_gate"), shared_width=("shared_expert_intermediate_size",))
 _GRANITE = Family(
     block="block_sparse_moe",
     module="block_sparse_moe",
@@ -177,12 +187,12 @@ FAMILIES = {
         width="intermediate_size",
         router=RouterLine(normalizes=True),
     ),
-    "qwen2_moe": Family(shared=_GATED),
+    "qwen2_moe": _QWEN,
     "qwen3_moe": Family(normed_queries=True),
-    "qwen3_next": Family(shared=_GATED, normed_queries=True),
-    "qwen3_5_moe_text": Family(shared=_GATED, normed_queries=True, router=RouterLine(normalizes=True)),
+    "qwen3_next": replace(_QWEN, normed_queries=True, gated_attention=True),
+    "qwen3_5_moe_text": replace(_QWEN, normed_queries=True, gated_attention=True, router=RouterLine(normalizes=True)),
     "granitemoe": _GRANITE,
-    "granitemoeshared": replace(_GRANITE, shared_beside="shared_mlp"),
+    "granitemoeshared": replace(_GRANITE, shared_beside="shared_mlp", shared_width=("shared_intermediate_size",)),
     "deepseek_v2": replace(
         _DEEPSEEK,
         attention=_LATENT,
@@ -200,6 +210,7 @@ FAMILIES = {
         num_experts="moe_num_experts",
         active="moe_k",
         shared=("shared_experts",),
+        shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
         renamed=(("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),),
         router=RouterLine(
             correction="gate.moe_statics.e_score_correction_bias",
@@ -212,6 +223,7 @@ FAMILIES = {
         width="intermediate_size",
         active="moe_topk",
         shared=("shared_mlp",),
+        shared_width=("intermediate_size",),
         normed_queries=True,
         router=RouterLine(weight="gate.wg.weight", normalizes=True),
     ),

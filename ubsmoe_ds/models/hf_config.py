@@ -7,9 +7,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.models.cost import ModelShape
-from ubsmoe_ds.models.families import FAMILIES, read_facts
+from ubsmoe_ds.models.cost import Mixer, ModelShape, Projection
+from ubsmoe_ds.models.families import FAMILIES, Family, read_facts
 
+RECURRENT = "linear_attention"  # transformers' name of layers with a recurrence
 SPARSE_KEYS = {  # keys that say which layers have experts, and their least values
     "first_k_dense_replace": 0,
     "decoder_sparse_step": 1,
@@ -111,7 +112,7 @@ def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention:
     """Return the numbers that FLOPs and bytes depend on."""
     family = FAMILIES[config.model_type]
     sparse = [is_sparse(config, layer) for layer in range(config.num_hidden_layers)]
-    dense = sparse.count(False)
+    dense, kinds = sparse.count(False), getattr(config, "layer_types", None) or ()
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -119,14 +120,55 @@ def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention:
         num_experts=getattr(config, family.num_experts),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=_head_dim(config),
         vocab=config.vocab_size,
         dense_layers=dense,
         leading_dense=sparse.index(True),
         dense_width=config.intermediate_size if dense else 0,
-        shared_width=config.shared_expert_intermediate_size if family.shared else 0,
+        shared_width=math.prod(getattr(config, key) for key in family.shared_width) if family.shared_width else 0,
         tied_embeddings=config.tie_word_embeddings,
         normed_queries=family.normed_queries,
         lora_rank=lora_rank,
         lora_attention=lora_attention,
+        shared_gated=len(family.shared) == 2,
+        attention=_attention(config, family),
+        recurrence=_recurrence(config) if RECURRENT in kinds else None,
+        recurrent=tuple(layer for layer, kind in enumerate(kinds) if kind == RECURRENT),
     )
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Return the size of a head's queries and keys."""
+    if hasattr(config, "qk_nope_head_dim"):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _attention(config: PreTrainedConfig, family: Family) -> Mixer | None:
+    """Return the matrices of attention where they are not q, k, v and o: of latent and of gated attention."""
+    d, heads, head = config.hidden_size, config.num_attention_heads, _head_dim(config)
+    if hasattr(config, "kv_lora_rank"):
+        low, values = config.kv_lora_rank, heads * config.v_head_dim
+        q = config.q_lora_rank
+        queries = [Projection(d, heads * head)] if q is None else [Projection(d, q), Projection(q, heads * head, False)]
+        keys = Projection(d, low + config.qk_rope_head_dim)
+        expanded = Projection(low, heads * config.qk_nope_head_dim + values, first=False)
+        return Mixer((*queries, keys, expanded, Projection(values, d, first=False)), heads * head, values)
+    if family.gated_attention:
+        kv = Projection(d, config.num_key_value_heads * head)
+        matrices = Projection(d, 2 * heads * head), kv, kv, Projection(heads * head, d, first=False)
+        return Mixer(matrices, heads * head, heads * head)
+    return None
+
+
+def _recurrence(config: PreTrainedConfig) -> Mixer:
+    """Return a gated delta rule: projections, a short convolution, and a state of [key, value] for each head."""
+    d, heads = config.hidden_size, config.linear_num_value_heads
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values, state = heads * config.linear_value_head_dim, config.linear_key_head_dim * config.linear_value_head_dim
+    inside = Projection(d, 2 * keys + 2 * values + 2 * heads, adapted=False)
+    convolution = 2 * config.linear_conv_kernel_dim * (2 * keys + values)
+    per_token = (
+        convolution + 3 * 2 * heads * state
+    )  # what the state says of the key, its change, and the query's answer
+    return Mixer((inside, Projection(values, d, first=False, adapted=False)), per_token=per_token)
