@@ -56,6 +56,7 @@ def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, i
     shape = model_shape(hf.config, lora_rank=RANK, lora_attention=attention)
     spec = UBSMoESpec(GateConfig(k, 8), lora_rank=RANK, lora_attention=attention, router_trainable=router)
     model = convert(hf, spec).train()
+    assert trainable_parameters(shape, router) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     ids = torch.randint(2, tiny.VOCAB, (ROWS, LENGTH))
     run = partial(model, ids, torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
