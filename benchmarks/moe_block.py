@@ -23,6 +23,7 @@ keeps. Before timing, outputs with fresh adapters are compared with transformers
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -34,7 +35,9 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from ubsmoe_ds.base.malloc import keep_freed_memory
+from ubsmoe_ds.models.block_check import copy_experts
 from ubsmoe_ds.models.conversion import UBSMoESpec, convert_block
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.moe.gate import GateConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,11 +89,7 @@ def ubsmoe(shape: Shape, k: int, dropping: bool, zipf: bool) -> nn.Module:
     spec = UBSMoESpec(gate, lora_rank=RANK, lora_alpha=ALPHA, router_trainable=False)
     block = base_block(shape, k, zipf)
 
-    def fill(base: dict[str, Tensor], first: int) -> None:
-        gate_EFD, up_EFD = block.experts.gate_up_proj.chunk(2, dim=1)
-        for name, value in {"gate": gate_EFD, "up": up_EFD, "down": block.experts.down_proj}.items():
-            base[name].copy_(value)
-
+    fill = partial(copy_experts, block.experts, FAMILIES["olmoe"])
     return convert_block(block, config(shape, k), spec, torch.Generator().manual_seed(0), fill)
 
 

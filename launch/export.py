@@ -46,9 +46,10 @@ def export(options: argparse.Namespace) -> None:
         lost.append("phi (the modulation of the routing)")
     if facts.get("gate_rescale", "none") != "none":
         lost.append("the gate's learned scale")
-    default = read_facts(base)[1]["num_experts_per_tok"]
+    family, config = read_facts(base)
+    default = config["num_experts_per_tok"]
     if facts.get("k", str(default)) != str(default):
-        lost.append(f"K = {facts['k']} (set num_experts_per_tok; it is {default} in the config)")
+        lost.append(f"K = {facts['k']} (set {family.active}; it is {default} in the config)")
     write_merged(base, state, scaling, options.merge, whole=bool(facts))
     if lost:
         say(f"note: plain weights have no place for {', '.join(lost)}", error=True)

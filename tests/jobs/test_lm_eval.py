@@ -12,6 +12,7 @@ from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data import synthetic
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 FOLDER = BUILTIN_MODELS["builtin:tiny_olmoe"]
@@ -28,7 +29,15 @@ def adapter(tmp_path):
             state[f"layers.{layer}.experts.{name}.lora_B"] = torch.randn(16, shape[0], 2, generator=generator) / 10
         state[f"layers.{layer}.phi"] = torch.rand(16, generator=generator) * 2 - 1
     facts = {"k": "2", "k_max": "8", "candidates": "16", "gate_rescale": "none", "base_model": "builtin:tiny_olmoe"}
-    peft_format.save(tmp_path / "adapter", state, lora_rank=2, alpha=2.0, base_model=str(FOLDER), facts=facts)
+    peft_format.save(
+        tmp_path / "adapter",
+        state,
+        lora_rank=2,
+        alpha=2.0,
+        base_model=str(FOLDER),
+        facts=facts,
+        family=FAMILIES["olmoe"],
+    )
     return tmp_path / "adapter"
 
 

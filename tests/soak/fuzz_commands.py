@@ -22,6 +22,7 @@ from tests.support.ranks import REPO
 from tests.unit.models.test_upcycle import llama
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.moe.gate import GateConfig
 
@@ -58,7 +59,15 @@ def prepared() -> Path:
     places = load(folder / "moe", spec).named_state()
     state = {name: torch.randn(value.shape) / 9 for name, value in places.items() if ".lora_" in name or "phi" in name}
     facts = {"k": "2", "k_max": "4", "candidates": "8", "base_model": str(folder / "moe")}
-    peft_format.save(folder / "adapter", state, lora_rank=2, alpha=4.0, base_model=str(folder / "moe"), facts=facts)
+    peft_format.save(
+        folder / "adapter",
+        state,
+        lora_rank=2,
+        alpha=4.0,
+        base_model=str(folder / "moe"),
+        facts=facts,
+        family=FAMILIES["olmoe"],
+    )
     questions = [GOOD.replace(b"Which?", f"Which {n}?".encode()) for n in range(60)]
     (folder / "rows.jsonl").write_bytes(b"\n".join(questions))
     return folder

@@ -30,6 +30,7 @@ from tests.support import tiny
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.moe.gate import GateConfig
 
 RANK = 2
@@ -53,7 +54,9 @@ def prepared() -> Path:
     facts = {"format": "ubsmoe_ds.adapter.2", "base_model": str(folder / "single"), "method": "ub_smoe"}
     facts |= {"k": "2", "k_max": "4", "candidates": "8", "modulate": "weights", "gate_rescale": "learned"}
     base = str(folder / "single")
-    peft_format.save(folder / "adapter", state, lora_rank=RANK, alpha=6.0, base_model=base, facts=facts)
+    peft_format.save(
+        folder / "adapter", state, lora_rank=RANK, alpha=6.0, base_model=base, facts=facts, family=FAMILIES["olmoe"]
+    )
     sidecar = folder / "adapter" / peft_format.SIDECAR
     save_file(load_file(sidecar), sidecar, metadata=facts)  # without the digest, which would refuse all changed weights
     return folder

@@ -12,6 +12,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import steps
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 from ubsmoe_ds.models.conversion import load
+from ubsmoe_ds.moe.activations import Activation, SwiGLU
 from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
@@ -67,7 +68,8 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
 def _keep(record: dict[str, Tensor], module: UBSMoE, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     record["x"] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
     record["used"] = module.used_token.reshape(-1)
-    output.register_hook(lambda grad: record.__setitem__("delta", grad.reshape(-1, grad.shape[-1])))
+    y = output[0] if isinstance(output, tuple) else output
+    y.register_hook(lambda grad: record.__setitem__("delta", grad.reshape(-1, grad.shape[-1])))
 
 
 def watch(layers: list[UBSMoE]) -> list[dict[str, Tensor]]:
@@ -101,32 +103,67 @@ def pseudo_gradients(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[
     return additions
 
 
+def rank(layer: UBSMoE, m_E: Tensor) -> Tensor:
+    """Return what a router ranks a token's experts by; those of groups that are not kept are last."""
+    gate, router = layer.gate, layer.gate.router
+    rank_E = odds(layer, m_E)
+    if gate.correction_E is not None:
+        rank_E = rank_E + gate.correction_E
+    groups = rank_E.tensor_split(router.groups)
+    best = [float(sum(sorted(group.tolist())[-router.group_best :])) for group in groups]
+    kept = sorted(range(len(best)), key=lambda n: -best[n])[: router.kept_groups]
+    return torch.cat([group if n in kept else group - 100 for n, group in enumerate(groups)])
+
+
+def odds(layer: UBSMoE, m_E: Tensor) -> Tensor:
+    """Return p of a token's experts."""
+    return 1 / (1 + torch.exp(-m_E)) if layer.gate.router.score == "sigmoid" else torch.softmax(m_E, 0)
+
+
 def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
-    """Return (p, active experts, their weights) of one token."""
-    gate = layer.gate
+    """Return (weights if all experts were active, active experts, their weights) of one token."""
+    gate, router = layer.gate, layer.gate.router
     s_E = gate.wg.weight.detach() @ x_D
+    if gate.bias_E is not None:
+        s_E = s_E + gate.bias_E
     m_E = s_E.clone()
     if gate.phi_range is not None:
-        for i in s_E.argsort(descending=True)[: gate.candidates]:
+        for i in rank(layer, s_E).argsort(descending=True)[: gate.candidates]:
             m_E[i] += gate.phi.detach()[i]
-    p_E = torch.exp(m_E - m_E.max())
-    p_E /= p_E.sum()
-    active = p_E.argsort(descending=True)[: gate.k].tolist()
+    active = rank(layer, m_E).argsort(descending=True)[: gate.k].tolist()
+    p_E = odds(layer, s_E if gate.modulate == "selection" else m_E)
     weights = p_E[active]
-    if gate.modulate == "selection":
-        weights = torch.softmax(s_E, 0)[active]
-        p_E = torch.softmax(s_E, 0)
-    return p_E, active, weights / weights.sum() if gate.normalize else weights
+    if router.normalize:
+        weights, p_E = weights / weights.sum(), p_E / p_E.sum()
+    return router.scaling * p_E, active, router.scaling * weights
+
+
+def activate(activation: Activation, g: Tensor, u: Tensor) -> Tensor:
+    """Return the hidden units: silu(g) u, or gpt-oss's, written out."""
+    if isinstance(activation, SwiGLU):
+        return F.silu(g) * u
+    alpha, limit = activation.alpha, activation.limit
+    g, u = (
+        torch.minimum(g, torch.tensor(limit)),
+        torch.maximum(torch.minimum(u, torch.tensor(limit)), -torch.tensor(limit)),
+    )
+    return g / (1 + torch.exp(-alpha * g)) * (1 + u)
 
 
 def _expert(layer: UBSMoE, j: int) -> dict[str, Tensor]:
-    """Return the effective weights W + s B A of expert j, and its A and B."""
+    """Return the effective weights W + s B A of expert j, its A and B, and its biases, zero if it has none."""
     e = layer.experts
     weights = {}
     for name in PROJECTIONS:
         A, B = (f.detach()[j] for f in e.factors()[name])
         weights |= {name: e.base()[name][j] + e.scaling * B @ A, f"A_{name}": A, f"B_{name}": B}
+        weights[f"b_{name}"] = e.bias()[name][j] if e.bias() else torch.zeros(len(B))
     return weights
+
+
+def hidden_inputs(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return g and u of a token."""
+    return w["gate"] @ x + w["b_gate"], w["up"] @ x + w["b_up"]
 
 
 def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[int, Tensor]:
@@ -141,13 +178,11 @@ def token_weighted(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict
         hbar = vgate = vup = 0.0
         for g_j, j in zip(gamma, active, strict=True):
             w = _expert(layer, j)
-            g, u = w["gate"] @ x, w["up"] @ x
-            h = F.silu(g) * u
-            sig = torch.sigmoid(g)
+            h, by_gate, by_up = slopes(layer.experts.activation, *hidden_inputs(w, x))
             back = w["down"].T @ delta
             hbar = hbar + g_j * h
-            vgate = vgate + g_j * back * sig * (1 + g * (1 - sig)) * u
-            vup = vup + g_j * back * F.silu(g)
+            vgate = vgate + g_j * back * by_gate
+            vup = vup + g_j * back * by_up
         for i in set(range(len(p_E))) - set(active):
             c, w = rho * p_E[i], _expert(layer, i)
             out[id(factors["down"][1])][i] += s * c * torch.outer(delta, w["A_down"] @ hbar)
@@ -168,10 +203,10 @@ def tail_penalty(model: UBSMoEForCausalLM, keep: int) -> Tensor:
     return total
 
 
-def slopes(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def slopes(activation: Activation, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (h, dh/dg, dh/du) of one token, by autograd."""
     g, u = g.clone().requires_grad_(), u.clone().requires_grad_()
-    h = F.silu(g) * u
+    h = activate(activation, g, u)
     return h.detach(), *torch.autograd.grad(h.sum(), [g, u])
 
 
@@ -186,7 +221,7 @@ def calibrate(exp: Experiment, model: UBSMoEForCausalLM, seen: list[dict[str, Te
             for x, used in zip(record["x"], record["used"], strict=True):
                 for j in route(layer, x)[1] if used else []:
                     w = _expert(layer, j)
-                    of_experts[j].append(torch.stack(slopes(w["gate"] @ x, w["up"] @ x)))
+                    of_experts[j].append(torch.stack(slopes(layer.experts.activation, *hidden_inputs(w, x))))
     for layer, of_experts in zip(model.layers, values, strict=True):
         width = layer.experts.base()["gate"].shape[1]
         means = [torch.stack(f).mean(0) if f else torch.zeros(3, width) for f in of_experts]
@@ -236,8 +271,10 @@ def dense_oracle(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[i
             continue
         p_E, active, _ = route(layer, x)
         for i in set(range(len(p_E))) - set(active):
-            w = {n: base[n][i] + s * B[i] @ A[i] for n, (A, B) in leaves.items()}
-            total = total + rho * p_E[i] * delta @ (w["down"] @ (F.silu(w["gate"] @ x) * (w["up"] @ x)))
+            w = _expert(layer, i) | {n: base[n][i] + s * B[i] @ A[i] for n, (A, B) in leaves.items()}
+            total = total + rho * p_E[i] * delta @ (
+                w["down"] @ activate(layer.experts.activation, *hidden_inputs(w, x))
+            )
     total.backward()
     live = layer.experts.factors()
     return {id(p): leaf.grad for n in PROJECTIONS for p, leaf in zip(live[n], leaves[n], strict=True)}

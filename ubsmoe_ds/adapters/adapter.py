@@ -78,6 +78,7 @@ def save_adapter(
         base, revision = str(exp.model_dir.resolve()), ""
     rslora = exp.lora.rslora
     alpha = scaling * (math.sqrt(lora_rank) if rslora else lora_rank)
+    family, _ = read_facts(exp.model_dir)
     peft_format.save(
         folder,
         state,
@@ -85,6 +86,7 @@ def save_adapter(
         alpha=alpha,
         base_model=base,
         facts=facts,
+        family=family,
         revision=revision or None,
         rslora=rslora,
     )
@@ -205,7 +207,7 @@ def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoE
     state = adapter.state
     spec = _spec(adapter)
     model = load(adapter.base, spec, dtype)
-    places = model.named_state()
+    places = model.named_state() | model.router_biases()
     for name, value in state.items():
         if adapter.lora_rank == 0 and name.endswith((".lora_A", ".lora_B")):
             continue  # FLoRA merged them

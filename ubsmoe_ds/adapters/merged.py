@@ -19,7 +19,7 @@ from ubsmoe_ds.base.files import new_folder, require_new
 from ubsmoe_ds.base.tensor_files import open_tensors
 from ubsmoe_ds.models.families import Family, read_facts
 from ubsmoe_ds.models.hub import refuse_links_out
-from ubsmoe_ds.models.stored import projections
+from ubsmoe_ds.models.stored import projections, unstacked
 from ubsmoe_ds.models.weights import WeightFiles
 
 
@@ -42,8 +42,7 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     family, _ = read_facts(base)
     files = WeightFiles(base)
     if whole:
-        singles = (single for name in files.names for single in _single_names(name, family))
-        modules = {_our_name(single, family)[0] for single in singles} - {""}
+        modules = {module for name in files.names for module in _our_names(name, family).values()}
         check_complete(state, [f"{module}.{end}" for module in modules for end in ("weight", "lora_A", "lora_B")])
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:
@@ -91,15 +90,33 @@ def _merged_shard(
 def _merged_tensor(
     name: str, weight: Tensor, family: Family, state: Mapping[str, Tensor], scaling: float, used: set[str]
 ) -> Tensor:
-    singles = _single_names(name, family)
-    if singles != [name] and weight.ndim == 3:  # all experts of a layer in one: expert by expert
-        merged = []
+    modules, expert, bias = _our_names(name, family), _expert_of(name, family), _bias_name(name, family)
+    if bias in state:
+        used.add(bias)
+        _check_fit(name, weight.flatten(), state[bias].shape)
+        return state[bias].to(weight.dtype).reshape(weight.shape)
+    if weight.ndim < 3:
+        for module in modules.values():
+            weight = _merged(name, weight, module, expert, state, scaling, used)
+        return weight
+    if modules:  # all experts of a layer in one: expert by expert
+        weight, stacked = weight.clone(), family.usual_name(name).rpartition(".")[2]
         for number, value in enumerate(weight):
-            names = [single.replace(".experts.0.", f".experts.{number}.") for single in singles]
-            parts = zip(names, value.tensor_split(len(names)), strict=True)
-            merged.append(torch.cat([_merged_tensor(*part, family, state, scaling, used) for part in parts]))
-        return torch.stack(merged)
-    module, expert = _our_name(name, family)
+            for part, view in unstacked(value, stacked, family.experts).items():
+                view.copy_(_merged(name, view, modules[part], number, state, scaling, used))
+    return weight
+
+
+def _merged(
+    name: str,
+    weight: Tensor,
+    module: str,
+    expert: int | None,
+    state: Mapping[str, Tensor],
+    scaling: float,
+    used: set[str],
+) -> Tensor:
+    """Return one projection's weight with its adapter; the same weight if it has none."""
     if f"{module}.weight" in state:  # a router, or a weight that FLoRA merged into
         used |= {f"{module}.weight", f"{module}.lora_A", f"{module}.lora_B"}
         whole = _select_expert(state[f"{module}.weight"], expert, module)
@@ -130,22 +147,35 @@ def _check_fit(name: str, weight: Tensor, shape: Sequence[int]) -> None:
         )
 
 
-def _single_names(name: str, family: Family) -> list[str]:
-    """Return the names of the first expert's tensors where a tensor holds all experts; else its own name."""
-    inside, _, last = family.usual_name(name).rpartition(".")
-    parts = projections(family).get(last, {}) if inside.endswith(".experts") else {}
-    return [f"{inside}.0.{part}.weight" for part in parts.values()] or [name]
+def _our_names(name: str, family: Family) -> dict[str, str]:
+    """Return our names, without their endings, of what a tensor in a model's files holds, by projection.
 
-
-def _our_name(name: str, family: Family) -> tuple[str, int | None]:
-    """Return (our name, without its ending, of a tensor in a model's files; its expert, if it belongs to one)."""
+    Stacked experts' tensors hold two projections, or one; others are one, or none of ours.
+    """
     name = family.usual_name(name)
-    ours = {family.gate: "gate", family.up: "up", family.down: "down"}
-    expert = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.experts\.(\d+)\.(\w+)\.weight", name)
-    if expert and expert[3] in ours:
-        return f"{expert[1]}.experts.{ours[expert[3]]}", int(expert[2])
-    router = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.gate\.weight", name)
-    if router:
-        return f"{router[1]}.router", None
+    block = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.(.+)", name)
     attention = re.fullmatch(r"model\.(layers\.\d+)\.self_attn\.(\w+)\.weight", name)
-    return (f"{attention[1]}.attention.{attention[2]}", None) if attention else ("", None)
+    if attention:
+        return {"": f"{attention[1]}.attention.{attention[2]}"}
+    if not block:
+        return {}
+    if block[2] == family.router.weight:
+        return {"": f"{block[1]}.router"}
+    stacked, single = projections(family), re.fullmatch(r"experts\.\d+\.(\w+)\.weight", block[2])
+    if single and family.gate:
+        parts = {ours: stored for of_tensor in stacked.values() for ours, stored in of_tensor.items()}
+        return {ours: f"{block[1]}.experts.{ours}" for ours, stored in parts.items() if stored == single[1]}
+    return {ours: f"{block[1]}.experts.{ours}" for ours in stacked.get(block[2].removeprefix("experts."), {})}
+
+
+def _bias_name(name: str, family: Family) -> str:
+    """Return our name of a router's bias or correction; "" for other tensors."""
+    block = re.fullmatch(rf"model\.(layers\.\d+)\.{family.block}\.(.+)", family.usual_name(name))
+    endings = {family.router.bias: "bias", family.router.correction: "correction"}
+    return f"{block[1]}.router.{endings[block[2]]}" if block and block[2] in endings else ""
+
+
+def _expert_of(name: str, family: Family) -> int | None:
+    """Return the expert that a tensor belongs to alone; None for others."""
+    single = re.fullmatch(rf"model\.layers\.\d+\.{family.block}\.experts\.(\d+)\..+", family.usual_name(name))
+    return int(single[1]) if single else None

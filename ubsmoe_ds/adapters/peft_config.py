@@ -12,8 +12,8 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
+from ubsmoe_ds.models.families import Family
 
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 MOST_CONFIG, MOST_PATTERNS = 4 * 2**20, 1024  # bytes; each pattern is tried on each module
 MOST_RANK, LEAST_ALPHA, MOST_ALPHA = 2**16, 1e-6, 1e9
 # of rank_pattern and alpha_pattern: a file must not bring an expression that takes for ever
@@ -80,17 +80,18 @@ def adapter_config(
     rank: int,
     alpha: float,
     base_model: str,
-    revision: str | None = None,
     *,
+    family: Family,
+    revision: str | None = None,
     rslora: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's config for the tensors of `to_peft` and the weights of `expert_targets`.
 
     Gate and up are one adapter of twice the LoRA rank, whose alpha gives it the same scaling.
     """
+    gate_up, router = f"{family.module}.experts.gate_up_proj", f"{family.module}.{family.router.module}"
     attention = [name for name in ATTENTION_PROJECTIONS if any(f".self_attn.{name}." in key for key in tensors)]
-    joined = GATE_UP in targets
-    router = any(key.endswith(".mlp.gate.weight") for key in tensors)
+    joined = gate_up in targets
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -103,9 +104,9 @@ def adapter_config(
         "inference_mode": True,
         "target_modules": attention,
         "target_parameters": list(targets) or None,
-        "rank_pattern": {GATE_UP: 2 * rank} if joined else {},
-        "alpha_pattern": {GATE_UP: (math.sqrt(2) if rslora else 2) * alpha} if joined else {},
-        "modules_to_save": ["mlp.gate"] if router else None,
+        "rank_pattern": {gate_up: 2 * rank} if joined else {},
+        "alpha_pattern": {gate_up: (math.sqrt(2) if rslora else 2) * alpha} if joined else {},
+        "modules_to_save": [router] if any(key.endswith(f".{router}.weight") for key in tensors) else None,
     } | ({"use_rslora": True} if rslora else {})
 
 

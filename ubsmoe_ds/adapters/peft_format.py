@@ -35,6 +35,7 @@ def save(
     alpha: float,
     base_model: str,
     facts: Mapping[str, str],
+    family: Family,
     revision: str | None = None,
     rslora: bool = False,
 ) -> None:
@@ -46,11 +47,14 @@ def save(
         lora_rank, alpha: those of LoRA.
         base_model: folder or id of the base, for readers.
         facts: K, N_p and the like, for the sidecar's metadata.
+        family: of the base model.
         revision: revision of the base, if it is an id that has one.
         rslora: whether B A is scaled by alpha / sqrt(lora_rank).
     """
-    tensors = to_peft(state)
-    config = adapter_config(tensors, expert_targets(state), lora_rank, alpha, base_model, revision, rslora=rslora)
+    tensors, targets = to_peft(state, family), expert_targets(state, family)
+    config = adapter_config(
+        tensors, targets, lora_rank, alpha, base_model, family=family, revision=revision, rslora=rslora
+    )
     beside = {name: value.contiguous() for name, value in state.items() if name.endswith(SIDECAR_ENDINGS)}
     replace_files(
         folder,

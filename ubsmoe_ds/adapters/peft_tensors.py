@@ -13,26 +13,24 @@ inputs and outputs. Names: `layers.0.experts.gate.lora_A` and so on, see aggrega
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ubsmoe_ds.adapters.peft_config import DOWN, GATE_UP, LoraSettings
+from ubsmoe_ds.adapters.peft_config import LoraSettings
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
 from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.stored import GATE_UP, unstacked
 
 PREFIX = "base_model.model."
 SIDECAR_ENDINGS = (".phi", ".scale")
-ROUTER = "mlp.gate"
+ROUTER_ENDINGS = (".router.weight", ".router.bias", ".router.correction")  # the last two are frozen, but PEFT's too
 LAYER = r"layers\.(?:0|[1-9][0-9]{0,5})"
 OURS = re.compile(rf"layers\.\d+\.(experts\.(gate|up|down)|attention\.({'|'.join(ATTENTION_PROJECTIONS)}))\.lora_[AB]")
-NEEDED = (
-    f"needed is LoRA on experts (target_parameters {GATE_UP}, {DOWN}) or attention (target_modules "
-    f"{', '.join(ATTENTION_PROJECTIONS)}), or modules_to_save {ROUTER}"
-)
 
 
 class Pair(NamedTuple):
@@ -43,7 +41,21 @@ class Pair(NamedTuple):
     scaling: float
 
 
-def expert_targets(state: Mapping[str, Tensor]) -> list[str]:
+def needed(family: Family) -> str:
+    """Return what an adapter may have, for users."""
+    gate_up, down = expert_weights(family)
+    return (
+        f"needed is LoRA on experts (target_parameters {gate_up}, {down}) or attention (target_modules "
+        f"{', '.join(family.attention)}), or modules_to_save {family.module}.{family.router.module}"
+    )
+
+
+def expert_weights(family: Family) -> tuple[str, str]:
+    """Return PEFT's names of the experts' stacked weights, without the layer."""
+    return f"{family.module}.experts.gate_up_proj", f"{family.module}.experts.down_proj"
+
+
+def expert_targets(state: Mapping[str, Tensor], family: Family) -> list[str]:
     """Return PEFT's names of the experts' weights that an adapter in our names changes.
 
     Raises:
@@ -58,32 +70,39 @@ def expert_targets(state: Mapping[str, Tensor]) -> list[str]:
                 raise UserError(f"adapter: tensor {name!r} has no counterpart {other!r}; save it again")
             if ".experts." in name:
                 kinds[name.split(".")[1]].add(name.split(".")[3])
-        elif not name.endswith((*SIDECAR_ENDINGS, ".router.weight")):
+        elif not name.endswith((*SIDECAR_ENDINGS, *ROUTER_ENDINGS)):
             raise UserError(f"adapter: tensor {name!r} has no form in PEFT; leave it out")
     forms = list(kinds.values())
     if any(form != forms[0] or ("gate" in form) != ("up" in form) for form in forms):
         raise UserError(
             "adapter: PEFT has gate and up only together, and the same of experts in all layers; adapt both"
         )
-    return [GATE_UP] * any("gate" in form for form in forms) + [DOWN] * any("down" in form for form in forms)
+    gate_up, down = expert_weights(family)
+    return [gate_up] * any("gate" in form for form in forms) + [down] * any("down" in form for form in forms)
 
 
-def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_peft(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     """Convert our names and shapes to PEFT's, leaving out what belongs in the sidecar; raise as `expert_targets`."""
-    targets = expert_targets(state)
+    targets = expert_targets(state, family)
     inner = "base_layer." if len(targets) == 2 else ""  # PEFT wraps the experts once for each weight, down last
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         layer, rest = name.split(".", 2)[1:]
         prefix = f"{PREFIX}model.layers.{layer}."
-        if rest == "router.weight":
-            tensors[f"{prefix}{ROUTER}.weight"] = value.contiguous()
+        if rest.startswith("router."):
+            ending, stored = rest.removeprefix("router."), family.router.saved
+            if ending in stored:  # others are outside of the module, and the base's
+                shape = (1,) * (family.router.correction_ndim - 1) + (-1,) if ending == "correction" else value.shape
+                tensors[f"{prefix}{family.module}.{stored[ending]}"] = value.reshape(shape).contiguous()
         elif rest.startswith("attention."):
             tensors[f"{prefix}self_attn.{rest.removeprefix('attention.')}.weight"] = value.contiguous()
         elif rest == "experts.gate.lora_A":
-            tensors |= _stacked(f"{prefix}mlp.experts.{inner}", *_join_gate_up(state, f"layers.{layer}.experts."))
+            joined = _join_gate_up(state, f"layers.{layer}.experts.", interleaved=family.experts.interleaved)
+            tensors |= _stacked(f"{prefix}{family.module}.experts.{inner}", *joined)
         elif rest == "experts.down.lora_A":
-            tensors |= _stacked(f"{prefix}mlp.experts.", value, state[f"layers.{layer}.experts.down.lora_B"])
+            tensors |= _stacked(
+                f"{prefix}{family.module}.experts.", value, state[f"layers.{layer}.experts.down.lora_B"]
+            )
     return tensors
 
 
@@ -106,15 +125,17 @@ def from_peft(
     """
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     state: dict[str, Tensor] = {}
+    saved = {f"{family.module}.{name}": ending for ending, name in family.router.saved.items()}
     for name, value in tensors.items():
-        router = re.fullmatch(rf"{re.escape(PREFIX)}model\.({LAYER})\.{re.escape(ROUTER)}\.weight", name)
+        router = re.fullmatch(rf"{re.escape(PREFIX)}model\.({LAYER})\.({'|'.join(map(re.escape, saved))})", name)
         lora = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not (router or lora):
-            raise UserError(f"adapter: tensor {name!r} is no LoRA; {NEEDED}")
-        if value.ndim != 2 or not value.numel():
+            raise UserError(f"adapter: tensor {name!r} is no LoRA; {needed(family)}")
+        if not value.numel() or (value.ndim != 2 and not (router and saved[router[2]] != "weight")):
             raise UserError(f"adapter: tensor {name!r} has the shape {[*value.shape]}, must be a matrix")
         if router:
-            state[f"{router[1]}.router.weight"] = value
+            ending = saved[router[2]]
+            state[f"{router[1]}.router.{ending}"] = value if ending == "weight" else value.flatten()
         elif lora:
             modules[lora[1]][lora[2]] = value
     pairs: dict[str, Pair] = {}
@@ -132,7 +153,7 @@ def _modules(
     modules: Mapping[str, Mapping[str, Tensor]], settings: LoraSettings, family: Family, num_experts: int
 ) -> Iterator[tuple[str, Pair]]:
     """Yield (our name, pair) for PEFT's modules."""
-    projections = {family.gate: "gate", family.up: "up", family.down: "down"}
+    projections = {family.gate: "gate", family.up: "up", family.down: "down"} if family.gate else {}
     single: dict[str, dict[int, Pair]] = defaultdict(dict)
     for module, factors in modules.items():
         for factor, other in ("AB", "BA"):
@@ -141,28 +162,30 @@ def _modules(
                 raise UserError(f"adapter: tensor {found!r} has no counterpart {lost!r}; save it again")
         A, B = factors["A"], factors["B"]
         attention = re.fullmatch(rf"model\.({LAYER})\.self_attn\.({'|'.join(ATTENTION_PROJECTIONS)})", module)
-        stacked = re.fullmatch(rf"model\.({LAYER})\.mlp\.experts(\.base_layer)?", module)
+        stacked = re.fullmatch(rf"model\.({LAYER})\.{family.module}\.experts(\.base_layer)?", module)
         expert = re.fullmatch(rf"model\.({LAYER})\.{family.block}\.experts\.(\d{{1,5}})\.(\w+)", module)
         if attention:
             yield f"{attention[1]}.attention.{attention[2]}", _checked(module, module, A, B, settings, 1)
         elif stacked:
-            weight = _adapted_weight(module, modules, settings)
+            weight = _adapted_weight(module, modules, settings, family)
             pair = _checked(module, weight, A, B, settings, num_experts)
-            yield from ((f"{stacked[1]}.experts.{name}", part) for name, part in _unstacked(weight, pair, num_experts))
+            yield from (
+                (f"{stacked[1]}.experts.{name}", part) for name, part in _unstacked(weight, pair, num_experts, family)
+            )
         elif expert and expert[3] in projections:
             if not settings.is_plain(module):
                 raise UserError(
                     f"adapter: {module!r} is an adapter of one expert with rsLoRA or a pattern, whose scaling PEFT's "
-                    f"versions do not agree on; {NEEDED}"
+                    f"versions do not agree on; {needed(family)}"
                 )
             pair = _checked(module, module, A, B, settings, 1)
             single[f"{expert[1]}.experts.{projections[expert[3]]}"][int(expert[2])] = pair
         else:
-            raise UserError(f"adapter: it has LoRA on {module!r}; {NEEDED}")
+            raise UserError(f"adapter: it has LoRA on {module!r}; {needed(family)}")
     yield from ((name, _joined(name, of_experts, num_experts)) for name, of_experts in single.items())
 
 
-def _adapted_weight(module: str, modules: Container[str], settings: LoraSettings) -> str:
+def _adapted_weight(module: str, modules: Container[str], settings: LoraSettings, family: Family) -> str:
     """Return the weight that a stacked module adapts; PEFT wraps the experts once for each, gate and up first."""
     experts = module.removesuffix(".base_layer")
     if experts not in modules:
@@ -175,7 +198,7 @@ def _adapted_weight(module: str, modules: Container[str], settings: LoraSettings
     if len(named) != 1:
         raise UserError(
             f"adapter: it has one adapter of {experts!r}, but target_parameters names {' and '.join(named) or 'none'} "
-            f"of {GATE_UP} and {DOWN}; save it again"
+            f"of {' and '.join(expert_weights(family))}; save it again"
         )
     return f"{experts}.{named[0]}"
 
@@ -193,7 +216,7 @@ def _checked(module: str, weight: str, A: Tensor, B: Tensor, settings: LoraSetti
     return Pair(A, B, settings.scaling_of(weight))
 
 
-def _unstacked(weight: str, pair: Pair, num_experts: int) -> Iterator[tuple[str, Pair]]:
+def _unstacked(weight: str, pair: Pair, num_experts: int, family: Family) -> Iterator[tuple[str, Pair]]:
     """Yield (projection, pair) of a stacked weight: A from [E R, I] to [E, R, I], and B from [O, R E] to [E, O, R]."""
     A_EQI = pair.A.view(num_experts, -1, pair.A.shape[1])
     B_EOQ = pair.B.view(pair.B.shape[0], -1, num_experts).permute(2, 0, 1)
@@ -203,7 +226,8 @@ def _unstacked(weight: str, pair: Pair, num_experts: int) -> Iterator[tuple[str,
     outputs, rank = B_EOQ.shape[1:]
     if outputs % 2:
         raise UserError(f"adapter: {weight!r} has {outputs} outputs, which have no halves for gate and up")
-    half, first, second = rank // 2, B_EOQ[:, : outputs // 2], B_EOQ[:, outputs // 2 :]
+    half = rank // 2
+    first, second = unstacked(B_EOQ, GATE_UP, replace(family.experts, transposed=False)).values()
     if rank % 2 == 0 and not first[..., half:].any() and not second[..., :half].any():
         yield "gate", Pair(A_EQI[:, :half], first[..., :half], pair.scaling)
         yield "up", Pair(A_EQI[:, half:], second[..., half:], pair.scaling)
@@ -242,10 +266,12 @@ def _stacked(prefix: str, A_ERI: Tensor, B_EOR: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}lora_A.weight": A_ERI.reshape(-1, A_ERI.shape[2]), f"{prefix}lora_B.weight": B.contiguous()}
 
 
-def _join_gate_up(state: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+def _join_gate_up(state: Mapping[str, Tensor], prefix: str, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Return A [E, Q, D] and B [E, 2 F, Q] of gate and up together."""
     A_EQD = torch.cat([state[f"{prefix}gate.lora_A"], state[f"{prefix}up.lora_A"]], dim=1)
     gate_EFR, up_EFR = state[f"{prefix}gate.lora_B"], state[f"{prefix}up.lora_B"]
     zero_EFR = torch.zeros_like(gate_EFR)
-    B_EOQ = torch.cat([torch.cat([gate_EFR, zero_EFR], dim=2), torch.cat([zero_EFR, up_EFR], dim=2)], dim=1)
-    return A_EQD, B_EOQ
+    gate_EFQ, up_EFQ = torch.cat([gate_EFR, zero_EFR], dim=2), torch.cat([zero_EFR, up_EFR], dim=2)
+    if interleaved:
+        return A_EQD, torch.stack([gate_EFQ, up_EFQ], dim=2).flatten(1, 2)
+    return A_EQD, torch.cat([gate_EFQ, up_EFQ], dim=1)

@@ -43,8 +43,9 @@ def start_from_adapter(exp: Experiment, client: Client) -> dict[str, str]:
     _check_base(exp, folder, adapter.facts)
     _check_fit(exp, folder, adapter)
     places, first = client.model.named_state(), client.model.layers[0].experts.first
-    _check_places(folder, adapter, places, client)
-    for name, value in adapter.state.items():
+    state = _without_frozen(folder, adapter.state, client)
+    _check_places(folder, state, adapter.lora_rank, places, client)
+    for name, value in state.items():
         place = places[name]
         if ".experts." in name:
             value = value[first : first + len(place)]
@@ -99,15 +100,28 @@ def _check_fit(exp: Experiment, folder: Path, adapter: Adapter) -> None:
         raise _unfit("from", folder, "is one client's own, with the scales of its gates; name the run's shared adapter")
 
 
-def _check_places(folder: Path, adapter: Adapter, places: Mapping[str, Tensor], client: Client) -> None:
+def _without_frozen(folder: Path, state: Mapping[str, Tensor], client: Client) -> dict[str, Tensor]:
+    """Return the state without frozen biases of routers, which PEFT saves too; raise if they are not the model's."""
+    frozen = client.model.router_biases()
+    for name in frozen.keys() & state.keys():
+        if not torch.equal(frozen[name].cpu().to(state[name].dtype), state[name]):
+            raise _unfit(
+                "from", folder, f"has the tensor {name!r}, which is frozen here, with other values; use its base"
+            )
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def _check_places(
+    folder: Path, state: Mapping[str, Tensor], lora_rank: int, places: Mapping[str, Tensor], client: Client
+) -> None:
     """Raise if a tensor has no place in the model, or a LoRA factor of the model is missing."""
     experts = client.model.layers[0].num_experts
-    for name, value in adapter.state.items():
+    for name, value in state.items():
         place = places.get(name)
-        if place is None or _whole_shape(name, place, experts, adapter.lora_rank) != list(value.shape):
+        if place is None or _whole_shape(name, place, experts, lora_rank) != list(value.shape):
             raise _unfit("from", folder, f"has the tensor {name!r} {[*value.shape]}, for which the model has no place")
     for name in places:
-        if name.endswith((".lora_A", ".lora_B")) and name not in adapter.state:
+        if name.endswith((".lora_A", ".lora_B")) and name not in state:
             raise _unfit("from", folder, f"has no tensor {name!r}, which would begin anew; give it one for each target")
 
 

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.client.gradients import MasterWeights
-from ubsmoe_ds.models.causal_lm import LoraAdapter, UBSMoEForCausalLM, lora_generator
+from ubsmoe_ds.models.causal_lm import LoraAdapter, UBSMoEForCausalLM, lora_generator, moe_of
 from ubsmoe_ds.moe.layer import UBSMoE
 
 
@@ -177,7 +177,7 @@ class UnitStore:
 
     def _add_decoder(self, name: str, decoder: nn.Module, adapters: Sequence[LoraAdapter], dmr: bool) -> None:
         """Add a decoder layer's units in their order: experts' LoRA, router, attention's LoRA, phi."""
-        layer = decoder.mlp if isinstance(decoder.mlp, UBSMoE) else None
+        layer = moe_of(decoder)
         number = self._moe_layers
         for adapter in adapters:
             if adapter.moe is not None:

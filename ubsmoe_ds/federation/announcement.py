@@ -47,8 +47,14 @@ def row_counts(rows: Mapping[str, int], weights: Sequence[float], kind: str) -> 
     return f"rows (weight{'' if kind == 'rows' else f', train.weights={kind}'}): {counts}"
 
 
-def warnings(exp: Experiment) -> Iterator[str]:
-    """Yield a line for everything that the experiment loses but rows (see `RowReport`): pseudo-gradients, speed."""
+def warnings(exp: Experiment, client: Client) -> Iterator[str]:
+    """Yield a line for all that the experiment loses but rows (see `RowReport`): what is not learned, speed."""
+    sparsest = [config.name for config in exp.clients if exp.active_experts(config) == 1]
+    if sparsest and client.model.layers[0].gate.router.normalize and (exp.router.trainable or exp.dmr.enabled):
+        yield (
+            f"warning: this model's K weights sum to one, so at K = 1 ({', '.join(sparsest)}) router and phi learn "
+            "nothing from the rows; give a budget of K = 2 or more where they should"
+        )
     pseudo_gradients = exp.pseudo_gradient.estimator != "none"
     if exp.merge.row.by_utilisation and pseudo_gradients:
         yield (

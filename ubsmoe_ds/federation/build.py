@@ -226,7 +226,7 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_fold
         return
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
     shares = row_counts(federation.rows.kept, federation.aggregator.server.weights, exp.train.weights)
-    lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
+    lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp, federation.client))
     for line in (*lines, *notes, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 

@@ -23,9 +23,9 @@ from ubsmoe_ds.data.fingerprint import machine, model_digest
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.metrics import training_speed
+from ubsmoe_ds.models.causal_lm import moe_of
 from ubsmoe_ds.models.cost import step_flops
 from ubsmoe_ds.models.hf_config import model_shape
-from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.mpi.world import World
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ class Outputs:
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
         save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, about=about)
+        if self.exp.router.trainable:  # PEFT saves a router's module whole
+            state = state | {name: value.cpu() for name, value in self.client.model.router_biases().items()}
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)
@@ -163,8 +165,9 @@ class Outputs:
         """Return the scales that the gates learned for this client alone (a collective over its ranks under ZeRO)."""
         scales = {}
         for index, decoder in enumerate(self.client.model.decoders):
-            if isinstance(decoder.mlp, UBSMoE) and decoder.mlp.gate.scale is not None:
-                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(decoder.mlp.gate.scale).cpu()
+            layer = moe_of(decoder)
+            if layer is not None and layer.gate.scale is not None:
+                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(layer.gate.scale).cpu()
         return scales
 
     def _peak_memory(self) -> np.ndarray:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hf_config import check_window, sliding_window
 from ubsmoe_ds.moe.layer import UBSMoE
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_PROJECTIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.attention))
 
 
 class LoraLinear(nn.Module):
@@ -73,12 +74,17 @@ class UBSMoEForCausalLM(nn.Module):
     @property
     def layers(self) -> list[UBSMoE]:
         """Return the UB-SMoE layers, in order; a model may have dense layers between them."""
-        return [decoder.mlp for decoder in self.decoders if isinstance(decoder.mlp, UBSMoE)]
+        return [layer for layer in map(moe_of, self.decoders) if layer is not None]
 
     @property
     def decoders(self) -> list[nn.Module]:
         """Return all decoder layers."""
         return list(self.hf.model.layers)
+
+    @property
+    def recurrent(self) -> bool:
+        """Return whether some layer has a recurrence in place of attention; no mask keeps continuations apart there."""
+        return not all(hasattr(decoder, "self_attn") for decoder in self.decoders)
 
     def forward(
         self,
@@ -107,6 +113,11 @@ class UBSMoEForCausalLM(nn.Module):
         Raises:
             UserError: as `check_window`.
         """
+        if branch_BS is not None and self.recurrent:
+            every_A = torch.arange(input_ids.numel(), device=input_ids.device)
+            asked_A = every_A if answer_position_A is None else answer_position_A
+            logits_AV = self(*_apart(input_ids, used, asked_A, branch_BS))
+            return logits_AV.view(*input_ids.shape, -1) if answer_position_A is None else logits_AV
         for layer in self.layers:
             layer.used_token = used
         attention = {} if branch_BS is None else self._branches(branch_BS)
@@ -115,7 +126,9 @@ class UBSMoEForCausalLM(nn.Module):
         hidden = self.hf.model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state
         if answer_position_A is not None:
             hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, answer_position_A)
-        return self.hf.lm_head(hidden).float()
+        logits = self.hf.lm_head(hidden).float()
+        scaling = getattr(self.hf.config, "logits_scaling", 1)  # Granite's
+        return logits if scaling == 1 else logits / scaling
 
     def _branches(self, branch_BS: Tensor) -> dict[str, Tensor]:
         """Return mask and positions: a token sees the tokens before it in the beginning and in its own continuation."""
@@ -141,13 +154,14 @@ class UBSMoEForCausalLM(nn.Module):
     def adapters(self) -> Iterator[LoraAdapter]:
         """Iterate over the LoRA adapters by decoder layer: gate, up and down of its experts, then its attention."""
         for index, decoder in enumerate(self.decoders):
-            if isinstance(decoder.mlp, UBSMoE):
-                experts, base = decoder.mlp.experts, decoder.mlp.experts.base()
+            layer, attention = moe_of(decoder), getattr(decoder, "self_attn", None)
+            if layer is not None:
+                experts, base = layer.experts, layer.experts.base()
                 for name, (A, B) in experts.factors().items():
                     draw = partial(experts.draw_adapter, name)
-                    yield LoraAdapter(f"layers.{index}.experts.{name}", index, A, B, base[name], decoder.mlp, draw)
-            for name in ATTENTION_PROJECTIONS:
-                linear = getattr(decoder.self_attn, name)
+                    yield LoraAdapter(f"layers.{index}.experts.{name}", index, A, B, base[name], layer, draw)
+            for name in FAMILIES[self.hf.config.model_type].attention:
+                linear = getattr(attention, name, None)
                 if isinstance(linear, LoraLinear):
                     A, B, weight = linear.lora_A, linear.lora_B, linear.base.weight
                     yield LoraAdapter(
@@ -175,8 +189,8 @@ class UBSMoEForCausalLM(nn.Module):
         """
         state: dict[str, Tensor] = {}
         for index, decoder in enumerate(self.decoders):
-            if isinstance(decoder.mlp, UBSMoE):
-                gate = decoder.mlp.gate
+            if (layer := moe_of(decoder)) is not None:
+                gate = layer.gate
                 values = {"router.weight": gate.wg.weight, "phi": gate.phi, "scale": gate.scale}
                 state |= {f"layers.{index}.{name}": value for name, value in values.items() if value is not None}
         for adapter in self.adapters():
@@ -184,22 +198,44 @@ class UBSMoEForCausalLM(nn.Module):
             state |= {f"{adapter.name}.{ending}": value for ending, value in values.items()}
         return state
 
+    def router_biases(self) -> dict[str, Tensor]:
+        """Return the routers' frozen biases, "layers.0.router.bias" and ".correction", where the family has them."""
+        biases: dict[str, Tensor] = {}
+        for index, layer in enumerate(map(moe_of, self.decoders)):
+            values = {} if layer is None else {"bias": layer.gate.bias_E, "correction": layer.gate.correction_E}
+            biases |= {f"layers.{index}.router.{name}": value for name, value in values.items() if value is not None}
+        return biases
+
     def set_active_experts(self, k: int) -> None:
         """Set K in every layer."""
         for layer in self.layers:
             layer.gate.set_active_experts(k)
 
 
-class SharedExpert(nn.Module):
-    """The expert that every token passes beside its K experts (Qwen2-MoE): sigmoid(gate x) * expert(x)."""
+def moe_of(decoder: nn.Module) -> UBSMoE | None:
+    """Return a decoder layer's UB-SMoE layer; a model may have dense layers too."""
+    return next((child for child in decoder.children() if isinstance(child, UBSMoE)), None)
 
-    def __init__(self, expert: nn.Module, gate: nn.Module) -> None:
-        super().__init__()
-        self.expert, self.gate = expert, gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
-        return torch.sigmoid(self.gate(x)) * self.expert(x)
+def _apart(ids_BS: Tensor, used_BS: Tensor, position_A: Tensor, branch_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every continuation of a beginning a row of its own, with the beginning.
+
+    Returns:
+        (ids, used, positions) as `UBSMoEForCausalLM.forward` takes them; what is asked of a beginning, and of padding,
+        is asked in the row of the first continuation.
+    """
+    rows: list[tuple[int, Tensor]] = []  # of the packed batch: row, and positions
+    for b, branch_S in enumerate(branch_BS):
+        for number in range(max(1, int(branch_S.max())), 0, -1):  # the first last: the beginning is asked for there
+            seen_S = used_BS[b] & ((branch_S == 0) | (branch_S == number))
+            rows.append((b, seen_S.nonzero().squeeze(1)))
+    longest, place_BS = max(len(seen_T) for _, seen_T in rows), torch.zeros_like(ids_BS)
+    ids, used = ids_BS.new_zeros(len(rows), longest), used_BS.new_zeros(len(rows), longest)
+    for n, (b, seen_T) in enumerate(rows):
+        length = len(seen_T)
+        ids[n, :length], used[n, :length] = ids_BS[b, seen_T], True
+        place_BS[b, seen_T] = n * longest + torch.arange(length, device=ids.device)
+    return ids, used, place_BS.flatten()[position_A]
 
 
 def lora_generator(seed: int, layer: int, round_number: int = 0) -> torch.Generator:

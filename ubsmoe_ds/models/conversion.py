@@ -4,9 +4,9 @@ Shapes: E experts, D model width, F expert width.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,27 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.block_check import (
+    activation_of,
+    check_block,
+    check_head,
+    check_same,
+    fill_gate,
+    router_of,
+    router_shapes,
+    set_tensor,
+    shared_of,
+)
 from ubsmoe_ds.models.causal_lm import (
-    ATTENTION_PROJECTIONS,
     LoraLinear,
-    SharedExpert,
     UBSMoEForCausalLM,
     lora_generator,
 )
 from ubsmoe_ds.models.families import FAMILIES, SILU, Family
-from ubsmoe_ds.models.hf_config import read_config, unusable
+from ubsmoe_ds.models.hf_config import is_sparse, read_config, unusable
 from ubsmoe_ds.models.stored import (
     HEAD,
     block_name,
-    check_block,
     check_files,
     is_tied,
     read_experts,
@@ -39,8 +47,7 @@ from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
 from ubsmoe_ds.moe.layer import UBSMoE
 
-# copy the frozen weights of the experts from a first one on into views, as `StackedExperts.base` gives them
-Fill = Callable[[dict[str, Tensor], int], None]
+Fill = Callable[[StackedExperts], None]  # copies the frozen weights and biases of the experts of this rank into them
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,22 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     num_experts = getattr(config, family.num_experts)
     setattr(hf.config, family.num_experts, num_experts)
     hf.config.num_experts_per_tok = config.num_experts_per_tok
-    kept, blocks = _parts(hf)
+    kept, blocks = _parts(hf, family)
     for name, value in kept.items():
         if name in files:
             files.read_into(value, name)
     if is_tied(hf):
         read_head(files, hf)
     for layer, block in blocks.items():
-        block.gate.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, dtype=dtype))
-        files.read_into(block.gate.weight.data, f"{block_name(family, layer)}.gate.weight")
-    return replace_blocks(hf, family, spec, lambda layer: partial(read_experts, files, family, layer))
+        for name, shape in router_shapes(block, family, num_experts).items():
+            value = torch.empty(shape, dtype=attrgetter(name)(block).dtype)
+            files.read_into(value, f"{block_name(family, layer)}.{name}")
+            set_tensor(block, name, value)
+
+    def source(layer: int) -> Fill:
+        return lambda ours: read_experts(files, family, layer, ours.base(), ours.bias(), ours.first)
+
+    return replace_blocks(hf, family, spec, source)
 
 
 def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,28 +122,48 @@ def _with_one_expert(config: PreTrainedConfig, family: Family, dtype: torch.dtyp
     return hf
 
 
-def _parts(hf: PreTrainedModel) -> tuple[dict[str, Tensor], dict[int, Any]]:
-    """Return (tensors that stay, by name, without a tied head; blocks that are replaced, by layer)."""
-    blocks = {layer: decoder.mlp for layer, decoder in enumerate(hf.model.layers) if _is_moe(decoder)}
-    replaced = tuple(f"model.layers.{layer}.mlp.{part}." for layer in blocks for part in ("gate", "experts"))
-    gone = (*replaced, HEAD) if is_tied(hf) else replaced
-    return {name: value for name, value in hf.state_dict().items() if not name.startswith(gone)}, blocks
+def _parts(hf: PreTrainedModel, family: Family) -> tuple[dict[str, Tensor], dict[int, Any]]:
+    """Return (tensors that stay, by usual name, without a tied head; blocks that are replaced, by layer)."""
+    blocks = {
+        n: getattr(decoder, family.module) for n, decoder in enumerate(hf.model.layers) if _is_moe(decoder, family)
+    }
+    kept = {}
+    for name, value in hf.state_dict().items():
+        layer, _, rest = name.removeprefix("model.layers.").partition(f".{family.module}.")
+        replaced = layer.isdecimal() and int(layer) in blocks and not f"{rest}.".startswith(_prefixes(family.shared))
+        if not replaced and not (name == HEAD and is_tied(hf)):
+            kept[family.usual_name(name)] = value
+    return kept, blocks
 
 
-def _is_moe(decoder: nn.Module) -> bool:
-    return hasattr(decoder.mlp, "experts")
+def _prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
+
+
+def _is_moe(decoder: nn.Module, family: Family) -> bool:
+    return hasattr(getattr(decoder, family.module, None), "experts")
 
 
 def _check_files(files: WeightFiles, config: PreTrainedConfig, family: Family) -> None:
     """Check that files and config.json describe one model, before memory is taken for it."""
     folder = files.folder
-    files.require([f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"])
+    files.require([f"model.layers.{config.num_hidden_layers - 1}.post_attention_layernorm.weight"])
     try:
         with torch.device("meta"):
-            kept, blocks = _parts(_with_one_expert(config, family, torch.float32))
+            kept, blocks = _parts(_with_one_expert(config, family, torch.float32), family)
     except Exception as error:  # as in `read_config`
         raise unusable(folder, error) from error
-    check_files(files, config, family, kept, blocks)
+    sparse = [layer for layer in range(config.num_hidden_layers) if is_sparse(config, layer)]
+    if [*blocks] != sparse:
+        raise UserError(
+            f"model.path: {folder / 'config.json'}: by its keys the layers {sparse} have experts, by transformers "
+            f"{[*blocks]}; this program cannot train such models"
+        )
+    for block in blocks.values():
+        check_block(block, family)
+    num_experts = getattr(config, family.num_experts)
+    routers = {layer: router_shapes(block, family, num_experts) for layer, block in blocks.items()}
+    check_files(files, config, family, kept, routers)
 
 
 def replace_blocks(
@@ -145,35 +178,46 @@ def replace_blocks(
         source: gives, for a layer, the function that brings its experts' weights.
 
     Raises:
-        UserError: if expert parallelism does not divide the number of experts, or the activation is not SiLU.
+        UserError: if expert parallelism does not divide the number of experts, if the activation is not SiLU, or if
+            transformers' blocks are not what the family's line says.
     """
     config = hf.config
     num_experts = getattr(config, family.num_experts)
     if num_experts % spec.expert_parallel:
         raise UserError(f"expert_parallel: {spec.expert_parallel} does not divide the model's {num_experts} experts")
-    if config.hidden_act not in SILU:
+    if family.experts.activation == "swiglu" and config.hidden_act not in SILU:
         raise UserError(f"model.path: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
     hf.requires_grad_(False)
+    compared = False
     for layer, decoder in enumerate(hf.model.layers):
         generator = lora_generator(spec.seed, layer)
-        if _is_moe(decoder):
-            decoder.mlp = convert_block(decoder.mlp, config, spec, generator, source(layer))
+        if _is_moe(decoder, family):
+            block = getattr(decoder, family.module)
+            check_block(block, family)
+            if not compared:
+                check_same(block, hf, family)
+                compared = True
+            setattr(decoder, family.module, convert_block(block, config, spec, generator, source(layer)))
         if spec.lora_attention:
-            _add_attention_lora(decoder.self_attn, spec, generator)
-    return UBSMoEForCausalLM(hf)
+            _add_attention_lora(decoder, family, spec, generator)
+    model = UBSMoEForCausalLM(hf)
+    check_head(hf, model)
+    return model
 
 
-def _add_attention_lora(attention: nn.Module, spec: UBSMoESpec, generator: torch.Generator) -> None:
-    full_rank = spec.full_rank or spec.lora_rank
-    for name in ATTENTION_PROJECTIONS:
-        base = getattr(attention, name)
-        setattr(attention, name, LoraLinear(base, spec.lora_rank, full_rank, spec.lora_alpha, generator))
+def _add_attention_lora(decoder: nn.Module, family: Family, spec: UBSMoESpec, generator: torch.Generator) -> None:
+    """Add LoRA to attention's projections, as far as the layer has them: some have a recurrence in its place."""
+    attention, full_rank = getattr(decoder, "self_attn", None), spec.full_rank or spec.lora_rank
+    for name in family.attention:
+        base = getattr(attention, name, None)
+        if base is not None:
+            setattr(attention, name, LoraLinear(base, spec.lora_rank, full_rank, spec.lora_alpha, generator))
 
 
 def convert_block(
     block: Any, config: PreTrainedConfig, spec: UBSMoESpec, generator: torch.Generator, fill: Fill
 ) -> UBSMoE:
-    """Convert one MoE block of transformers.
+    """Convert one MoE block of transformers, which `check_block` has seen.
 
     Args:
         block: its router and, where the family has them, its shared modules are taken over.
@@ -183,18 +227,23 @@ def convert_block(
         fill: brings the frozen weights of this rank's experts.
 
     Raises:
-        UserError: as `check_block`.
+        UserError: as `router_of`, and if more experts are active than the router chooses of.
     """
     family = FAMILIES[config.model_type]
-    check_block(block, family)
     num_experts, width = getattr(config, family.num_experts), getattr(config, family.width)
-    gate = UBSMoEGate(config.hidden_size, num_experts, spec.gate, normalize=family.normalizes(config.to_dict()))
-    gate.wg.weight.data.copy_(block.gate.weight)
+    router = router_of(config, family)
+    if spec.gate.k > router.most_candidates(num_experts):
+        raise UserError(
+            f"model.k_max: {spec.gate.k} experts are active, but this model's router chooses among "
+            f"{router.most_candidates(num_experts)} at most, those of {family.router.groups[1]} groups; lower it"
+        )
+    gate = UBSMoEGate(config.hidden_size, num_experts, spec.gate, router, biased=bool(family.router.bias))
+    fill_gate(gate, block, family)
     gate.wg.weight.requires_grad_(spec.router_trainable)
     count = num_experts // spec.expert_parallel
     experts = StackedExperts(
         (count, width, config.hidden_size),
-        block.gate.weight.dtype,
+        block.experts.down_proj.dtype,
         lora_rank=spec.lora_rank,
         full_rank=spec.full_rank or spec.lora_rank,
         alpha=spec.lora_alpha,
@@ -202,7 +251,8 @@ def convert_block(
         generator=generator,
         num_experts=num_experts,
         first=spec.expert_rank * count,
+        activation=activation_of(config, family),
+        biased=family.experts.biased,
     )
-    fill(experts.base(), experts.first)
-    shared = SharedExpert(*(getattr(block, name) for name in family.shared)) if family.shared else None
-    return UBSMoE(gate, experts, spec.expert_parallel, shared)
+    fill(experts)
+    return UBSMoE(gate, experts, spec.expert_parallel, shared_of(block, family), returns_pair=family.returns_pair)

@@ -7,6 +7,42 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+class Projection(NamedTuple):
+    """A frozen matrix of a layer's mixer.
+
+    first: whether it reads the layer's input; adapted: whether `lora_attention` gives it LoRA.
+    """
+
+    inputs: int
+    outputs: int
+    first: bool = True
+    adapted: bool = True
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What mixes the tokens in a layer: attention, or a recurrence.
+
+    projections: its matrices
+    scores, values: widths of all heads' queries and values; per_token: FLOPs of a recurrence, whatever the context
+    """
+
+    projections: tuple[Projection, ...]
+    scores: int = 0
+    values: int = 0
+    per_token: float = 0.0
+
+    @property
+    def elements(self) -> int:
+        """Return the number of its weights."""
+        return sum(p.inputs * p.outputs for p in self.projections)
+
+    @property
+    def adapter_width(self) -> int:
+        """Return the sum of inputs and outputs of the adapted matrices: LoRA elements for each LoRA rank."""
+        return sum(p.inputs + p.outputs for p in self.projections if p.adapted)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a mixture-of-experts decoder that its cost depends on."""
@@ -27,6 +63,25 @@ class ModelShape:
     shared_width: int = 0  # width of the expert that every token passes beside its K
     tied_embeddings: bool = False  # the head is the embedding
     normed_queries: bool = False  # queries and keys pass a norm
+    shared_gated: bool = True  # the shared expert has a gate
+    attention: Mixer | None = None  # None: q, k, v, o of the heads above
+    recurrence: Mixer | None = None  # in place of attention in the layers `recurrent`
+    recurrent: tuple[int, ...] = ()
+
+    def mixer(self, layer: int) -> Mixer:
+        """Return the mixer of a layer."""
+        if layer in self.recurrent:
+            assert self.recurrence is not None
+            return self.recurrence
+        if self.attention is not None:
+            return self.attention
+        d, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return Mixer((Projection(d, q), Projection(d, kv), Projection(d, kv), Projection(q, d, first=False)), q, q)
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """Return the mixers of all layers."""
+        return [self.mixer(layer) for layer in range(self.layers)]
 
 
 class Products(NamedTuple):
@@ -81,33 +136,36 @@ def _layers(shape: ModelShape, k: int, context: int, router: bool) -> Products:
     routing = 2 * d * shape.num_experts
     total = Products(sparse * _shared(shape) + shape.dense_layers * _dense(shape), 0.0)
     total = total.plus(Products(0.0, routing) if router else Products(routing, 0.0), times=sparse)
-    total = total.plus(_attention(shape, context), times=shape.layers)
+    for mixer in shape.mixers:
+        total = total.plus(_mixer(shape, mixer, context))
     return total.plus(_expert(shape), times=k * sparse)
 
 
 def _without_backward(shape: ModelShape, k: int, context: int) -> float:
     """Return the FLOPs of the backward products that autograd leaves out: those that lead to nothing trained.
 
-    The embedding is frozen. So with LoRA on attention the first layer's queries, keys and values give their input no
-    gradient. Without it nothing before the experts of the first layer that has any is run backward, and these experts,
-    their router and the shared expert give their input no gradient.
+    The embedding is frozen. So the first matrices that have LoRA give their input no gradient if it is a layer's.
+    Without LoRA on attention nothing before the experts of the first layer that has any is run backward, and these
+    experts, their router and the shared expert give their input no gradient.
     """
-    d, r = shape.hidden, shape.lora_rank
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if shape.lora_attention:
-        return 2 * d * (q + 2 * kv) + 3 * 2 * r * d
-    attention = _attention(shape, context)
-    before = (shape.leading_dense + 1) * (attention.frozen + 2 * attention.learned)
-    before += shape.leading_dense * _dense(shape)
+    d, r, left_out = shape.hidden, shape.lora_rank, 0.0
+    for layer in range(shape.leading_dense + 1):
+        mixer = shape.mixer(layer)
+        if shape.lora_attention and any(p.adapted for p in mixer.projections):
+            first = [p for p in mixer.projections if p.first]
+            return left_out + sum(2 * d * p.outputs + 2 * r * d * p.adapted for p in first)
+        products = _mixer(shape, mixer, context)
+        left_out += products.frozen + 2 * products.learned
+        left_out += _dense(shape) if layer < shape.leading_dense else 0
     experts = k * 2 * (2 * d * shape.expert_width + 2 * r * d)  # gate and up; down's input leads to their LoRA
-    return before + experts + 2 * d * shape.num_experts + _shared(shape)
+    return left_out + experts + 2 * d * shape.num_experts + _shared(shape)
 
 
-def _attention(shape: ModelShape, context: int) -> Products:
-    d, r = shape.hidden, shape.lora_rank
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    lora = 2 * r * (2 * (d + q) + 2 * (d + kv)) if shape.lora_attention else 0
-    return Products(2 * (2 * d * q + 2 * d * kv), 4 * context * q + lora)
+def _mixer(shape: ModelShape, mixer: Mixer, context: int) -> Products:
+    """Return the products of a layer's mixer; a recurrence is counted as such, token by token."""
+    lora = 2 * shape.lora_rank * mixer.adapter_width if shape.lora_attention else 0
+    scores = 2 * context * (mixer.scores + mixer.values)
+    return Products(2 * mixer.elements, scores + mixer.per_token + lora)
 
 
 def _expert(shape: ModelShape) -> Products:
@@ -120,9 +178,9 @@ def _dense(shape: ModelShape) -> float:
 
 
 def _shared(shape: ModelShape) -> float:
-    """Return the FLOPs of the shared expert and its gate."""
+    """Return the FLOPs of the shared expert and, if it has one, its gate."""
     d, width = shape.hidden, shape.shared_width
-    return 2 * 3 * d * width + 2 * d if width else 0
+    return 2 * 3 * d * width + 2 * d * shape.shared_gated if width else 0
 
 
 def _head(shape: ModelShape) -> float:
@@ -140,6 +198,5 @@ def trainable_parameters(shape: ModelShape, router: bool) -> int:
     per_layer = shape.num_experts * 3 * r * (d + f) + shape.num_experts + (shape.num_experts * d if router else 0)
     total = (shape.layers - shape.dense_layers) * per_layer
     if shape.lora_attention:
-        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        total += shape.layers * r * (2 * (d + q) + 2 * (d + kv))
+        total += r * sum(mixer.adapter_width for mixer in shape.mixers)
     return total

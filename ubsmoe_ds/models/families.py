@@ -1,12 +1,13 @@
-"""The supported families of mixture-of-experts models: their names for the same things, and the rule of the K weights.
+"""The supported families of mixture-of-experts models: what their blocks compute, and their names for the same things.
 
-All are decoders whose blocks are softmax router -> top K -> SwiGLU experts. transformers gives them one form in memory
-(`mlp.gate.weight`, `mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), so only files and configs differ. A new family
-is one entry of `FAMILIES`, and one model in tests/support/families.py.
+A family is a decoder of transformers in which a block of a router and stacked experts stands for the MLP of some
+layers. Attention, norms and shared experts stay transformers' own. What a line says about the block is compared with
+transformers' block when a model is loaded (models/block_check.py). A new family is one entry of `FAMILIES`, and one
+model in tests/support/families.py. Imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,88 @@ COUNTS = ("num_experts", "num_local_experts")  # the same number: transformers r
 
 
 @dataclass(frozen=True)
+class RouterLine:
+    """A family's router: names of its tensors in transformers' block, and its rule, see moe/router.py.
+
+    weight, bias, correction: of the logits, and of the choice alone; "" where there is none
+    correction_ndim: dimensions of the last, of which but one is more than 1
+    score: "softmax" or "sigmoid"
+    normalizes: whether the K weights sum to one; None: the config says (norm_topk_prob)
+    scaling, least_sum, groups: keys of the config for the factor of the K weights, the least divisor, and (number of
+        groups, number of kept ones)
+    group_best: how many of a group's best values rank it
+    grouped_if: (key, value) of the config on which groups depend
+    """
+
+    weight: str = "gate.weight"
+    bias: str = ""
+    correction: str = ""
+    correction_ndim: int = 1
+    score: str = "softmax"
+    normalizes: bool | None = None
+    scaling: str = ""
+    least_sum: str = ""
+    groups: tuple[str, str] = ("", "")
+    group_best: int = 1
+    grouped_if: tuple[str, str] = ("", "")
+
+    @property
+    def tensors(self) -> list[str]:
+        """Return the names of the tensors."""
+        return [name for name in (self.weight, self.bias, self.correction) if name]
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """Return our endings and transformers' names of what is in the weight's module, which PEFT saves whole."""
+        ours = {"weight": self.weight, "bias": self.bias, "correction": self.correction}
+        return {ending: name for ending, name in ours.items() if name.startswith(f"{self.module}.")}
+
+    @property
+    def module(self) -> str:
+        """Return the module that holds the weight."""
+        return self.weight.rpartition(".")[0]
+
+    def groups_of(self, config: Any) -> tuple[int, int]:
+        """Return (number of groups, number of kept ones) of a model; (1, 1) without groups."""
+        key, value = self.grouped_if
+        if not self.groups[0] or (key and getattr(config, key, None) != value):
+            return 1, 1
+        number, kept = (getattr(config, name, None) or 1 for name in self.groups)
+        return number, kept
+
+
+@dataclass(frozen=True)
+class ExpertsLine:
+    """A family's experts: what they compute, and the form of transformers' stacked tensors.
+
+    activation: "swiglu", or "clamped_swish" with the config's swiglu_alpha and swiglu_limit
+    biased: whether projections have biases, stacked as gate_up_proj_bias and down_proj_bias
+    transposed: whether weights are [in, out]
+    interleaved: whether outputs of gate and up alternate; else those of gate come first
+    """
+
+    activation: str = "swiglu"
+    biased: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """How models of one `model_type` are stored, and what they compute.
 
     block: name of a layer's MoE block in the weights' tensor names, `model.layers.0.<block>.`
-    gate, up, down: names of an expert's projections there, `experts.0.<gate>.weight`
-    num_experts, width: keys of the config for the number of experts of a layer and an expert's F
-    shared: names of the block's modules that every token passes
+    module: its name in transformers' decoder layer
+    gate, up, down: names of an expert's projections in the files, `experts.0.<gate>.weight`; "": only stacked ones
+    renamed: (ending in files, transformers' name) of a block's tensors, where they differ
+    num_experts, width, active: keys of the config for the number of experts of a layer, an expert's F, and K
+    shared: names of the block's modules that every token passes: one, or (expert, its sigmoid gate)
+    shared_beside: name of the decoder layer's module that every token passes beside the block
+    returns_pair: whether the block returns (hidden states, router scores)
+    attention: names of the projections that get LoRA with `lora.attention`, of those that a layer's self_attn has
     normed_queries: whether queries and keys pass a norm
-    always_normalizes: whether a token's K weights sum to one whatever the config says
+    shared_width: keys of the config whose product is the width of the shared expert
+    gated_attention: whether q_proj gives a gate too, of the same size as the queries
     """
 
     block: str = "mlp"
@@ -40,33 +114,137 @@ class Family:
     down: str = "down_proj"
     num_experts: str = "num_experts"
     width: str = "moe_intermediate_size"
+    active: str = "num_experts_per_tok"
     shared: tuple[str, ...] = ()
+    shared_beside: str = ""
     normed_queries: bool = False
-    always_normalizes: bool = False
+    shared_width: tuple[str, ...] = ()
+    gated_attention: bool = False
+    module: str = "mlp"
+    renamed: tuple[tuple[str, str], ...] = ()
+    returns_pair: bool = False
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    router: RouterLine = field(default_factory=RouterLine)
+    experts: ExpertsLine = field(default_factory=ExpertsLine)
 
-    def normalizes(self, config: Mapping[str, Any]) -> bool:
-        """Return whether a token's K weights are made to sum to one."""
-        return self.always_normalizes or bool(config["norm_topk_prob"])
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys that a config of the family has."""
+        line = self.router
+        named = [self.num_experts, self.width, self.active, line.scaling, line.least_sum, *line.groups]
+        named += self.shared_width
+        clamped = ("swiglu_alpha", "swiglu_limit") if self.experts.activation == "clamped_swish" else ()
+        return [key for key in (*named, *clamped, "norm_topk_prob" * (line.normalizes is None)) if key]
 
     def usual_name(self, name: str) -> str:
-        """Return a stored tensor's name as the family's files usually have it.
+        """Return a stored tensor's name as the family's files usually have it, of renamed ones transformers' name.
 
         transformers reads other names too: its own in memory, and those of a model saved without its head.
         """
         name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
-        return name.replace(".mlp.", f".{self.block}.")
+        name = name.replace(f".{self.module}.", f".{self.block}.")
+        for stored, ours in self.renamed:
+            if name.endswith(f".{self.block}.{stored}"):
+                return f"{name.removesuffix(stored)}{ours}"
+        return name
 
+
+_SIGMOID = RouterLine(  # DeepSeek-V3 (arXiv 2412.19437)
+    correction="gate.e_score_correction_bias",
+    score="sigmoid",
+    scaling="routed_scaling_factor",
+    groups=("n_group", "topk_group"),
+    group_best=2,
+)
+_DEEPSEEK = Family(
+    num_experts="n_routed_experts",
+    shared=("shared_experts",),
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    router=_SIGMOID,
+)
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")  # multi-head latent attention
+_QWEN = Family(shared=("shared_expert", "shared_expert_gate"), shared_width=("shared_expert_intermediate_size",))
+_GRANITE = Family(
+    block="block_sparse_moe",
+    module="block_sparse_moe",
+    gate="",
+    renamed=(
+        ("router.layer.weight", "router.weight"),
+        ("input_linear.weight", "experts.gate_up_proj"),
+        ("output_linear.weight", "experts.down_proj"),
+    ),
+    num_experts="num_local_experts",
+    width="intermediate_size",
+    router=RouterLine(weight="router.weight", normalizes=True),
+)
 
 FAMILIES = {
     "olmoe": Family(width="intermediate_size", normed_queries=True),
+    "flex_olmo": Family(width="intermediate_size", normed_queries=True),
     "mixtral": Family(
         *("block_sparse_moe", "w1", "w3", "w2"),
         num_experts="num_local_experts",
         width="intermediate_size",
-        always_normalizes=True,
+        router=RouterLine(normalizes=True),
     ),
-    "qwen2_moe": Family(shared=("shared_expert", "shared_expert_gate")),
+    "qwen2_moe": _QWEN,
     "qwen3_moe": Family(normed_queries=True),
+    "qwen3_next": replace(_QWEN, normed_queries=True, gated_attention=True),
+    "qwen3_5_moe_text": replace(_QWEN, normed_queries=True, gated_attention=True, router=RouterLine(normalizes=True)),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": replace(_GRANITE, shared_beside="shared_mlp", shared_width=("shared_intermediate_size",)),
+    "deepseek_v2": replace(
+        _DEEPSEEK,
+        attention=_LATENT,
+        router=RouterLine(
+            normalizes=False,
+            scaling="routed_scaling_factor",
+            groups=("n_group", "topk_group"),
+            grouped_if=("topk_method", "group_limited_greedy"),
+        ),
+    ),
+    "deepseek_v3": replace(_DEEPSEEK, attention=_LATENT),
+    "glm4_moe": _DEEPSEEK,
+    "dots1": replace(_DEEPSEEK, normed_queries=True),
+    "ernie4_5_moe": Family(
+        num_experts="moe_num_experts",
+        active="moe_k",
+        shared=("shared_experts",),
+        shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
+        renamed=(("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),),
+        router=RouterLine(
+            correction="gate.moe_statics.e_score_correction_bias",
+            correction_ndim=2,
+            normalizes=True,
+            least_sum="moe_norm_min",
+        ),
+    ),
+    "hunyuan_v1_moe": Family(
+        width="intermediate_size",
+        active="moe_topk",
+        shared=("shared_mlp",),
+        shared_width=("intermediate_size",),
+        normed_queries=True,
+        router=RouterLine(weight="gate.wg.weight", normalizes=True),
+    ),
+    "minimax_m2": Family(
+        *("block_sparse_moe", "w1", "w3", "w2"),
+        num_experts="num_local_experts",
+        width="intermediate_size",
+        normed_queries=True,
+        router=RouterLine(correction="e_score_correction_bias", score="sigmoid", normalizes=True),
+    ),
+    "gpt_oss": Family(
+        gate="",
+        num_experts="num_local_experts",
+        width="intermediate_size",
+        returns_pair=True,
+        router=RouterLine(weight="router.weight", bias="router.bias", normalizes=True),
+        experts=ExpertsLine("clamped_swish", biased=True, transposed=True, interleaved=True),
+    ),
+}
+REFUSED = {  # families with a text model in them that is supported
+    "qwen3_5_moe": "a model of pictures and text; save its text model alone (model_type qwen3_5_moe_text)",
 }
 
 
@@ -80,13 +258,18 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
     kind = facts.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise UserError(f"model.path: {path}: has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    counts = [facts[name] for name in COUNTS if name in facts]
-    if len(counts) == 2 and counts[0] != counts[1]:
-        raise UserError(f"model.path: {path}: {' and '.join(COUNTS)} are {counts[0]!r} and {counts[1]!r}; remove one")
-    facts |= dict.fromkeys(COUNTS, counts[0] if counts else None)
+        remedy = REFUSED[kind] if kind in REFUSED else f"supported: {', '.join(FAMILIES)}"
+        raise UserError(f"model.path: {path}: has model_type {kind!r}; {remedy}")
+    names = dict.fromkeys((family.num_experts, *COUNTS))
+    counts = {name: facts[name] for name in names if name in facts}
+    if len(set(map(str, counts.values()))) > 1:
+        given = " and ".join(counts), " and ".join(map(repr, counts.values()))
+        raise UserError(f"model.path: {path}: {given[0]} are {given[1]}; remove one")
+    facts |= dict.fromkeys(names, next(iter(counts.values()), None))
+    if family.active in facts:
+        facts["num_experts_per_tok"] = facts[family.active]
     most = MOST_EXPERTS
-    for name in (family.num_experts, "num_experts_per_tok"):
+    for name in (family.num_experts, family.active):
         if type(facts.get(name)) is not int or not 1 <= facts[name] <= most:  # a bool is not a number here
             raise UserError(f"model.path: {path}: {name} is {facts.get(name)!r}, must be a number from 1 to {most}")
         most = facts[name]

@@ -6,20 +6,19 @@ A layer's experts are stored one by one (`experts.0.gate_proj.weight`, as models
 Shapes: E experts, D model width, F expert width.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.families import ExpertsLine, Family
 from ubsmoe_ds.models.weights import WeightFiles, known_names
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-GATE_UP, DOWN = "gate_up_proj", "down_proj"  # stacked: [E, 2 F, D] and [E, D, F]
+GATE_UP, DOWN, BIAS = "gate_up_proj", "down_proj", "_bias"  # stacked: [E, 2 F, D] and [E, D, F], or transposed
 
 
 def block_name(family: Family, layer: int) -> str:
@@ -44,7 +43,11 @@ def may_have_own_head(folder: Path, family: Family) -> bool:
 
 
 def check_files(
-    files: WeightFiles, config: PreTrainedConfig, family: Family, kept: Mapping[str, Tensor], blocks: Iterable[int]
+    files: WeightFiles,
+    config: PreTrainedConfig,
+    family: Family,
+    kept: Mapping[str, Tensor],
+    routers: Mapping[int, Mapping[str, tuple[int, ...]]],
 ) -> None:
     """Check that the files hold all that config.json describes, in its shapes, and nothing else.
 
@@ -53,7 +56,7 @@ def check_files(
         config: the model's.
         family: the model's.
         kept: the tensors outside of the blocks; without the head, if it is the embedding.
-        blocks: layers with experts.
+        routers: for each layer with experts, the shapes of its router's tensors.
 
     Raises:
         UserError: naming the file and the tensor.
@@ -62,51 +65,61 @@ def check_files(
     if HEAD not in kept and HEAD in files:  # of a model whose config ties it, transformers is content with either
         shapes[HEAD] = shapes[EMBEDDING] if EMBEDDING in files else shapes.pop(EMBEDDING)
     same: set[str] = set()
-    for layer in blocks:
-        own, experts = _block_shapes(files, config, family, layer)
-        shapes |= own
+    for layer, router in routers.items():
+        own, experts = _expert_shapes(files, config, family, layer)
+        shapes |= own | {f"{block_name(family, layer)}.{name}": shape for name, shape in router.items()}
         same |= experts
     files.require(sorted(same))
     files.require_shapes(shapes)
     files.refuse_others(shapes.keys() | same)
 
 
-def _block_shapes(
+def _expert_shapes(
     files: WeightFiles, config: PreTrainedConfig, family: Family, layer: int
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return (shapes of a block's tensors, of single experts only the first's; names of all its single experts')."""
+    """Return (shapes of a layer's experts, of single ones only the first's; names of all its single experts')."""
     num_experts, width, hidden = getattr(config, family.num_experts), getattr(config, family.width), config.hidden_size
-    block = block_name(family, layer)
-    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (num_experts, hidden)}
+    inside, parts_of = f"{block_name(family, layer)}.experts", projections(family)
+    shapes: dict[str, tuple[int, ...]] = {}
     names: set[str] = set()
-    for stacked, parts in projections(family).items():
-        size = (width, hidden) if stacked == GATE_UP else (hidden, width)
-        if f"{block}.experts.{stacked}" in files:
-            shapes[f"{block}.experts.{stacked}"] = (num_experts, len(parts) * size[0], size[1])
+    for stacked, shape in stacked_shapes(family, num_experts, width, hidden).items():
+        if f"{inside}.{stacked}" in files or not family.gate:
+            shapes[f"{inside}.{stacked}"] = shape
             continue
-        for part in parts.values():
-            shapes[f"{block}.experts.0.{part}.weight"] = size
-            names |= {f"{block}.experts.{e}.{part}.weight" for e in range(num_experts)}
+        for part in parts_of[stacked].values():
+            shapes[f"{inside}.0.{part}.weight"] = (width, hidden) if stacked == GATE_UP else (hidden, width)
+            names |= {f"{inside}.{e}.{part}.weight" for e in range(num_experts)}
     return shapes, names
 
 
-def read_experts(files: WeightFiles, family: Family, layer: int, base: Mapping[str, Tensor], first: int) -> None:
-    """Read a layer's experts from a first one on into views, as `StackedExperts.base` gives them.
+def read_experts(
+    files: WeightFiles,
+    family: Family,
+    layer: int,
+    base: Mapping[str, Tensor],
+    bias: Mapping[str, Tensor],
+    first: int,
+) -> None:
+    """Read a layer's experts from a first one on into views, as `StackedExperts.base` and `.bias` give them.
 
     Raises:
         UserError: as `WeightFiles.read_into`.
     """
-    inside, width = f"{block_name(family, layer)}.experts", base["gate"].shape[1]
-    for stacked, parts in projections(family).items():
-        for i, (ours, part) in enumerate(parts.items()):
-            for e in range(len(base[ours])):
-                expert = first + e
-                if f"{inside}.{stacked}" in files:
-                    rows = slice(i * width, (i + 1) * width) if stacked == GATE_UP else slice(None)
-                    place = slice(expert, expert + 1), rows
-                    files.read_into(base[ours][e : e + 1], f"{inside}.{stacked}", place)
-                else:
-                    files.read_into(base[ours][e], f"{inside}.{expert}.{part}.weight")
+    inside, count = f"{block_name(family, layer)}.experts", len(base["down"])
+    width, hidden = base["gate"].shape[1:]
+    shapes, parts_of = stacked_shapes(family, 1, width, hidden), projections(family)
+    for stacked, shape in shapes.items():
+        targets = bias if stacked.endswith(BIAS) else base
+        for local in range(count):
+            expert = first + local
+            if f"{inside}.{stacked}" in files:
+                value = torch.empty(shape, dtype=targets["down"].dtype)
+                files.read_into(value, f"{inside}.{stacked}", (slice(expert, expert + 1),))
+                for ours, view in unstacked(value, stacked, family.experts).items():
+                    targets[ours][local].copy_(view[0])
+                continue
+            for ours, part in parts_of[stacked].items():
+                files.read_into(base[ours][local], f"{inside}.{expert}.{part}.weight")
 
 
 def read_head(files: WeightFiles, hf: PreTrainedModel) -> None:
@@ -126,25 +139,30 @@ def read_head(files: WeightFiles, hf: PreTrainedModel) -> None:
         hf.config.tie_word_embeddings = False
 
 
-def check_block(block: Any, family: Family) -> None:
-    """Check that a block of transformers is what the conversion knows: a router, stacked experts, the shared modules.
-
-    Raises:
-        UserError: naming a parameter, buffer or module that would be lost.
-    """
-    known = {"gate", "gate.weight", "experts", f"experts.{GATE_UP}", f"experts.{DOWN}", "experts.act_fn"}
-    inside = (*block.named_parameters(), *block.named_buffers(), *block.named_modules())
-    shared = tuple(f"{name}." for name in family.shared)
-    found = {name for name, _ in inside if name and not f"{name}.".startswith(shared)}
-    if found != known:
-        name = min(found ^ known)
-        what = "has" if name in found else "lacks"
-        raise UserError(
-            f"model.path: a block of this model, as transformers builds it, {what} {name!r}; this program cannot train "
-            "such blocks"
-        )
-
-
 def projections(family: Family) -> dict[str, dict[str, str]]:
-    """Return the stacked tensors of a layer, each with its projections in order: our names and those of single ones."""
+    """Return the stacked weights of a layer, each with its projections in order: our names and those of single ones."""
     return {GATE_UP: {"gate": family.gate, "up": family.up}, DOWN: {"down": family.down}}
+
+
+def stacked_shapes(family: Family, num_experts: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the names of a layer's stacked tensors, and their shapes for so many experts of F = `width`."""
+    sizes = {GATE_UP: (2 * width, hidden), DOWN: (hidden, width)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (outputs, inputs) in sizes.items():
+        shapes[name] = (num_experts, *((inputs, outputs) if family.experts.transposed else (outputs, inputs)))
+    biases = {f"{name}{BIAS}": (num_experts, outputs) for name, (outputs, _) in sizes.items()}
+    return shapes | biases if family.experts.biased else shapes
+
+
+def unstacked(value: Tensor, stacked: str, line: ExpertsLine) -> dict[str, Tensor]:
+    """Return views of a stacked tensor's projections: weights [.., O, I], of biases [.., O]."""
+    if stacked.endswith(BIAS):
+        parts = unstacked(value.unsqueeze(-1), stacked.removesuffix(BIAS), replace(line, transposed=False))
+        return {name: part.squeeze(-1) for name, part in parts.items()}
+    value_OI = value.mT if line.transposed else value
+    if stacked == DOWN:
+        return {"down": value_OI}
+    if line.interleaved:
+        return {"gate": value_OI[..., ::2, :], "up": value_OI[..., 1::2, :]}
+    gate, up = value_OI.tensor_split(2, dim=-2)
+    return {"gate": gate, "up": up}

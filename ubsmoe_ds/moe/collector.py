@@ -99,7 +99,9 @@ class PseudoGradientCollector:
             return {}
         parts = [torch.cat(micro, dim=1) for micro in zip(*drawn, strict=True) if micro[0] is not None]
         tokens = ExpertTokens(*self._to_their_experts(self.layers[index], parts))
-        known = Experts(experts.factors(), experts.scaling, experts.base(), experts.moments)
+        known = Experts(
+            experts.factors(), experts.scaling, experts.base(), experts.moments, experts.activation, experts.bias()
+        )
         return self._function(tokens, known)
 
     def _from_sums(self, index: int) -> LoraFactors:
@@ -144,11 +146,12 @@ class PseudoGradientCollector:
     def _observe(self, index: int, tokens: TokenGradients) -> None:
         """Take one layer's backward pass of one micro-batch."""
         routing = tokens.routing
-        c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho) * routing.used_T.unsqueeze(-1)
+        scaling = self.layers[index].gate.router.scaling  # factor of all weights
+        c_TE = inactive_weight(routing.p_TE, routing.active_TE, self.rho * scaling) * routing.used_T.unsqueeze(-1)
         c_TE = c_TE / self._world
         if self.estimator.from_sums:
             self._add(index, "pseudo_mass", c_TE.sum(0))
-            self._add(index, "active_mass", (routing.p_TE * routing.active_TE).sum())
+            self._add(index, "active_mass", (routing.p_TE * routing.active_TE).sum() * scaling)
         else:
             drawn = draw_tokens(tokens.x_TD, tokens.delta_TD, c_TE, tokens.mixture, self.tokens_per_expert)
             self._drawn[index].append(drawn)

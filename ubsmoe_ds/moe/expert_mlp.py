@@ -1,4 +1,4 @@
-"""SwiGLU experts with LoRA on rows sorted by expert: forward and backward by hand, as grouped matrix products.
+"""Gated experts with LoRA on rows sorted by expert: forward and backward by hand, as grouped matrix products.
 
 A row is one route of a token. Rows of an expert lie side by side; only the device knows how many. So there is no
 padding, no host synchronisation and no loop over experts of ours. (torch's grouped product is one kernel on CUDA for
@@ -8,6 +8,8 @@ LoRA makes no pass of its own over the rows, because a projection y = W x + s B 
 weight, forward and backward:
 
     [x, A x] [W, s B]^T        [dy, s B^T dy] [W; A]        with [[W, s B], [A, 0]] kept as one matrix per expert.
+
+A bias is one more column, and x has a 1 there: [x, A x, 1] [W, s B, b]^T.
 
 A *tail* below is the part behind x, h or a gradient: A x, A h or s B^T dy, then zeros up to an aligned width.
 
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ubsmoe_ds.moe.activations import SWIGLU, Activation
 
 ALIGNMENT = 8  # elements; grouped products want strides that are multiples of 16 bytes
 
@@ -62,7 +66,7 @@ def route_rows(index_KT: Tensor, location_KT: Tensor, kept_E: Tensor, num_rows: 
 
 
 def room(experts: int, outputs: int, inputs: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros for [[W, s B], [A, 0]], with W [outputs, inputs] and `columns` columns of s B, strides aligned."""
+    """Return zeros for [[W, s B, b], [A, 0, 0]], with W [outputs, inputs] and `columns` columns behind it, aligned."""
     return torch.zeros(experts, _aligned(outputs + columns), _aligned(inputs + columns), dtype=dtype)
 
 
@@ -70,6 +74,7 @@ class Weights(NamedTuple):
     """The local experts' frozen weights, extended by the scaled LoRA factors.
 
     gate_up: [[W_gate, s B_gate, 0], [W_up, 0, s B_up], [A_gate, 0, 0], [A_up, 0, 0]]; down: [[W, s B], [A, 0]]
+    biased: whether the column behind s B holds biases
     """
 
     gate_up: Tensor
@@ -78,6 +83,8 @@ class Weights(NamedTuple):
     hidden: int  # F
     lora_rank: int
     scaling: float
+    activation: Activation = SWIGLU
+    biased: bool = False
 
 
 class Observer(NamedTuple):
@@ -104,27 +111,31 @@ class ExpertMLP(torch.autograd.Function):
         weight_TK: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        gate_up, down, width, hidden, rank, _ = weights
+        gate_up, down, width, hidden, rank, _, activation, biased = weights
         # [x, A x] of each row
         xt_NI = _with_tail(x_TD, len(x_TD) if rows.token_N is None else len(rows.token_N), gate_up.shape[2], width)
         x_ND, xa_NQ = xt_NI[:, :width], xt_NI[:, width : width + 2 * rank]
         _take(x_TD, rows.token_N, x_ND)
         xa_NQ.copy_(_product(x_ND, gate_up[:, 2 * hidden : 2 * hidden + 2 * rank, :width].mT, rows))
+        if biased:
+            xt_NI[:, width + 2 * rank] = 1
         # g and u: W x + s B A x of both projections at once
         gate_up_NO = _product(xt_NI, gate_up[:, : 2 * hidden].mT, rows)
         if observer.forward is not None:
             observer.forward(x_ND, gate_up_NO)
-        # [h, A h] with h = silu(g) u
+        # [h, A h] with h = a(g) b(u), silu(g) u for most
         ht_NI = _with_tail(x_TD, len(xt_NI), down.shape[2], hidden)
         h_NF, ha_NQ = ht_NI[:, :hidden], ht_NI[:, hidden : hidden + rank]
-        silu_NF = F.silu(gate_up_NO[:, :hidden])
-        torch.mul(silu_NF, gate_up_NO[:, hidden:], out=h_NF)
+        factor_NF = activation.factor(gate_up_NO[:, :hidden])
+        activation.hidden(factor_NF, gate_up_NO[:, hidden:], out=h_NF)
         ha_NQ.copy_(_product(h_NF, down[:, width : width + rank, :hidden].mT, rows))
+        if biased:
+            ht_NI[:, hidden + rank] = 1
         # y = W h + s B A h of each row
         y_ND = _product(ht_NI, down[:, :width].mT, rows)
         ctx.weights, ctx.rows, ctx.observer = weights, rows, observer
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
-        ctx.save_for_backward(x_TD, xa_NQ.clone(), gate_up_NO, silu_NF, ha_NQ.clone(), weight_TK)
+        ctx.save_for_backward(x_TD, xa_NQ.clone(), gate_up_NO, factor_NF, ha_NQ.clone(), weight_TK)
         if weight_TK is None:
             return y_ND
         # the weighted sum over a token's routes
@@ -136,16 +147,19 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: D102
         if [factor._version for factor in ctx.factors] != ctx.versions:
             raise RuntimeError("LoRA factors were changed between forward and backward")
-        x_TD, xa_NQ, gate_up_NO, silu_NF, ha_NQ, weight_TK = ctx.saved_tensors
+        x_TD, xa_NQ, gate_up_NO, factor_NF, ha_NQ, weight_TK = ctx.saved_tensors
         rows, weights = ctx.rows, ctx.weights
         learning = any(ctx.needs_input_grad[5:])
-        # down: dL/dh before the route's weight, and dL/dweight = dL/dh . h
+        # down: dL/dh before the route's weight, and dL/dweight = dL/dh . h without a bias
         dy_ND, dya_NQ, dh_NF = _through_down(gradients[0], weights, rows, gate_up_NO)
-        h_NF = torch.mul(silu_NF, gate_up_NO[:, weights.hidden :], out=_aligned_empty(gate_up_NO, weights.hidden))
+        up_NF, h_NF = gate_up_NO[:, weights.hidden :], _aligned_empty(gate_up_NO, weights.hidden)
+        weights.activation.hidden(factor_NF, up_NF, out=h_NF)
         dweight_TK = None
         if weight_TK is not None:
             if ctx.needs_input_grad[4]:
                 dot_N = torch.linalg.vecdot(dh_NF, h_NF)
+                if weights.biased:  # dL/dweight = dy . (W h + s B A h + b)
+                    dot_N = dot_N + torch.linalg.vecdot(dy_ND, _down_bias(weights, rows, len(dy_ND)))
                 dweight_TK = torch.where(rows.kept_TK, dot_N[rows.slot_TK], 0.0)
             # the route's weight scales dy: taken into dL/dh, and into one factor each of dA and dB
             weight_N1 = _of_rows(weight_TK, rows).unsqueeze(1)
@@ -154,8 +168,10 @@ class ExpertMLP(torch.autograd.Function):
         if learning:  # dA = (s B^T dy)^T h, dB = dy^T (s A h)
             down_A = _product(_aligned_copy(dya_NQ).t(), h_NF, rows)
             down_B = _product(_aligned_copy(ha_NQ * weights.scaling).t(), dy_ND, rows).mT
-        # silu: dL/dg and dL/du
-        dgut_NO = _through_silu(dh_NF, weights, gate_up_NO, silu_NF)
+        # the activation: dL/dg and dL/du, [dh u silu'(g), dh silu(g)] for most, with an empty tail
+        dgut_NO = _with_tail(gate_up_NO, len(gate_up_NO), weights.gate_up.shape[1], 2 * weights.hidden)
+        dgate_NF, dup_NF = dgut_NO[:, : 2 * weights.hidden].split(weights.hidden, dim=1)
+        weights.activation.backward(dh_NF, factor_NF, gate_up_NO[:, : weights.hidden], up_NF, dgate_NF, dup_NF)
         dgu_NO, dgua_NQ = dgut_NO[:, : 2 * weights.hidden], dgut_NO[:, 2 * weights.hidden :][:, : 2 * weights.lora_rank]
         if ctx.observer.backward is not None:
             ctx.observer.backward(h_NF, dgu_NO)
@@ -175,7 +191,7 @@ class ExpertMLP(torch.autograd.Function):
 
 def _through_down(dy_TD: Tensor, weights: Weights, rows: Rows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dy, s B^T dy, dL/dh = W^T dy + A^T (s B^T dy)) of each row, without the routes' weights."""
-    _, down, width, hidden, rank, _ = weights
+    _, down, width, hidden, rank, *_ = weights
     dyt_NO = _with_tail(like, len(like), down.shape[1], width)
     dy_ND, dya_NQ = dyt_NO[:, :width], dyt_NO[:, width : width + rank]
     _take(dy_TD, rows.token_N, dy_ND)
@@ -184,14 +200,13 @@ def _through_down(dy_TD: Tensor, weights: Weights, rows: Rows, like: Tensor) -> 
     return dy_ND, dya_NQ, _product(dyt_NO, down[:, :, :hidden], rows)
 
 
-def _through_silu(dh_NF: Tensor, weights: Weights, gate_up_NO: Tensor, silu_NF: Tensor) -> Tensor:
-    """Return [dL/dg, dL/du] = [dh u silu'(g), dh silu(g)] of each row with an empty tail; uses up `dh_NF`."""
-    hidden = weights.hidden
-    gate_NF, up_NF = gate_up_NO.split(hidden, dim=1)
-    dgut_NO = _with_tail(gate_up_NO, len(gate_up_NO), weights.gate_up.shape[1], 2 * hidden)
-    torch.mul(dh_NF, silu_NF, out=dgut_NO[:, hidden : 2 * hidden])
-    torch.ops.aten.silu_backward.grad_input(dh_NF.mul_(up_NF), gate_NF, grad_input=dgut_NO[:, :hidden])
-    return dgut_NO
+def _down_bias(weights: Weights, rows: Rows, num_rows: int) -> Tensor:
+    """Return the bias of each row's expert, [N, D]."""
+    _, down, width, hidden, rank, *_ = weights
+    expert_N = torch.searchsorted(
+        rows.ends_E, torch.arange(num_rows, device=down.device, dtype=torch.int32), right=True
+    )
+    return down[:, :width, hidden + rank][expert_N.clamp_(max=len(down) - 1)]
 
 
 def _gate_up_gradients(

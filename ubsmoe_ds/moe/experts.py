@@ -1,4 +1,4 @@
-"""One rank's frozen SwiGLU experts with LoRA: the parameters for `expert_mlp.py`, and the moments summed up on them.
+"""One rank's frozen gated experts with LoRA: the parameters for `expert_mlp.py`, and the moments summed up on them.
 
 Shapes: E local experts, P ranks, C slots per rank, N rows, S sampled rows, T tokens, K experts per token,
 D model width, F expert width, R LoRA rank, X = 3 F + 1.
@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ubsmoe_ds.moe.activations import SWIGLU, Activation
 from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, room
-from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments, moment_values
+from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
 
 class StackedExperts(nn.Module):
@@ -31,6 +32,8 @@ class StackedExperts(nn.Module):
         generator: draws A for all `num_experts` experts of the model, so that A does not depend on expert parallelism.
         num_experts: experts of the whole model.
         first: global index of the first local expert.
+        activation: of the hidden units.
+        biased: whether every projection has a frozen bias.
     """
 
     def __init__(
@@ -45,8 +48,11 @@ class StackedExperts(nn.Module):
         generator: torch.Generator,
         num_experts: int,
         first: int,
+        activation: Activation = SWIGLU,
+        biased: bool = False,
     ) -> None:
         super().__init__()
+        self.activation, self.biased = activation, biased
         self.lora_rank, self.scaling = lora_rank, alpha / lora_rank
         self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
         self.num_local_experts, self.hidden, self.width = shape
@@ -54,8 +60,8 @@ class StackedExperts(nn.Module):
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # where set, sums of three moments [E, F] and a count
         self.moment_every = 1  # one of so many rows is looked at for moments
-        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * lora_rank, dtype)
-        down = room(self.num_local_experts, self.width, self.hidden, lora_rank, dtype)
+        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * lora_rank + biased, dtype)
+        down = room(self.num_local_experts, self.width, self.hidden, lora_rank + biased, dtype)
         self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
         for name in PROJECTIONS:
             A_ERI, outputs = self.draw_adapter(name, generator), self.base()[name].shape[1]
@@ -96,6 +102,17 @@ class StackedExperts(nn.Module):
             "down": self.down.data[:, : self.width, : self.hidden],
         }
 
+    def bias(self) -> dict[str, Tensor]:
+        """Return a view of each projection's frozen bias: "gate", "up" [E, F], "down" [E, D]; empty without biases."""
+        if not self.biased:
+            return {}
+        gate_up = self.gate_up.data[:, : 2 * self.hidden, self.width + 2 * self.lora_rank]
+        return {
+            "gate": gate_up[:, : self.hidden],
+            "up": gate_up[:, self.hidden :],
+            "down": self.down.data[:, : self.width, self.hidden + self.lora_rank],
+        }
+
     def forward(self, slots: Tensor) -> Tensor:
         """Run every local expert on its slots, under expert parallelism.
 
@@ -117,7 +134,8 @@ class StackedExperts(nn.Module):
         self._extend_with(factors)
         summing = self.training and self.moment_sums_EX is not None
         observer = Observer(self._sum_moments(rows) if summing else None, self.on_backward)
-        weights = Weights(self.gate_up, self.down, self.width, self.hidden, self.lora_rank, self.scaling)
+        sizes = self.width, self.hidden, self.lora_rank, self.scaling
+        weights = Weights(self.gate_up, self.down, *sizes, self.activation, self.biased)
         return ExpertMLP.apply(weights, rows, observer, x, weight_TK, *(f for pair in factors.values() for f in pair))
 
     @torch.no_grad()
@@ -145,8 +163,9 @@ class StackedExperts(nn.Module):
                 row_S = torch.randint(count, (-(-count // self.moment_every),), device=x_ND.device)
             gate_SF, up_SF = gate_up_NO[row_S].split(self.hidden, dim=1)
             expert_S = torch.searchsorted(rows.ends_E, row_S.int(), right=True)
-            filled_S1 = x_ND[row_S].any(dim=1, keepdim=True)  # empty slots are zero: only their count would matter
-            values_SX = torch.cat([*moment_values(gate_SF.float(), up_SF.float()), filled_S1], dim=1)
+            filled_S1 = x_ND[row_S].any(dim=1, keepdim=True)  # empty slots are zero, but biases may stand in their h
+            values_SX = torch.cat([*self.activation.slopes(gate_SF.float(), up_SF.float()), filled_S1], dim=1)
+            values_SX = torch.where(filled_S1, values_SX, 0.0)
             if rows.kept_TK is not None:
                 values_SX = values_SX * rows.kept_TK.any()  # without any route, `ends_E` has one all the same
             sums_EX = self.moment_sums_EX.new_zeros(self.num_local_experts + 1, values_SX.shape[1])

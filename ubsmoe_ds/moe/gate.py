@@ -5,8 +5,9 @@ Source: UB-SMoE, arXiv 2605.16690 [paper]; lines marked [ours] are our reading o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from deepspeed import comm as dist
@@ -14,11 +15,14 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ubsmoe_ds.moe.router import Router
+
 
 class Routing(NamedTuple):
     """A gate's decisions for a batch, detached; pseudo-gradients and statistics read them.
 
-    p_TE: softmax of the modulated logits; active_TE: chosen by the token, dropped or not (bool)
+    p_TE: softmax of the modulated logits, or see `Router.weights_of_all`
+    active_TE: chosen by the token, dropped or not (bool)
     index_KT: expert of each route, -1 where the route was dropped; location_KT: its slot; weight_KT: its gate weight
     used_T: False for padding; kept_E: number of each expert's routes that were not dropped
     """
@@ -60,6 +64,10 @@ class UBSMoEGate(TopKGate):
 
         s = W_r x (fp32);  m_i = s_i + phi_i for the N_p largest s_i, else s_i;  p = softmax(m);  top K of p  [paper]
 
+    For routers of another form, see `Router`, s and m are the logits before softmax or sigmoid, the N_p and the K
+    experts are the first in the router's own ranking, by which phi reaches the choice; so phi is in the same unit, a
+    logit, for all models and learns through p [ours]. Biases of a router are the model's and not trained.
+
     Differences from the stock gate, for every K alike: no jitter and no sampling; weights are p itself, normalised
     over the K only if the model does so; a dropped route loses its weight and the others keep theirs [ours]; padding
     is not routed and does not count towards the capacity. When dropping, an expert keeps the routes of largest weight,
@@ -69,19 +77,24 @@ class UBSMoEGate(TopKGate):
         hidden: D.
         num_experts: E.
         config: see `GateConfig`.
-        normalize: whether the K weights are divided by their sum, as the model's family does or not.
+        router: the rule of the model's family.
+        biased: whether logits have a bias, `bias_E`; zero until it is loaded, as is `correction_E`.
     """
 
-    def __init__(self, hidden: int, num_experts: int, config: GateConfig, *, normalize: bool) -> None:
+    def __init__(
+        self, hidden: int, num_experts: int, config: GateConfig, router: Router, *, biased: bool = False
+    ) -> None:
         factor = config.capacity_factor
         super().__init__(
             hidden, num_experts, config.k, factor or 1.0, 1.0, config.min_capacity, drop_tokens=factor is not None
         )
-        self.candidates, self.normalize = config.candidates, normalize
+        self.candidates, self.router = config.candidates, router
         self.phi_range, self.modulate = config.phi_range, config.modulate
         self.scale = nn.Parameter(torch.ones(1)) if config.learned_scale else None
         self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=config.phi_range is not None)
         self.routing: Routing | None = None
+        for name, there in (("bias_E", biased), ("correction_E", router.corrected)):
+            self.register_buffer(name, torch.zeros(num_experts) if there else None, persistent=False)
         for name, shape in (("routed_E", (num_experts,)), ("kept_E", (num_experts,)), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
 
@@ -107,31 +120,32 @@ class UBSMoEGate(TopKGate):
             raise ValueError("UBSMoEGate serves MOELayer's sparse routes without Tutel only")
         everything = torch.ones(len(input), dtype=torch.bool, device=input.device)
         used_T = everything if used_token is None else used_token.view(-1).bool()
-        s_TE = F.linear(input.float(), self.wg.weight.float())
+        s_TE = F.linear(input.float(), self.wg.weight.float(), self.bias_E)
         m_TE = self.modulated_logits(s_TE)
-        p_TE = F.softmax(s_TE if self.modulate == "selection" else m_TE, dim=-1)
-        index_TK = m_TE.topk(self.k, dim=-1).indices
+        p_TE = self.router.probabilities(s_TE if self.modulate == "selection" else m_TE)
+        index_TK = self.router.ranking(m_TE, self.correction_E).topk(self.k, dim=-1).indices
         weight_TK = p_TE.gather(1, index_TK)
         active_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, True) & used_T.unsqueeze(-1)
         l_aux = self._load_balancing_loss(p_TE, active_TE, used_T)
         index_KT, location_KT, limit, routed_E = self._assign_slots(index_TK.t(), weight_TK.detach().t(), used_T)
         capacity = self._capacity(len(used_T), routed_E)
-        if self.normalize:
-            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        weight_TK = self.router.weights(weight_TK)
         if self.scale is not None:
             weight_TK = weight_TK * self.scale.float()
         # rounded as Hugging Face's router does, but passed on in fp32: `MOELayer` sums in the weights' dtype
         weight_KT = weight_TK.t().contiguous().to(input.dtype).float()
         kept_E = routed_E if limit is None else torch.minimum(routed_E, limit)
-        self.routing = Routing(p_TE.detach(), active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
+        p_TE = self.router.weights_of_all(p_TE).detach()
+        self.routing = Routing(p_TE, active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
         self._count(routed_E, kept_E, used_T)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def modulated_logits(self, s_TE: Tensor) -> Tensor:
-        """Return m_TE: phi added to the N_p largest logits of each token [paper]."""
+        """Return m_TE: phi added to the logits of the N_p experts that rank first for each token [paper]."""
         if self.phi_range is None:
             return s_TE
-        candidate_TE = torch.zeros_like(s_TE).scatter_(1, s_TE.topk(self.candidates, dim=-1).indices, 1.0)
+        rank_TE = self.router.ranking(s_TE, self.correction_E)
+        candidate_TE = torch.zeros_like(s_TE).scatter_(1, rank_TE.topk(self.candidates, dim=-1).indices, 1.0)
         return s_TE + candidate_TE * self.phi.float()
 
     def range_penalty(self) -> Tensor:
@@ -167,8 +181,22 @@ class UBSMoEGate(TopKGate):
         for counter in (self.routed_E, self.kept_E, self.tokens):
             counter.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the biases in fp32, as transformers does, where the model is made bf16: they decide by small steps."""
+        precise = {name: getattr(self, name) for name in ("bias_E", "correction_E")}
+        super()._apply(fn, recurse)
+        for name, value in precise.items():
+            if value is not None:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
     def _load_balancing_loss(self, p_TE: Tensor, active_TE: Tensor, used_T: Tensor) -> Tensor:
-        """Return DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that are not padding."""
+        """Return DeepSpeed's l_aux = E / K * sum_e mean_t(p) mean_t(active), over the tokens that are not padding.
+
+        Sigmoids are divided by their sum for it, as DeepSeek-V3 does (arXiv 2412.19437).
+        """
+        if self.router.score == "sigmoid":
+            p_TE = p_TE / p_TE.sum(dim=-1, keepdim=True)
         n = used_T.sum().clamp_min(1)
         mean_p_E = (p_TE * used_T.unsqueeze(-1)).sum(0) / n
         share_E = active_TE.sum(0) / n

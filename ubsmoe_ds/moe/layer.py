@@ -133,22 +133,30 @@ class UBSMoE(MoE):
         gate, experts: the UB-SMoE parts, in place of those that `MoE` would build.
         ep_size: number of ranks that share the experts.
         shared: module that every token passes beside its experts, [..., D] -> [..., D]; its output is added.
+        returns_pair: whether the decoder layer expects (hidden states, router scores); the scores are None.
     """
 
     def __init__(
-        self, gate: UBSMoEGate, experts: StackedExperts, ep_size: int, shared: nn.Module | None = None
+        self,
+        gate: UBSMoEGate,
+        experts: StackedExperts,
+        ep_size: int,
+        shared: nn.Module | None = None,
+        *,
+        returns_pair: bool = False,
     ) -> None:
         num_experts, hidden = gate.wg.weight.shape
         super().__init__(hidden, nn.Identity(), num_experts, ep_size=ep_size)
         self.deepspeed_moe = UBSMoELayer(gate, experts, self.expert_group_name, ep_size, self.num_local_experts)
-        self.shared = shared
+        self.shared, self.returns_pair = shared, returns_pair
         self.used_token: Tensor | None = None
         self.register_state_dict_pre_hook(_refuse_alone)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:  # type: ignore[override]
         """Map [B, S, D] to [B, S, D]; l_aux and counts stay readable at `deepspeed_moe` and `gate`."""
         y = self.deepspeed_moe(hidden_states, self.used_token)
-        return y if self.shared is None else y + self.shared(hidden_states)
+        y = y if self.shared is None else y + self.shared(hidden_states)
+        return (y, None) if self.returns_pair else y
 
     @property
     def gate(self) -> UBSMoEGate:

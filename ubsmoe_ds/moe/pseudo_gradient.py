@@ -5,7 +5,8 @@ Pure functions on gradients and router statistics; nothing here knows of ranks o
 
 Shapes: T tokens, N tokens that an expert learns from, D model width, F expert width, E experts, R LoRA rank.
 LoRA factors are dicts keyed "gate", "up", "down" of (A, B): A_ERD or A_ERF, B_EFR or B_EDR.
-An expert's output is W_down h, h = silu(g) * u, with g, u, and the down projection each W x + s B A x, s = alpha / R.
+An expert's output is W_down h, h = silu(g) * u or another activation, with g, u, and the down projection each
+W x + s B A x + b, s = alpha / R; few models have biases b.
 `delta` is dL/dy of the layer's output y; `c_TE` = rho * p * (1 - active) is the weight each inactive expert is given.
 """
 
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ubsmoe_ds.moe.activations import SWIGLU, Activation
 
 PROJECTIONS = ("gate", "up", "down")
 LoraFactors = Mapping[str, tuple[Tensor, Tensor]]
@@ -53,7 +55,7 @@ class ExpertTokens(NamedTuple):
 class Moments(NamedTuple):
     """First-order model of an expert: means over the tokens that activated it, each [E, F] in fp32.
 
-    hidden_EF: mu = E[h]; gate_EF: E[silu'(g) u], the mean dh/dg; up_EF: E[silu(g)], the mean dh/du
+    hidden_EF: mu = E[h]; gate_EF: the mean dh/dg, E[silu'(g) u]; up_EF: the mean dh/du, E[silu(g)]
     """
 
     hidden_EF: Tensor
@@ -67,12 +69,16 @@ class Experts(NamedTuple):
     lora: LoRA factors; scaling: s = alpha / R
     base: frozen weights "gate" [E, F, D], "up" [E, F, D], "down" [E, D, F]
     moments: set for estimators that need them
+    activation: of the hidden units
+    bias: frozen biases "gate", "up" [E, F], "down" [E, D]; empty where the model has none
     """
 
     lora: LoraFactors
     scaling: float
     base: Mapping[str, Tensor]
     moments: Moments | None = None
+    activation: Activation = SWIGLU
+    bias: Mapping[str, Tensor] = {}
 
 
 class GradientSums(NamedTuple):
@@ -156,13 +162,6 @@ def _outer(x_ENI: Tensor, dy_ENO: Tensor, A_ERI: Tensor, B_EOR: Tensor, scaling:
     return (dy_ENO @ B_EOR.float()).mT @ x_ENI, dy_ENO.mT @ (x_ENI @ A_ERI.float().mT)
 
 
-def moment_values(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return h, silu'(g) u and silu(g) of every token, whose means are `Moments`; zero where g = u = 0."""
-    sigmoid_NF = torch.sigmoid(gate_NF)
-    silu_NF = gate_NF * sigmoid_NF
-    return silu_NF * up_NF, (sigmoid_NF + silu_NF * (1 - sigmoid_NF)) * up_NF, silu_NF
-
-
 def linearised(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
     """Compute the pseudo-gradient of experts replaced by their first-order model [ours].
 
@@ -221,7 +220,9 @@ def dense_oracle(tokens: ExpertTokens, experts: Experts) -> LoraFactors:
     with torch.enable_grad():
         weight = {name: experts.base[name].float() + experts.scaling * B @ A for name, (A, B) in leaves.items()}
         x_END = tokens.x_END.detach().float()
-        hidden_ENF = F.silu(x_END @ weight["gate"].mT) * (x_END @ weight["up"].mT)
+        bias = {name: value.float().unsqueeze(1) for name, value in experts.bias.items()}
+        gate_ENF, up_ENF = (x_END @ weight[name].mT + bias.get(name, 0.0) for name in ("gate", "up"))
+        hidden_ENF = experts.activation(gate_ENF, up_ENF)
         total = (hidden_ENF @ weight["down"].mT * tokens.delta_END.float()).sum()
         flat = torch.autograd.grad(total, [f for name in PROJECTIONS for f in leaves[name]])
     return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(PROJECTIONS)}

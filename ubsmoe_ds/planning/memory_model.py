@@ -69,9 +69,8 @@ def _shared_memory_bytes(setup: RankSetup) -> float:
 def frozen_bytes(setup: RankSetup) -> float:
     """Return the size of untrained weights; experts have room for their scaled LoRA factors beside them."""
     s = setup.shape
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     embeddings = s.vocab * s.hidden * (1 if s.tied_embeddings else 2)
-    attention = s.layers * (2 * s.hidden * q + 2 * s.hidden * kv)
+    attention = sum(mixer.elements for mixer in s.mixers)
     dense = s.dense_layers * 3 * s.hidden * s.dense_width
     shared = setup.sparse_layers * 3 * s.hidden * s.shared_width
     router = 0 if setup.router else setup.sparse_layers * s.num_experts * s.hidden

@@ -103,10 +103,9 @@ class TrainedElements(NamedTuple):
 def trained_elements(setup: RankSetup) -> TrainedElements:
     """Count router, phi and attention LoRA, which every rank has, and the LoRA of the experts that this rank holds."""
     s = setup.shape
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     dense = setup.sparse_layers * (s.num_experts * s.hidden * setup.router + s.num_experts * setup.modulated)
     if s.lora_attention:
-        dense += s.layers * s.lora_rank * (2 * (s.hidden + q) + 2 * (s.hidden + kv))
+        dense += s.lora_rank * sum(mixer.adapter_width for mixer in s.mixers)
     experts = setup.sparse_layers * setup.local_experts * 3 * s.lora_rank * (s.hidden + s.expert_width)
     return TrainedElements(dense, experts)
 

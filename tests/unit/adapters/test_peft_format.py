@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.families import MODELS, ids_and_mask, saved_family
-from ubsmoe_ds.adapters import peft_config, peft_format
+from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
-from ubsmoe_ds.adapters.peft_tensors import to_peft
+from ubsmoe_ds.adapters.peft_tensors import expert_weights, to_peft
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import FAMILIES
@@ -32,6 +32,7 @@ def trained(folder, attention=True):
     live |= {name: value for name, value in model.named_state().items() if name.endswith(".router.weight")}
     for value in live.values():
         value.data.normal_(0, 0.2)
+    live |= model.router_biases()
     return model.eval(), {name: value.detach().clone() for name, value in live.items()}
 
 
@@ -40,16 +41,18 @@ def read(folder):
 
 
 def save(folder, state, **changes):
-    values = {"lora_rank": RANK, "alpha": ALPHA, "base_model": "base", "facts": {"k": "3"}}
+    values = {"lora_rank": RANK, "alpha": ALPHA, "base_model": "base", "facts": {"k": "3"}, "family": FAMILIES["olmoe"]}
     peft_format.save(folder, state, **(values | changes))
 
 
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("family", MODELS)
 def test_peft_computes_our_logits(family, attention, tmp_path):
+    """And our reader gets back what was written, to the bit."""
     hf = saved_family(family, tmp_path / "base")
     model, state = trained(tmp_path / "base", attention)
-    save(tmp_path / "adapter", state)
+    line = FAMILIES[hf.config.model_type]
+    save(tmp_path / "adapter", state, family=line)
     peft = PeftModel.from_pretrained(hf, tmp_path / "adapter").eval()
     ids, used = ids_and_mask()
     with torch.no_grad():
@@ -57,6 +60,10 @@ def test_peft_computes_our_logits(family, attention, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - base).abs().max() > 0.1  # the adapter does something
+    back, rank, scaling = peft_format.read(tmp_path / "adapter", line, num_experts=8)
+    outside = {n for n in state if n.endswith(".correction") and "correction" not in line.router.saved}
+    assert (rank, scaling) == (RANK, ALPHA / RANK) and set(back) == set(state) - outside
+    assert all(torch.equal(back[name], state[name]) for name in back)
 
 
 def test_peft_computes_our_logits_with_rslora(tmp_path):
@@ -135,7 +142,7 @@ def test_gate_and_up_become_one_adapter_by_hand():
         "layers.0.experts.down.lora_A": torch.tensor([[[1.0]], [[2.0]]]),
         "layers.0.experts.down.lora_B": torch.tensor([[[3.0], [4.0]], [[5.0], [6.0]]]),
     }
-    tensors = to_peft(state)
+    tensors = to_peft(state, FAMILIES["olmoe"])
     prefix = "base_model.model.model.layers.0.mlp.experts."
     assert tensors[prefix + "base_layer.lora_A.weight"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
     assert tensors[prefix + "base_layer.lora_B.weight"].tolist() == [[10, 30, 0, 0], [0, 0, 20, 40]]
@@ -150,7 +157,7 @@ def test_adapters_that_peft_trained_are_read(tmp_path):
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["q_proj", "v_proj"],
-        target_parameters=[peft_config.GATE_UP, peft_config.DOWN],
+        target_parameters=list(expert_weights(FAMILIES["olmoe"])),
     )
     peft = get_peft_model(hf, lora).eval()
     torch.manual_seed(1)

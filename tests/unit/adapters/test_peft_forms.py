@@ -13,10 +13,12 @@ from tests.unit.adapters.test_peft_format import ALPHA, RANK, save, trained
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.adapters.merged import write_merged
-from ubsmoe_ds.adapters.peft_config import DOWN, GATE_UP
+from ubsmoe_ds.adapters.peft_tensors import expert_weights
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.families import FAMILIES
 
 ATTENTION = ["q_proj", "v_proj"]
+GATE_UP, DOWN = expert_weights(FAMILIES["olmoe"])
 FORMS = {
     "gate and up": {"target_parameters": [GATE_UP]},
     "down": {"target_parameters": [DOWN]},

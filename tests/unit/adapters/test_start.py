@@ -163,3 +163,22 @@ def test_whole_weights_and_a_missing_folder_are_refused(base, tmp_path):
         start_from_adapter(experiment(base[1], tmp_path), None)
     with pytest.raises(ValueError, match=r"lora.from: .* does not work with merge.rule 'flora'"):
         experiment(base[1], tmp_path, merge={"rule": "flora"})
+
+
+def test_frozen_biases_of_routers_must_be_those_of_the_model(tmp_path):
+    """PEFT saves them with the router's trained weight; they are not trained."""
+    saved_family("gpt_oss", tmp_path / "base")
+    exp = experiment(tmp_path / "base", "unused", lora={"attention": False})
+    model = client_of(exp).model
+    places = {n: v for n, v in model.named_state().items() if n.endswith((".lora_A", ".lora_B", ".router.weight"))}
+    state = {name: value.detach() for name, value in (places | model.router_biases()).items()}
+    assert any(name.endswith(".router.bias") for name in state)
+    about = {"run_id": "first", "round": "7"}
+    for folder, change in (("same", 0.0), ("other", 1.0)):
+        values = {n: v + change if n.endswith(".router.bias") else v for n, v in state.items()}
+        save_adapter(exp, tmp_path / folder, values, lora_rank=RANK, scaling=ALPHA / RANK, k=3, about=about)
+    exp = experiment(tmp_path / "base", tmp_path / "same", lora={"attention": False})
+    assert start_from_adapter(exp, client_of(exp))["run_id"] == "first"
+    exp = experiment(tmp_path / "base", tmp_path / "other", lora={"attention": False})
+    with pytest.raises(UserError, match="router.bias' with other values than model.path"):
+        start_from_adapter(exp, client_of(exp))

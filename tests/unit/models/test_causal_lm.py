@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.support import tiny
 from tests.support.conversion import convert
-from tests.support.families import MODELS, ids_and_mask, saved_family
+from tests.support.families import MODELS, ids_and_mask, saved_family, with_k
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import LoraLinear
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
@@ -31,13 +31,6 @@ SHAPES = {
 }
 
 
-def hf_with_k(hf, k):
-    changed = copy.deepcopy(hf)
-    for layer in changed.model.layers:
-        layer.mlp.gate.top_k = k
-    return changed
-
-
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_hugging_face_at_every_k(shape, mode):
@@ -48,7 +41,7 @@ def test_logits_equal_hugging_face_at_every_k(shape, mode):
     for k in (k_max, 1, 2, 3):
         model.set_active_experts(k)
         with torch.no_grad():
-            ours, theirs = model(ids, used), hf_with_k(hf, k)(ids).logits
+            ours, theirs = model(ids, used), with_k(hf, k)(ids).logits
         assert (ours - theirs).abs().max() < 1e-4
         assert theirs.std() > 0.1  # the comparison is about something
 
@@ -143,11 +136,8 @@ def test_every_family_equals_hugging_face_at_every_k(family, tmp_path):
     ids, used = ids_and_mask()
     for k in (3, 1, 2):
         model.set_active_experts(k)
-        for layer in hf.model.layers:
-            if hasattr(layer.mlp, "gate"):
-                layer.mlp.gate.top_k = k
         with torch.no_grad():
-            ours, theirs = model(ids, used), hf(ids).logits
+            ours, theirs = model(ids, used), with_k(hf, k)(ids).logits
         assert theirs.std() > 0.1
         assert (ours - theirs).abs().max() < 1e-4
 

@@ -1,6 +1,7 @@
 """FLOPs and parameters against torch's own counts of a plain loop, which does the products that are needed."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from tests.support import tiny
 from tests.support.conversion import convert
@@ -36,9 +39,14 @@ def plain_experts(layer: UBSMoELayer, x, used_token, _seen):
 
         route_N, token_N = (index_KT == e).nonzero(as_tuple=True)
         x_ND = x_TD[token_N]
-        y_ND = project("down", F.silu(project("gate", x_ND)) * project("up", x_ND))
+        y_ND = project("down", experts.activation(project("gate", x_ND), project("up", x_ND)))
         y_TD = y_TD.index_add(0, token_N, weight_KT[route_N, token_N].unsqueeze(1) * y_ND)
     return y_TD.view_as(x)
+
+
+def without_recurrence(query, key, value, g, beta, **_):
+    """Return something of the values' shape that depends on everything, without products."""
+    return value * (query.sum() + key.sum() + g.sum() + beta.sum()), None
 
 
 def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, int, ModelShape]:
@@ -48,6 +56,7 @@ def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, i
     shape = model_shape(hf.config, lora_rank=RANK, lora_attention=attention)
     spec = UBSMoESpec(GateConfig(k, 8), lora_rank=RANK, lora_attention=attention, router_trainable=router)
     model = convert(hf, spec).train()
+    assert trainable_parameters(shape, router) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     ids = torch.randint(2, tiny.VOCAB, (ROWS, LENGTH))
     run = partial(model, ids, torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
@@ -68,12 +77,34 @@ def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, i
         ("qwen2_moe, every second", 1, False, True),
         ("qwen3_moe", 1, False, False),  # its second layer is dense
         ("qwen3_moe", 3, True, True),
+        ("flex_olmo", 3, True, True),
+        ("mixtral", 3, True, True),
+        ("granitemoe", 3, True, True),
+        ("granitemoeshared", 3, True, False),
+        ("deepseek_v2", 3, True, True),  # latent attention, its first layer is dense
+        ("deepseek_v2", 1, False, False),
+        ("deepseek_v3", 3, True, True),
+        ("deepseek_v3", 3, True, False),
+        ("glm4_moe", 3, True, False),
+        ("dots1", 3, True, True),
+        ("ernie4_5_moe", 3, True, True),
+        ("hunyuan_v1_moe", 3, True, False),
+        ("minimax_m2", 3, True, True),
+        ("gpt_oss", 3, True, True),
+        ("qwen3_next", 3, True, True),  # its first layer is dense and a recurrence
+        ("qwen3_next", 3, True, False),
+        ("qwen3_5_moe_text", 3, True, True),
     ],
 )
 def test_flops_are_those_that_torch_counts(name, k, router, attention, monkeypatch):
-    """To the unit; all families have grouped queries."""
+    """To the unit; a recurrence itself is left out, which torch runs in chunks and we count token by token."""
+    for module in (modeling_qwen3_next, modeling_qwen3_5_moe):
+        monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: x)
+        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", without_recurrence)
     monkeypatch.setattr(UBSMoELayer, "_forward_on_one_rank", plain_experts)
     forward, step, shape = counted(name, k, router=router, attention=attention)
+    if shape.recurrence is not None:
+        shape = replace(shape, recurrence=replace(shape.recurrence, per_token=0.0))
     tokens = ROWS * LENGTH
     assert tokens * flops_per_token(shape, k, LENGTH) == forward
     assert step_flops(shape, k, tokens, LENGTH, len(ANSWERS), router=router) == step

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, OlmoeForCausalLM
 
 from tests.support import reference, tiny
 from tests.support.conversion import convert
+from tests.support.families import random_model
 from ubsmoe_ds.data import synthetic
 from ubsmoe_ds.data.batches import collate, encode
 from ubsmoe_ds.models.conversion import UBSMoESpec
@@ -21,22 +22,26 @@ from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.pseudo_gradient import Moments
 
 
-def test_linearised_equals_the_loop_over_tokens():
-    """Every LoRA factor of the tiny model, with random moments, within 1e-5."""
-    model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=2, candidates=8))).train()
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v2, grouped", "deepseek_v3", "dots1", "gpt_oss"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_equals_the_loop_over_tokens(estimator, family):
+    """Every LoRA factor of a model of each kind of router and of experts, with random phi and moments."""
+    torch.manual_seed(0)
+    model = convert(random_model(family), UBSMoESpec(GateConfig(k=2, candidates=4))).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
+        layer.gate.phi.data.normal_(0, 0.5)
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.05)
     seen = reference.watch(model.layers)
-    collector = PseudoGradientCollector(model.layers, "linearised", rho=0.7).attach()
+    collector = PseudoGradientCollector(model.layers, estimator, rho=0.7).attach()
     ids = torch.randint(2, tiny.VOCAB, (2, 8))
     F.cross_entropy(model(ids, torch.ones_like(ids, dtype=torch.bool)).reshape(16, -1), ids.reshape(-1)).backward()
     additions = collector.reduce()
-    assert len(additions) == 2 * 6
+    assert len(additions) == len(model.layers) * 6
     truth = {}
     for layer, record in zip(model.layers, seen, strict=True):
-        truth |= reference.linearised(layer, record, rho=0.7)
+        truth |= getattr(reference, estimator)(layer, record, rho=0.7)
     for parameter, ours in additions:
         assert truth[id(parameter)].abs().max() > 1e-4
         torch.testing.assert_close(ours, truth[id(parameter)], atol=1e-5, rtol=1e-4)

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
+from ubsmoe_ds.moe.router import Router
 
 
 def make_gate(k=2, experts=4, hidden=4, candidates=None, normalize=False, min_capacity=1, **options):
     config = GateConfig(k=k, candidates=candidates or experts, min_capacity=min_capacity, **options)
-    gate = UBSMoEGate(hidden, experts, config, normalize=normalize)
+    gate = UBSMoEGate(hidden, experts, config, Router(normalize=normalize))
     if hidden == experts:
         gate.wg.weight.data.copy_(torch.eye(experts))  # the input's entries are the logits
     return gate.train()
@@ -217,3 +218,58 @@ def test_a_learned_scale_never_changes_the_choice(seed, k, scale):
     assert torch.equal(plain(logits)[3], scaled(logits)[3])
     ratio = scaled(logits)[5] / plain(logits)[5]
     torch.testing.assert_close(ratio, torch.full_like(ratio, scale))  # the same factor for every token
+
+
+def test_one_normalised_weight_teaches_router_and_phi_nothing():
+    """K = 1, weights summing to one: p / p = 1 whatever the router says. By autograd it gives noise, here zero."""
+    gate = make_gate(k=1, experts=6, hidden=5, normalize=True)
+    gate.wg.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(1))
+    weight = gate(x)[5]
+    assert (weight == 1).all()
+    (weight * torch.randn(1, 50)).sum().backward()
+    assert not gate.phi.grad.any() and not gate.wg.weight.grad.any()
+    p_T1 = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    (p_T1 / p_T1.sum(-1, keepdim=True) * torch.randn(50, 1)).sum().backward()
+    assert p_T1.grad.any()  # the noise
+
+
+def test_a_sigmoid_router_by_hand():
+    """Two groups of two, one kept; sigmoids 0.5 0.8 0.6 0.9; the correction +1 makes the first group rank first.
+
+    Ranks: 0.5 + 1, 0.8 | 0.6, 0.9: sums 2.3 and 1.5. Weights 0.8 / 1.3 and 0.5 / 1.3, times 2.5; the choice is by
+    0.5 + 1 first. l_aux: p = sigmoids / 2.8, E / K * (0.5 + 0.8) / 2.8.
+    """
+    rule = Router("sigmoid", corrected=True, groups=2, kept_groups=1, group_best=2, normalize=True, scaling=2.5)
+    gate = UBSMoEGate(4, 4, GateConfig(k=2, candidates=2), rule)
+    gate.wg.weight.data.copy_(torch.eye(4))
+    gate.correction_E.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    x = torch.tensor([[0.5, 0.8, 0.6, 0.9]]).logit()
+    l_aux, _, _, index, _, weight, _ = gate.train()(x)
+    assert index.tolist() == [[0], [1]]
+    torch.testing.assert_close(weight, torch.tensor([[2.5 * 0.5 / 1.3], [2.5 * 0.8 / 1.3]]))
+    torch.testing.assert_close(l_aux, torch.tensor(4 / 2 * 1.3 / 2.8))
+    torch.testing.assert_close(gate.routing.p_TE, torch.tensor([[0.5, 0.8, 0.6, 0.9]]) / 2.8)
+    gate.phi.data = torch.tensor([0.0, 1.0, 5.0, 5.0])  # phi reaches the two candidates alone: experts 0 and 1
+    assert gate(x)[3].tolist() == [[1], [0]] or gate(x)[3].tolist() == [[0], [1]]
+    weight = gate(x)[5].flatten().sort().values
+    moved = torch.tensor(0.8).logit().add(1).sigmoid()
+    torch.testing.assert_close(weight, 2.5 * torch.stack([torch.tensor(0.5), moved]) / (0.5 + moved))
+    weight = gate(x)[5]
+    weight[0].sum().backward()
+    assert gate.phi.grad[:2].all() and not gate.phi.grad[2:].any()
+
+
+def test_biases_stay_in_fp32_in_a_model_in_bf16():
+    gate = UBSMoEGate(4, 4, GateConfig(k=2, candidates=2), Router(corrected=True), biased=True).bfloat16()
+    assert gate.wg.weight.dtype == torch.bfloat16 and gate.correction_E.dtype == gate.bias_E.dtype == torch.float32
+
+
+def test_with_all_experts_active_weights_are_p():
+    """As the dense reference of fidelity has them, in groups that are not kept too: p times the scaling factor."""
+    rule = Router("sigmoid", corrected=True, groups=2, kept_groups=1, group_best=2, normalize=True, scaling=2.5)
+    gate = UBSMoEGate(4, 4, GateConfig(k=4, candidates=2), rule)
+    _, _, _, index, _, weight, _ = gate.eval()(torch.randn(5, 4))
+    ordered_TE = torch.zeros(5, 4).scatter_(1, index.t().long(), weight.t())
+    torch.testing.assert_close(ordered_TE, 2.5 * gate.routing.p_TE)
+    torch.testing.assert_close(ordered_TE.sum(1), torch.full((5,), 2.5))

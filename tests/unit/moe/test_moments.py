@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.support import reference
+from ubsmoe_ds.moe.activations import SWIGLU, ClampedSwish
 from ubsmoe_ds.moe.experts import StackedExperts
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_moments_are_sums_over_rows(every):
+@pytest.mark.parametrize("activation", [SWIGLU, ClampedSwish(1.7, 0.8)], ids=["swiglu", "clamped, biased"])
+def test_moments_are_sums_over_rows(activation, every):
     """Two experts, two ranks, five slots: 5 and 2 tokens for the first, 0 and 4 for the second; against a loop.
 
     A sample of a quarter of the rows, 5 of 20 at a time, comes to a quarter of the sums in the mean.
@@ -26,7 +28,13 @@ def test_moments_are_sums_over_rows(every):
         generator=generator,
         num_experts=2,
         first=0,
+        activation=activation,
+        biased=activation != SWIGLU,
     )
+    bias = {name: torch.zeros(2, 4) for name in ("gate", "up")}
+    for name, place in experts.bias().items():
+        place.copy_(torch.randn(place.shape, generator=generator))
+        bias[name] = place
     for name, place in experts.base().items():
         place.copy_(base[name])
     slots = torch.zeros(2, 2, 5, 3)
@@ -34,7 +42,7 @@ def test_moments_are_sums_over_rows(every):
     for (rank, expert), filled in {(0, 0): 5, (1, 0): 2, (0, 1): 0, (1, 1): 4}.items():
         slots[rank, expert, :filled] = torch.randn(filled, 3, generator=generator)
         for x in slots[rank, expert, :filled]:
-            values = reference.slopes(base["gate"][expert] @ x, base["up"][expert] @ x)
+            values = reference.slopes(activation, *(base[n][expert] @ x + bias[n][expert] for n in ("gate", "up")))
             expected[expert] += torch.cat([*values, torch.ones(1)])
     assert expected[:, -1].tolist() == [7, 4]
     experts.start_moments(every)

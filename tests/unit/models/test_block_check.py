@@ -1,0 +1,107 @@
+"""A family's line that is wrong in any way is refused, or makes no difference: against transformers' own logits."""
+
+import itertools
+from dataclasses import MISSING, fields, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.families import MODELS, ids_and_mask, saved_family, with_k
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.families import FAMILIES, ExpertsLine, Family, RouterLine
+from ubsmoe_ds.moe.gate import GateConfig
+
+SPEC = UBSMoESpec(GateConfig(k=3, candidates=8))
+# names that two fields have by turns
+SWAPS = [("gate", "up"), ("up", "down"), ("num_experts", "width"), ("width", "active"), ("block", "module")]
+
+
+def outcome(folder, hf) -> str:
+    """Return "refused", or "equal" after comparing logits at three K."""
+    try:
+        model = load(folder, SPEC).eval()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    for k in (3, 1, 2):
+        model.set_active_experts(k)
+        with torch.no_grad():
+            theirs = with_k(hf, k)(ids_and_mask()[0]).logits
+            assert (model(*ids_and_mask()) - theirs).abs().max() < 1e-4, f"wrong logits at K = {k}"
+    return "equal"
+
+
+def default_of(kind, name):
+    """Return a field's value in a line that does not name it."""
+    field = next(field for field in fields(kind) if field.name == name)
+    return field.default if field.default is not MISSING else field.default_factory()
+
+
+def changed(family: Family, part: str, name: str, value) -> Family:
+    """Return a line with another value in it; part: "", "router" or "experts"."""
+    return replace(family, **{part: replace(getattr(family, part), **{name: value})} if part else {name: value})
+
+
+def places(family: Family):
+    """Yield (part, class, field) of all that a line says."""
+    for part, kind in (("", Family), ("router", RouterLine), ("experts", ExpertsLine)):
+        for field in fields(kind):
+            if field.name not in ("router", "experts"):
+                yield part, kind, field.name
+
+
+def broken(family: Family):
+    """Yield (what, line) for each field left out, and each two names swapped."""
+    for part, kind, name in places(family):
+        inner = getattr(family, part) if part else family
+        if getattr(inner, name) != default_of(kind, name):
+            yield f"{part}.{name} left out", changed(family, part, name, default_of(kind, name))
+    for one, other in SWAPS:
+        if getattr(family, one) != getattr(family, other):
+            swapped = {one: getattr(family, other), other: getattr(family, one)}
+            yield f"{one} and {other} swapped", replace(family, **swapped)
+    line = family.router
+    if line.groups[0]:
+        yield "groups swapped", changed(family, "router", "groups", line.groups[::-1])
+    if len(family.shared) == 2:
+        yield "shared swapped", replace(family, shared=family.shared[::-1])
+    for one, other in itertools.combinations(("weight", "bias", "correction"), 2):
+        if getattr(line, one) != getattr(line, other):
+            swapped = replace(line, **{one: getattr(line, other), other: getattr(line, one)})
+            yield f"router {one} and {other} swapped", replace(family, router=swapped)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_line_that_lacks_something_is_refused_or_right(name, tmp_path, monkeypatch):
+    """Some lines stay right: transformers knows a key under two names, and `normed_queries` is the plan's."""
+    hf = saved_family(name, tmp_path)
+    model_type = hf.config.model_type
+    family = FAMILIES[model_type]
+    assert outcome(tmp_path, hf) == "equal"
+    results = {}
+    for what, line in broken(family):
+        monkeypatch.setitem(FAMILIES, model_type, line)
+        results[what] = outcome(tmp_path, hf)
+    assert list(results.values()).count("refused") >= 3
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_line_with_parts_of_another_is_refused_or_right(data, tmp_path_factory):
+    """One to three fields have the values that they have in other families."""
+    name = data.draw(st.sampled_from(list(MODELS)))
+    folder = tmp_path_factory.mktemp("model")
+    hf = saved_family(name, folder)
+    family = right = FAMILIES[hf.config.model_type]
+    for _ in range(data.draw(st.integers(1, 3))):
+        part, _, field = data.draw(st.sampled_from(list(places(family))))
+        lines = [getattr(other, part) if part else other for other in FAMILIES.values()]
+        family = changed(family, part, field, data.draw(st.sampled_from([getattr(line, field) for line in lines])))
+    FAMILIES[hf.config.model_type] = family
+    try:
+        outcome(folder, hf)
+    finally:
+        FAMILIES[hf.config.model_type] = right
