@@ -106,7 +106,7 @@ def _without_frozen(folder: Path, state: Mapping[str, Tensor], client: Client) -
     for name in frozen.keys() & state.keys():
         if not torch.equal(frozen[name].cpu().to(state[name].dtype), state[name]):
             raise _unfit(
-                "from", folder, f"has the tensor {name!r}, which is frozen here, with other values; use its base"
+                "from", folder, f"has the tensor {name!r} with other values than model.path; set it to its base"
             )
     return {name: value for name, value in state.items() if name not in frozen}
 
