@@ -207,3 +207,5 @@ def test_optimizer_state_is_reset_or_kept(zero, model_path, tmp_path):
     assert result["keep/nll"][0] == result["reset/nll"][0]
     assert result["keep/nll"][2] != result["reset/nll"][2]
     assert (result["keep/largest"] == 0).all()
+    # Adam's first step is the learning rate, 0.01: of 4 rounds the third has half of it
+    np.testing.assert_allclose(result["reset/moved"], [0.01, 0.005], rtol=0.02)

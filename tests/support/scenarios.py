@@ -96,7 +96,8 @@ def _masters(client: Any) -> dict[str, np.ndarray]:
 def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
     """Train three rounds of three steps, optimiser state kept or reset between them; return losses, steps and moments.
 
-    "largest" are the moments' largest values after a reset.
+    "largest" are the moments' largest values after a reset; "moved" is how far a first step moves a weight at most in
+    rounds 1 and 3 of 4, the learning rate falling linearly.
     """
     base = tiny.experiment(model_path, [{"budget": 0.5}])
     enter(base)
@@ -119,9 +120,21 @@ def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
         results[f"{name}/steps"] = np.array([float(state["step"]) for state in states])
         client.reset_optimizer()
         results[f"{name}/largest"] = np.array([float(v.abs().max()) for state in states for v in state.values()])
+        train = exp.train.model_copy(update={"rounds": 4, "lr_schedule": "linear"})
+        client.exp = exp.model_copy(update={"train": train})
+        results[f"{name}/moved"] = np.array([_moved(client, number, next(batches)) for number in (1, 3)])
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+def _moved(client: Any, number: int, batch: Any) -> float:
+    """Return how far the first step after a reset moves a weight at most, at the learning rate of a round."""
+    client.reset_optimizer()
+    before = _masters(client)
+    client.set_learning_rate(number)
+    client.step(batch)
+    return max(float(np.abs(value - before[key]).max()) for key, value in _masters(client).items())
 
 
 def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.adapter import WEIGHTS, Adapter, read_adapter
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.base.files import sha256
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.fingerprint import model_digest
@@ -142,5 +143,5 @@ def _digest(folder: Path) -> str:
     state = hashlib.blake2b(digest_size=16)
     for name in FILES:
         if (folder / name).exists():
-            state.update((folder / name).read_bytes())
+            state.update(sha256(folder / name))
     return state.hexdigest()
