@@ -22,6 +22,7 @@ from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.client.generation import Prompts, check_positions
+from ubsmoe_ds.client.packing_check import check_packing
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.chat import PLAINLY
@@ -86,6 +87,8 @@ def build(
     texts = _encode(exp, world, rows)
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
+    if exp.data.packing:
+        check_packing(client.model)
     started_from = start_from_adapter(exp, client) if exp.lora.start and checkpoint is None else {}
     release_freed_memory()
     prompts = _prompts(exp, client, texts)
