@@ -28,13 +28,14 @@ def start_with(monkeypatch):
     return replace
 
 
-@pytest.mark.parametrize("code", [7, 0])  # 0 counts although no rank has signed in: all are on other hosts
-def test_the_script_runs_itself_under_mpiexec(code, start_with, monkeypatch):
+# 0 counts although no rank has signed in: all are on other hosts; 7 may be the number of a signal
+@pytest.mark.parametrize(("of_mpiexec", "code"), [(7, 1), (0, 0)])
+def test_the_script_runs_itself_under_mpiexec(of_mpiexec, code, start_with, monkeypatch):
     started = []
 
     def popen(command, env, **_):
         started.append((command, env))
-        return SimpleNamespace(poll=lambda: code, wait=lambda: code)
+        return SimpleNamespace(poll=lambda: of_mpiexec, wait=lambda: of_mpiexec)
 
     start_with(popen)
     for name in launchers.RENDEZVOUS_VARIABLES:
@@ -95,7 +96,7 @@ def test_a_job_that_died_starts_again(restarts, codes, left_by_first, resumes, s
 
     start_with(popen)
     code = relaunch.relaunch("launch/train.py", [], 2, restarts=restarts, saved=lambda: set(checkpoints))
-    assert code == codes[-1]
+    assert code == (1 if codes[-1] == 9 else codes[-1])
     assert [command[-2:] == ["--resume", "auto"] for command in commands] == resumes
 
 
