@@ -87,6 +87,7 @@ def activation_of(config: PreTrainedConfig, family: Family) -> Activation:
     return SWIGLU
 
 
+@torch.random.fork_rng(devices=[])  # modules that are built draw numbers, and training goes on from its own
 def check_same(block: Any, hf: PreTrainedModel, family: Family) -> None:
     """Check that transformers' block and experts compute what the family's line says, and that its files are so named.
 

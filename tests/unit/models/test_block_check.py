@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.families import MODELS, ids_and_mask, saved_family, with_k
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.block_check import check_same
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import FAMILIES, ExpertsLine, Family, RouterLine
 from ubsmoe_ds.moe.gate import GateConfig
@@ -105,3 +106,10 @@ def test_a_line_with_parts_of_another_is_refused_or_right(data, tmp_path_factory
         outcome(folder, hf)
     finally:
         FAMILIES[hf.config.model_type] = right
+
+
+def test_the_check_leaves_the_random_numbers_of_training_alone(tmp_path):
+    hf = saved_family("olmoe", tmp_path)
+    before = torch.get_rng_state()
+    check_same(hf.model.layers[0].mlp, hf, FAMILIES["olmoe"])
+    assert torch.equal(torch.get_rng_state(), before)
