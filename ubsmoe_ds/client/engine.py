@@ -105,6 +105,8 @@ class Client:
         self.spec = client_spec(exp, config, group_rank)
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
+        if exp.train.activation_checkpointing:
+            self.model.checkpoint_activations()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with deepspeed_output(verbose), refusals_of_deepspeed():
             self.engine, *_ = deepspeed.initialize(

@@ -63,7 +63,8 @@ def _flops(inputs: PlanInput, number: int, setup: RankSetup) -> tuple[float, flo
     exp, lengths, shape = inputs.exp, inputs.row_lengths[number], setup.shape
     rows = exp.deepspeed.train_batch_size
     tokens, answers = round(rows * lengths.mean_length), round(rows * lengths.mean_answers)
-    step = step_flops(shape, setup.k, tokens, round(lengths.mean_length), answers, router=setup.router)
+    context = round(lengths.mean_length)
+    step = step_flops(shape, setup.k, tokens, context, answers, router=setup.router, again=setup.recomputing)
     # the ranks of all clients with the same view share its evaluation rows
     sharers = [c for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number]]
     eval_rows = lengths.eval_rows * setup.ranks / sum(client.ranks for client in sharers)
