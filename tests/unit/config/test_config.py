@@ -158,7 +158,7 @@ def test_the_ready_made_configs_are_valid(tmp_path):
 
 def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="model_type 'llama'; supported: olmoe, mixtral"):
+    with pytest.raises(UserError, match="model_type 'llama'; supported: olmoe, flex_olmo, mixtral"):
         load(f"model.path={tmp_path}")
 
 
