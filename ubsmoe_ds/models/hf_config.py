@@ -8,7 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.cost import Mixer, ModelShape, Projection
-from ubsmoe_ds.models.families import FAMILIES, Family, read_facts
+from ubsmoe_ds.models.families import FAMILIES, read_facts
+from ubsmoe_ds.models.family import Family
 
 ALIGNMENT = 8  # elements of bf16
 RECURRENT = "linear_attention"  # transformers' name of layers with a recurrence
