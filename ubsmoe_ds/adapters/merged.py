@@ -17,7 +17,8 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new
 from ubsmoe_ds.base.tensor_files import open_tensors
-from ubsmoe_ds.models.families import Family, read_facts
+from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.hub import refuse_links_out
 from ubsmoe_ds.models.stored import projections, unstacked
 from ubsmoe_ds.models.weights import WeightFiles

@@ -12,7 +12,7 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import read_json
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
-from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.family import Family
 
 MOST_CONFIG, MOST_PATTERNS = 4 * 2**20, 1024  # bytes; each pattern is tried on each module
 MOST_RANK, LEAST_ALPHA, MOST_ALPHA = 2**16, 1e-6, 1e9

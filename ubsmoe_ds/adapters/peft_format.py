@@ -20,7 +20,7 @@ from ubsmoe_ds.adapters.peft_config import adapter_config, read_settings
 from ubsmoe_ds.adapters.peft_tensors import SIDECAR_ENDINGS, expert_targets, from_peft, to_peft
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import replace_files, require_regular, sha256
-from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.weights import read_tensors
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "ubsmoe.safetensors"

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ubsmoe_ds.adapters.peft_config import LoraSettings
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.causal_lm import ATTENTION_PROJECTIONS
-from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.stored import GATE_UP, unstacked
 
 PREFIX = "base_model.model."

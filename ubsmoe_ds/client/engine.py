@@ -22,6 +22,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.models.hf_config import check_alignment
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.gate import GateConfig
@@ -105,6 +106,10 @@ class Client:
         self.spec = client_spec(exp, config, group_rank)
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
+        if exp.deepspeed.use_bf16 and self.device.type != "cpu":
+            check_alignment(self.hf_config)
+        if exp.train.activation_checkpointing:
+            self.model.checkpoint_activations()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with deepspeed_output(verbose), refusals_of_deepspeed():
             self.engine, *_ = deepspeed.initialize(

@@ -30,6 +30,9 @@ class TrainConfig(Section):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="keep a client's optimiser moments between rounds, or reset them"
     )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
+    )
     save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
     round_deadline_s: Positive | None = Field(
         None, description="seconds of local steps after which a client stops and merges what it has; null: none"

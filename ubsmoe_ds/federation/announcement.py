@@ -11,7 +11,7 @@ from ubsmoe_ds.models.cost import trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.mpi.world import World
 
-GROUPED_PRODUCTS = (9, 0)  # CUDA's compute capability from which torch multiplies all experts in one kernel
+GROUPED_PRODUCTS = (9, 10)  # majors of CUDA's compute capability where torch multiplies all experts in one kernel
 
 
 def headline(exp: Experiment, client: Client) -> str:
@@ -63,9 +63,9 @@ def warnings(exp: Experiment, client: Client) -> Iterator[str]:
         )
     if torch.cuda.is_available() and exp.accelerator != "cpu":
         capability = torch.cuda.get_device_capability()
-        if capability < GROUPED_PRODUCTS or not exp.deepspeed.use_bf16:
+        if capability[0] not in GROUPED_PRODUCTS or not exp.deepspeed.use_bf16:
             yield (
                 "warning: torch computes experts one by one here; it computes them together in bf16 on devices of "
-                "compute capability 9.0 or more "
+                "compute capability 9 or 10 "
                 f"(this one: {'.'.join(map(str, capability))}, bf16 {exp.deepspeed.use_bf16})"
             )

@@ -201,4 +201,5 @@ class Outputs:
         shape = model_shape(self.client.hf_config, lora_rank=lora_rank, lora_attention=self.exp.lora.attention)
         _, context = tokens.input_ids.shape
         count, answers = tokens.input_ids.numel(), len(tokens.target_A)
-        return step_flops(shape, k, count, context, answers, router=self.exp.router.trainable)
+        again, router = self.exp.train.activation_checkpointing, self.exp.router.trainable
+        return step_flops(shape, k, count, context, answers, router=router, again=again)

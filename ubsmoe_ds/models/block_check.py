@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.models.families import Family
+from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.stored import DOWN, GATE_UP, projections, stacked_shapes, unstacked
 from ubsmoe_ds.moe.activations import SWIGLU, Activation, ClampedSwish
 from ubsmoe_ds.moe.expert_mlp import route_rows

@@ -5,12 +5,14 @@ Shapes: B rows, S positions, A answer positions, V vocabulary, E experts, D mode
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ubsmoe_ds.models.families import FAMILIES
@@ -141,6 +143,16 @@ class UBSMoEForCausalLM(nn.Module):
         )
         return {"attention_mask": mask_BSS.unsqueeze(1), "position_ids": seen_BSS.sum(2) - 1}
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the decoder layers' inputs in training; backward computes each layer again, with the same bits.
+
+        Counts, moments and the load-balancing loss are those of the first pass, and pseudo-gradients see a token once.
+        """
+        run = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, self.layers))
+        for decoder in self.decoders:  # as `gradient_checkpointing_enable`, which wants gradients of the embedding too
+            for name, value in (("gradient_checkpointing", True), ("_gradient_checkpointing_func", run)):
+                setattr(decoder, name, value)
+
     def auxiliary_loss(self, penalty: float, load_balancing: float) -> Tensor:
         """Return penalty * (range penalty of phi) + load_balancing * l_aux of the last forward pass, over layers."""
         total = torch.zeros((), device=self.layers[0].gate.phi.device)
@@ -210,6 +222,22 @@ class UBSMoEForCausalLM(nn.Module):
         """Set K in every layer."""
         for layer in self.layers:
             layer.gate.set_active_experts(k)
+
+
+def _contexts(layers: list[UBSMoE]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a decoder layer's first pass, and of the one in backward."""
+    return nullcontext(), _again(layers)
+
+
+@contextmanager
+def _again(layers: list[UBSMoE]) -> Iterator[None]:
+    for layer in layers:
+        layer.set_recomputing(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_recomputing(False)
 
 
 def moe_of(decoder: nn.Module) -> UBSMoE | None:

@@ -32,7 +32,8 @@ from ubsmoe_ds.models.causal_lm import (
     UBSMoEForCausalLM,
     lora_generator,
 )
-from ubsmoe_ds.models.families import FAMILIES, SILU, Family
+from ubsmoe_ds.models.families import FAMILIES, SILU
+from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.hf_config import is_sparse, read_config, unusable
 from ubsmoe_ds.models.stored import (
     HEAD,

@@ -116,7 +116,9 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
     return _layers(shape, k, context, router=False).forward + _head(shape)
 
 
-def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: int, *, router: bool) -> float:
+def step_flops(
+    shape: ModelShape, k: int, tokens: int, context: int, answers: int, *, router: bool, again: bool = False
+) -> float:
     """Return the FLOPs of one training step, forward and backward, without pseudo-gradients.
 
     Args:
@@ -124,9 +126,12 @@ def step_flops(shape: ModelShape, k: int, tokens: int, context: int, answers: in
         tokens: number of tokens of all rows, padding included.
         answers: number of positions whose next token is asked for; the head is computed only there.
         router: whether the router is trained.
+        again: whether backward computes the layers again (`train.activation_checkpointing`).
     """
     layers = _layers(shape, k, context, router)
     token = 2 * layers.frozen + 3 * layers.learned - _without_backward(shape, k, context)
+    if again:
+        token += _computed_again(shape, k, context, router)
     return tokens * token + answers * 2 * _head(shape)
 
 
@@ -159,6 +164,24 @@ def _without_backward(shape: ModelShape, k: int, context: int) -> float:
         left_out += _dense(shape) if layer < shape.leading_dense else 0
     experts = k * 2 * (2 * d * shape.expert_width + 2 * r * d)  # gate and up; down's input leads to their LoRA
     return left_out + experts + 2 * d * shape.num_experts + _shared(shape)
+
+
+def _computed_again(shape: ModelShape, k: int, context: int, router: bool) -> float:
+    """Return the FLOPs of a forward pass for backward alone: of layers in which something is trained, or after such.
+
+    torch ends a layer's pass once it has all that backward needs, which is before the last product of frozen networks.
+    """
+    total, d, before = _layers(shape, k, context, router).forward, shape.hidden, 0
+    adapted = [shape.lora_attention and any(p.adapted for p in mixer.projections) for mixer in shape.mixers]
+    while before < shape.leading_dense and not adapted[before]:
+        total -= _mixer(shape, shape.mixer(before), context).forward + _dense(shape)
+        before += 1
+    total -= (shape.dense_layers - before) * 2 * d * shape.dense_width
+    if shape.shared_width:
+        first = not any(adapted[: shape.leading_dense + 1])  # whose shared expert leads to nothing trained
+        last_product = 0 if shape.shared_gated else 2 * d * shape.shared_width
+        total -= first * _shared(shape) + (shape.layers - shape.dense_layers - first) * last_product
+    return total
 
 
 def _mixer(shape: ModelShape, mixer: Mixer, context: int) -> Products:

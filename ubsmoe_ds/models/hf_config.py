@@ -8,8 +8,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.cost import Mixer, ModelShape, Projection
-from ubsmoe_ds.models.families import FAMILIES, Family, read_facts
+from ubsmoe_ds.models.families import FAMILIES, read_facts
+from ubsmoe_ds.models.family import Family
 
+ALIGNMENT = 8  # elements of bf16
 RECURRENT = "linear_attention"  # transformers' name of layers with a recurrence
 SPARSE_KEYS = {  # keys that say which layers have experts, and their least values
     "first_k_dense_replace": 0,
@@ -89,6 +91,20 @@ def check_window(config: PreTrainedConfig, length: int) -> None:
             f"model.path: a question with an answer has {length} tokens, the sliding window "
             f"{sliding_window(config)}; lower max_length"
         )
+
+
+def check_alignment(config: PreTrainedConfig) -> None:
+    """Check that torch's grouped products in bf16 take the experts on an accelerator: rows of 16 bytes.
+
+    Raises:
+        UserError: naming a size that is not divisible by 8.
+    """
+    for key in ("hidden_size", FAMILIES[config.model_type].width):
+        if getattr(config, key) % ALIGNMENT:
+            raise UserError(
+                f"deepspeed.bf16.enabled: true, but the model's {key}, {getattr(config, key)}, is not divisible by "
+                f"{ALIGNMENT}, as accelerators ask of experts in bf16; set it to false"
+            )
 
 
 def sliding_window(config: PreTrainedConfig) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ubsmoe_ds.models.families import ExpertsLine, Family
+from ubsmoe_ds.models.family import ExpertsLine, Family
 from ubsmoe_ds.models.weights import WeightFiles, known_names
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -59,6 +59,7 @@ class StackedExperts(nn.Module):
         self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # where set, sums of three moments [E, F] and a count
+        self.recomputing = False  # a pass that repeats one for its backward
         self.moment_every = 1  # one of so many rows is looked at for moments
         gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * lora_rank + biased, dtype)
         down = room(self.num_local_experts, self.width, self.hidden, lora_rank + biased, dtype)
@@ -132,7 +133,7 @@ class StackedExperts(nn.Module):
         """Map tokens x_TD to sum_k weight * expert(x) [T, D]; without weights, rows x_ND to expert(x) [N, D]."""
         factors = self.factors()
         self._extend_with(factors)
-        summing = self.training and self.moment_sums_EX is not None
+        summing = self.training and self.moment_sums_EX is not None and not self.recomputing
         observer = Observer(self._sum_moments(rows) if summing else None, self.on_backward)
         sizes = self.width, self.hidden, self.lora_rank, self.scaling
         weights = Weights(self.gate_up, self.down, *sizes, self.activation, self.biased)

@@ -93,6 +93,7 @@ class UBSMoEGate(TopKGate):
         self.scale = nn.Parameter(torch.ones(1)) if config.learned_scale else None
         self.phi = nn.Parameter(torch.zeros(num_experts), requires_grad=config.phi_range is not None)
         self.routing: Routing | None = None
+        self.recomputing = False  # a pass that repeats one for its backward
         for name, there in (("bias_E", biased), ("correction_E", router.corrected)):
             self.register_buffer(name, torch.zeros(num_experts) if there else None, persistent=False)
         for name, shape in (("routed_E", (num_experts,)), ("kept_E", (num_experts,)), ("tokens", ())):
@@ -137,7 +138,8 @@ class UBSMoEGate(TopKGate):
         kept_E = routed_E if limit is None else torch.minimum(routed_E, limit)
         p_TE = self.router.weights_of_all(p_TE).detach()
         self.routing = Routing(p_TE, active_TE, index_KT, location_KT, weight_KT.detach(), used_T, kept_E)
-        self._count(routed_E, kept_E, used_T)
+        if not self.recomputing:
+            self._count(routed_E, kept_E, used_T)
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def modulated_logits(self, s_TE: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: T tokens, D model width, F expert width, O = 2 F, E experts of the model
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -54,19 +54,29 @@ class UBSMoELayer(MOELayer):
 
     observer: Callable[[TokenGradients], None] | None = None
     with_mixture = True
+    recomputing = False  # a pass for backward: the graph of the first one reports, so this one need not
 
     def forward(self, *input: Tensor) -> Tensor:
         """Map x [..., D] and used_token ([T] or None) to y [..., D]."""
         x, used_token = input
-        observing = self.observer is not None and self.training and torch.is_grad_enabled()
         seen = _Seen(x.detach().reshape(-1, x.shape[-1]))
+        if self.recomputing:
+            l_aux: Any = getattr(self, "l_aux", None)
+            try:
+                return self._run(x, used_token, seen)
+            finally:  # torch ends the pass with an exception once it has what backward needs
+                self.l_aux = l_aux
+        observing = self.observer is not None and self.training and torch.is_grad_enabled()
         self.experts.on_backward = partial(self._report, seen) if observing and self.with_mixture else None
-        y = super().forward(x, used_token) if self.ep_size > 1 else self._forward_on_one_rank(x, used_token, seen)
+        y = self._run(x, used_token, seen)
         self.experts.on_backward = None  # the graph holds it; kept here, it would keep this batch alive
         seen.routing = self.gate.routing
         if observing:
             y.register_hook(partial(self._see_delta, seen))
         return y
+
+    def _run(self, x: Tensor, used_token: Tensor | None, seen: _Seen) -> Tensor:
+        return super().forward(x, used_token) if self.ep_size > 1 else self._forward_on_one_rank(x, used_token, seen)
 
     def _forward_on_one_rank(self, x: Tensor, used_token: Tensor | None, seen: _Seen) -> Tensor:
         """Run rows sorted by expert, where all experts are here: no slots, no padding, no wait for their number."""
@@ -157,6 +167,10 @@ class UBSMoE(MoE):
         y = self.deepspeed_moe(hidden_states, self.used_token)
         y = y if self.shared is None else y + self.shared(hidden_states)
         return (y, None) if self.returns_pair else y
+
+    def set_recomputing(self, recomputing: bool) -> None:
+        """Say whether the passes that follow repeat one for its backward, so that nothing is counted twice."""
+        self.gate.recomputing = self.experts.recomputing = self.deepspeed_moe.recomputing = recomputing
 
     @property
     def gate(self) -> UBSMoEGate:

@@ -85,6 +85,7 @@ def _set_rendezvous(meeting: Meeting, group_comm: MPI.Comm, host_comm: MPI.Comm)
     )
     if meeting.interface:
         os.environ.setdefault(INTERFACES, meeting.interface)  # gloo's own guess is the address of the host's name
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={meeting.interface}")  # without "=" names that begin so match
 
 
 def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None:

@@ -108,6 +108,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         reducible=_is_reducible(exp),
         text_bytes=lengths.text_bytes,
         on_cpu=inputs.on_cpu,
+        recomputing=exp.train.activation_checkpointing,
     )
     reply = with_lora_rank(setup, setup.reply_rank)
     return replace(setup, receivers=sum(copies(reply, other) for other in exp.clients))

@@ -126,14 +126,21 @@ def training_bytes(setup: RankSetup) -> TrainingBytes:
     s, batch = setup.shape, setup.training
     rows = expert_rows(setup, batch.tokens, setup.k, dropping=True)
     leading = 0 if s.lora_attention else s.leading_dense  # before the first adapter nothing is kept
-    layers = s.layers if s.lora_attention else s.layers - leading - 1
-    tokens = layers * _kept_by_attention(setup) + setup.sparse_layers * _kept_of_tokens(setup)
-    tokens += (s.dense_layers - leading) * 3 * s.dense_width * setup.width * batch.tokens
+    layers, sparse = s.layers if s.lora_attention else s.layers - leading - 1, setup.sparse_layers
+    kept_rows, tokens = sparse * _kept_of_rows(setup, rows), 0.0
+    if setup.recomputing:  # each layer's input, and once more its block's for pseudo-gradients; one layer's rest
+        inputs = s.layers - leading + sparse * setup.pseudo_gradients
+        tokens += inputs * setup.width * s.hidden * batch.tokens + sparse * _routing_tables(setup) * batch.tokens
+        kept_rows = _kept_of_rows(setup, rows) + (sparse - 1) * 2 * INT64 * rows
+        layers, sparse = 1, 1
+    else:
+        tokens += (s.dense_layers - leading) * 3 * s.dense_width * setup.width * batch.tokens
+    tokens += layers * _kept_by_attention(setup) + sparse * _kept_of_tokens(setup)
     tokens += FP32 * 5 * s.hidden * batch.tokens  # the last norm, and gradients on their way through a layer
     backward = rows * setup.width * (2 * s.hidden + 4 * s.expert_width + 6 * s.lora_rank)
     backward += rows * setup.width * s.hidden * (setup.expert_parallel > 1)
     fullest = max(_head_bytes(setup, batch.answers, training=True), backward)
-    return TrainingBytes(tokens + _drawn_bytes(setup), setup.sparse_layers * _kept_of_rows(setup, rows) + fullest)
+    return TrainingBytes(tokens + _drawn_bytes(setup), kept_rows + fullest)
 
 
 def _kept_by_attention(setup: RankSetup) -> float:
@@ -151,11 +158,16 @@ def _kept_by_attention(setup: RankSetup) -> float:
 
 def _kept_of_tokens(setup: RankSetup) -> float:
     """Return what an MoE block keeps for backward: its input, the router's tables, the shared expert's hidden units."""
-    s, k = setup.shape, setup.k
-    token = setup.width * s.hidden + FP32 * s.hidden * (setup.bf16 and setup.router)
-    token += s.num_experts * (3 * FP32 + 2) + k * (5 * INT64 + 5 * FP32)
+    s = setup.shape
+    token: float = setup.width * s.hidden + FP32 * s.hidden * (setup.bf16 and setup.router)
+    token += _routing_tables(setup)
     token += setup.width * (3 * s.shared_width + s.hidden) * (s.shared_width > 0)
     return token * setup.training.tokens
+
+
+def _routing_tables(setup: RankSetup) -> float:
+    """Return what a gate keeps of a token: values for each expert and for each route."""
+    return setup.shape.num_experts * (3 * FP32 + 2) + setup.k * (5 * INT64 + 5 * FP32)
 
 
 def _kept_of_rows(setup: RankSetup, rows: int) -> float:

@@ -41,6 +41,7 @@ class RankSetup:
     batch of rows with their options.
     clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
     whose LoRA rank is then reply_rank: FLoRA's stack of all.
+    recomputing: whether backward computes the layers again.
     reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
     """
 
@@ -71,6 +72,7 @@ class RankSetup:
     reducible: bool
     text_bytes: float
     on_cpu: bool
+    recomputing: bool
 
     @property
     def width(self) -> int:

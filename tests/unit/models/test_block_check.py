@@ -12,7 +12,8 @@ from tests.support.families import MODELS, ids_and_mask, saved_family, with_k
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.block_check import check_same
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
-from ubsmoe_ds.models.families import FAMILIES, ExpertsLine, Family, RouterLine
+from ubsmoe_ds.models.families import FAMILIES
+from ubsmoe_ds.models.family import ExpertsLine, Family, RouterLine
 from ubsmoe_ds.moe.gate import GateConfig
 
 SPEC = UBSMoESpec(GateConfig(k=3, candidates=8))

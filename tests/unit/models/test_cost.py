@@ -49,13 +49,15 @@ def without_recurrence(query, key, value, g, beta, **_):
     return value * (query.sum() + key.sum() + g.sum() + beta.sum()), None
 
 
-def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, int, ModelShape]:
+def counted(name: str, k: int, *, router: bool, attention: bool, again: bool) -> tuple[int, int, ModelShape]:
     """Return torch's FLOPs of (a forward pass alone, a training step) of a model of this family, and its sizes."""
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name]), attn_implementation="eager")
     shape = model_shape(hf.config, lora_rank=RANK, lora_attention=attention)
     spec = UBSMoESpec(GateConfig(k, 8), lora_rank=RANK, lora_attention=attention, router_trainable=router)
     model = convert(hf, spec).train()
+    if again:
+        model.checkpoint_activations()
     assert trainable_parameters(shape, router) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     ids = torch.randint(2, tiny.VOCAB, (ROWS, LENGTH))
     run = partial(model, ids, torch.ones_like(ids, dtype=torch.bool))
@@ -96,18 +98,19 @@ def counted(name: str, k: int, *, router: bool, attention: bool) -> tuple[int, i
         ("qwen3_5_moe_text", 3, True, True),
     ],
 )
-def test_flops_are_those_that_torch_counts(name, k, router, attention, monkeypatch):
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_flops_are_those_that_torch_counts(name, k, router, attention, again, monkeypatch):
     """To the unit; a recurrence itself is left out, which torch runs in chunks and we count token by token."""
     for module in (modeling_qwen3_next, modeling_qwen3_5_moe):
         monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: x)
         monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", without_recurrence)
     monkeypatch.setattr(UBSMoELayer, "_forward_on_one_rank", plain_experts)
-    forward, step, shape = counted(name, k, router=router, attention=attention)
+    forward, step, shape = counted(name, k, router=router, attention=attention, again=again)
     if shape.recurrence is not None:
         shape = replace(shape, recurrence=replace(shape.recurrence, per_token=0.0))
     tokens = ROWS * LENGTH
     assert tokens * flops_per_token(shape, k, LENGTH) == forward
-    assert step_flops(shape, k, tokens, LENGTH, len(ANSWERS), router=router) == step
+    assert step_flops(shape, k, tokens, LENGTH, len(ANSWERS), router=router, again=again) == step
 
 
 @pytest.mark.parametrize("k", [1, 8])

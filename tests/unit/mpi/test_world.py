@@ -11,6 +11,22 @@ from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.launching import fast_start, launchers, relaunch, sign_in, supervisor
 from ubsmoe_ds.mpi import collectives, join
+from ubsmoe_ds.mpi.rendezvous import Meeting
+
+
+def test_both_backends_use_the_interface_that_leads_to_the_meeting(monkeypatch):
+    """gloo's variable names it, NCCL's names what begins so unless there is an = before; the user's own stay."""
+    comm = SimpleNamespace(rank=1, size=4)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "before")
+    for asked, gloo, nccl in (("", "eth1", "=eth1"), ("ib0", "ib0", "ib0")):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.setenv(name, asked)
+            if not asked:
+                monkeypatch.delenv(name)
+        join._set_rendezvous(Meeting("10.0.0.1", 5000, "eth1"), comm, comm)
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (gloo, nccl)
+    assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("1", "10.0.0.1")
 
 
 @pytest.fixture

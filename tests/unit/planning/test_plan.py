@@ -121,6 +121,19 @@ def test_packed_batches_cost_their_tokens_and_a_mask(inputs):
         assert kept == (after.shape.layers - 1) * 4 * batch.rows * batch.length**2
 
 
+def test_layers_computed_again_keep_their_inputs_alone(inputs):
+    """Of the built-in model's three layers one is alive at a time: less than half with 24 such layers; FLOPs grow."""
+    setup = replace(rank_setup(inputs, 0), on_cpu=False, drawn_tokens=0)
+    deep = replace(setup, shape=replace(setup.shape, layers=24, vocab=2))
+    kept, again = (training_bytes(replace(deep, recomputing=value)) for value in (False, True))
+    assert sum(again) < sum(kept) / 2 and again.tokens > 24 * 4 * setup.shape.hidden * setup.training.tokens
+    exp = inputs.exp.model_copy(
+        update={"train": inputs.exp.train.model_copy(update={"activation_checkpointing": True})}
+    )
+    more, less = (plan(replace(inputs, exp=of))[0].step_flops for of in (exp, inputs.exp))
+    assert 1.4 < more / less < 1.6  # of frozen products a forward pass beside one forward and one backward
+
+
 @pytest.mark.parametrize("stored", ["weights", "index", "index without a head", "neither"])
 def test_a_head_stored_beside_a_tied_embedding_is_counted(stored, inputs, tmp_path):
     """A run keeps both if they differ, whatever config.json says; the names tell that there are two."""

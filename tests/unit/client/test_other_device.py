@@ -1,0 +1,93 @@
+"""A whole step on another device than the CPU, without one: on torch's "meta" tensors, which have no values.
+
+In bf16, as on accelerators. An operation that mixes devices, or that asks a tensor for its values (and so would make
+the host wait for a GPU), fails there. Values are not checked here: tests/unit/moe and tests/distributed do that.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, masking_utils
+
+from tests.support import tiny
+from tests.support.conversion import convert
+from tests.support.families import MODELS
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.models.conversion import UBSMoESpec
+from ubsmoe_ds.models.families import FAMILIES
+from ubsmoe_ds.models.hf_config import check_alignment
+from ubsmoe_ds.moe.collector import PseudoGradientCollector
+from ubsmoe_ds.moe.estimators import ESTIMATORS
+from ubsmoe_ds.moe.gate import GateConfig
+from ubsmoe_ds.moe.moments import ExpertMoments
+
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def without_transformers_question(monkeypatch):
+    """transformers asks once a forward pass whether rows are several texts; the only wait that is not ours."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def step(family, *, estimator="linearised", again=False, attention=True, **gate):
+    """Run two micro-batches forward, backward and through the pseudo-gradients, all tensors on the other device."""
+    spec = UBSMoESpec(GateConfig(k=2, candidates=4, **gate), lora_attention=attention)
+    config = copy.deepcopy(MODELS[family])
+    setattr(config, FAMILIES[config.model_type].width, 16)  # grouped products on a device want rows of 16 bytes
+    model = convert(AutoModelForCausalLM.from_config(config), spec).to(META, torch.bfloat16).train()
+    if again:
+        model.checkpoint_activations()
+    collector = PseudoGradientCollector(model.layers, estimator, 0.7, tokens_per_expert=3).attach()
+    moments = ExpertMoments(model.layers, share=0.5) if ESTIMATORS[estimator].moments else None
+    for layer in model.layers:
+        layer.gate.reset_counts()
+    for _ in range(2):
+        ids = torch.randint(2, tiny.VOCAB, (2, 8), device=META)
+        used, positions = torch.ones_like(ids, dtype=torch.bool), torch.tensor([3, 5], device=META)
+        logits_AV = model(ids, used, positions)
+        loss = F.cross_entropy(logits_AV, positions, reduction="sum") + model.auxiliary_loss(0.1, 0.3)
+        (loss + model.tail_penalty(4)).backward()
+    additions = collector.reduce()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.device == META for p in trained)
+    assert additions and all(value.device == META for _, value in additions)
+    assert moments is None or all(layer.experts.moment_sums_EX.device == META for layer in model.layers)
+    assert all(layer.gate.routed_E.device == META for layer in model.layers)
+    model.eval()
+    with torch.no_grad():
+        assert model(ids, used, positions).device == META
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_stays_on_the_device(estimator):
+    step("olmoe", estimator=estimator)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "granitemoeshared"])
+def test_every_kind_of_block_stays_on_the_device(family):
+    step(family)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capacity_factor": 0.75},
+        {"learned_scale": True},
+        {"modulate": "selection", "attention": False},
+        {"again": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_setting_stays_on_the_device(settings):
+    step("olmoe", **({"phi_range": (-1.0, 1.0)} | settings))
+
+
+def test_experts_whose_rows_are_not_aligned_are_refused_in_bf16():
+    config = copy.deepcopy(MODELS["olmoe"])
+    with pytest.raises(UserError, match=r"deepspeed\.bf16\.enabled: .* intermediate_size, 12, is not divisible by 8"):
+        check_alignment(config)
+    config.intermediate_size = 16
+    check_alignment(config)
