@@ -76,11 +76,19 @@ def encode(
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
-    found = [fitted(tokens, max_length) for tokens in row_tokens(rows, tokenizer, chat)]
+    found = encode_each(rows, tokenizer, max_length, chat, train_on)
     examples = [example for example, _ in found if example is not None]
-    if train_on == "all":  # but the first token, which nothing predicts
-        examples = [Example(e.prompt[:1], e.prompt[1:] + e.answer) for e in examples]
     return examples, Lengths(len(examples), sum(cut for _, cut in found), len(rows) - len(examples))
+
+
+def encode_each(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, chat: ChatTemplate | None = None, train_on: str = "answers"
+) -> list[tuple[Example | None, bool]]:
+    """Return of each row (its example, or None if it is dropped; whether it was cut); see `encode`."""
+    found = [fitted(tokens, max_length) for tokens in row_tokens(rows, tokenizer, chat)]
+    if train_on == "all":  # but the first token, which nothing predicts
+        found = [(e and Example(e.prompt[:1], e.prompt[1:] + e.answer), cut) for e, cut in found]
+    return found
 
 
 def fitted(tokens: RowTokens, max_length: int) -> tuple[Example | None, bool]:
@@ -160,14 +168,15 @@ def steps(
         first: number of the first step wanted.
     """
     micro_rows = batch_size // (ranks * micro_batches)
-    step, epoch, current = first, -1, []
+    step, epoch, current = first, -1, torch.empty(0, dtype=torch.int64)
     while True:
-        chosen = []
+        numbers = []
         for row in range(step * batch_size, (step + 1) * batch_size):
             if row // len(examples) != epoch:
                 epoch = row // len(examples)
                 current = _order(len(examples), seed, epoch)
-            chosen.append(examples[current[row % len(examples)]])
+            numbers.append(int(current[row % len(examples)]))
+        chosen = _take(examples, numbers)
         length = max(map(len, chosen))
         parts = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
         micro = [collate(part, pad, length) for part in parts]
@@ -175,10 +184,16 @@ def steps(
         step += 1
 
 
-def _order(count: int, seed: Sequence[int], epoch: int) -> list[int]:
-    """Return the order of the rows in one pass over them."""
+def _take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
+    """Return the examples of these numbers; those of a file are tokenised together."""
+    take = getattr(examples, "take", None)
+    return take(numbers) if take is not None else [examples[number] for number in numbers]
+
+
+def _order(count: int, seed: Sequence[int], epoch: int) -> Tensor:
+    """Return the order of the rows in one pass over them, [count] int64."""
     generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator)
 
 
 class PackedRow(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 
 from ubsmoe_ds.base.errors import RowError
 from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS, fitting, near
-from ubsmoe_ds.data.schema import PlacedRow, Row, as_cloze, checked_row, refuse
+from ubsmoe_ds.data.schema import PlacedRow, Row, as_cloze, checked_row, content, refuse
 
 Raw = Mapping[str, Any]
 # names that data sets give to the roles of a chat template
@@ -73,7 +73,15 @@ def format_of(row: Raw, asked: str, place: str) -> str:
     )
 
 
-def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, cloze: bool = False) -> Row:
+def read_row(
+    raw: Any,
+    name: str,
+    place: str,
+    columns: Mapping[str, str],
+    *,
+    cloze: bool = False,
+    kept: Mapping[str, str | None] | None = None,
+) -> Row:
     """Return a row in the form that its format is read into.
 
     Args:
@@ -82,6 +90,7 @@ def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, clo
         place: file and line.
         columns: as `data.columns`: name of a field in the format -> its name in the file.
         cloze: whether questions with choices are asked as a cloze.
+        kept: name in the row -> field of the file whose value is kept under it, such as `data.label_column`.
 
     Raises:
         RowError: naming place and field.
@@ -93,8 +102,9 @@ def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, clo
         hint = f"; its fields are {_shown(named)}; a good row of format {name}: {_example(name)}"
         raise error.adding(hint) from error
     row = PlacedRow({"task": _name(named, "task", name), "id": _name(named, "id", place), **row}, place)
+    row |= {key: _value(named, field, place) for key, field in (kept or {}).items() if field is not None}
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        "\0".join([row["task"], row["id"], row.get("group", ""), row.get("owner", ""), *content(row)]).encode()
     except UnicodeEncodeError:
         raise RowError(f"data: {place}: holds characters that are no valid Unicode", raw) from None
     return as_cloze(row) if cloze else row
@@ -286,6 +296,18 @@ def _name(row: Raw, field: str, default: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     return value if isinstance(value, str) and value.strip() else default
+
+
+def _value(row: Raw, field: str, place: str) -> str:
+    """Return the value of a field that rows are dealt by, as text."""
+    value = row.get(field)
+    if not isinstance(value, str | int | float) or value == "":
+        raise RowError(
+            f"data: {place}: field {field!r}, by which rows are dealt, is {_kind(value)}, must be a text or a number; "
+            f"its fields are {_shown(row)}",
+            row,
+        )
+    return str(value)
 
 
 def _kind(value: Any) -> str:

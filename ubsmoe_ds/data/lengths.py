@@ -27,6 +27,9 @@ class Lengths(NamedTuple):
         return self.kept + self.dropped
 
 
+NO_ROWS = Lengths(0, 0, 0)
+
+
 def fit(begin: list[int], prompt: list[int], answer: int, max_length: int) -> list[int] | None:
     """Return the tokens before an answer, or None if the row is to be dropped.
 

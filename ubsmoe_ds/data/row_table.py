@@ -139,10 +139,11 @@ class _Reader:
         self.rows = self._checked(sources, config, split)
 
     def _checked(self, sources: str | Sequence[str], config: DataConfig, split: str) -> Iterator[Row]:
+        kept = {"group": config.label_column, "owner": config.client_column}
         for place, raw in raw_rows(sources, split):
             if not self.format:
                 self.format = format_of(renamed(raw, place, config.columns), config.format, place)
-            yield read_row(raw, self.format, place, config.columns, cloze=config.format == CLOZE)
+            yield read_row(raw, self.format, place, config.columns, cloze=config.format == CLOZE, kept=kept)
 
 
 def _drained(rows: list[Row]) -> Iterator[Row]:

@@ -26,11 +26,12 @@ from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.chat import PLAINLY
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
-from ubsmoe_ds.data.lengths import Lengths
+from ubsmoe_ds.data.lengths import NO_ROWS, Lengths
 from ubsmoe_ds.data.row_report import RowReport
-from ubsmoe_ds.data.sources import Unused
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
+from ubsmoe_ds.federation.evaluation import Evaluators
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.launching.hang_watch import HangWatch
@@ -106,8 +107,8 @@ def build(
         world=world,
         client=client,
         aggregator=aggregator,
-        evaluator=texts.evaluator,
-        rows=_row_report(exp, texts, rows.unused),
+        evaluators=texts.evaluators,
+        rows=_row_report(exp, texts, rows),
         batches_from=batches_from,
         monitor=None,
         checkpoints=checkpoints,
@@ -117,8 +118,9 @@ def build(
         progress=progress,
         local=local,
     )
-    notes = [PLAINLY] if texts.encoder.writes_plainly(rows.training, rows.evaluation) else []
-    _announce(federation, checkpoint, in_own_folder, notes)
+    parts = (rows.training, rows.evaluation, rows.own_evaluation)
+    plainly = [PLAINLY] if texts.encoder.writes_plainly(*parts) else []
+    _announce(federation, checkpoint, in_own_folder, [*rows.notes, *plainly])
     return federation
 
 
@@ -146,14 +148,15 @@ class _Texts(NamedTuple):
     """A client's rows as tokens.
 
     examples: what it trains on.
-    lengths: number of training rows of each client by what length did to them.
-    evaluator: holds the evaluation rows.
+    lengths, own_lengths: numbers of training rows, and of own evaluation rows, of each client.
+    evaluators: hold the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
 
     examples: Sequence[Example]
     lengths: list[Lengths]
-    evaluator: Evaluator
+    own_lengths: list[Lengths]
+    evaluators: Evaluators
     encoder: Encoder
 
 
@@ -161,20 +164,37 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    chat, length = encoder.chat(rows.evaluation), exp.data.max_length
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, length, exp.evaluation.batch_size, chat)
-    check_window(encoder.model, evaluator.longest)
-    table = np.zeros((len(exp.clients), len(lengths)))
+
+    def evaluator(part: Sequence[Row]) -> Evaluator | None:
+        if not part:
+            return None
+        length, batch_size = exp.data.max_length, exp.evaluation.batch_size
+        found = Evaluator(part, encoder.tokenizer, length, batch_size, encoder.chat(part))
+        check_window(encoder.model, found.longest)
+        return found
+
+    evaluators = Evaluators(evaluator(rows.evaluation), evaluator(rows.own_evaluation))
+    own = evaluators.own.lengths if evaluators.own else NO_ROWS
+    table = np.zeros((len(exp.clients), 2 * len(lengths)))
     if world.group_rank == 0:
-        table[world.client] = lengths
-    of_clients = [Lengths(*map(int, counts)) for counts in world.sum(table)]
-    return _Texts(examples, of_clients, evaluator, encoder)
+        table[world.client] = *lengths, *own
+    of_clients = [list(map(int, counts)) for counts in world.sum(table)]
+    training, evaluation = ([Lengths(*counts[part]) for counts in of_clients] for part in (slice(3), slice(3, 6)))
+    return _Texts(examples, training, evaluation, evaluators, encoder)
 
 
-def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowReport:
+def _row_report(exp: Experiment, texts: _Texts, rows: ClientRows) -> RowReport:
     """Name the numbers of rows by client."""
-    training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
-    return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped, unused)
+    names, common = [client.name for client in exp.clients], texts.evaluators.common
+    own = {name: lengths for name, lengths in zip(names, texts.own_lengths, strict=True) if lengths.rows}
+    return RowReport(
+        dict(zip(names, texts.lengths, strict=True)),
+        common.lengths if common else NO_ROWS,
+        common.dropped if common else [],
+        rows.unused,
+        rows.left_out,
+        own,
+    )
 
 
 def _unit_store(exp: Experiment, client: Client) -> UnitStore:
