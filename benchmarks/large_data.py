@@ -5,8 +5,9 @@
 For each size a file of that many Alpaca rows is made (own text, about 460 bytes each) and a job of one-rank clients is
 run on it with the built-in model, one round of one step. `rows_s` is from the start of the command until all ranks have
 read and dealt theirs (rows in memory are tokenised then, too) and hold the model; `first_s` until the first evaluation
-is done, after which the first step follows. `private_mb` is the largest memory that a rank had to itself at any time
-(the private pages of its smaps_rollup), `shared_mb` what it then had mapped of files beside.
+is done, after which the first step follows; `cpu_s` what the busiest rank used, the one that reads. `private_mb` is the
+largest memory that a rank had to itself at any time (the private pages of its smaps_rollup), `shared_mb` what it then
+had mapped of files beside.
 """
 
 import argparse
@@ -42,15 +43,16 @@ def write_rows(path: Path, size: float) -> int:
     return count
 
 
-def memory(pid: int) -> tuple[float, float] | None:
-    """Return megabytes (private, shared) of a process; None if it has ended."""
+def memory(pid: int) -> tuple[float, float, float] | None:
+    """Return (megabytes private and shared, CPU seconds) of a process; None if it has ended."""
     try:
+        used = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1000 for line in lines[1:]}
     private, shared = (sum(v for k, v in sizes.items() if k.startswith(kind)) for kind in ("Private_", "Shared_"))
-    return private - sizes.get("Private_Hugetlb", 0), shared
+    return private, shared, sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
 
 
 def ranks(mark: str) -> list[int]:
@@ -69,14 +71,15 @@ def ranks(mark: str) -> list[int]:
 
 def run(rows: Path, count: int, folder: Path) -> dict[str, float]:
     """Run a job of `count` clients and return its figures."""
-    mark, peaks, done = uuid.uuid4().hex, {}, threading.Event()
+    mark, peaks, seconds, done = uuid.uuid4().hex, {}, {}, threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.5):
+        while not done.wait(2):
             for pid in ranks(mark):
                 now = memory(pid)
-                if now is not None and now[0] > peaks.get(pid, (0.0, 0.0))[0]:
-                    peaks[pid] = now
+                if now is not None:
+                    peaks[pid] = max(peaks.get(pid, (0.0, 0.0)), now[:2])
+                    seconds[pid] = now[2]
 
     clients = ", ".join(f"{{name: c{n}, budget: 1.0}}" for n in range(count))
     command = [sys.executable, "launch/train.py", f"data.source={rows}", f"clients=[{clients}]", f"output={folder}"]
@@ -101,7 +104,7 @@ def run(rows: Path, count: int, folder: Path) -> dict[str, float]:
     if process.wait():
         raise SystemExit("".join(output))
     private, shared = max(peaks.values())
-    return {**times, "private_mb": private, "shared_mb": shared, "ranks_seen": len(peaks)}
+    return {**times, "cpu_s": max(seconds.values()), "private_mb": private, "shared_mb": shared}
 
 
 def main() -> None:

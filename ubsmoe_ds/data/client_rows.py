@@ -7,7 +7,15 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.host_files import OfHost
 from ubsmoe_ds.data.row_report import LeftOut
 from ubsmoe_ds.data.schema import Row
-from ubsmoe_ds.data.shares import common_rows, has_sites, has_sources, own_rows, site_rows
+from ubsmoe_ds.data.shares import (
+    common_rows,
+    has_sites,
+    has_sources,
+    own_rows,
+    site_rows,
+    template_parts,
+    template_text,
+)
 from ubsmoe_ds.data.site_key import key_of
 from ubsmoe_ds.data.sources import Unused, digest, digest_of
 from ubsmoe_ds.mpi.collectives import gather_json
@@ -66,7 +74,8 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     site = None  # the first rank of each client speaks for it
     if world.group_rank == 0:
         key = key_of(exp.clients[world.client].name)
-        digest_of_site = digest_of([own.training, evaluation, own.evaluation], key)
+        template = template_parts(template_text(exp))
+        digest_of_site = digest_of([own.training, evaluation, own.evaluation, *template], key)
         site = [world.client, len(own.training), unused, (own.evaluated, own.beyond), digest_of_site]
     sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
     counts = [count for _, count, *_ in sites]

@@ -12,9 +12,11 @@ Imports no torch. A message names fields, never what they hold.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.base.errors import RowError
+from ubsmoe_ds.base.errors import RowError, UserError
+from ubsmoe_ds.base.files import read_text
 from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS, fitting, near
 from ubsmoe_ds.data.schema import PlacedRow, Row, as_cloze, checked_row, content, refuse
 
@@ -38,6 +40,7 @@ ROLES = {
     "observation": "tool",
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_BYTES = 2**18  # of a chat template; the longest of known models have 20 KB
 SHOWN = 8  # fields of a bad row that a message names
 
 
@@ -108,6 +111,19 @@ def read_row(
     except UnicodeEncodeError:
         raise RowError(f"data: {place}: holds characters that are no valid Unicode", raw) from None
     return as_cloze(row) if cloze else row
+
+
+def read_template(file: str) -> str:
+    """Return the text of a chat template's file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return read_text(Path(file), MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"data.chat_template: {file!r} cannot be read ({reason}); name a jinja file") from error
 
 
 def renamed(raw: Any, place: str, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ about their rows is in `client_rows.py`.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.data.formats import read_template
 from ubsmoe_ds.data.partition import deal
 from ubsmoe_ds.data.row_table import RowTable
 from ubsmoe_ds.data.schema import Row
@@ -25,7 +26,7 @@ class CommonRows(NamedTuple):
 
     training: all training rows; shares: of each client, the numbers of its rows in `training`; together they are all
     rows, and none is dealt twice. evaluation: rows, the same for all clients. unused: numbers of other rows. notes:
-    lines for the user.
+    lines for the user. template: the text of `data.chat_template`, which the digest is of too.
     """
 
     training: RowTable
@@ -33,6 +34,7 @@ class CommonRows(NamedTuple):
     evaluation: Sequence[Row]
     unused: Unused
     notes: list[str]
+    template: str | None
 
     def of_client(self, number: int) -> Sequence[Row]:
         """Return a client's training rows."""
@@ -41,7 +43,7 @@ class CommonRows(NamedTuple):
     @property
     def digest(self) -> str:
         """Return a digest of training and evaluation rows."""
-        return digest_of([self.training.rows, self.evaluation])
+        return digest_of([self.training.rows, self.evaluation, *template_parts(self.template)])
 
 
 class OwnRows(NamedTuple):
@@ -55,6 +57,16 @@ class OwnRows(NamedTuple):
     evaluation: Sequence[Row]
     evaluated: int
     beyond: int
+
+
+def template_text(exp: Experiment) -> str | None:
+    """Return the text of `data.chat_template`; raise UserError if it cannot be read."""
+    return None if exp.data.chat_template is None else read_template(exp.data.chat_template)
+
+
+def template_parts(template: str | None) -> list[Sequence[Any]]:
+    """Return what a digest of rows holds of their template."""
+    return [] if template is None else [[template]]
 
 
 def has_sites(clients: Sequence[ClientConfig]) -> bool:
@@ -79,7 +91,7 @@ def common_rows(exp: Experiment, sharing: Sharing | None = None) -> CommonRows:
     """
     rows = choose(exp.data, exp.seed, sharing)
     shares, notes = deal(rows.training, exp.clients, exp.data, exp.seed)
-    return CommonRows(rows.training, shares, rows.evaluation, rows.unused, notes)
+    return CommonRows(rows.training, shares, rows.evaluation, rows.unused, notes, template_text(exp))
 
 
 def site_rows(exp: Experiment, number: int, sharing: Sharing | None = None) -> Chosen:
