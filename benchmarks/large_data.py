@@ -6,8 +6,8 @@ For each size a file of that many Alpaca rows is made (own text, about 460 bytes
 run on it with the built-in model, one round of one step. `rows_s` is from the start of the command until all ranks have
 read and dealt theirs (rows in memory are tokenised then, too) and hold the model; `first_s` until the first evaluation
 is done, after which the first step follows; `cpu_s` what the busiest rank used, the one that reads. `private_mb` is the
-largest memory that a rank had to itself at any time (the private pages of its smaps_rollup), `shared_mb` what it then
-had mapped of files beside.
+largest memory that a rank had to itself at any time (Private_Dirty of its smaps_rollup), `mapped_mb` what it then had
+mapped of files beside, which the ranks share and the system may take back.
 """
 
 import argparse
@@ -44,15 +44,15 @@ def write_rows(path: Path, size: float) -> int:
 
 
 def memory(pid: int) -> tuple[float, float, float] | None:
-    """Return (megabytes private and shared, CPU seconds) of a process; None if it has ended."""
+    """Return (megabytes private and mapped, CPU seconds) of a process; None if it has ended."""
     try:
         used = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1000 for line in lines[1:]}
-    private, shared = (sum(v for k, v in sizes.items() if k.startswith(kind)) for kind in ("Private_", "Shared_"))
-    return private, shared, sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
+    private = sizes["Private_Dirty"]
+    return private, sizes["Rss"] - private, sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
 
 
 def ranks(mark: str) -> list[int]:
@@ -104,7 +104,7 @@ def run(rows: Path, count: int, folder: Path) -> dict[str, float]:
     if process.wait():
         raise SystemExit("".join(output))
     private, shared = max(peaks.values())
-    return {**times, "cpu_s": max(seconds.values()), "private_mb": private, "shared_mb": shared}
+    return {**times, "cpu_s": max(seconds.values()), "private_mb": private, "mapped_mb": shared}
 
 
 def main() -> None:

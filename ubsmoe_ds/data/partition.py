@@ -36,13 +36,13 @@ def deal(training: RowTable, clients: Sequence[ClientConfig], config: DataConfig
         UserError: naming a client that would get fewer rows than `data.min_rows`, or a key that does not fit the rows.
     """
     if config.partition == "by_client":
-        return by_client(training.columns.owner_N, training.owners, clients, config)
-    group_N, notes = training.columns.group_N, []
+        return by_client(*training.codes("owner"), clients, config)
+    (group_N, _), notes = training.codes("group"), []
     has_tasks = config.label_column or training.format == "instruction" or np.ptp(group_N) > 0
     if config.partition == "by_task" and not has_tasks:
         raise UserError("data.partition: by_task, but all rows have the same task; set data.label_column, or use iid")
     if config.partition == "dirichlet" and not has_tasks:
-        length_N = training.columns.length_N
+        length_N = training.numbers("length")
         group_N = np.empty(len(length_N), dtype=np.int64)
         group_N[np.argsort(length_N, kind="stable")] = np.arange(len(length_N)) * LENGTH_BINS // len(length_N)
         notes = [f"note: data.partition: rows have no tasks, so dirichlet deals {LENGTH_BINS} bins of their lengths"]

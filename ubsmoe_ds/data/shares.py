@@ -126,7 +126,7 @@ def own_rows(exp: Experiment, number: int, training: RowTable, sharing: Sharing 
     client, evaluation, used_N = exp.clients[number], None, np.arange(len(training))
     if client.eval_source is not None:
         evaluation = evaluation_table(exp.data, client.eval_source, exp.seed, sharing or Alone()).ordered()
-        used_N = np.flatnonzero(~np.isin(training.columns.same_N, evaluation.columns.same_N))
+        used_N = np.flatnonzero(~np.isin(training.numbers("same"), evaluation.numbers("same")))
     chosen_N = used_N[: client.max_rows]
     if not len(chosen_N):
         raise UserError(

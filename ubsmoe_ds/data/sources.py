@@ -76,21 +76,21 @@ def choose(config: DataConfig, seed: int, sharing: Sharing | None = None, *, eva
     else:
         rows = read_table(config.source, config, "train", seed, sharing)
     if config.eval_source is None:
-        is_held_out_N = rows.columns.hold_out_N < (config.eval_fraction if evaluates else 0.0)
+        is_held_out_N = rows.numbers("hold_out") < (config.eval_fraction if evaluates else 0.0)
         train, held_out = (rows.select(np.flatnonzero(part)) for part in (~is_held_out_N, is_held_out_N))
     else:
         train, held_out = rows, evaluation_table(config, config.eval_source, seed, sharing)
     train, held_out = train.ordered(), held_out.ordered()
     new_N = np.arange(len(train))  # a held-out row has another question than all training rows, which its prompt asks
     if config.eval_source is not None:
-        new_N = np.flatnonzero(~np.isin(train.columns.same_N, held_out.columns.same_N))
+        new_N = np.flatnonzero(~np.isin(train.numbers("same"), held_out.numbers("same")))
     training = train.select(new_N[: config.rows])
     evaluation = list(held_out.rows_at(np.arange(len(held_out))[: config.eval_rows]))
     evaluated = len(train) - len(new_N)
     if not len(training):
         raise _nothing_left(config, "training", f"{evaluated} are evaluation rows", "give more rows")
     if evaluates and not evaluation:
-        asked = f"they ask {len(np.unique(rows.columns.hold_out_N))} questions"
+        asked = f"they ask {len(np.unique(rows.numbers('hold_out')))} questions"
         raise _nothing_left(config, "evaluation", asked, REMEDY_EVALUATION)
     if is_synthetic:
         return Chosen(training, evaluation, Unused(0, 0, 0))

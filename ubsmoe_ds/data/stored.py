@@ -115,5 +115,5 @@ class StoredRows(Sequence[Row]):
     def texts(self) -> Iterator[bytes]:
         """Yield the JSON text of each row."""
         column = self.table.column("row")
-        for number in self.numbers.tolist():
-            yield column[number].as_py()
+        for number in self.numbers:
+            yield column[int(number)].as_py()
