@@ -83,9 +83,8 @@ def test_rows_without_choices_have_no_accuracy_anywhere(tmp_path):
 @pytest.mark.extended
 def test_the_lines_of_the_readme_work_as_they_stand(tmp_path):
     """In a folder with links to what they name."""
-    (lines,) = [
-        block for block in re.findall(r"```\n(.*?)```", (REPO / "README.md").read_text(), re.S) if "my_rows" in block
-    ]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (REPO / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (lines,) = [block for block in blocks if "my_rows" in block]
     assert len(lines.splitlines()) == 3
     for name in ("launch", "ds_configs", "tests", "ubsmoe_ds"):
         (tmp_path / name).symlink_to(REPO / name)

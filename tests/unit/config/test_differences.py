@@ -23,6 +23,6 @@ def test_a_key_that_may_differ_covers_what_is_below_it_and_nothing_else():
 
 
 def test_the_former_default_of_the_format_is_the_present_one():
-    """Runs of an earlier version recorded `instruction` where now the fields of rows decide; their digest is compared."""
+    """Runs of an earlier version recorded `instruction` where now the fields of rows decide."""
     assert differences({"data": {"format": "instruction"}}, {"data": {"format": "auto"}}, ()) == []
     assert len(differences({"data": {"format": "instruction"}}, {"data": {"format": "cloze"}}, ())) == 1
