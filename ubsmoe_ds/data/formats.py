@@ -205,8 +205,8 @@ def _value(row: Raw, field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str | int | float) or value == "":
         raise RowError(
-            f"data: {place}: field {field!r}, by which rows are dealt, is {kind_of(value)}, must be a text or a number; "
-            f"its fields are {_shown(row)}",
+            f"data: {place}: field {field!r}, by which rows are dealt, is {kind_of(value)}, must be a text or a "
+            f"number; its fields are {_shown(row)}",
             row,
         )
     return str(value)
