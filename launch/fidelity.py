@@ -141,7 +141,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     datasets.disable_progress_bars()
     (rows,), _ = rows_by_client(exp)
     encoder = read_encoder(exp)
-    examples, lengths = encoder.encode(rows, exp.clients[0].name)
+    examples, lengths = encoder.encode(rows.training, exp.clients[0].name)
     for line in length_lines(f"data.max_length={exp.data.max_length}", "training", lengths, overlong=exp.data.overlong):
         say(line)
     start_deepspeed(bool(devices), verbose=False)

@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--seed", type=whole(0), default=0)
     upcycle.add_argument("--experts", type=whole(1, MOST_EXPERTS), default=8)
     upcycle.add_argument("--k", type=whole(1, MOST_EXPERTS), default=2, help="num_experts_per_tok, so K_max")
-    split.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT]")
+    split.add_argument("--data", required=True, help="rows to calibrate with, as data.source")
     split.add_argument("--experts", type=whole(2, MOST_EXPERTS), default=16)
     split.add_argument("--shared", type=whole(1), default=192, help="neurons of the shared expert")
     split.add_argument(

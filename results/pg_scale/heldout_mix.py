@@ -62,7 +62,7 @@ def fits(exp: Experiment) -> Iterator[dict[str, float]]:
     """Yield the sums of the least-squares problems of one seed, one for each K, client, number of tokens and group."""
     encoder = read_encoder(exp)
     shares, held = rows_by_client(exp)
-    examples = [encoder.encode(rows, "")[0] for rows in shares]
+    examples = [encoder.encode(rows.training, "")[0] for rows in shares]
     target_rows = encoder.encode(held, "")[0][:96]
     torch.manual_seed(exp.seed)
     model = load(exp.weights_dir, client_spec(exp, exp.clients[0], 0)).train()

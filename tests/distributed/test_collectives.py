@@ -1,4 +1,6 @@
-"""Gathering of small facts among ranks."""
+"""Gathering of small facts among ranks, and files that those of a host share."""
+
+import json
 
 import numpy as np
 
@@ -12,3 +14,16 @@ def test_ranks_gather_values_of_different_lengths(tmp_path):
         assert rank["ranks"].tolist() == [0, 1, 2]
         assert rank["lengths"].tolist() == lengths
         assert np.array_equal(rank["thirds"], np.arange(3) / 3), "floats arrive bit for bit"
+
+
+def test_ranks_of_a_host_share_one_file_of_rows(tmp_path):
+    """Three ranks on two hosts: one of each host writes, both of the first map the same file, and no name is left."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "scratch"
+    rows.write_text("".join(json.dumps({"text": f"the number {n} is not {n + 1}"}) + "\n" for n in range(300)))
+    folder.mkdir()
+    arguments = {"source": str(rows), "hosts": ["n0", "n1", "n0"], "folder": str(folder)}
+    ranks = run_ranks(tmp_path, 3, "tests.support.mpi_scenarios:shared_rows", arguments)
+    assert [int(rank["wrote"]) for rank in ranks] == [1, 1, 0]
+    files = [rank["inodes"].tolist() for rank in ranks]
+    assert files[0] == files[2] != files[1] and len(files[0]) == 1
+    assert len({rank["digest"].tobytes() for rank in ranks}) == 1 and not list(folder.iterdir())

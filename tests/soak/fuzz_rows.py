@@ -1,13 +1,19 @@
-"""Fuzz of rows: JSON lines, and paths to them that lead to anything."""
+"""Fuzz of rows: all formats, files of all kinds with damage, and paths to them that lead to anything."""
 
+import gzip
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from tests.soak.fuzz_cases import DAMAGES, TEXTS, VALUES, Surface, damaged, mutations, reads_only
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
+from ubsmoe_ds.data.schema import content, question_of, whole_text
 from ubsmoe_ds.data.sources import evaluation_rows
 
 ROW = {
@@ -76,6 +82,54 @@ def check_path(name: str, folder: Path) -> bool:
     return reads_only(lambda: evaluation_rows(f"jsonl:{path}", None, 0), folder, ["data"])
 
 
+def check_format(row: Any, folder: Path) -> bool:
+    """Check a row of some format: read as it is recognised, as each format, and as a cloze."""
+    (folder / "rows.jsonl").write_bytes(json.dumps(row).encode())
+
+    def read(form: str) -> bool:
+        return reads_only(lambda: _use(evaluation_rows(f"{folder}/rows.jsonl", None, 0, form)), folder, ["rows.jsonl"])
+
+    return any([read(form) for form in (AUTO, CLOZE, *FORMATS)])
+
+
+def _use(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        "".join([question_of(row), whole_text(row), row["task"], row["id"], *content(row)]).encode()
+
+
+def check_file(case: tuple[str, tuple], folder: Path) -> bool:
+    """Check a damaged file of a kind."""
+    name, damage = case
+    (folder / name).write_bytes(damaged(_whole(name), *damage))
+    return reads_only(lambda: _use(evaluation_rows(f"{folder}/{name}", None, 0)), folder, ["data"])
+
+
+@cache
+def _whole(name: str) -> bytes:
+    """Return a file of 20 rows."""
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(20)]
+    table = pa.Table.from_pylist(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    sink = pa.BufferOutputStream()
+    if name.endswith(".parquet"):
+        pq.write_table(table, sink)
+    elif name.endswith(".arrow"):
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    elif name.endswith(".zst"):
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(lines)
+    elif name.endswith(".gz"):
+        return gzip.compress(lines)
+    elif name.endswith(".csv"):
+        return b"prompt,completion\n" + b"".join(f"{n} + 1 =, {n + 1}\n".encode() for n in range(20))
+    else:
+        return json.dumps(rows).encode()
+    return sink.getvalue().to_pybytes()
+
+
+EXAMPLES = [dict(row.example) for row in FORMATS.values()]
+FILES = ["rows.json", "rows.csv", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet", "rows.arrow"]
 PATHS = ["folder", "pipe", "link", "loop", "dead", "to_pipe", "rows/below", "rows", "x" * 300, "a\x00b", "a\nb"]
 DEVICES = ["/dev/zero", "/dev/null", "/dev/full", "/dev/tty", "/", "/proc/self/mem"]
 LINE = st.one_of(
@@ -87,5 +141,7 @@ LINE = st.one_of(
 SURFACES = [
     Surface("row", mutations(ROW, most=2, values=st.one_of(VALUES, TEXTS)), check_row, share=1.5),
     Surface("rows", st.lists(LINE, max_size=4), check_lines, share=1),
+    Surface("format", st.sampled_from(EXAMPLES).flatmap(mutations), check_format),
+    Surface("rows_file", st.tuples(st.sampled_from(FILES), DAMAGES), check_file, share=0.5),
     Surface("rows_path", st.one_of(st.sampled_from(PATHS + DEVICES), TEXTS), check_path, share=0.2),
 ]

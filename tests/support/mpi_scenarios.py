@@ -1,6 +1,7 @@
 """Functions that the ranks of MPI tests run; each returns arrays (see `ranks.py`). Nothing here needs DeepSpeed."""
 
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -73,3 +74,35 @@ def _local_rank(exp: Experiment, world: World, devices: list[list[str]]) -> int:
     except UserError:
         return -1
     return int(os.environ["LOCAL_RANK"])
+
+
+def shared_rows(source: str, hosts: list[str], folder: str) -> dict[str, Any]:
+    """Read rows that are too many for memory, on made-up hosts; return their digest, who wrote, and the file mapped."""
+    from mpi4py import MPI
+
+    from ubsmoe_ds.config.sections import DataConfig
+    from ubsmoe_ds.data import host_files, row_table
+    from ubsmoe_ds.data.sources import choose, digest_of
+
+    wrote = []
+
+    def written(write: Any, path: Path) -> Any:
+        wrote.append(path)
+        return host_files_written(write, path)
+
+    host_files_written = host_files.written
+    sharing = host_files.OfHost(MPI.COMM_WORLD, hosts)
+    with (
+        mock.patch.object(row_table, "IN_MEMORY", 1000),
+        mock.patch.object(host_files, "written", written),
+        mock.patch("tempfile.tempdir", folder),
+    ):
+        chosen = choose(DataConfig(source=source), 0, sharing)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    inodes = {int(line.split()[4]) for line in lines if f"{folder}/ubsmoe_ds-" in line}
+    return {
+        "digest": np.array(list(bytes.fromhex(digest_of([chosen.training.rows, chosen.evaluation])))),
+        "wrote": np.array(len(wrote)),
+        "inodes": np.array(sorted(inodes)),
+        "left": np.array(len(list(Path(folder).iterdir()))),
+    }

@@ -25,6 +25,8 @@ def write_sites(folder: Path) -> dict[str, str]:
     config = DataConfig(source=sources["all"], eval_source=sources["eval"], partition="dirichlet", eval_rows=24)
     common = load_rows(config, seed=0).training
     clients = [ClientConfig(name=name, budget=1.0) for name in NAMES]
-    for name, share in zip(NAMES, partition([row["task"] for row in common], clients, config, seed=0), strict=True):
+    for name, share in zip(
+        NAMES, partition([row["task"] for row in common], clients, config, seed=0).shares, strict=True
+    ):
         sources[name] = write(folder / f"{name}.jsonl", reversed([common[number] for number in share]))
     return sources

@@ -23,6 +23,7 @@ from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config import reference
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.data.sources import evaluation_rows
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 
@@ -283,6 +284,18 @@ def test_the_example_of_a_method(monkeypatch):
     add_examples("docs/extending.md", "A method", monkeypatch)
     exp = tiny.experiment("unused", [{"budget": 0.5}], method="topk_median")
     assert exp.merge.rule == "median" and not exp.dmr.enabled
+
+
+def test_the_example_of_a_data_format(monkeypatch, tmp_path):
+    (by_hand,) = add_examples("docs/extending.md", "A data format", monkeypatch).values()
+    by_hand()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "one", "response": "two"}\n{"instruction": "three"}\n')
+    with pytest.raises(UserError, match="line 2: field 'response' is missing.*a good row of format dolly: .*Add up"):
+        evaluation_rows(str(rows), None, 0)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="line 1: fits no format"):
+        evaluation_rows(str(rows), None, 0)
 
 
 @pytest.mark.parametrize(

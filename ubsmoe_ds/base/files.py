@@ -78,7 +78,9 @@ def parse_json(text: str | bytes) -> Any:
     if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES} values")
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        return _STRICT.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

@@ -199,10 +199,11 @@ def _problems(exp: Experiment) -> list[str]:
         problems.append(
             f"clients: {', '.join(without_source)} have no `source`, but others do; give one to all clients or to none"
         )
-    if not without_source and exp.data.eval_source is None:
+    without_evaluation = [client.name for client in exp.clients if client.eval_source is None]
+    if not without_source and without_evaluation and exp.data.eval_source is None:
         problems.append(
             "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
-            "may read"
+            "may read, or each client an `eval_source`"
         )
     problems += _merge_problems(exp) + _rate_problems(exp)
     for i, client in enumerate(exp.clients):

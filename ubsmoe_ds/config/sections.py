@@ -47,9 +47,13 @@ class ClientConfig(Section):
         None, description="slots per expert over the mean load; further tokens are dropped; null: drop none"
     )
     share: Positive = Field(1.0, description="part of the common training rows, relative to other clients")
-    source: RowSource | None = Field(
-        None, description="its own training rows, read by its ranks alone: `jsonl:PATH` or `hub:NAME[@SPLIT]`"
+    source: RowSources | None = Field(
+        None, description="its own training rows, read by its ranks alone; as `data.source`, but not `synthetic`"
     )
+    eval_source: RowSources | None = Field(
+        None, description="its own evaluation rows, read by its ranks alone, for its `eval_loss`; null: the common ones"
+    )
+    max_rows: PositiveInt | None = Field(None, description="most of its training rows that are used; null: all")
     lora_rank: PositiveInt | None = Field(
         None, description="LoRA rank; null: from the budget where it scales ranks, else `lora.rank`"
     )
@@ -251,7 +255,18 @@ class DataConfig(Section):
     train_on: Literal["answers", "all"] = Field(
         "answers", description="tokens that bear loss: answers, completions and assistant turns, or all"
     )
-    partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
+    partition: Literal["iid", "dirichlet", "by_task", "by_client"] = Field(
+        "dirichlet", description="how rows are dealt to clients; by_client: by the values of `client_column`"
+    )
+    label_column: str | None = Field(
+        None, description="field whose values are dealt; null: the rows' `task`, or their length where they have none"
+    )
+    client_column: str | None = Field(
+        None, description="field that says whose a row is: a client's name, or a value that is dealt as a whole"
+    )
+    min_rows: PositiveInt = Field(
+        1, description="fewest training rows of a client; dirichlet is drawn again until all have them"
+    )
     alpha: Positive = Field(
         0.5, description="concentration of the Dirichlet distribution; small values deal rows unequally"
     )
@@ -277,6 +292,17 @@ class DataConfig(Section):
         if value not in names:
             raise ValueError(f"{value!r} is not a format; {one_of(value, names)}")
         return value
+
+    @model_validator(mode="after")
+    def _whose(self) -> DataConfig:
+        if (self.partition == "by_client") != (self.client_column is not None):
+            raise ValueError(
+                f"partition {self.partition!r} with client_column {self.client_column!r}: by_client and client_column "
+                "go together; set both, or neither"
+            )
+        if self.source == "synthetic" and (self.label_column or self.client_column):
+            raise ValueError("label_column and client_column are of rows of your own; leave them out for synthetic")
+        return self
 
     @property
     def files(self) -> list[str]:

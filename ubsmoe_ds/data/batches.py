@@ -82,11 +82,24 @@ def encode(
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
-    found = [_fitted(tokens, max_length, overlong) for tokens in row_tokens(rows, tokenizer, chat)]
+    found = encode_each(rows, tokenizer, max_length, chat, train_on, overlong)
     examples = [example for example, _ in found if example is not None]
-    if train_on == "all":  # but the first token, which nothing predicts
-        examples = [Example(e.prompt[:1], e.prompt[1:] + e.answer) for e in examples]
     return examples, Lengths(len(examples), sum(cut for _, cut in found), len(rows) - len(examples))
+
+
+def encode_each(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    chat: ChatTemplate | None = None,
+    train_on: str = "answers",
+    overlong: str = CUT_PROMPT,
+) -> list[tuple[Example | None, bool]]:
+    """Return of each row (its example, or None if it is dropped; whether it lost something); see `encode`."""
+    found = [_fitted(tokens, max_length, overlong) for tokens in row_tokens(rows, tokenizer, chat)]
+    if train_on == "all":  # but the first token, which nothing predicts
+        found = [(e and Example(e.prompt[:1], e.prompt[1:] + e.answer), cut) for e, cut in found]
+    return found
 
 
 def _fitted(tokens: RowTokens, max_length: int, overlong: str) -> tuple[Example | None, bool]:
@@ -193,14 +206,15 @@ def steps(
         first: number of the first step wanted.
         packed_length: most tokens of a sequence of several rows (packing.py); None: each row is a sequence.
     """
-    step, epoch, current = first, -1, []
+    step, epoch, current = first, -1, torch.empty(0, dtype=torch.int64)
     while True:
-        chosen = []
+        numbers = []
         for row in range(step * batch_size, (step + 1) * batch_size):
             if row // len(examples) != epoch:
                 epoch = row // len(examples)
                 current = _order(len(examples), seed, epoch)
-            chosen.append(examples[current[row % len(examples)]])
+            numbers.append(int(current[row % len(examples)]))
+        chosen = _take(examples, numbers)
         mine = [m * ranks + rank for m in range(micro_batches)]
         micro = _micro_batches(chosen, mine, ranks * micro_batches, pad, packed_length)
         yield StepBatch(micro, sum(len(e.places) for e in chosen), sum(int(t.used.sum()) for t in micro))
@@ -219,7 +233,13 @@ def _micro_batches(
     return [collate_sequences([[chosen[row] for row in rows] for rows in shared[part]], pad, length) for part in mine]
 
 
-def _order(count: int, seed: Sequence[int], epoch: int) -> list[int]:
-    """Return the order of the rows in one pass over them."""
+def _take(examples: Sequence[Example], numbers: Sequence[int]) -> list[Example]:
+    """Return the examples of these numbers; those of a file are tokenised together."""
+    take = getattr(examples, "take", None)
+    return take(numbers) if take is not None else [examples[number] for number in numbers]
+
+
+def _order(count: int, seed: Sequence[int], epoch: int) -> Tensor:
+    """Return the order of the rows in one pass over them, [count] int64."""
     generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator)

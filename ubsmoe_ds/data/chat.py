@@ -8,18 +8,16 @@ becomes a special token: a name such as `<|im_start|>` in it is tokenised as tex
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from ubsmoe_ds.base.errors import RowError, UserError
-from ubsmoe_ds.base.files import read_text
+from ubsmoe_ds.data.formats import MOST_BYTES, read_template
 from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.tokenizing import beginning, special_ids, special_names
 
-MOST_BYTES = 2**18  # of a template; the longest of known models have 20 KB
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 # stand before and after text of a row that may read as a special token; of a plane that is for private use
 BEFORE, AFTER = "\U000f0ad0", "\U000f0ad1"
@@ -55,11 +53,7 @@ def template_of(file: str | None, tokenizer: Any) -> tuple[str, bool]:
         UserError: if the file cannot be read.
     """
     if file is not None:
-        try:
-            return read_text(Path(file), MOST_BYTES), False
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(f"data.chat_template: {file!r} cannot be read ({reason}); name a jinja file") from error
+        return read_template(file), False
     if tokenizer.chat_template:
         return tokenizer.get_chat_template(), False
     return ("{{ bos_token }}" if beginning(tokenizer) else "") + PLAIN, True

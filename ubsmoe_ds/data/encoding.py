@@ -14,6 +14,8 @@ from ubsmoe_ds.data.chat import ChatTemplate, template_of
 from ubsmoe_ds.data.evaluation_rows import PackedRow, pack
 from ubsmoe_ds.data.lengths import Lengths, nothing_fits
 from ubsmoe_ds.data.schema import Row
+from ubsmoe_ds.data.stored import StoredRows
+from ubsmoe_ds.data.stored_examples import StoredExamples
 from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -49,16 +51,23 @@ class Encoder:
         """Return whether some rows are conversations, and the model has no template for them."""
         return any(self.chat(rows) is not None for rows in parts) and self._template[1]
 
-    def encode(self, rows: Sequence[Row], client: str) -> tuple[list[Example], Lengths]:
+    def encode(self, rows: Sequence[Row], client: str) -> tuple[Sequence[Example], Lengths]:
         """Return (examples to train on, numbers of rows of the client with this name).
+
+        Rows in a file are tokenised when a step needs them, and their numbers are estimated.
 
         Raises:
             UserError: if none of its rows fits in `data.max_length`.
         """
         data = self.exp.data
-        chat = self.chat(rows)
-        examples, lengths = batches.encode(rows, self.tokenizer, data.max_length, chat, data.train_on, data.overlong)
-        if not examples:
+        settings = (self.tokenizer, data.max_length, self.chat(rows), data.train_on, data.overlong)
+        examples: Sequence[Example]
+        if isinstance(rows, StoredRows):
+            examples = StoredExamples(rows, lambda part: batches.encode_each(part, *settings))
+            lengths = examples.lengths()
+        else:
+            examples, lengths = batches.encode(rows, *settings)
+        if not lengths.kept:
             raise nothing_fits(
                 "data.max_length", self.exp.data.max_length, f"{len(rows)} training rows of client {client!r}"
             )

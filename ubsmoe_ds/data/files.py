@@ -20,6 +20,7 @@ from ubsmoe_ds.config.paths import ENDINGS, PACKED
 
 LONGEST_LINE = 8 * 2**20  # bytes of a row in a file
 BATCH = 256  # rows of columnar files that are read at a time
+PIECE = 2**16  # characters of a JSON list that are read at a time, at least
 BOM = b"\xef\xbb\xbf"
 SPLITS = {"train": ("train",), "test": ("test", "validation")}  # of a saved folder with several
 Placed = tuple[str, Any]  # where a row is, and the row
@@ -141,7 +142,7 @@ def json_list(path: Path) -> Iterator[Placed]:
     """Yield the rows of a JSON list, or of JSON lines where the file begins with no `[`."""
     with _open(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
-        buffer = text.read(2**16).lstrip()
+        buffer = text.read(PIECE).lstrip()
         if buffer.startswith("["):
             yield from _items(text, buffer[1:], path)
             return
@@ -167,7 +168,7 @@ def _items(text: io.TextIOWrapper, buffer: str, path: Path) -> Iterator[Placed]:
         except ValueError as error:
             if not more or len(buffer) > LONGEST_LINE or not isinstance(error, json.JSONDecodeError):
                 raise RowError(f"data: {place}: is not a JSON object ({_where(error)})", error) from error
-            part = text.read(max(2**16, len(buffer)))
+            part = text.read(max(PIECE, len(buffer)))
             buffer, more = buffer + part, bool(part)
             continue
         yield place, value

@@ -12,32 +12,27 @@ Imports no torch. A message names fields, never what they hold.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ubsmoe_ds.base.errors import RowError
+from ubsmoe_ds.base.errors import RowError, UserError
+from ubsmoe_ds.base.files import read_text
 from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS, fitting, near
-from ubsmoe_ds.data.schema import PlacedRow, Row, as_cloze, checked_row, refuse
+from ubsmoe_ds.data.fields import (
+    LETTERS,
+    Raw,
+    index_of,
+    kind_of,
+    messages_of,
+    name_of,
+    question,
+    text,
+    texts_of_field,
+    turns,
+)
+from ubsmoe_ds.data.schema import PlacedRow, Row, as_cloze, checked_row, content, refuse
 
-Raw = Mapping[str, Any]
-# names that data sets give to the roles of a chat template
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_BYTES = 2**18  # of a chat template; the longest of known models have 20 KB
 SHOWN = 8  # fields of a bad row that a message names
 
 
@@ -73,7 +68,15 @@ def format_of(row: Raw, asked: str, place: str) -> str:
     )
 
 
-def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, cloze: bool = False) -> Row:
+def read_row(
+    raw: Any,
+    name: str,
+    place: str,
+    columns: Mapping[str, str],
+    *,
+    cloze: bool = False,
+    kept: Mapping[str, str | None] | None = None,
+) -> Row:
     """Return a row in the form that its format is read into.
 
     Args:
@@ -82,6 +85,7 @@ def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, clo
         place: file and line.
         columns: as `data.columns`: name of a field in the format -> its name in the file.
         cloze: whether questions with choices are asked as a cloze.
+        kept: name in the row -> field of the file whose value is kept under it, such as `data.label_column`.
 
     Raises:
         RowError: naming place and field.
@@ -92,12 +96,26 @@ def read_row(raw: Any, name: str, place: str, columns: Mapping[str, str], *, clo
     except RowError as error:
         hint = f"; its fields are {_shown(named)}; a good row of format {name}: {_example(name)}"
         raise error.adding(hint) from error
-    row = PlacedRow({"task": _name(named, "task", name), "id": _name(named, "id", place), **row}, place)
+    row = PlacedRow({"task": name_of(named, "task", name), "id": name_of(named, "id", place), **row}, place)
+    row |= {key: _value(named, field, place) for key, field in (kept or {}).items() if field is not None}
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        "\0".join([row["task"], row["id"], row.get("group", ""), row.get("owner", ""), *content(row)]).encode()
     except UnicodeEncodeError:
         raise RowError(f"data: {place}: holds characters that are no valid Unicode", raw) from None
     return as_cloze(row) if cloze else row
+
+
+def read_template(file: str) -> str:
+    """Return the text of a chat template's file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return read_text(Path(file), MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"data.chat_template: {file!r} cannot be read ({reason}); name a jinja file") from error
 
 
 def renamed(raw: Any, place: str, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -122,12 +140,12 @@ def renamed(raw: Any, place: str, columns: Mapping[str, str]) -> dict[str, Any]:
 
 def chat(row: PlacedRow) -> Row:
     """Read `messages`, each with `role` and `content`."""
-    return {"messages": _messages(row, "messages"), "given": 0}
+    return {"messages": messages_of(row, "messages"), "given": 0}
 
 
 def sharegpt(row: PlacedRow) -> Row:
     """Read `conversations`, each with `from` and `value`."""
-    return {"messages": _messages(row, "conversations"), "given": 0}
+    return {"messages": messages_of(row, "conversations"), "given": 0}
 
 
 def alpaca(row: PlacedRow) -> Row:
@@ -140,8 +158,8 @@ def prompt_completion(row: PlacedRow) -> Row:
     """Read `prompt` and `completion`: two texts, or two lists of messages, of which the second's are learned."""
     if isinstance(row.get("prompt"), str):
         return {"prompt": row["prompt"], "completion": text(row, "completion")}
-    given = _messages(row, "prompt", answered=False)
-    return {"messages": given + _messages(row, "completion"), "given": len(given)}
+    given = messages_of(row, "prompt", answered=False)
+    return {"messages": given + messages_of(row, "completion"), "given": len(given)}
 
 
 def plain_text(row: PlacedRow) -> Row:
@@ -156,10 +174,10 @@ def multiple_choice(row: PlacedRow) -> Row:
 
 def mmlu(row: PlacedRow) -> Row:
     """Read `question`, `choices` and `answer`, the right one's index or letter; `subject` is the task."""
-    choices = _texts(row, row.get("choices"), "choices")
+    choices = texts_of_field(row, row.get("choices"), "choices")
     letters = list(LETTERS[: len(choices)])
     answer = row.get("answer")
-    right = letters.index(str(answer)) if answer in letters else _index(row, "answer", len(choices))
+    right = letters.index(str(answer)) if answer in letters else index_of(row, "answer", len(choices))
     return question(row, text(row, "question"), choices, letters, right, task=row.get("subject"))
 
 
@@ -167,8 +185,8 @@ def arc(row: PlacedRow) -> Row:
     """Read `question`, `choices` with `text` and `label`, and `answerKey`, one of the labels."""
     both = row.get("choices")
     if not isinstance(both, Mapping):
-        refuse(row, "choices", f"is {_kind(both)}, must be an object with text and label")
-    choices, labels = (_texts(row, both.get(key), f"choices.{key}") for key in ("text", "label"))
+        refuse(row, "choices", f"is {kind_of(both)}, must be an object with text and label")
+    choices, labels = (texts_of_field(row, both.get(key), f"choices.{key}") for key in ("text", "label"))
     key = text(row, "answerKey")
     if key not in labels:
         refuse(row, "answerKey", "must be one of choices.label")
@@ -177,119 +195,21 @@ def arc(row: PlacedRow) -> Row:
 
 def hellaswag(row: PlacedRow) -> Row:
     """Read `ctx`, `endings` and `label`, the right ending's index."""
-    endings = _texts(row, row.get("endings"), "endings")
-    right = _index(row, "label", len(endings))
+    endings = texts_of_field(row, row.get("endings"), "endings")
+    right = index_of(row, "label", len(endings))
     return question(row, text(row, "ctx"), endings, list(LETTERS[: len(endings)]), right)
 
 
-# ---- what they are made of
-
-
-def turns(request: str, reply: str) -> Row:
-    """Return a conversation of one question and its answer."""
-    return {
-        "messages": [{"role": "user", "content": request}, {"role": "assistant", "content": reply}],
-        "given": 0,
-    }
-
-
-def question(
-    row: PlacedRow, asked: str, choices: list[str], labels: list[str], right: int, task: str | None = None
-) -> Row:
-    """Return a question with choices in our schema, asked as the built-in tasks are."""
-    options = "\n".join(f"{label}: {choice}" for label, choice in zip(labels, choices, strict=False))
-    made = {
-        "task": task or _name(row, "task", "questions"),
-        "id": _name(row, "id", row.place),
-        "instruction": f"Please answer the following question: {asked}\n\n{options}\n\n"
-        f"Answer format: {'/'.join(labels)}",
-        "answer": f"the correct answer is {labels[right]}",
-        "question": asked,
-        "choices": choices,
-        "labels": labels,
-        "label": right,
-    }
-    return checked_row(made, row.place)
-
-
-def text(row: PlacedRow, field: str) -> str:
-    """Return a field that must hold a text that is not blank.
-
-    Raises:
-        RowError: if it does not.
-    """
+def _value(row: Raw, field: str, place: str) -> str:
+    """Return the value of a field that rows are dealt by, as text."""
     value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        refuse(
-            row, field, f"is {'missing' if value is None else 'blank' if value == '' else _kind(value)}, must be a text"
+    if not isinstance(value, str | int | float) or value == "":
+        raise RowError(
+            f"data: {place}: field {field!r}, by which rows are dealt, is {kind_of(value)}, must be a text or a "
+            f"number; its fields are {_shown(row)}",
+            row,
         )
-    return value
-
-
-def _messages(row: PlacedRow, field: str, *, answered: bool = True) -> list[dict[str, str]]:
-    """Return the messages of a field, with the roles of chat templates.
-
-    Args:
-        row: the row.
-        field: a list of objects with role and content, or from and value.
-        answered: whether one of them must be the assistant's.
-    """
-    value = row.get(field)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        refuse(row, field, f"is {_kind(value)}, must be a list of messages")
-    messages = [_message(row, message, f"{field}.{number}") for number, message in enumerate(value)]
-    if answered and not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        refuse(row, field, "holds no message of the assistant, which is what is learned")
-    return messages
-
-
-def _message(row: PlacedRow, message: Any, field: str) -> dict[str, str]:
-    """Return a message as role and text; calls of tools become text, of other keys nothing is read."""
-    if not isinstance(message, Mapping):
-        refuse(row, field, f"is {_kind(message)}, must be an object with role and content")
-    role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
-    if not isinstance(role, str) or role not in ROLES:
-        refuse(row, f"{field}.role", f"must be one of {', '.join(ROLES)}")
-    if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as of images and texts
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            refuse(row, f"{field}.content", "holds a part that is no text")
-        content = "".join(part["text"] for part in content)
-    calls = message.get("tool_calls")
-    if calls:
-        content = "\n".join([*([content] if content else []), json.dumps(calls, ensure_ascii=False)])
-    if not isinstance(content, str):
-        refuse(row, f"{field}.content", f"is {_kind(content)}, must be a text")
-    return {"role": ROLES[role], "content": content}
-
-
-def _texts(row: PlacedRow, value: Any, field: str) -> list[str]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(t, str) and t for t in value):
-        refuse(row, field, "must be a list of texts")
-    if not 2 <= len(value) <= len(LETTERS):
-        refuse(row, field, f"holds {len(value)} texts, must hold 2 to {len(LETTERS)}")
-    return list(value)
-
-
-def _index(row: PlacedRow, field: str, count: int) -> int:
-    """Return the index that a field holds, as a number or as digits."""
-    value = row.get(field)
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,2}", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        refuse(row, field, f"must be a whole number from 0 to {count - 1}")
-    return value
-
-
-def _name(row: Raw, field: str, default: str) -> str:
-    """Return `task` or `id` of a row, where it has one."""
-    value = row.get(field)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return value if isinstance(value, str) and value.strip() else default
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
+    return str(value)
 
 
 def _lacking(name: str, fields: Sequence[str] | Mapping[str, Any]) -> str:

@@ -34,7 +34,10 @@ class OfHost:
             return table
         with scratch_folder() as folder:
             if self.says:
-                say(f"note: rows are many, so the ranks of a host share them in a file in {folder.parent} (TMPDIR)")
+                say(
+                    f"note: rows are many, so the ranks of a host share a file of them in {folder.parent} (TMPDIR); "
+                    "how many are cut or dropped is estimated"
+                )
             table = written(write, folder / NAME)
             gather_json(self.comm, str(folder / NAME))
             gather_json(self.comm, "")

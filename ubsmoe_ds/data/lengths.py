@@ -33,6 +33,9 @@ class Lengths(NamedTuple):
         return self.kept + self.dropped
 
 
+NO_ROWS = Lengths(0, 0, 0)
+
+
 def fit(
     begin: list[int], prompt: list[int], answer: int, max_length: int, overlong: str = CUT_PROMPT
 ) -> list[int] | None:

@@ -1,12 +1,19 @@
 """Report how many rows of a run are kept, cut and dropped: printed before the first round, kept in `summary.json`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data.lengths import Lengths, by_client, by_name, length_lines
 from ubsmoe_ds.data.sources import Unused
+
+
+class LeftOut(NamedTuple):
+    """Count training rows that one client leaves out: as rows of its own eval_source, and over its max_rows."""
+
+    evaluated: int
+    beyond_max_rows: int
 
 
 @dataclass(frozen=True)
@@ -14,13 +21,16 @@ class RowReport:
     """Numbers of rows.
 
     training: of each client by name; evaluation: of the rows common to all; unscored: ids of those that were dropped;
-    unused: numbers of rows that were not chosen, of the common source (one item) or of each client's.
+    unused: numbers of rows that were not chosen, of the common source (one item) or of each client's; left_out: of each
+    client, in order; own_evaluation: of the clients with evaluation rows of their own.
     """
 
     training: Mapping[str, Lengths]
     evaluation: Lengths
     unscored: Sequence[str]
     unused: Sequence[Unused]
+    left_out: Sequence[LeftOut] = ()
+    own_evaluation: Mapping[str, Lengths] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[str, int]:
@@ -35,12 +45,20 @@ class RowReport:
         cut = by_client({name: lengths.cut for name, lengths in self.training.items()})
         dropped = by_client({name: lengths.dropped for name, lengths in self.training.items()})
         yield from length_lines(setting, "training", total, cut, dropped, data.overlong)
-        unscored = by_name(self.unscored)
-        yield from length_lines(setting, "evaluation", self.evaluation, dropped_of=unscored, overlong=data.overlong)
+        unscored, overlong = by_name(self.unscored), data.overlong
+        yield from length_lines(setting, "evaluation", self.evaluation, dropped_of=unscored, overlong=overlong)
+        own = by_client({name: lengths.dropped for name, lengths in self.own_evaluation.items()})
+        total = Lengths(*map(sum, zip((0, 0, 0), *self.own_evaluation.values(), strict=True)))
+        yield from length_lines(setting, "own evaluation", total, dropped_of=own, overlong=overlong)
 
     def _unused_lines(self, data: DataConfig) -> Iterator[str]:
         """Yield a line for each reason why rows were not chosen."""
         training, evaluation = sum(lengths.rows for lengths in self.training.values()), self.evaluation.rows
+        for column, what in enumerate(("eval_source: {} training rows, rows of it too,", "max_rows: {} training rows")):
+            counts = {name: part[column] for name, part in zip(self.training, self.left_out, strict=False)}
+            training += sum(counts.values())
+            if any(counts.values()):
+                yield f"note: clients[].{what.format(sum(counts.values()))} are left out{by_client(counts)}"
         evaluated, beyond = sum(part.evaluated for part in self.unused), sum(part.beyond_rows for part in self.unused)
         asked, of_all = self.unused[0].beyond_eval_rows, training + evaluated + beyond  # evaluation rows are common
         if evaluated:
@@ -63,4 +81,9 @@ class RowReport:
         """Return the numbers for `summary.json`."""
         training = {name: lengths._asdict() for name, lengths in self.training.items()}
         unused = [part._asdict() for part in self.unused]
-        return {"training": training, "evaluation": self.evaluation._asdict(), "unused": unused}
+        found = {"training": training, "evaluation": self.evaluation._asdict(), "unused": unused}
+        if any(map(sum, self.left_out)):
+            found["left_out"] = {n: part._asdict() for n, part in zip(self.training, self.left_out, strict=True)}
+        if self.own_evaluation:
+            found["own_evaluation"] = {name: lengths._asdict() for name, lengths in self.own_evaluation.items()}
+        return found

@@ -51,43 +51,75 @@ class Facts(NamedTuple):
     length: int
 
 
-class Columns(NamedTuple):
-    """The facts of N rows; of group and owner the place among all names, in their order."""
+class FactsInMemory:
+    """The facts of rows as columns."""
 
-    hold_out_N: np.ndarray
-    order_N: np.ndarray
-    same_N: np.ndarray
-    group_N: np.ndarray
-    owner_N: np.ndarray
-    length_N: np.ndarray
+    def __init__(self, facts: Sequence[Facts]) -> None:
+        self._columns = dict(zip(Facts._fields, zip(*facts, strict=True), strict=True))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column, [N]; of `same` as texts of `DIGEST` bytes."""
+        return np.array(self._columns[name], dtype=f"S{DIGEST}" if name == "same" else None)
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """Return (the place of each name of a column among the different ones, [N], and these in their order)."""
+        return _coded(self._columns[name])
+
+
+class StoredFacts:
+    """The facts in a mapped table; a column is read when it is asked for, and not kept."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column, [N]; of `same` as texts of `DIGEST` bytes."""
+        column = self._table.column(name)
+        if name == "same":
+            return np.concatenate([np.array(chunk.to_pylist(), dtype=f"S{DIGEST}") for chunk in column.chunks])
+        return column.to_numpy()
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """Return (the place of each name of a column among the different ones, [N], and these in their order)."""
+        encoded = self._table.column(name).combine_chunks().dictionary_encode()
+        code_of_name, different = _coded(encoded.dictionary.to_pylist())
+        return code_of_name[encoded.indices.to_numpy()], different
 
 
 @dataclass(frozen=True)
 class RowTable:
-    """Rows of one format with their facts; `owners` are the names of owners."""
+    """Rows of one format, with the facts of these and maybe others; number_N: places of the rows among the facts."""
 
     rows: Sequence[Row]
     format: str
-    columns: Columns
-    owners: Sequence[str]
+    facts: FactsInMemory | StoredFacts
+    number_N: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, numbers: np.ndarray) -> "RowTable":
-        """Return the rows of these numbers, in this order."""
-        columns = Columns(*(column[numbers] for column in self.columns))
-        return RowTable(self.rows_at(numbers), self.format, columns, self.owners)
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a fact of each row, [N]."""
+        return self.facts.numbers(name)[self.number_N]
 
-    def rows_at(self, numbers: np.ndarray) -> Sequence[Row]:
-        """Return the rows of these numbers, in this order."""
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """Return (the place of each row's name among the different ones, [N], and these in their order)."""
+        codes, names = self.facts.codes(name)
+        return codes[self.number_N], names
+
+    def select(self, places: np.ndarray) -> "RowTable":
+        """Return the rows at these places, in this order."""
+        return RowTable(self.rows_at(places), self.format, self.facts, self.number_N[places])
+
+    def rows_at(self, places: np.ndarray) -> Sequence[Row]:
+        """Return the rows at these places, in this order."""
         if isinstance(self.rows, StoredRows):
-            return self.rows.select(numbers)
-        return [self.rows[number] for number in numbers.tolist()]
+            return self.rows.select(places)
+        return [self.rows[place] for place in places.tolist()]
 
     def ordered(self) -> "RowTable":
         """Return the rows in an order that depends on their questions and the seed alone."""
-        return self.select(np.argsort(self.columns.order_N, kind="stable"))
+        return self.select(np.argsort(self.numbers("order"), kind="stable"))
 
 
 def table_of(rows: Sequence[Row], form: str, seed: int) -> RowTable:
@@ -98,11 +130,7 @@ def table_of(rows: Sequence[Row], form: str, seed: int) -> RowTable:
         form: their format.
         seed: of the order of rows.
     """
-    facts = Facts(*(list(column) for column in zip(*(_facts(row, seed) for row in rows), strict=True)))  # type: ignore
-    (group_N, _), (owner_N, owners) = _coded(facts.group), _coded(facts.owner)
-    same_N = np.array(facts.same, dtype=f"S{DIGEST}")
-    columns = Columns(np.array(facts.hold_out), np.array(facts.order), same_N, group_N, owner_N, np.array(facts.length))
-    return RowTable(rows, form, columns, owners)
+    return RowTable(rows, form, FactsInMemory([_facts(row, seed) for row in rows]), np.arange(len(rows)))
 
 
 def read_table(sources: str | Sequence[str], config: DataConfig, split: str, seed: int, sharing: Sharing) -> RowTable:
@@ -139,10 +167,11 @@ class _Reader:
         self.rows = self._checked(sources, config, split)
 
     def _checked(self, sources: str | Sequence[str], config: DataConfig, split: str) -> Iterator[Row]:
+        kept = {"group": config.label_column, "owner": config.client_column}
         for place, raw in raw_rows(sources, split):
             if not self.format:
                 self.format = format_of(renamed(raw, place, config.columns), config.format, place)
-            yield read_row(raw, self.format, place, config.columns, cloze=config.format == CLOZE)
+            yield read_row(raw, self.format, place, config.columns, cloze=config.format == CLOZE, kept=kept)
 
 
 def _drained(rows: list[Row]) -> Iterator[Row]:
@@ -156,11 +185,8 @@ def _stored(rows: Iterator[Row], reader: _Reader, seed: int, sharing: Sharing) -
     """Write rows with their facts to a file that the ranks of a host share, and return it mapped."""
     records = ((text_of(row), getattr(row, "place", ""), *_facts(row, seed)) for row in rows)
     table = sharing.map(lambda path: write_table(path, FIELDS, records))
-    (group_N, _), (owner_N, owners) = (_coded_column(table.column(name)) for name in ("group", "owner"))
-    hold_out_N, order_N, length_N = (table.column(name).to_numpy() for name in ("hold_out", "order", "length"))
-    parts = [np.array(chunk.to_pylist(), dtype=f"S{DIGEST}") for chunk in table.column("same").chunks]
-    columns = Columns(hold_out_N, order_N, np.concatenate(parts), group_N, owner_N, length_N)
-    return RowTable(StoredRows(table, np.arange(table.num_rows)), reader.format, columns, owners)
+    numbers = np.arange(table.num_rows)
+    return RowTable(StoredRows(table, numbers), reader.format, StoredFacts(table), numbers)
 
 
 def _facts(row: Row, seed: int) -> Facts:
@@ -187,11 +213,3 @@ def _coded(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     different = sorted(set(names))
     code = {name: number for number, name in enumerate(different)}
     return np.array([code[name] for name in names], dtype=np.int64), different
-
-
-def _coded_column(column: Any) -> tuple[np.ndarray, list[str]]:
-    """Return what `_coded` returns of a mapped column."""
-    encoded = column.combine_chunks().dictionary_encode()
-    names = encoded.dictionary.to_pylist()
-    code_of_name, different = _coded(names)
-    return code_of_name[encoded.indices.to_numpy()], different

@@ -56,7 +56,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     return Rows(chosen.training.rows, *chosen[1:])
 
 
-def choose(config: DataConfig, seed: int, sharing: Sharing | None = None) -> Chosen:
+def choose(config: DataConfig, seed: int, sharing: Sharing | None = None, *, evaluates: bool = True) -> Chosen:
     """Read training and evaluation rows; no row is in both.
 
     Rows are the same if their prompts and their answers are. Where evaluation rows are held out, it is by question.
@@ -65,6 +65,7 @@ def choose(config: DataConfig, seed: int, sharing: Sharing | None = None) -> Cho
         config: the data section.
         seed: of the synthetic tasks and of the choice of rows.
         sharing: with whom many rows are shared; None: with nobody.
+        evaluates: whether there are evaluation rows; else all rows are to train on.
 
     Raises:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
@@ -75,25 +76,31 @@ def choose(config: DataConfig, seed: int, sharing: Sharing | None = None) -> Cho
     else:
         rows = read_table(config.source, config, "train", seed, sharing)
     if config.eval_source is None:
-        is_held_out_N = rows.columns.hold_out_N < config.eval_fraction
+        is_held_out_N = rows.numbers("hold_out") < (config.eval_fraction if evaluates else 0.0)
         train, held_out = (rows.select(np.flatnonzero(part)) for part in (~is_held_out_N, is_held_out_N))
     else:
-        train, held_out = rows, read_table(config.eval_source, config, "test", seed, sharing)
+        train, held_out = rows, evaluation_table(config, config.eval_source, seed, sharing)
     train, held_out = train.ordered(), held_out.ordered()
     new_N = np.arange(len(train))  # a held-out row has another question than all training rows, which its prompt asks
     if config.eval_source is not None:
-        new_N = np.flatnonzero(~np.isin(train.columns.same_N, held_out.columns.same_N))
+        new_N = np.flatnonzero(~np.isin(train.numbers("same"), held_out.numbers("same")))
     training = train.select(new_N[: config.rows])
     evaluation = list(held_out.rows_at(np.arange(len(held_out))[: config.eval_rows]))
     evaluated = len(train) - len(new_N)
     if not len(training):
         raise _nothing_left(config, "training", f"{evaluated} are evaluation rows", "give more rows")
-    if not evaluation:
-        asked = f"they ask {len(np.unique(rows.columns.hold_out_N))} questions"
+    if evaluates and not evaluation:
+        asked = f"they ask {len(np.unique(rows.numbers('hold_out')))} questions"
         raise _nothing_left(config, "evaluation", asked, REMEDY_EVALUATION)
     if is_synthetic:
         return Chosen(training, evaluation, Unused(0, 0, 0))
     return Chosen(training, evaluation, Unused(evaluated, len(new_N) - len(training), len(held_out) - len(evaluation)))
+
+
+def evaluation_table(config: DataConfig, sources: str | Sequence[str], seed: int, sharing: Sharing) -> RowTable:
+    """Read evaluation rows, which need no fields to be dealt by."""
+    undealt = {"label_column": None, "client_column": None, "partition": "iid"}
+    return read_table(sources, config.model_copy(update=undealt), "test", seed, sharing)
 
 
 def _synthetic(config: DataConfig, seed: int) -> list[Row]:

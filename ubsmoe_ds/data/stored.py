@@ -1,4 +1,4 @@
-"""Rows and tokens in memory-mapped Arrow files, for data that would not fit in the memory of every rank.
+"""Rows in memory-mapped Arrow files, for data that would not fit in the memory of every rank.
 
 A file is written once on a host, by the first of the ranks that need it. All of them map it, and then its name is
 removed: the system frees it with the last of them, however they end. Rows are stored as the JSON text that their digest
@@ -67,8 +67,7 @@ def write_table(path: Path, fields: dict[str, Any], records: Iterable[Sequence[A
     """
     import pyarrow as pa
 
-    types = {"tokens": pa.large_list(pa.int32())}
-    schema = pa.schema([(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in fields.items()])
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in fields.items()])
     rest = iter(records)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while part := list(islice(rest, BATCH)):
@@ -116,5 +115,5 @@ class StoredRows(Sequence[Row]):
     def texts(self) -> Iterator[bytes]:
         """Yield the JSON text of each row."""
         column = self.table.column("row")
-        for number in self.numbers.tolist():
-            yield column[number].as_py()
+        for number in self.numbers:
+            yield column[int(number)].as_py()

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from ubsmoe_ds.adapters.start import start_from_adapter
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import writes
 from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
@@ -28,11 +29,12 @@ from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.chat import PLAINLY
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows, merge_weights
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
-from ubsmoe_ds.data.lengths import Lengths
+from ubsmoe_ds.data.lengths import NO_ROWS, Lengths
 from ubsmoe_ds.data.row_report import RowReport
-from ubsmoe_ds.data.sources import Unused
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
+from ubsmoe_ds.federation.evaluation import Evaluators
 from ubsmoe_ds.federation.exchanges import plan_exchanges
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.launching.hang_watch import HangWatch
@@ -112,9 +114,9 @@ def build(
         world=world,
         client=client,
         aggregator=aggregator,
-        evaluator=texts.evaluator,
+        evaluators=texts.evaluators,
         prompts=prompts,
-        rows=_row_report(exp, texts, rows.unused),
+        rows=_row_report(exp, texts, rows),
         batches_from=batches_from,
         monitor=None,
         checkpoints=checkpoints,
@@ -124,8 +126,9 @@ def build(
         progress=progress,
         local=local,
     )
-    notes = [PLAINLY] if texts.encoder.writes_plainly(rows.training, rows.evaluation) else []
-    _announce(federation, checkpoint, in_own_folder, notes)
+    parts = (rows.training, rows.evaluation, rows.own_evaluation)
+    plainly = [PLAINLY] if texts.encoder.writes_plainly(*parts) else []
+    _announce(federation, checkpoint, in_own_folder, [*rows.notes, *plainly])
     return federation
 
 
@@ -153,16 +156,17 @@ class _Texts(NamedTuple):
     """A client's rows as tokens.
 
     examples: what it trains on.
-    lengths: number of training rows of each client by what length did to them.
-    tokens: answer tokens of each client's training rows.
-    evaluator: holds the evaluation rows.
+    lengths, own_lengths: numbers of training rows, and of own evaluation rows, of each client.
+    tokens: answer tokens of each client's training rows; 0 where weights do not go by them.
+    evaluators: hold the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
 
     examples: Sequence[Example]
     lengths: list[Lengths]
     tokens: list[int]
-    evaluator: Evaluator
+    own_lengths: list[Lengths]
+    evaluators: Evaluators
     encoder: Encoder
 
 
@@ -170,22 +174,39 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    data, chat = exp.data, encoder.chat(rows.evaluation)
-    size = exp.evaluation.batch_size
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, data.max_length, size, chat, data.overlong)
-    check_window(encoder.model, evaluator.longest)
-    table = np.zeros((len(exp.clients), len(lengths) + 1))
+
+    def evaluator(part: Sequence[Row]) -> Evaluator | None:
+        if not part:
+            return None
+        data, size = exp.data, exp.evaluation.batch_size
+        found = Evaluator(part, encoder.tokenizer, data.max_length, size, encoder.chat(part), data.overlong)
+        check_window(encoder.model, found.longest)
+        return found
+
+    evaluators = Evaluators(evaluator(rows.evaluation), evaluator(rows.own_evaluation))
+    own = evaluators.own.lengths if evaluators.own else NO_ROWS
+    by_tokens = exp.train.weights == "tokens"  # else rows in a file are not tokenised for it
+    table = np.zeros((len(exp.clients), 2 * len(lengths) + 1))
     if world.group_rank == 0:
-        table[world.client] = [*lengths, sum(len(example.places) for example in examples)]
-    counts = world.sum(table).astype(int).tolist()
-    of_clients, tokens = [Lengths(*part[:-1]) for part in counts], [part[-1] for part in counts]
-    return _Texts(examples, of_clients, tokens, evaluator, encoder)
+        tokens = sum(len(example.places) for example in examples) if by_tokens else 0
+        table[world.client] = *lengths, *own, tokens
+    counts_C = world.sum(table).astype(int).tolist()
+    training, evaluation = ([Lengths(*counts[part]) for counts in counts_C] for part in (slice(3), slice(3, 6)))
+    return _Texts(examples, training, [counts[-1] for counts in counts_C], evaluation, evaluators, encoder)
 
 
-def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowReport:
+def _row_report(exp: Experiment, texts: _Texts, rows: ClientRows) -> RowReport:
     """Name the numbers of rows by client."""
-    training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
-    return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped, unused)
+    names, common = [client.name for client in exp.clients], texts.evaluators.common
+    own = {name: lengths for name, lengths in zip(names, texts.own_lengths, strict=True) if lengths.rows}
+    return RowReport(
+        dict(zip(names, texts.lengths, strict=True)),
+        common.lengths if common else NO_ROWS,
+        common.dropped if common else [],
+        rows.unused,
+        rows.left_out,
+        own,
+    )
 
 
 def _prompts(exp: Experiment, client: Client, texts: _Texts) -> Prompts | None:
@@ -193,7 +214,9 @@ def _prompts(exp: Experiment, client: Client, texts: _Texts) -> Prompts | None:
     count = exp.evaluation.generate
     if not count:
         return None
-    prompts = Prompts(texts.evaluator.packed[:count], texts.encoder.tokenizer)
+    if texts.evaluators.common is None:
+        raise UserError(f"evaluation.generate: {count} needs rows that all clients share; set data.eval_source, or 0")
+    prompts = Prompts(texts.evaluators.common.packed[:count], texts.encoder.tokenizer)
     setting = f"evaluation.generate: {prompts.max_new_tokens} tokens of an answer"
     remedy = "lower data.max_length, or set evaluation.generate=0"
     check_positions(client.model, prompts.tokens, prompts.max_new_tokens, setting, remedy)

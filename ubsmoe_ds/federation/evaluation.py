@@ -1,9 +1,10 @@
 """Evaluate the models of all clients; clients that hold the same model share a view and divide its rows.
 
-Shapes: G views, L layers, E experts, X = E + 1.
+Shapes: C clients, G views, L layers, E experts, X = E + 1.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +16,33 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.metrics import evaluation_scalars
 from ubsmoe_ds.mpi.world import World
 
-Part = tuple[np.ndarray, np.ndarray]  # sums [G, tasks, fields] in the order of FIELDS, routed tokens [G, L, X]
+
+class Evaluators(NamedTuple):
+    """Hold the evaluation rows: those common to all clients, and this client's own; None where there are none."""
+
+    common: Evaluator | None
+    own: Evaluator | None
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks of the common rows."""
+        return [] if self.common is None else self.common.tasks
+
+
+class Part(NamedTuple):
+    """What a rank adds to the evaluation; zeros for what others evaluate.
+
+    sums_G: [G, tasks, fields] in the order of FIELDS, on the common rows; own_C: [C, fields] on the clients' own rows;
+    routed_GLX: routed tokens, on the common rows, or without these on the clients' own.
+    """
+
+    sums_G: np.ndarray
+    own_C: np.ndarray
+    routed_GLX: np.ndarray
 
 
 def evaluate_part(
-    exp: Experiment, world: World, client: Client, evaluator: Evaluator, stop: Callable[[], bool]
+    exp: Experiment, world: World, client: Client, evaluators: Evaluators, stop: Callable[[], bool]
 ) -> Part:
     """Evaluate this rank's share of the rows on its client's view (a collective over the client's group).
 
@@ -27,17 +50,24 @@ def evaluate_part(
         exp: the experiment.
         world: this rank's place in the job.
         client: this rank's client.
-        evaluator: holds the evaluation rows.
+        evaluators: hold the evaluation rows.
         stop: see `Evaluator.sums`.
     """
     views = list(dict.fromkeys(exp.views))
     view, (worker, workers) = sharers_of(exp, world)
-    sums_G = np.zeros((len(views), len(evaluator.tasks), len(FIELDS)))
-    counts_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
+    sums_G = np.zeros((len(views), len(evaluators.tasks), len(FIELDS)))
+    routed_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
+    own_C = np.zeros((len(exp.clients), len(FIELDS)))
     client.reset_counts()
-    sums_G[view] = evaluator.sums(client, client.k, worker, workers, stop)
-    counts_GLX[view] = client.routed_counts().numpy()
-    return sums_G, counts_GLX
+    if evaluators.common is not None:
+        sums_G[view] = evaluators.common.sums(client, client.k, worker, workers, stop)
+        routed_GLX[view] = client.routed_counts().numpy()
+    if evaluators.own is not None:
+        of_tasks = evaluators.own.sums(client, client.k, world.group_rank, exp.clients[world.client].ranks, stop)
+        own_C[world.client] = of_tasks.sum(0)
+    if evaluators.common is None:
+        routed_GLX[view] = client.routed_counts().numpy()
+    return Part(sums_G, own_C, routed_GLX)
 
 
 def sharers_of(exp: Experiment, world: World) -> tuple[int, tuple[int, int]]:
@@ -51,23 +81,24 @@ def sharers_of(exp: Experiment, world: World) -> tuple[int, tuple[int, int]]:
 
 
 def view_scalars(
-    exp: Experiment, world: World, evaluator: Evaluator, weights: Sequence[float], part: Part
+    exp: Experiment, world: World, evaluators: Evaluators, weights: Sequence[float], part: Part
 ) -> dict[str, float]:
     """Sum all ranks' parts and name the results (a collective).
 
     Args:
         exp: the experiment.
         world: this rank's place in the job.
-        evaluator: holds the evaluation rows.
+        evaluators: hold the evaluation rows.
         weights: w_c of all clients; utilisation is weighted by them, as in training.
         part: the result of `evaluate_part`.
     """
     view_of_client = exp.views
     views = list(dict.fromkeys(view_of_client))
-    sums_G, counts_GLX = world.sum(part[0]), world.sum(part[1])
+    sums_G, counts_GLX = world.sum(part.sums_G), world.sum(part.routed_GLX)
+    own_C = world.sum(part.own_C) if any(client.eval_source for client in exp.clients) else None
     utilisation_GLE = counts_GLX[..., :-1] / np.maximum(counts_GLX[..., -1:], 1)
     pairs = zip(weights, view_of_client, strict=True)
     utilisation_LE = sum(weight * utilisation_GLE[views.index(view)] for weight, view in pairs)
     cv = float(coefficient_of_variation(torch.as_tensor(utilisation_LE)).mean())
     names = [client.name for client in exp.clients]
-    return evaluation_scalars(names, view_of_client, weights, evaluator.tasks, sums_G, cv)
+    return evaluation_scalars(names, view_of_client, weights, evaluators.tasks, sums_G, cv, own_C)

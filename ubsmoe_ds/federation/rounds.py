@@ -31,13 +31,12 @@ from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
-from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator, Merged
-from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
+from ubsmoe_ds.federation.evaluation import Evaluators, evaluate_part, view_scalars
 from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     complete_seconds,
@@ -74,7 +73,7 @@ class Federation:
     world: World
     client: Client
     aggregator: Aggregator
-    evaluator: Evaluator
+    evaluators: Evaluators
     prompts: Prompts | None
     rows: RowReport
     batches_from: Callable[[int], Iterator[StepBatch]]
@@ -195,10 +194,10 @@ class Federation:
             return stops
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
-        part = evaluate_part(self.exp, self.world, self.client, self.evaluator, stop)
+        part = evaluate_part(self.exp, self.world, self.client, self.evaluators, stop)
         answers = generate_samples(self.exp, self.world, self.client, self.prompts, stop)
         self._stop_if_asked()
-        scalars = view_scalars(self.exp, self.world, self.evaluator, self.aggregator.server.weights, part)
+        scalars = view_scalars(self.exp, self.world, self.evaluators, self.aggregator.server.weights, part)
         samples = gather_samples(self.exp, self.world, self.prompts, answers)
         self.stopwatch.lap("evaluation")
         return scalars, samples

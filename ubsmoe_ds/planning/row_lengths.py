@@ -11,7 +11,8 @@ from ubsmoe_ds.data.batches import Example
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.evaluation_rows import PackedRow
 from ubsmoe_ds.data.schema import Row
-from ubsmoe_ds.data.shares import has_sites, rows_by_client
+from ubsmoe_ds.data.shares import has_sources, rows_by_client
+from ubsmoe_ds.data.stored import StoredRows
 from ubsmoe_ds.planning.inputs import RowLengths
 
 MOST_STEPS = 1000  # steps of a client that are measured
@@ -26,21 +27,23 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     encoder = read_encoder(exp)
     client_rows, eval_rows = rows_by_client(exp)
     # a rank reads the rows of its site, or all common rows
-    text_bytes = [_bytes(rows) for rows in client_rows]
-    read_bytes = text_bytes if has_sites(exp.clients) else [sum(text_bytes)] * len(text_bytes)
-    evaluation = _evaluation_lengths(encoder.pack(eval_rows), exp.evaluation.batch_size)
+    text_bytes = [_bytes(rows.training) for rows in client_rows]
+    read_bytes = text_bytes if has_sources(exp.clients) else [sum(text_bytes)] * len(text_bytes)
+    common = encoder.pack(eval_rows) if eval_rows else []
     lengths = []
     for number, rows in enumerate(client_rows):
-        examples, _ = encoder.encode(rows, exp.clients[number].name)
+        examples, _ = encoder.encode(rows.training, exp.clients[number].name)
         training = _training_lengths(encoder, number, examples)
-        lengths.append(
-            RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows), rows=len(examples))
-        )
+        packed = common + (encoder.pack(rows.evaluation) if rows.evaluation else [])
+        evaluation = _evaluation_lengths(packed, exp.evaluation.batch_size)
+        read = read_bytes[number] + _bytes(eval_rows) + _bytes(rows.evaluation)
+        lengths.append(RowLengths(**training, **evaluation, text_bytes=read, rows=len(examples)))
     return lengths
 
 
 def _bytes(rows: Sequence[Row]) -> int:
-    return sum(len(json.dumps(row)) for row in rows)
+    """Return the bytes of rows that a rank holds in memory; those in a file are mapped."""
+    return 0 if isinstance(rows, StoredRows) else sum(len(json.dumps(row)) for row in rows)
 
 
 def _training_lengths(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
             "megabytes_sent": sum(record["metrics"].get(f"megabytes_sent/{client.name}", 0.0) for record in trained),
             "local_seconds": sum(record["seconds"].get(f"seconds_local/{client.name}", 0.0) for record in trained),
         }
-        if "accuracy_after" in end:  # rows without choices have none
+        if "accuracy_after" in end and client.eval_source is None:  # rows without choices have none
             row["accuracy_norm"] = _number(last_metrics[f"eval_{view}/accuracy_norm_all"])
     return rows
 

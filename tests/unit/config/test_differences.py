@@ -20,3 +20,9 @@ def test_a_key_that_may_differ_covers_what_is_below_it_and_nothing_else():
     assert [key for key, *_ in differences(recorded, asked, MAY_CHANGE_ON_RESUME)] == ["names"]
     keys = [key for key, *_ in differences(recorded, asked, WITHOUT_EFFECT)]
     assert keys == ["clients.0.hosts.1", "clients.0.ranks", "names", "train.rounds"]
+
+
+def test_the_former_default_of_the_format_is_the_present_one():
+    """Runs of an earlier version recorded `instruction` where now the fields of rows decide."""
+    assert differences({"data": {"format": "instruction"}}, {"data": {"format": "auto"}}, ()) == []
+    assert len(differences({"data": {"format": "instruction"}}, {"data": {"format": "cloze"}}, ())) == 1

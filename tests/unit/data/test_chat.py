@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.chat_templates import CHATML, LLAMA3, MISTRAL, SPECIAL, TEMPLATES, TOKENIZERS, byte_level, unmarked
+from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.chat import PLAIN, ChatTemplate, template_of
+from ubsmoe_ds.data.fingerprint import data_digest
 from ubsmoe_ds.data.row_tokens import row_tokens
 from ubsmoe_ds.data.schema import PlacedRow
 
@@ -168,6 +171,19 @@ def test_a_template_comes_from_the_file_the_tokenizer_or_the_program(tmp_path):
             template_of(str(tmp_path / name), tokenizer)
     with pytest.raises(UserError, match="data.chat_template: line 1 is no jinja"):
         ChatTemplate(tokenizer, "{% for %}")
+
+
+def test_another_text_of_the_template_is_another_run(tmp_path):
+    """--resume compares digests, and the config names the file alone."""
+    rows = REPO / "tests" / "data" / "messages.jsonl"
+    digests = []
+    for text in ("", CHATML, CHATML, LLAMA3):
+        (tmp_path / "own.jinja").write_text(text)
+        chosen = [f"data.chat_template={tmp_path / 'own.jinja'}"] if text else []
+        digests.append(
+            data_digest(load_experiment(REPO / "ds_configs" / "tiny.yaml", [f"data.source={rows}", *chosen]))
+        )
+    assert digests[1] == digests[2] and len(set(digests)) == 3
 
 
 def test_a_template_has_no_way_to_the_machine(tmp_path):

@@ -26,7 +26,7 @@ def files(tmp_path_factory):
 
 def of_client(exp: Experiment, number: int):
     alone = {"comm": MPI.COMM_SELF, "group_comm": MPI.COMM_SELF, "group_hosts": [["here"]] * len(exp.clients)}
-    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, **alone))
+    return client_rows(exp, SimpleNamespace(client=number, rank=0, group_rank=0, hosts=["here"], **alone))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):
@@ -88,6 +88,40 @@ def test_a_key_that_cannot_be_kept_secret_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     with pytest.raises(UserError, match="XDG_STATE_HOME: the key of the site cannot be kept in '/dev/null/ubsmoe_ds"):
         key_of("a")
+
+
+def test_a_client_is_evaluated_on_rows_of_its_own(files, tmp_path):
+    """Its own evaluation rows are left out of its training rows, and at most `max_rows` of these are used."""
+    rows = [json.loads(line) for line in Path(files["a"].removeprefix("jsonl:")).read_text().splitlines()]
+    own = write(tmp_path / "own.jsonl", [*rows[:5], *({**row, "answer": f"no, {row['answer']}"} for row in rows[5:8])])
+    both = {"source": files["a"], "eval_source": own, "max_rows": 7}
+    exp = tiny.experiment("unused", [{"budget": 1.0} | both], data={"eval_source": files["eval"], "eval_rows": 20})
+    found = of_client(exp, 0)
+    assert len(found.evaluation) == 20 and len(found.own_evaluation) == 8
+    asked = {(row["instruction"], row["answer"]) for row in found.own_evaluation}
+    assert not asked & {(row["instruction"], row["answer"]) for row in found.training}
+    assert len(found.training) == found.counts[0] == 7 and found.left_out == [(5, len(rows) - 5 - 7)]
+    alone = of_client(tiny.experiment("unused", [{"budget": 1.0} | both]), 0)
+    assert alone.evaluation == [] and alone.own_evaluation == found.own_evaluation
+    assert alone.digest != found.digest, "other evaluation rows are other data"
+    common = {"budget": 1.0, "eval_source": own}
+    dealt = of_client(tiny.experiment("unused", [common], data={"source": files["a"]}), 0)
+    assert dealt.left_out[0].evaluated > 0 and len(dealt.own_evaluation) == 8 and dealt.evaluation
+
+
+def test_the_plan_is_for_the_longest_evaluation_rows(files, tmp_path):
+    rows = [json.loads(line) for line in Path(files["a"].removeprefix("jsonl:")).read_text().splitlines()]
+    long = [{**rows[0], "id": "long", "instruction": rows[0]["instruction"] * 3}]
+    exp = load_experiment(
+        "ds_configs/tiny.yaml",
+        [
+            f"clients=[{{name: a, budget: 1.0, eval_source: {write(tmp_path / 'long.jsonl', long)}}}, "
+            "{name: b, budget: 1.0}]",
+            f"data.source={files['all']}",
+        ],
+    )
+    first, second = read_row_lengths(exp)
+    assert first.eval_length > second.eval_length and first.eval_rows == second.eval_rows + 1
 
 
 @pytest.mark.parametrize(
