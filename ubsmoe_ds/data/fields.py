@@ -67,11 +67,7 @@ def text(row: PlacedRow, field: str) -> str:
     """
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        refuse(
-            row,
-            field,
-            f"is {'missing' if value is None else 'blank' if value == '' else kind_of(value)}, must be a text",
-        )
+        refuse(row, field, f"is {'blank' if value == '' else kind_of(value)}, must be a text")
     return value
 
 
