@@ -142,7 +142,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
     (rows,), _ = rows_by_client(exp)
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows, exp.clients[0].name)
-    for line in length_lines(f"data.max_length={exp.data.max_length}", "training", lengths):
+    for line in length_lines(f"data.max_length={exp.data.max_length}", "training", lengths, overlong=exp.data.overlong):
         say(line)
     start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.group_rank)

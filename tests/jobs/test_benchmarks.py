@@ -28,6 +28,7 @@ COMMANDS = {
         ["--sizes", "builtin", "--tokens", "256", "--repeats", "1", "--json"],
         {"none", "expert_mean", "token_weighted", "linearised"},
     ),
+    "packing": (1, ["--layers", "1", "--rows", "4", "--steps", "1", *SMALL], {"packed", "padded"}),
     "loading": (1, ["--gigabytes", "0.8", "--expert-parallel", "1", "--json"], {"ubsmoe", "transformers"}),
     "exchange": (
         3,

@@ -56,6 +56,7 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
             ranks=ranks,
             pad=0,
             seed=(exp.seed, 0),
+            packed_length=variant.get("packing"),
         )
         if client.moments is not None:
             client.calibrate(all_batches(), 2)

@@ -103,8 +103,8 @@ def variant(base: Experiment, changes: dict[str, Any]) -> Experiment:
     Args:
         base: the experiment.
         changes: "deepspeed" (arguments of `deepspeed`), "pg" (estimator), "aux" (loss), "attention" (LoRA), "rescale",
-            "candidates", "capacity_factor"; "ranks": LoRA rank of each client; "sections": {section: {key: value}} for
-            everything else.
+            "candidates", "capacity_factor"; "ranks": LoRA rank of each client; "packing": tokens of a sequence, for
+            `scenarios.train` alone; "sections": {section: {key: value}} for everything else.
     """
     raw = base.model_dump()
     raw["deepspeed"] = deepspeed(**changes.get("deepspeed", {}))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.deepspeed_setup import deepspeed_output
 from ubsmoe_ds.client.gradients import GradientHook
-from ubsmoe_ds.client.optimizer import engine_config, refusals_of_deepspeed, reset_state
+from ubsmoe_ds.client.optimizer import engine_config, rate_factor, refusals_of_deepspeed, reset_state
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig, LoraConfig
 from ubsmoe_ds.data.batches import StepBatch, Tokens
@@ -108,8 +108,9 @@ class Client:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         with deepspeed_output(verbose), refusals_of_deepspeed():
             self.engine, *_ = deepspeed.initialize(
-                model=self.model, model_parameters=trained, config=engine_config(exp.deepspeed)
+                model=self.model, model_parameters=trained, config=engine_config(exp.settings(config))
             )
+        self._full_rate = self.learning_rate
         self.collector, self.moments = None, None
         pg, layers = exp.pseudo_gradient, self.model.layers
         if pg.estimator != "none":
@@ -174,9 +175,15 @@ class Client:
         sums = (nll, answer_tokens, used_tokens, dropped, routed, gradient_norm)
         return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
+    def set_learning_rate(self, number: int) -> None:
+        """Set the learning rate of a round, see `rate_factor`, unless DeepSpeed's scheduler sets it."""
+        if self.engine.lr_scheduler is None:
+            for group in self.engine.basic_optimizer.param_groups:
+                group["lr"] = self._full_rate * rate_factor(self.exp.train, number)
+
     @property
     def learning_rate(self) -> float:
-        """Return the current learning rate, which DeepSpeed's scheduler (if any) set after the latest step."""
+        """Return the current learning rate, which the round or DeepSpeed's scheduler has set."""
         return float(self.engine.basic_optimizer.param_groups[0]["lr"])
 
     def step(self, batch: StepBatch) -> Tensor:
@@ -199,7 +206,7 @@ class Client:
         The answer loss is divided by the answer tokens of the whole step, all ranks and micro-batches together.
         DeepSpeed averages over both; the factor undoes that. So the gradient does not depend on the client's layout.
         """
-        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A)
+        logits_AV = model(tokens.input_ids, tokens.used, tokens.position_A, None, tokens.position_BS)
         nll = F.cross_entropy(logits_AV, tokens.target_A, reduction="sum")
         loss = nll * (dist.get_world_size() * len(batch.micro) / batch.answer_tokens)
         penalty = self.exp.dmr.penalty if self.exp.dmr.enabled else 0.0
@@ -224,7 +231,8 @@ class Client:
         self.moments.start(every=1)  # every step: the tokens are few, and this runs only once
         for _ in range(count):
             for tokens in next(batches).micro:
-                self.model(*tokens.to(self.device)[:3])
+                held = tokens.to(self.device)
+                self.model(held.input_ids, held.used, held.position_A, None, held.position_BS)
 
     def reset_counts(self) -> None:
         """Restart the counts of routed tokens, the squares of the experts' gradients and the moments."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
-from ubsmoe_ds.data.lengths import Lengths, nothing_fits
+from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, nothing_fits
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.words import first_named, nfc
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
@@ -63,14 +63,17 @@ class Evaluator:
         tokenizer: the model's tokenizer.
         max_length: most tokens of a prompt with any of its options.
         batch_size: rows of a batch on a rank.
+        overlong: as `data.overlong`.
 
     Raises:
         UserError: if no row fits.
     """
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int) -> None:
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int, overlong: str = CUT_PROMPT
+    ) -> None:
         self.batch_size, self.pad = batch_size, tokenizer.pad_token_id
-        pairs = list(zip(rows, pack(rows, tokenizer, max_length), strict=True))
+        pairs = list(zip(rows, pack(rows, tokenizer, max_length, overlong), strict=True))
         self.rows = [row for row, packed in pairs if packed is not None]
         self.packed = [packed for _, packed in pairs if packed is not None]
         self.dropped = [str(row["id"]) for row, packed in pairs if packed is None]

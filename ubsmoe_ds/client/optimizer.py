@@ -1,5 +1,6 @@
-"""Describe a client's optimiser to DeepSpeed, and reset it."""
+"""Describe a client's optimiser to DeepSpeed, reset it, and schedule its learning rate over the rounds."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
+from ubsmoe_ds.config.training import TrainConfig
 
 ADAMS = ("adam", "adamw")
 
@@ -26,6 +28,23 @@ def engine_config(settings: DeepSpeedConfig) -> dict[str, Any]:
         # defaults differ in one value: DeepSpeed's does not decay weights, torch's AdamW does
         optimizer["params"] = {"torch_adam": True, "weight_decay": 0.0, **params}
     return config
+
+
+def rate_factor(train: TrainConfig, number: int) -> float:
+    """Return the factor of the learning rate in a round, the same for all clients and steps of it [ours].
+
+    With W rounds of warm-up and R rounds in all, round n (from 1) has n / (W + 1) up to W; after that, with
+    t = (n - W - 1) / (R - W) from 0 to just below 1, it has 1 (constant), 1 - t (linear) or (1 + cos(pi t)) / 2.
+
+    Args:
+        train: the section.
+        number: the round.
+    """
+    warmup = train.warmup_rounds
+    if number <= warmup:
+        return number / (warmup + 1)
+    t = (number - warmup - 1) / (train.rounds - warmup)
+    return {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[train.lr_schedule]
 
 
 @contextmanager

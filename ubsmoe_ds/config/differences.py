@@ -14,6 +14,7 @@ MAY_CHANGE_ON_RESUME = (
     *WITHOUT_EFFECT,
     "accelerator",
     "oversubscribe",
+    "data.packing",
     "evaluation",
     "host_timeout_s",
     "hang_timeout_s",

@@ -7,6 +7,7 @@ fails in milliseconds, before any process is started.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +18,9 @@ from ubsmoe_ds.config.merge_rules import names
 from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.methods import PRESETS, with_preset
 from ubsmoe_ds.config.sections import (
-    CheckpointConfig,
     ClientConfig,
     DataConfig,
     DmrConfig,
-    EvalConfig,
     Folder,
     LoraConfig,
     MergeConfig,
@@ -31,8 +30,8 @@ from ubsmoe_ds.config.sections import (
     PseudoGradientConfig,
     RouterConfig,
     Section,
-    TrainConfig,
 )
+from ubsmoe_ds.config.training import CheckpointConfig, EvalConfig, TrainConfig
 from ubsmoe_ds.models.hub import model_folder
 
 
@@ -115,6 +114,27 @@ class Experiment(Section):
         """Return the first LoRA rank of each client."""
         return [self.lora_rank(client) for client in self.clients]
 
+    def settings(self, client: ClientConfig) -> DeepSpeedConfig:
+        """Return the DeepSpeed section with a client's own batch and learning rate."""
+        keys = ("train_batch_size", "gradient_accumulation_steps")
+        changes = {key: getattr(client, key) for key in keys if getattr(client, key) is not None}
+        if client.lr is not None:
+            optimizer = self.deepspeed.optimizer
+            changes["optimizer"] = optimizer | {"params": optimizer.get("params", {}) | {"lr": client.lr}}
+        return self.deepspeed.model_copy(update=changes)
+
+    def local_steps(self, client: ClientConfig, rows: int) -> int:
+        """Return the local steps of a client with so many training rows in a round.
+
+        Passes over its rows become whole steps, rounded up: the last one goes on into the next pass.
+        """
+        steps = client.local_steps or self.train.local_steps
+        if steps is not None:
+            return steps
+        assert self.train.local_epochs is not None  # `TrainConfig` asks for one of them
+        # the small term undoes binary rounding: 0.1 epochs of 160 rows are two batches of 8
+        return max(1, math.ceil(self.train.local_epochs * rows / self.settings(client).train_batch_size - 1e-9))
+
     @property
     def views(self) -> list[str]:
         """Return the name of each client's view, the model that it evaluates.
@@ -180,18 +200,20 @@ def _problems(exp: Experiment) -> list[str]:
             "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
             "may read"
         )
-    problems += _merge_problems(exp)
-    micro_batches = exp.deepspeed.gradient_accumulation_steps
+    problems += _merge_problems(exp) + _rate_problems(exp)
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
             problems.append(
                 f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
                 f"experts (client {client.name!r})"
             )
-        if exp.deepspeed.train_batch_size % (client.ranks * micro_batches):
+        settings = exp.settings(client)
+        batch, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
+        if batch % (client.ranks * micro_batches):
+            key = "deepspeed" if client.train_batch_size is None else f"clients.{i}"
             problems.append(
-                f"deepspeed.train_batch_size: {exp.deepspeed.train_batch_size} is not a multiple of ranks "
-                f"{client.ranks} x gradient_accumulation_steps {micro_batches} of client {client.name!r}"
+                f"{key}.train_batch_size: {batch} is not a multiple of ranks {client.ranks} x "
+                f"gradient_accumulation_steps {micro_batches} of client {client.name!r}"
             )
     return problems
 
@@ -229,6 +251,22 @@ def _merge_problems(exp: Experiment) -> list[str]:
     if max(ranks) > exp.lora.rank:
         problems.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the largest allowed")
     return problems
+
+
+def _rate_problems(exp: Experiment) -> list[str]:
+    """Check that one rule alone sets the learning rate."""
+    scheduler, kind = exp.deepspeed.scheduler, exp.deepspeed.optimizer["type"]
+    own_rates = [f"clients.{i}.lr: {c.lr}" for i, c in enumerate(exp.clients) if c.lr is not None]
+    asked = [f"train.lr_schedule: {exp.train.lr_schedule!r}"] * (exp.train.lr_schedule != "constant")
+    asked += [f"train.warmup_rounds: {exp.train.warmup_rounds}"] * (exp.train.warmup_rounds > 0)
+    if scheduler is not None and [*asked, *own_rates]:
+        return [
+            f"{[*asked, *own_rates][0]} does not go with deepspeed.scheduler ({scheduler['type']}), which sets the "
+            "learning rate too; leave one of them out"
+        ]
+    if asked and kind == "Rprop":
+        return [f"{asked[0]} does not go with the optimizer Rprop, which chooses its own step sizes; use another one"]
+    return []
 
 
 def _share(whole: int, budget: float) -> int:

@@ -1,7 +1,8 @@
 """Declare every key of an experiment once: type, default, bounds, and its meaning (`description`).
 
 One class is one section. Checks that need a single section are here; those that span sections are in experiment.py.
-`reference.py` makes docs/configuration.md of these declarations. Imports no torch.
+The sections of a run's course are in training.py. `reference.py` makes docs/configuration.md of these declarations.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class ClientConfig(Section):
     )
     lora_rank: PositiveInt | None = Field(
         None, description="LoRA rank; null: from the budget where it scales ranks, else `lora.rank`"
+    )
+    local_steps: PositiveInt | None = Field(None, description="its steps in a round; null: as `train` says")
+    lr: Positive | None = Field(None, description="its learning rate; null: as `deepspeed` says")
+    train_batch_size: PositiveInt | None = Field(None, description="rows of its steps; null: as `deepspeed` says")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="micro-batches of its steps; null: as `deepspeed` says"
     )
     hosts: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="hosts that its ranks must be on; null: any"
@@ -218,41 +225,11 @@ class DataConfig(Section):
         0.1, description="share of the questions held out where `eval_source` is null"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(
-        256, description="tokens of a row; longer prompts lose their beginning"
+        256, description="tokens of a row; longer rows are treated as `overlong` says"
     )
-
-
-class TrainConfig(Section):
-    """Rounds and local steps. Batch size, learning rate, clipping and ZeRO stage are in the DeepSpeed JSON."""
-
-    rounds: PositiveInt = Field(5, description="rounds of the run")
-    local_steps: PositiveInt = Field(10, description="optimiser steps of a client in a round")
-    optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="keep a client's optimiser moments between rounds, or reset them"
+    overlong: Literal["cut_prompt", "cut_end", "drop"] = Field(
+        "cut_prompt", description="a longer row loses the beginning of its prompt, its end, or is dropped"
     )
-    save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
-    round_deadline_s: Positive | None = Field(
-        None, description="seconds of local steps after which a client stops and merges what it has; null: none"
+    packing: bool = Field(
+        False, description="train on several rows in one sequence of at most `max_length` tokens, each on its own"
     )
-    max_bad_steps: Count = Field(
-        3, description="steps of a round skipped for NaN or Inf, beyond which a client sits the round out"
-    )
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are saved, from which a job resumes after it was stopped or died; see checkpoint/."""
-
-    every: Count = Field(1, description="rounds between checkpoints; 0: only when the job is asked to stop")
-    keep: PositiveInt = Field(2, description="number of newest checkpoints to keep")
-    grace_s: Positive | None = Field(
-        None, description="seconds from SIGTERM or SIGUSR1 to the end, saved or not; null: as long as saving takes"
-    )
-
-
-class EvalConfig(Section):
-    """Evaluation on all evaluation rows, once for each distinct client model."""
-
-    every: PositiveInt = Field(
-        1, description="rounds between evaluations; the first state and the last round always are"
-    )
-    batch_size: PositiveInt = Field(16, description="rows that a rank evaluates at a time")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.data.lengths import Lengths, fit
+from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, fit, fit_row
+from ubsmoe_ds.data.packing import share_out
 from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 from ubsmoe_ds.data.words import occurrences
@@ -23,6 +24,8 @@ class Tokens(NamedTuple):
 
     branch_BS: for rows with several continuations of one beginning, 0 in the beginning and n in the nth continuation,
     which attends to the beginning and itself; None where rows are plain texts.
+    position_BS: for sequences of several rows (packing.py), each token's position in its row; 0 where a row begins, and
+    where padding does. A row attends to itself alone. None where a sequence is a row.
     """
 
     input_ids: Tensor
@@ -30,6 +33,7 @@ class Tokens(NamedTuple):
     position_A: Tensor
     target_A: Tensor
     branch_BS: Tensor | None = None
+    position_BS: Tensor | None = None
 
     def to(self, device: torch.device) -> "Tokens":
         """Return the batch on another device."""
@@ -38,14 +42,20 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token."""
+    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token unless its end is cut."""
 
     prompt: list[int]
     answer: list[int]
 
+    def __len__(self) -> int:
+        """Return the number of tokens to run: the last one is only predicted."""
+        return len(self.prompt) + len(self.answer) - 1
 
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Example], Lengths]:
-    """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit`.
+
+def encode(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT
+) -> tuple[list[Example], Lengths]:
+    """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit_row`.
 
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
@@ -55,10 +65,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[E
     begin, examples, cut = beginning(tokenizer), [], 0
     for prompt, reply in zip(prompts, replies, strict=True):
         answer = [*reply, tokenizer.eos_token_id]
-        start = fit(begin, prompt, len(answer), max_length)
-        if start is not None:
-            cut += len(start) < len(begin) + len(prompt)
-            examples.append(Example(start, answer))
+        parts = fit_row(begin, prompt, answer, max_length, overlong)
+        if parts is not None:
+            cut += len(parts[0]) + len(parts[1]) < len(begin) + len(prompt) + len(answer)
+            examples.append(Example(*parts))
     return examples, Lengths(len(examples), cut, len(rows) - len(examples))
 
 
@@ -67,7 +77,7 @@ def collate(examples: Sequence[Example], pad: int, length: int | None = None) ->
 
     Targets are the answer tokens, at the positions that predict them.
     """
-    length = length or max(len(e.prompt) + len(e.answer) - 1 for e in examples)
+    length = length or max(map(len, examples))
     ids = torch.full((len(examples), length), pad, dtype=torch.int64)
     used = torch.zeros(len(examples), length, dtype=torch.bool)
     positions: list[int] = []
@@ -79,6 +89,26 @@ def collate(examples: Sequence[Example], pad: int, length: int | None = None) ->
         positions.extend(range(first, first + len(example.answer)))
     targets = [token for example in examples for token in example.answer]
     return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets))
+
+
+def collate_sequences(sequences: Sequence[Sequence[Example]], pad: int, length: int) -> Tokens:
+    """Return sequences of rows as a batch, padded to `length`; see `Tokens.position_BS`."""
+    ids_BS = torch.full((len(sequences), length), pad, dtype=torch.int64)
+    used_BS = torch.zeros(len(sequences), length, dtype=torch.bool)
+    position_BS = torch.zeros(len(sequences), length, dtype=torch.int64)
+    positions, targets = [], []
+    for b, rows in enumerate(sequences):
+        start = 0
+        for row in rows:
+            alone = collate([row], pad)
+            end = start + alone.input_ids.shape[1]
+            ids_BS[b, start:end], used_BS[b, start:end] = alone.input_ids[0], alone.used[0]
+            position_BS[b, start:end] = torch.arange(end - start)
+            positions.append(alone.position_A + b * length + start)
+            targets.append(alone.target_A)
+            start = end
+        position_BS[b, start:] = torch.arange(length - start)
+    return Tokens(ids_BS, used_BS, torch.cat(positions), torch.cat(targets), position_BS=position_BS)
 
 
 class StepBatch(NamedTuple):
@@ -103,11 +133,12 @@ def steps(
     pad: int,
     seed: Sequence[int],
     first: int = 0,
+    packed_length: int | None = None,
 ) -> Iterator[StepBatch]:
     """Yield a client's endless sequence of steps, as one of its ranks sees it.
 
     Rows are reshuffled in each pass over them. A step's rows are the same for any number of ranks and micro-batches, so
-    that layouts can be compared. Step n does not depend on `first`.
+    that layouts can be compared, and packed or not. Step n does not depend on `first`.
 
     Args:
         examples: the client's rows.
@@ -117,8 +148,8 @@ def steps(
         pad: token id of padding.
         seed: of the order, such as (the experiment's seed, client number).
         first: number of the first step wanted.
+        packed_length: most tokens of a sequence of several rows (packing.py); None: each row is a sequence.
     """
-    micro_rows = batch_size // (ranks * micro_batches)
     step, epoch, current = first, -1, []
     while True:
         chosen = []
@@ -127,11 +158,22 @@ def steps(
                 epoch = row // len(examples)
                 current = _order(len(examples), seed, epoch)
             chosen.append(examples[current[row % len(examples)]])
-        length = max(len(e.prompt) + len(e.answer) - 1 for e in chosen)
-        parts = [chosen[(m * ranks + rank) * micro_rows :][:micro_rows] for m in range(micro_batches)]
-        micro = [collate(part, pad, length) for part in parts]
+        mine = [m * ranks + rank for m in range(micro_batches)]
+        micro = _micro_batches(chosen, mine, ranks * micro_batches, pad, packed_length)
         yield StepBatch(micro, sum(len(e.answer) for e in chosen), sum(int(t.used.sum()) for t in micro))
         step += 1
+
+
+def _micro_batches(
+    chosen: Sequence[Example], mine: Sequence[int], parts: int, pad: int, packed_length: int | None
+) -> list[Tokens]:
+    """Return those of the equally large parts of a step's rows that are this rank's, all of the same shape."""
+    if packed_length is None:
+        rows, length = len(chosen) // parts, max(map(len, chosen))
+        return [collate(chosen[part * rows :][:rows], pad, length) for part in mine]
+    shared = share_out([*map(len, chosen)], parts, packed_length)
+    length = max(sum(len(chosen[row]) for row in rows) for part in shared for rows in part)
+    return [collate_sequences([[chosen[row] for row in rows] for rows in shared[part]], pad, length) for part in mine]
 
 
 def _order(count: int, seed: Sequence[int], epoch: int) -> list[int]:
@@ -167,14 +209,16 @@ class PackedRow(NamedTuple):
         return [self.common, *map(len, self.options)]
 
 
-def pack(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[PackedRow | None]:
+def pack(rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT) -> list[PackedRow | None]:
     """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
     prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
     begin = beginning(tokenizer)
-    return [_pack(row, begin, prompt, tokenizer, max_length) for row, prompt in zip(rows, prompts, strict=True)]
+    return [
+        _pack(row, begin, prompt, tokenizer, (max_length, overlong)) for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
-def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_length: int) -> PackedRow | None:
+def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, limit: tuple[int, str]) -> PackedRow | None:
     label = row["label"]
     place = occurrences(row["labels"][label], row["answer"])[-1]
     head, tail = row["answer"][:place], row["answer"][place + len(row["labels"][label]) :]
@@ -182,7 +226,7 @@ def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, max_len
     encoded = text_tokens(options, tokenizer, [row] * len(options), "labels")
     encoded[label].append(tokenizer.eos_token_id)
     common = len(os.path.commonprefix(encoded))
-    start = fit(begin, prompt, max(map(len, encoded)), max_length)
+    start = fit(begin, prompt, max(map(len, encoded)), *limit)
     if start is None:
         return None
     cut = len(start) < len(begin) + len(prompt)

@@ -1,5 +1,6 @@
 """The rows of one rank's client, and what all ranks know about the rows of all clients."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ubsmoe_ds.config.experiment import Experiment
@@ -27,10 +28,17 @@ class ClientRows:
     unused: list[Unused]
     digest: str
 
-    @property
-    def weights(self) -> list[float]:
-        """Return w_c: each client's share of all training rows."""
-        return [count / sum(self.counts) for count in self.counts]
+
+def merge_weights(kind: str, rows_C: Sequence[int], tokens_C: Sequence[int]) -> list[float]:
+    """Return w_c, each client's weight in the merge, summing to one.
+
+    Args:
+        kind: as `train.weights`.
+        rows_C: training rows of each client.
+        tokens_C: answer tokens of these rows.
+    """
+    counts = {"rows": rows_C, "tokens": tokens_C, "equal": [1] * len(rows_C)}[kind]
+    return [count / sum(counts) for count in counts]
 
 
 def client_rows(exp: Experiment, world: World) -> ClientRows:

@@ -32,7 +32,8 @@ class Encoder:
         Raises:
             UserError: if none of its rows fits in `data.max_length`.
         """
-        examples, lengths = batches.encode(rows, self.tokenizer, self.exp.data.max_length)
+        data = self.exp.data
+        examples, lengths = batches.encode(rows, self.tokenizer, data.max_length, data.overlong)
         if not examples:
             raise nothing_fits(
                 "data.max_length", self.exp.data.max_length, f"{len(rows)} training rows of client {client!r}"
@@ -45,7 +46,9 @@ class Encoder:
         Raises:
             UserError: if a row is longer than the model's sliding window, or none fits in `data.max_length`.
         """
-        packed = [row for row in batches.pack(rows, self.tokenizer, self.exp.data.max_length) if row is not None]
+        data = self.exp.data
+        found = batches.pack(rows, self.tokenizer, data.max_length, data.overlong)
+        packed = [row for row in found if row is not None]
         if not packed:
             raise nothing_fits("data.max_length", self.exp.data.max_length, f"{len(rows)} evaluation rows")
         check_window(self.model, max(row.longest for row in packed))
@@ -60,15 +63,18 @@ class Encoder:
             rank: of the client's ranks.
             first: number of the first step wanted.
         """
+        config = self.exp.clients[client]
+        settings = self.exp.settings(config)
         return batches.steps(
             examples,
-            batch_size=self.exp.deepspeed.train_batch_size,
-            micro_batches=self.exp.deepspeed.gradient_accumulation_steps,
+            batch_size=settings.train_batch_size,
+            micro_batches=settings.gradient_accumulation_steps,
             rank=rank,
-            ranks=self.exp.clients[client].ranks,
+            ranks=config.ranks,
             pad=self.tokenizer.pad_token_id,
             seed=(self.exp.seed, client),
             first=first,
+            packed_length=self.exp.data.max_length if self.exp.data.packing else None,
         )
 
 

@@ -34,8 +34,9 @@ class RowReport:
         total = Lengths(*map(sum, zip(*self.training.values(), strict=True)))
         cut = by_client({name: lengths.cut for name, lengths in self.training.items()})
         dropped = by_client({name: lengths.dropped for name, lengths in self.training.items()})
-        yield from length_lines(setting, "training", total, cut, dropped)
-        yield from length_lines(setting, "evaluation", self.evaluation, dropped_of=by_name(self.unscored))
+        yield from length_lines(setting, "training", total, cut, dropped, data.overlong)
+        unscored = by_name(self.unscored)
+        yield from length_lines(setting, "evaluation", self.evaluation, dropped_of=unscored, overlong=data.overlong)
 
     def _unused_lines(self, data: DataConfig) -> Iterator[str]:
         """Yield a line for each reason why rows were not chosen."""

@@ -33,10 +33,18 @@ def placement(exp: Experiment, world: World) -> str:
     return "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *meetings])
 
 
-def row_counts(rows: Mapping[str, int], weights: Sequence[float]) -> str:
-    """Return one line that says how many training rows each client has, and its weight w_c in the merge."""
-    counts = zip(rows.items(), weights, strict=True)
-    return "rows (weight): " + ", ".join(f"{name} {count} ({weight:.3f})" for (name, count), weight in counts)
+def row_counts(rows: Mapping[str, int], weights: Sequence[float], kind: str) -> str:
+    """Return one line that says how many training rows each client has, and its weight w_c in the merge.
+
+    Args:
+        rows: training rows by client.
+        weights: w_c of each client.
+        kind: as `train.weights`.
+    """
+    counts = ", ".join(
+        f"{name} {count} ({weight:.3f})" for (name, count), weight in zip(rows.items(), weights, strict=True)
+    )
+    return f"rows (weight{'' if kind == 'rows' else f', train.weights={kind}'}): {counts}"
 
 
 def warnings(exp: Experiment) -> Iterator[str]:

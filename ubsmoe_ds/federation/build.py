@@ -1,7 +1,6 @@
 """Build one rank's `Federation` from an experiment. Import this only once the rendezvous variables are set."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
@@ -23,7 +22,7 @@ from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
-from ubsmoe_ds.data.client_rows import ClientRows, client_rows
+from ubsmoe_ds.data.client_rows import ClientRows, client_rows, merge_weights
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
 from ubsmoe_ds.data.row_report import RowReport
@@ -82,7 +81,6 @@ def build(
     checkpoint, in_own_folder = _find_checkpoint(exp, world, rows.digest, resume)
     checkpoints = CheckpointManager(exp, world, rows.digest)
     texts = _encode(exp, world, rows)
-    rows = replace(rows, counts=[lengths.kept for lengths in texts.lengths])  # w_c is of the rows that are trained on
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
     release_freed_memory()
@@ -91,7 +89,8 @@ def build(
     if client.moments is not None and checkpoint is None:
         client.calibrate(batches_from(0), CALIBRATION_STEPS)
     exchange_for, owned = plan_exchanges(exp, world, store, _print if world.rank == 0 else None)
-    server = Server(exp, owned, rows.weights)
+    kept = [lengths.kept for lengths in texts.lengths]  # w_c is of what is trained on
+    server = Server(exp, owned, merge_weights(exp.train.weights, kept, texts.tokens))
     progress, local = Progress(), LocalProgress()
     if checkpoint is not None:
         progress, local = checkpoints.restore(checkpoint, client, store, server)
@@ -145,12 +144,14 @@ class _Texts(NamedTuple):
 
     examples: what it trains on.
     lengths: number of training rows of each client by what length did to them.
+    tokens: answer tokens of each client's training rows.
     evaluator: holds the evaluation rows.
     encoder: turns rows into tokens and batches.
     """
 
     examples: Sequence[Example]
     lengths: list[Lengths]
+    tokens: list[int]
     evaluator: Evaluator
     encoder: Encoder
 
@@ -159,13 +160,15 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, exp.data.max_length, exp.evaluation.batch_size)
+    length, overlong = exp.data.max_length, exp.data.overlong
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, length, exp.evaluation.batch_size, overlong)
     check_window(encoder.model, evaluator.longest)
-    table = np.zeros((len(exp.clients), len(lengths)))
+    table = np.zeros((len(exp.clients), len(lengths) + 1))
     if world.group_rank == 0:
-        table[world.client] = lengths
-    of_clients = [Lengths(*map(int, counts)) for counts in world.sum(table)]
-    return _Texts(examples, of_clients, evaluator, encoder)
+        table[world.client] = [*lengths, sum(len(example.answer) for example in examples)]
+    counts = world.sum(table).astype(int).tolist()
+    of_clients, tokens = [Lengths(*part[:-1]) for part in counts], [part[-1] for part in counts]
+    return _Texts(examples, of_clients, tokens, evaluator, encoder)
 
 
 def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowReport:
@@ -202,7 +205,7 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_fold
     if world.rank != 0:
         return
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
-    shares = row_counts(federation.rows.kept, federation.aggregator.server.weights)
+    shares = row_counts(federation.rows.kept, federation.aggregator.server.weights, exp.train.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
     for line in (*lines, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)

@@ -115,6 +115,7 @@ class Federation:
         """Take the round's local steps, fewer if a deadline or a request to stop comes first."""
         self.stopwatch.reset()
         train = self.exp.train
+        self.client.set_learning_rate(self.progress.round)
         if self.local.steps == 0:
             self.local = self.client.begin_round()
         if self.local.deadline is None:
@@ -129,7 +130,7 @@ class Federation:
 
         self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
         batches = self.batches_from(self.progress.steps_taken)
-        self.client.train(batches, self.local, train.local_steps, stop, self.aggregator.lora_rank)
+        self.client.train(batches, self.local, self._local_steps, stop, self.aggregator.lora_rank)
         self.progress.steps_taken += self.local.steps - begun
         self.local.seconds += self.stopwatch.lap("local")
 
@@ -225,7 +226,7 @@ class Federation:
 
         Work is measured in tokens: those processed, over those that all local steps of the round would process.
         """
-        local, count = self.local, self.exp.train.local_steps
+        local, count = self.local, self._local_steps
         if self.client.is_out(local) or local.steps == local.bad_steps:
             return 0.0
         if local.steps == count:
@@ -265,6 +266,12 @@ class Federation:
         table = np.zeros((len(self.exp.clients), len(values)))
         table[self.world.client] = values
         return self.world.sum(table)
+
+    @property
+    def _local_steps(self) -> int:
+        """Return the local steps of this rank's client in a round."""
+        config = self.exp.clients[self.world.client]
+        return self.exp.local_steps(config, self.rows.kept[config.name])
 
     @property
     def _names(self) -> list[str]:

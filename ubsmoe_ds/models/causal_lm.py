@@ -86,16 +86,20 @@ class UBSMoEForCausalLM(nn.Module):
         used: Tensor,
         answer_position_A: Tensor | None = None,
         branch_BS: Tensor | None = None,
+        position_BS: Tensor | None = None,
     ) -> Tensor:
         """Return next-token logits.
 
         Rows must be padded on the right only: causal attention then never sees padding, so plain texts need no mask.
+        For sequences of several rows transformers derives the mask from the positions, with the model's sliding window,
+        in the form that its attention implementation takes.
 
         Args:
             input_ids: [B, S] int64.
             used: [B, S] bool, False for padding; padding is not routed to experts.
             answer_position_A: flat positions (b * S + s) whose next token is asked for; None: all.
             branch_BS: marks several continuations of one beginning in a row, see `Tokens`; None: plain texts.
+            position_BS: positions of several rows in a sequence, see `Tokens`; None: a sequence is a row.
 
         Returns:
             [A, V] or [B, S, V] in fp32.
@@ -106,6 +110,8 @@ class UBSMoEForCausalLM(nn.Module):
         for layer in self.layers:
             layer.used_token = used
         attention = {} if branch_BS is None else self._branches(branch_BS)
+        if position_BS is not None:
+            attention = {"position_ids": position_BS}
         hidden = self.hf.model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state
         if answer_position_A is not None:
             hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, answer_position_A)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -91,24 +91,32 @@ def _layouts(inputs: PlanInput, number: int) -> Iterator[Layout]:
 
     Each has the experiment's accumulation steps; where these do not divide the batch, the most below that do.
     """
-    settings, experts = inputs.exp.deepspeed, inputs.exp.num_experts
-    now, others = settings.gradient_accumulation_steps, [c.ranks for c in inputs.exp.clients]
-    del others[number]
+    settings, experts = inputs.exp.settings(inputs.exp.clients[number]), inputs.exp.num_experts
+    now = settings.gradient_accumulation_steps
     for ranks in range(1, settings.train_batch_size + 1):
-        steps = next((n for n in range(now, 0, -1) if _divides(inputs, [ranks, *others], n)), None)
+        steps = next((n for n in range(now, 0, -1) if _divides(inputs, number, ranks, n)), None)
         if steps is not None:
             eps = (ep for ep in range(1, ranks + 1) if ranks % ep == 0 and experts % ep == 0)
             yield from (Layout(ranks, ep, steps) for ep in eps)
 
 
-def _divides(inputs: PlanInput, ranks: Iterable[int], steps: int) -> bool:
-    """Return whether clients of so many ranks can share a batch out in so many accumulation steps."""
-    return all(inputs.exp.deepspeed.train_batch_size % (count * steps) == 0 for count in ranks)
+def _divides(inputs: PlanInput, number: int, ranks: int, steps: int) -> bool:
+    """Return whether all clients can share their batches out, if one has so many ranks and accumulation steps."""
+    clients, default = inputs.exp.clients, inputs.exp.deepspeed
+    own_steps = clients[number].gradient_accumulation_steps is not None  # else it shares them with others
+    for other, client in enumerate(clients):
+        own = client.gradient_accumulation_steps
+        is_changed = other == number or (not own_steps and own is None)
+        parts = steps if is_changed else own or default.gradient_accumulation_steps
+        batch = client.train_batch_size or default.train_batch_size
+        if batch % ((ranks if other == number else client.ranks) * parts):
+            return False
+    return True
 
 
 def _laid_out(inputs: PlanInput, number: int, layout: Layout) -> PlanInput:
     changed = inputs.changed(number, ranks=layout.ranks, expert_parallel=layout.expert_parallel)
-    return changed.accumulating(layout.accumulation)
+    return changed.accumulating(layout.accumulation, number)
 
 
 def _layout_fits(inputs: PlanInput, number: int, layout: Layout, memory: float) -> bool:
@@ -116,7 +124,7 @@ def _layout_fits(inputs: PlanInput, number: int, layout: Layout, memory: float) 
     changed = _laid_out(inputs, number, layout)
     if bytes_needed(rank_setup(changed, number)) > memory:
         return False
-    if layout.accumulation == inputs.exp.deepspeed.gradient_accumulation_steps:
+    if layout.accumulation == _accumulation(inputs, number):
         return True
     others = (other for other in range(len(inputs.exp.clients)) if other != number)
     return all(
@@ -168,15 +176,27 @@ def _changes(inputs: PlanInput, number: int, fit: Fit) -> Iterator[tuple[str, Pl
         yield f"evaluation.batch_size={size}", inputs.evaluating(size)
     if fit.layout is not None:
         yield _layout_text(inputs, number, fit.layout), _laid_out(inputs, number, fit.layout)
-    settings, ranks = inputs.exp.deepspeed, [client.ranks for client in inputs.exp.clients]
-    for steps in range(settings.gradient_accumulation_steps + 1, settings.train_batch_size // ranks[number] + 1):
-        if _divides(inputs, ranks, steps):
-            yield f"deepspeed.gradient_accumulation_steps={steps}", inputs.accumulating(steps)
+    client = inputs.exp.clients[number]
+    settings = inputs.exp.settings(client)
+    for steps in range(settings.gradient_accumulation_steps + 1, settings.train_batch_size // client.ranks + 1):
+        if _divides(inputs, number, client.ranks, steps):
+            yield f"{_accumulation_key(inputs, number)}={steps}", inputs.accumulating(steps, number)
 
 
 def _layout_text(inputs: PlanInput, number: int, layout: Layout) -> str:
     key = f"clients.{number}"
     text = f"{key}.ranks={layout.ranks} {key}.expert_parallel={layout.expert_parallel}"
-    if layout.accumulation != inputs.exp.deepspeed.gradient_accumulation_steps:
-        text += f" deepspeed.gradient_accumulation_steps={layout.accumulation}"
+    if layout.accumulation != _accumulation(inputs, number):
+        text += f" {_accumulation_key(inputs, number)}={layout.accumulation}"
     return text
+
+
+def _accumulation(inputs: PlanInput, number: int) -> int:
+    """Return a client's gradient accumulation steps."""
+    return inputs.exp.settings(inputs.exp.clients[number]).gradient_accumulation_steps
+
+
+def _accumulation_key(inputs: PlanInput, number: int) -> str:
+    """Return the key that sets a client's gradient accumulation steps."""
+    own = inputs.exp.clients[number].gradient_accumulation_steps is not None
+    return f"{f'clients.{number}' if own else 'deepspeed'}.gradient_accumulation_steps"

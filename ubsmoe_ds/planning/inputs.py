@@ -19,9 +19,11 @@ REDUCE_BUCKET = 5e8  # elements of ZeRO's gradient buffer, DeepSpeed's default
 class RowLengths(NamedTuple):
     """Lengths of a client's rows in tokens, padding included.
 
-    length: of the longest step; answers: positions asked for per row, at most; mean_*: of an average row.
+    length: of a sequence of the largest micro-batch; answers: positions asked for per sequence, at most; mean_*: of an
+    average row. sequences: of the largest micro-batch, over its rows; mean_context: tokens of an average sequence.
+    Without packing each row is a sequence.
     eval_*: of packed evaluation rows, the same for all clients; eval_rows: their number.
-    text_bytes: of all rows that a rank of the client reads.
+    text_bytes: of all rows that a rank of the client reads; rows: the client trains on.
     """
 
     length: int
@@ -33,6 +35,9 @@ class RowLengths(NamedTuple):
     eval_mean_length: float
     eval_rows: int
     text_bytes: int = 0
+    rows: int = 1
+    sequences: float = 1.0
+    mean_context: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ class PlanInput:
         clients[number] = clients[number].model_copy(update=changes)
         return replace(self, exp=self.exp.model_copy(update={"clients": clients}))
 
-    def accumulating(self, steps: int) -> "PlanInput":
-        """Return a copy with another number of gradient accumulation steps."""
+    def accumulating(self, steps: int, number: int = 0) -> "PlanInput":
+        """Return a copy with another number of gradient accumulation steps, where a client has its number from."""
+        if self.exp.clients[number].gradient_accumulation_steps is not None:
+            return self.changed(number, gradient_accumulation_steps=steps)
         deepspeed = self.exp.deepspeed.model_copy(update={"gradient_accumulation_steps": steps})
         return replace(self, exp=self.exp.model_copy(update={"deepspeed": deepspeed}))
 
@@ -67,13 +74,15 @@ class PlanInput:
 def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
     """Return the setup of a client's ranks."""
     exp, lengths = inputs.exp, inputs.row_lengths[number]
-    client, settings = exp.clients[number], exp.deepspeed
+    client = exp.clients[number]
+    settings = exp.settings(client)
     micro = settings.gradient_accumulation_steps
     rows = max(1, settings.train_batch_size // (client.ranks * micro))
     # all ranks with the same view share its evaluation rows
     workers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
     eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / workers))
-    training = Batch(rows, lengths.length, math.ceil(rows * lengths.answers))
+    sequences = max(1, round(rows * lengths.sequences))
+    training = Batch(sequences, lengths.length, math.ceil(sequences * lengths.answers))
     setup = RankSetup(
         shape=replace(inputs.shape, lora_rank=exp.lora_rank(client)),
         k=exp.active_experts(client),
@@ -89,6 +98,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         modulated=exp.dmr.enabled,
         **_pseudo_gradients(exp, training.tokens),
         training=training,
+        packed=exp.data.packing,
         micro_batches=micro,
         evaluation=Batch(eval_rows, lengths.eval_length, math.ceil(eval_rows * lengths.eval_answers)),
         clients=len(exp.clients),

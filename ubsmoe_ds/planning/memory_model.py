@@ -146,7 +146,8 @@ def _kept_by_attention(setup: RankSetup) -> float:
         token += FP32 * (q + kv)
     if s.lora_attention:
         token += setup.width * (s.hidden + q) + FP32 * 4 * s.lora_rank
-    return token * setup.training.tokens
+    mask = setup.width * setup.training.rows * setup.training.length**2 if setup.packed else 0  # as the kernel takes it
+    return token * setup.training.tokens + mask
 
 
 def _kept_of_tokens(setup: RankSetup) -> float:

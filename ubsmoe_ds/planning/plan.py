@@ -61,16 +61,18 @@ def straggler(plans: Sequence[ClientPlan]) -> tuple[int, float, float]:
 def _flops(inputs: PlanInput, number: int, setup: RankSetup) -> tuple[float, float]:
     """Return a client's FLOPs in a step, and in a round with its share of the evaluation."""
     exp, lengths, shape = inputs.exp, inputs.row_lengths[number], setup.shape
-    rows = exp.deepspeed.train_batch_size
+    client = exp.clients[number]
+    rows = exp.settings(client).train_batch_size
     tokens, answers = round(rows * lengths.mean_length), round(rows * lengths.mean_answers)
-    step = step_flops(shape, setup.k, tokens, round(lengths.mean_length), answers, router=setup.router)
+    context = round(lengths.mean_context or lengths.mean_length)
+    step = step_flops(shape, setup.k, tokens, context, answers, router=setup.router)
     # the ranks of all clients with the same view share its evaluation rows
     sharers = [c for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number]]
     eval_rows = lengths.eval_rows * setup.ranks / sum(client.ranks for client in sharers)
     head = 2 * shape.hidden * shape.vocab  # only at answer positions
     token = flops_per_token(shape, setup.k, round(lengths.eval_mean_length)) - head
     evaluation = eval_rows * (lengths.eval_mean_length * token + lengths.eval_answers * head)
-    return step, exp.train.local_steps * step + evaluation / exp.evaluation.every
+    return step, exp.local_steps(client, lengths.rows) * step + evaluation / exp.evaluation.every
 
 
 def step_bytes(setup: RankSetup) -> float:

@@ -37,7 +37,8 @@ class RankSetup:
     router, modulated: whether the router and phi are trained.
     pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
     mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
-    training: a micro-batch; micro_batches: of a step; evaluation: a batch of packed rows.
+    training: a micro-batch; packed: whether its sequences hold several rows; micro_batches: of a step; evaluation: a
+    batch of rows with their options.
     clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
     whose LoRA rank is then reply_rank: FLoRA's stack of all.
     reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
@@ -60,6 +61,7 @@ class RankSetup:
     mixture: bool
     pooled_moments: bool
     training: Batch
+    packed: bool
     micro_batches: int
     evaluation: Batch
     clients: int

@@ -1,6 +1,7 @@
 """Measure the lengths of an experiment's rows: read, dealt and tokenised as in a run, but nothing is computed."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -31,7 +32,9 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     for number, rows in enumerate(client_rows):
         examples, _ = encoder.encode(rows, exp.clients[number].name)
         training = _training_lengths(encoder, number, examples)
-        lengths.append(RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows)))
+        lengths.append(
+            RowLengths(**training, **evaluation, text_bytes=read_bytes[number] + _bytes(eval_rows), rows=len(examples))
+        )
     return lengths
 
 
@@ -40,15 +43,23 @@ def _bytes(rows: Sequence[Row]) -> int:
 
 
 def _training_lengths(encoder: Encoder, number: int, examples: Sequence[Example]) -> dict[str, Any]:
-    exp = encoder.exp
-    count = min(MOST_STEPS, exp.train.rounds * exp.train.local_steps)
-    lengths, answers = [], []
-    for rank in range(exp.clients[number].ranks):
+    exp, config = encoder.exp, encoder.exp.clients[number]
+    count = min(MOST_STEPS, exp.train.rounds * exp.local_steps(config, len(examples)))
+    rows = exp.settings(config).train_batch_size // (config.ranks * exp.settings(config).gradient_accumulation_steps)
+    shapes, answers = [], []  # of micro-batches
+    for rank in range(config.ranks):
         for batch in islice(encoder.steps(examples, number, rank), count):
-            lengths += [tokens.input_ids.shape[1] for tokens in batch.micro]
-            answers += [len(tokens.target_A) / len(tokens.input_ids) for tokens in batch.micro]
-    means = {"mean_length": sum(lengths) / len(lengths), "mean_answers": sum(answers) / len(answers)}
-    return {"length": max(lengths), "answers": max(answers), **means}
+            shapes += [tuple(tokens.input_ids.shape) for tokens in batch.micro]
+            answers += [len(tokens.target_A) for tokens in batch.micro]
+    sequences, length = max(shapes, key=math.prod)
+    return {
+        "length": length,
+        "answers": max(answers) / sequences,
+        "mean_length": sum(map(math.prod, shapes)) / len(shapes) / rows,
+        "mean_answers": sum(answers) / len(answers) / rows,
+        "sequences": sequences / rows,
+        "mean_context": sum(length for _, length in shapes) / len(shapes),
+    }
 
 
 def _evaluation_lengths(packed: Sequence[PackedRow], batch_size: int) -> dict[str, Any]:

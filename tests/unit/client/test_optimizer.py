@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.client.optimizer import engine_config, refusals_of_deepspeed, reset_state
+from ubsmoe_ds.client.optimizer import engine_config, rate_factor, refusals_of_deepspeed, reset_state
 from ubsmoe_ds.config import optimizers
 from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
 from ubsmoe_ds.config.optimizers import (
@@ -17,12 +17,41 @@ from ubsmoe_ds.config.optimizers import (
     TORCH_OPTIMIZERS,
     TORCH_SCHEDULERS,
 )
+from ubsmoe_ds.config.training import TrainConfig
 
 CLASSES = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad} | {
     name: getattr(torch.optim, name) for name in TORCH_OPTIMIZERS
 }
 TABLE = DEEPSPEED_OPTIMIZERS | TORCH_OPTIMIZERS
 DEEPSPEEDS_OWN = {"torch_adam", "adam_w_mode"}  # DeepSpeed takes them out before it calls torch
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 1, [1 / 2, 1, 1, 1, 1]),
+        ("linear", 0, [1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+        ("linear", 2, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        ("cosine", 1, [1 / 2, 1, (1 + 2**-0.5) / 2, 1 / 2, (1 - 2**-0.5) / 2]),
+        ("cosine", 2, [1 / 3, 2 / 3, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_the_learning_rate_of_five_rounds_by_hand(schedule, warmup, expected):
+    """cos(pi / 4) = 2^-0.5, cos(pi / 3) = 1 / 2; no round has the rate 0."""
+    train = TrainConfig(rounds=5, lr_schedule=schedule, warmup_rounds=warmup)
+    assert [rate_factor(train, number) for number in range(1, 6)] == pytest.approx(expected)
+
+
+def test_after_warm_up_the_factors_are_transformers():
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for schedule, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = make(optimizer, num_warmup_steps=3, num_training_steps=11).lr_lambdas[0]
+        train = TrainConfig(rounds=11, lr_schedule=schedule, warmup_rounds=3)
+        for number in range(4, 12):
+            assert rate_factor(train, number) == pytest.approx(theirs(number - 1))
 
 
 def parameters_of(kind, *, without):

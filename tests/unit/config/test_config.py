@@ -65,6 +65,40 @@ def test_overrides_reach_every_depth():
     assert exp.deepspeed.zero_stage == 2 and not exp.dmr.enabled
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ([], [10, 10, 10]),
+        (["clients.1.local_steps=3"], [10, 3, 10]),
+        (["train.local_steps=null", "train.local_epochs=1"], [3, 7, 1]),
+        (["train.local_steps=null", "train.local_epochs=2", "clients.1.local_steps=5"], [5, 5, 1]),
+        (["train.local_steps=null", "train.local_epochs=2", "clients.0.train_batch_size=8"], [10, 13, 1]),
+        (["train.local_steps=null", "train.local_epochs=0.1"], [1, 1, 1]),
+    ],
+)
+def test_local_steps_by_hand(keys, expected):
+    """Batches of 16; clients of 40, 100 and 3 rows: a pass is 2.5, 6.25 and 0.19 steps, rounded up."""
+    exp = load(*keys)
+    rows = zip(exp.clients[:3], (40, 100, 3), strict=True)
+    assert [exp.local_steps(client, count) for client, count in rows] == expected
+
+
+def test_a_part_of_a_pass_is_not_rounded_up_for_its_binary_digits():
+    """0.07 of 1,600 rows is 7 batches of 16, although 0.07 * 1600 / 16 is a little more in binary."""
+    exp = load("train.local_steps=null", "train.local_epochs=0.07")
+    assert 0.07 * 1600 / 16 > 7 and exp.local_steps(exp.clients[0], 1600) == 7
+
+
+def test_a_client_has_its_own_batch_and_learning_rate():
+    exp = load("clients.1.train_batch_size=8", "clients.1.gradient_accumulation_steps=2", "clients.1.lr=0.5")
+    first, second = (exp.settings(client) for client in exp.clients[:2])
+    assert first == exp.deepspeed
+    assert (second.train_batch_size, second.gradient_accumulation_steps) == (8, 2)
+    params = exp.deepspeed.optimizer["params"]
+    assert second.optimizer == {"type": exp.deepspeed.optimizer["type"], "params": params | {"lr": 0.5}}
+    assert params["lr"] != 0.5, "the others' section stays as it is"
+
+
 WRONG = {
     "unknown key": (["train.epochs=3"], "train.epochs: unknown key (value 3)"),
     "more survivors than clients": (["min_clients=9"], "min_clients: 9 exceeds the 4 clients"),
@@ -103,6 +137,35 @@ WRONG = {
     "phi range": (["dmr.phi_min=2.0"], "dmr: phi_min 2.0 must be below phi_max 1.0"),
     "same name twice": (["clients.1.name=phone"], "clients: name 'phone' appears more than once"),
     "path in a name": (["name=../x"], "name: '../x' is not valid"),
+    "a client's batch does not split": (
+        ["clients.2.train_batch_size=6", "clients.2.gradient_accumulation_steps=2"],
+        "clients.2.train_batch_size: 6 is not a multiple of ranks 2 x gradient_accumulation_steps 2 of client",
+    ),
+    "steps and epochs": (
+        ["train.local_epochs=1"],
+        "train.local_epochs: 1 excludes local_steps, which is 10; leave one of them out, or set it to null",
+    ),
+    "neither steps nor epochs": (["train.local_steps=null"], "train.local_steps: null needs local_epochs"),
+    "only warm-up": (
+        ["train.rounds=3", "train.warmup_rounds=3"],
+        "train.warmup_rounds: 3 leaves none of 3 rounds for the full learning rate",
+    ),
+    "two schedules": (
+        ["train.lr_schedule=cosine", "deepspeed.scheduler={type: WarmupLR, params: {}}"],
+        "train.lr_schedule: 'cosine' does not go with deepspeed.scheduler (WarmupLR)",
+    ),
+    "warm-up beside a scheduler": (
+        ["train.warmup_rounds=1", "deepspeed.scheduler={type: WarmupLR, params: {}}"],
+        "train.warmup_rounds: 1 does not go with deepspeed.scheduler (WarmupLR)",
+    ),
+    "a client's rate beside a scheduler": (
+        ["clients.1.lr=0.1", "deepspeed.scheduler={type: WarmupLR, params: {}}"],
+        "clients.1.lr: 0.1 does not go with deepspeed.scheduler (WarmupLR)",
+    ),
+    "a schedule that has no effect": (
+        ["train.lr_schedule=linear", "deepspeed.optimizer={type: Rprop}"],
+        "train.lr_schedule: 'linear' does not go with the optimizer Rprop",
+    ),
     "batch does not split": (["deepspeed.train_batch_size=15"], "train_batch_size: 15 is not a multiple of ranks 2 x"),
     "estimator": (
         ["pseudo_gradient.estimator=magic"],

@@ -10,7 +10,7 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data.batches import encode, pack, steps
 from ubsmoe_ds.data.encoding import read_encoder
-from ubsmoe_ds.data.lengths import LEAST_PROMPT, Lengths, by_name, fit
+from ubsmoe_ds.data.lengths import LEAST_PROMPT, Lengths, by_name, fit, fit_row
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.data.sources import Unused
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
@@ -38,6 +38,31 @@ def test_the_rule_by_hand():
     assert fit([1], prompt, 14, 30) is None
     assert fit([1], prompt[:3], 26, 30) == [1, *prompt[:3]], "a short prompt may be shorter than a cut one"
     assert fit([1], prompt[:3], 27, 30) is None and fit([1], prompt[:3], 500, 30) is None
+
+
+def test_the_other_rules_by_hand():
+    """Of 12 tokens the beginning takes 1: prompts of 7, 8, 10, 11 leave an answer of 4 its 4, 3, 1 or no tokens."""
+    prompt, answer = list(range(100, 140)), [7, 8, 9, 1]
+    found = [fit_row([1], prompt[:n], answer, 12, "cut_end") for n in (7, 8, 10, 11)]
+    whole = [[1, *prompt[:n]] for n in (7, 8, 10)]
+    assert found == [(whole[0], answer), (whole[1], answer[:3]), (whole[2], answer[:1]), None]
+    assert [fit_row([1], prompt[:n], answer, 12, "drop") for n in (7, 8)] == [(whole[0], answer), None]
+    assert fit([1], prompt, 9, 30, "drop") is None and fit([1], prompt, 9, 30, "cut_end") is None
+    assert fit_row([1], prompt, [2] * 9, 30, "cut_prompt") == ([1, *prompt[-20:]], [2] * 9)
+
+
+def test_rows_that_lose_their_end_are_counted():
+    """Of 40 tokens: 10 + 5 fit, 30 + 30 loses 20 of its answer and end-of-text, a prompt of 60 leaves it no room."""
+    rows = [row(10, 5), row(30, 30), row(60, 5)]
+    examples, lengths = encode(rows, TOKENIZER, 40, "cut_end")
+    assert lengths == Lengths(kept=2, cut=1, dropped=1)
+    whole, _ = encode(rows, TOKENIZER, 10**6)
+    assert examples[0] == whole[0] and examples[1].prompt == whole[1].prompt
+    assert whole[1].answer[: len(examples[1].answer)] == examples[1].answer
+    assert len(examples[1].prompt) + len(examples[1].answer) == 40
+    assert encode(rows, TOKENIZER, 40, "drop")[1] == Lengths(kept=1, cut=0, dropped=2)
+    for rule in ("cut_end", "drop"):
+        assert [found is None for found in pack(rows, TOKENIZER, 40, rule)] == [False, True, True]
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,6 +127,29 @@ def test_lines_say_which_rows_were_left_out():
     assert third.endswith("5 of 12 evaluation rows are left out")
     assert second == "note: data.rows=30: 1 of 35 training rows are left out (phone 1)"
     assert common.record()["unused"] == [{"evaluated": 3, "beyond_rows": 2, "beyond_eval_rows": 5}]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (
+            "cut_end",
+            [
+                "rows lose their end (a 3)",
+                "their prompts leave no room for an answer",
+                "longer (data.overlong=cut_end)",
+            ],
+        ),
+        ("drop", ["prompts", "they are longer (data.overlong=drop); raise it", "longer (data.overlong=drop)"]),
+    ],
+)
+def test_lines_name_the_rule(rule, expected):
+    cut = 3 if rule == "cut_end" else 0
+    report = RowReport({"a": Lengths(9, cut, 2)}, Lengths(5, 0, 2), ["q1", "q2"], [NONE])
+    lines = list(report.lines(DataConfig(overlong=rule)))
+    assert len(lines) == 2 + bool(cut)
+    for line, part in zip(lines, expected if cut else expected[1:], strict=True):
+        assert part in line
 
 
 def test_lines_say_what_was_cut_and_dropped_of_whom():

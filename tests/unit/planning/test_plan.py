@@ -19,6 +19,7 @@ from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
 from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, training_bytes
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
+from ubsmoe_ds.planning.row_lengths import read_row_lengths
 
 CONFIGS = REPO / "ds_configs"
 
@@ -104,6 +105,20 @@ def test_memory_is_kept_for_what_has_a_backward_and_for_the_optimisers_own_value
     assert kept[0] - kept[1] == (attention + 4 * 3 * 64) * setup.training.tokens
     adagrad = load_experiment(TINY, ["deepspeed.optimizer={type: Adagrad}"])
     assert rank_setup(replace(inputs, exp=adagrad), 0).moments == 1
+
+
+def test_packed_batches_cost_their_tokens_and_a_mask(inputs):
+    """The demo's rows are of about equal length, so few tokens are padding: never more than without packing."""
+    exp = load_experiment(TINY, ["accelerator=cpu", "train.rounds=1", "data.packing=true"])
+    packed = replace(inputs, exp=exp, row_lengths=read_row_lengths(exp))
+    for number, (rows, sequences) in enumerate(zip(inputs.row_lengths, packed.row_lengths, strict=True)):
+        assert rows.sequences == 1 and rows.mean_context == rows.mean_length
+        assert sequences.mean_length < rows.mean_length < sequences.mean_context
+        assert sequences.mean_answers == rows.mean_answers
+        before, after = rank_setup(inputs, number), rank_setup(packed, number)
+        assert after.training.tokens <= before.training.tokens and plan(packed)[number].step_flops > 0
+        batch, kept = after.training, training_bytes(after).tokens - training_bytes(replace(after, packed=False)).tokens
+        assert kept == (after.shape.layers - 1) * 4 * batch.rows * batch.length**2
 
 
 @pytest.mark.parametrize("stored", ["weights", "index", "index without a head", "neither"])
