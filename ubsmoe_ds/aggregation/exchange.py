@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer
 from ubsmoe_ds.mpi.collectives import move
@@ -42,7 +42,7 @@ class Exchange:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        layouts: Sequence[ClientLayout],
+        layouts: Sequence[GroupLayout],
         units: Sequence[Unit],
         num_experts: int,
         owner: np.ndarray,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.client.gradients import MasterWeights
@@ -73,11 +74,13 @@ class UnitStore:
     """Reads and writes the units of this rank as one flat fp32 buffer on the CPU, in unit order.
 
     The caller passes the client's current LoRA rank (see `Server.lora_ranks`) wherever the buffer's size depends on it.
+    Where clients take turns the shared state has the full LoRA rank: `begin_turn` loads what a client has of it, and
+    `turn_update` returns what that client changed.
 
     Args:
         model: the converted model of this client.
         masters: its fp32 values.
-        lora_rank: LoRA rank of the client at the start.
+        lora_rank: LoRA rank of the client at the start; the full one where clients take turns.
         dmr: whether phi is shared.
         stacking: under FLoRA: adapters travel whole, and come back as a stack to merge into the frozen weights.
         seed: seed of FLoRA's new adapters.
@@ -103,6 +106,7 @@ class UnitStore:
             of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
             self._add_decoder(f"layers.{index}", decoder, of_decoder, dmr)
         self.shared = self._current(lora_rank)
+        self._loaded = self.shared
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
                 if block.base is not None:
@@ -111,6 +115,37 @@ class UnitStore:
     def updates(self, lora_rank: int) -> Tensor:
         """Return what this rank sends: local minus shared state (a collective over the client under ZeRO)."""
         return self._current(lora_rank) - self.shared
+
+    def begin_turn(self, lora_rank: int, full_rank: int) -> None:
+        """Load the shared state, at the full LoRA rank, into the model of a client that has the first ranks of it.
+
+        The client's modules multiply B A by alpha / lora_rank, those of the shared state by alpha / full_rank.
+        """
+        self._loaded = self._recut(self.shared, full_rank, lora_rank)
+        for block, part in self.parts(self._loaded, lora_rank):
+            self._write(block, block.split(part, lora_rank))
+
+    def turn_update(self, lora_rank: int, full_rank: int) -> Tensor:
+        """Return what the client has changed since `begin_turn`, at the full LoRA rank and in its scale.
+
+        A collective over the group under ZeRO.
+        """
+        return self._recut(self._current(lora_rank) - self._loaded, lora_rank, full_rank)
+
+    def _recut(self, flat: Tensor, old_rank: int, new_rank: int) -> Tensor:
+        """Return a held buffer at another LoRA rank: ranks are cut, or zero, and alpha / r B A stays what it is."""
+        if old_rank == new_rank:
+            return flat
+        pieces = []
+        for block, part in self.parts(flat, old_rank):
+            if block.base is None:
+                pieces.append(part)
+                continue
+            A, B = block.split(part, old_rank).values()
+            more = max(new_rank - old_rank, 0)
+            B = F.pad(B * (new_rank / old_rank), (0, more))
+            pieces.append(block.join([F.pad(A, (0, 0, 0, more)), B], new_rank))
+        return torch.cat(pieces)
 
     def apply(self, difference: Tensor, old_rank: int, new_rank: int, round_number: int) -> None:
         """Add a reply to the shared state, and load it into the model.

@@ -8,15 +8,17 @@ fails in milliseconds, before any process is started.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ubsmoe_ds.config.consistency import problems
 from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
-from ubsmoe_ds.config.merge_rules import names
 from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.methods import PRESETS, with_preset
+from ubsmoe_ds.config.population import GroupConfig, SamplingConfig, Trainer, written_out
 from ubsmoe_ds.config.sections import (
     ClientConfig,
     DataConfig,
@@ -71,13 +73,41 @@ class Experiment(Section):
     )
     deepspeed: DeepSpeedConfig
     clients: Annotated[list[ClientConfig], Field(min_length=1)]
+    groups: Annotated[list[GroupConfig], Field(min_length=1)] | None = Field(
+        None, description="DeepSpeed worlds that train clients in turn; null: one for each client"
+    )
+    sampling: SamplingConfig | None = Field(None, description="clients that take part in a round; null: all")
     num_experts: PositiveInt = Field(description="experts of a layer; read from the model folder, cannot be set")
     k_max: PositiveInt = Field(description="K_max; `model.k_max` or the model's, cannot be set here")
 
     @property
+    def trainers(self) -> Sequence[Trainer]:
+        """Return what a DeepSpeed world is made for: each of the groups, or each client where there are none."""
+        return self.clients if self.groups is None else self.groups
+
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether a group may train several clients, or a client be out of a round."""
+        return self.groups is not None or self.sampling is not None
+
+    def trained_by(self, client: int, group: int) -> ClientConfig:
+        """Return a client's section with the ranks and expert parallelism of the group that trains it."""
+        if self.groups is None:
+            return self.clients[client]
+        ranks, parallel = self.groups[group].ranks, self.groups[group].expert_parallel
+        return self.clients[client].model_copy(update={"ranks": ranks, "expert_parallel": parallel})
+
+    def allowed_groups(self, client: int) -> list[int]:
+        """Return the numbers of the groups that may train a client."""
+        if self.groups is None:
+            return [client]
+        names = self.clients[client].groups
+        return [number for number, group in enumerate(self.groups) if names is None or group.name in names]
+
+    @property
     def world_size(self) -> int:
-        """Return the number of ranks of all clients together."""
-        return sum(client.ranks for client in self.clients)
+        """Return the number of ranks of all groups together."""
+        return sum(trainer.ranks for trainer in self.trainers)
 
     @property
     def run_dir(self) -> Path:
@@ -156,7 +186,7 @@ class Experiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, value: Any) -> Any:
-        return with_preset(value) if isinstance(value, dict) else value
+        return with_preset(written_out(value)) if isinstance(value, dict) else value
 
     @field_validator("method")
     @classmethod
@@ -167,106 +197,9 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for problem in _problems(self):
+        for problem in problems(self):
             raise ValueError(problem)
         return self
-
-
-def _problems(exp: Experiment) -> list[str]:
-    """Check rules that span sections; return one line for each problem: key, value, remedy."""
-    problems = []
-    names = [client.name for client in exp.clients]
-    if len(set(names)) < len(names):
-        repeated = sorted({n for n in names if names.count(n) > 1})
-        problems.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
-    if exp.k_max > exp.num_experts:
-        problems.append(
-            f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}"
-        )
-    if exp.dmr.candidates is not None and not exp.k_max <= exp.dmr.candidates <= exp.num_experts:
-        problems.append(
-            f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
-            f"{exp.num_experts} experts of the model"
-        )
-    if exp.min_clients > len(exp.clients):
-        problems.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
-    without_source = [client.name for client in exp.clients if client.source is None]
-    if 0 < len(without_source) < len(exp.clients):
-        problems.append(
-            f"clients: {', '.join(without_source)} have no `source`, but others do; give one to all clients or to none"
-        )
-    if not without_source and exp.data.eval_source is None:
-        problems.append(
-            "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
-            "may read"
-        )
-    problems += _merge_problems(exp) + _rate_problems(exp)
-    for i, client in enumerate(exp.clients):
-        if exp.num_experts % client.expert_parallel:
-            problems.append(
-                f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
-                f"experts (client {client.name!r})"
-            )
-        settings = exp.settings(client)
-        batch, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
-        if batch % (client.ranks * micro_batches):
-            key = "deepspeed" if client.train_batch_size is None else f"clients.{i}"
-            problems.append(
-                f"{key}.train_batch_size: {batch} is not a multiple of ranks {client.ranks} x "
-                f"gradient_accumulation_steps {micro_batches} of client {client.name!r}"
-            )
-    return problems
-
-
-def _merge_problems(exp: Experiment) -> list[str]:
-    """Check that the merge rule works with the LoRA ranks and the options."""
-    problems = []
-    rule, elementwise, ranks = exp.merge.rule, exp.merge.row.elementwise, exp.lora_ranks
-    if elementwise and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
-        ranks_text = " ".join(map(str, ranks)) + (" and pruning" if exp.lora.prune_penalty else "")
-        problems.append(
-            f"merge.rule: {rule!r} needs equal LoRA ranks, the clients have {ranks_text}; use one of "
-            f"{names(elementwise=False)}"
-        )
-    if exp.lora.prune_penalty and exp.merge.row.stacking:
-        problems.append(
-            f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
-            "start anew each round; set it to 0"
-        )
-    if exp.merge.row.turns_basis and exp.train.optimizer_state == "keep":
-        problems.append(
-            f"train.optimizer_state: 'keep' does not work with merge.rule {rule!r}, whose factors change their basis "
-            "each round; use reset"
-        )
-    if not elementwise and exp.merge.clip_norm is not None:
-        problems.append(
-            f"merge.clip_norm: {exp.merge.clip_norm} does not work with merge.rule {rule!r}, which merges factors, not "
-            f"updates; leave it out, or use one of {names(elementwise=True)}"
-        )
-    if not elementwise and exp.merge.server_optimizer != "none":
-        problems.append(
-            f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not work with merge.rule {rule!r}, whose "
-            f"factors change their basis each round; use none, or one of {names(elementwise=True)}"
-        )
-    if max(ranks) > exp.lora.rank:
-        problems.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the largest allowed")
-    return problems
-
-
-def _rate_problems(exp: Experiment) -> list[str]:
-    """Check that one rule alone sets the learning rate."""
-    scheduler, kind = exp.deepspeed.scheduler, exp.deepspeed.optimizer["type"]
-    own_rates = [f"clients.{i}.lr: {c.lr}" for i, c in enumerate(exp.clients) if c.lr is not None]
-    asked = [f"train.lr_schedule: {exp.train.lr_schedule!r}"] * (exp.train.lr_schedule != "constant")
-    asked += [f"train.warmup_rounds: {exp.train.warmup_rounds}"] * (exp.train.warmup_rounds > 0)
-    if scheduler is not None and [*asked, *own_rates]:
-        return [
-            f"{[*asked, *own_rates][0]} does not go with deepspeed.scheduler ({scheduler['type']}), which sets the "
-            "learning rate too; leave one of them out"
-        ]
-    if asked and kind == "Rprop":
-        return [f"{asked[0]} does not go with the optimizer Rprop, which chooses its own step sizes; use another one"]
-    return []
 
 
 def _share(whole: int, budget: float) -> int:
