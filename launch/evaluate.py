@@ -27,8 +27,6 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import finite_or_null
 from ubsmoe_ds.base.terminal import say
 
-LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than the answer needs
-
 
 def main() -> int:
     """Evaluate and return the exit code."""
@@ -138,6 +136,7 @@ def exact_matches(
 ) -> dict[str, int]:
     """Return how many rows of each task the model answers right in generated text."""
     from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
+    from ubsmoe_ds.client.generation import LEAST_NEW_TOKENS
     from ubsmoe_ds.data.tokenizing import text_tokens
 
     right = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")

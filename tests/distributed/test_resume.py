@@ -29,6 +29,20 @@ VARIANTS: dict[str, list] = {
     "flame": [["method=flame"], 8],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8, 6],
     "flora_bf16": [["method=flora", *BF16], 8, 6],
+    "packed": [
+        [
+            "data.packing=true",
+            "train.local_steps=null",
+            "train.local_epochs=0.5",
+            "train.lr_schedule=cosine",
+            "train.warmup_rounds=1",
+            "train.weights=tokens",
+            "train.patience=2",
+            "evaluation.generate=2",
+        ],
+        8,
+        6,
+    ],
     "flexlora_reset": [["method=flexlora"], 8, 6],
 }
 

@@ -37,7 +37,9 @@ def _save(rule: str) -> Callable[[Path], object]:
     model = str(fuzz_models.prepared() / "single")
     exp = tiny.experiment(model, [{"budget": 1.0}], method="flora" if rule == "flora" else "ub_smoe")
     state = read_adapter(fuzz_models.prepared() / "adapter").state
-    return lambda out: save_adapter(exp, out, state, lora_rank=fuzz_models.RANK, scaling=3.0, k=2, run_id="r")
+    return lambda out: save_adapter(
+        exp, out, state, lora_rank=fuzz_models.RANK, scaling=3.0, k=2, about={"run_id": "r"}
+    )
 
 
 def _merge(out: Path) -> None:

@@ -30,7 +30,14 @@ WEIGHTS = "weights.safetensors"  # in place of an adapter where the frozen weigh
 
 
 def save_adapter(
-    exp: Experiment, folder: Path, state: Mapping[str, Tensor], *, lora_rank: int, scaling: float, k: int, run_id: str
+    exp: Experiment,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    *,
+    lora_rank: int,
+    scaling: float,
+    k: int,
+    about: Mapping[str, str],
 ) -> None:
     """Write a folder as `peft_format` does; under FLoRA, which merges adapters into the weights, one file of ours.
 
@@ -41,14 +48,14 @@ def save_adapter(
         lora_rank: that of the state.
         scaling: factor of B A; written as alpha = scaling * lora_rank.
         k: active experts that the adapter is meant for.
-        run_id: the run that it is of.
+        about: further facts: `run_id`, of the run that it is of, `round`, and what the run started from.
     """
     path = exp.model.path
     is_name = path.startswith(("hub:", "builtin:"))
     facts = {
         "format": FORMAT,
         "base_model": exp.model.path if is_name else str(exp.model_dir.resolve()),
-        "run_id": run_id,
+        **about,
         "method": exp.method,
         "k": str(k),
         "k_max": str(exp.k_max),

@@ -45,7 +45,7 @@ class CheckpointManager:
     def is_due(self, progress: Progress) -> bool:
         """Return whether the latest complete round should be saved and has not been."""
         every, complete = self.exp.checkpoint.every, progress.round - 1
-        due = bool(every) and complete > 0 and (complete % every == 0 or complete == self.exp.train.rounds)
+        due = bool(every) and complete > 0 and (complete % every == 0 or progress.is_over(self.exp.train))
         return due and complete != self._saved_round
 
     def note_saved(self, progress: Progress) -> None:
@@ -166,7 +166,8 @@ class CheckpointManager:
             for config in self.exp.clients
         ]
         lora_rank = server.lora_ranks[self.world.client]
-        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0)
+        within = checkpoint.manifest.progress.merged or any(client.steps for client in saved_clients.values())
+        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0, within)
         self.note_saved(progress)
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)

@@ -1,6 +1,7 @@
 """Resumable progress of a run, and its form in the checkpoint manifest."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ubsmoe_ds.base.files import finite_or_null
 from ubsmoe_ds.config.sections import Count, NotNegative, Section
+from ubsmoe_ds.config.training import TrainConfig
 
 Scalars = dict[str, float | None]  # None: not finite, which JSON cannot express
 
@@ -33,6 +35,10 @@ class SavedProgress(Section):
     lost: dict[str, int]
     sound_round: int = -1
     run_id: str = ""
+    best_round: int = -1
+    best_loss: float | None = None
+    stale: Count = 0
+    started_from: dict[str, str] = {}
 
     @property
     def is_sound(self) -> bool:
@@ -87,6 +93,10 @@ class Progress:
     lost: clients that lost a rank, and the round in which they did.
     sound_round: the latest round whose evaluation was finite; -1: none yet.
     run_id: identifies the run in all that it writes.
+    best_round, best_loss: of the evaluation with the lowest weighted loss; -1 and None before the first.
+    stale: evaluations since then.
+    started_from: the earlier adapter that the run started from, see adapters/start.py; empty: none.
+    within: whether the run was resumed within the current round, which it then completes.
     """
 
     round: int = 0
@@ -98,14 +108,35 @@ class Progress:
     lost: dict[str, int] = field(default_factory=dict)
     sound_round: int = -1
     run_id: str = ""
+    best_round: int = -1
+    best_loss: float | None = None
+    stale: int = 0
+    started_from: dict[str, str] = field(default_factory=dict)
+    within: bool = False
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:
         """Note that the round is merged, and keep what its record will hold."""
         self.pending = {"metrics": metrics, "seconds": seconds, "utilisation": utilisation_LE}
         self.merged = True
 
+    def is_over(self, train: TrainConfig) -> bool:
+        """Return whether no round is left, or the run has run out of patience."""
+        return self.round > train.rounds or self.is_out_of_patience(train)
+
+    def is_out_of_patience(self, train: TrainConfig) -> bool:
+        """Return whether as many evaluations as `train.patience` brought no lower loss."""
+        return train.patience is not None and not self.within and self.stale >= train.patience
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether the scalars of an evaluation are better than all before."""
+        loss = metrics["eval/loss_weighted"]
+        return math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+
     def note_evaluation(self, metrics: dict[str, float]) -> None:
         """Add the scalars of the round's evaluation."""
+        self.stale += 1
+        if self.improves(metrics):
+            self.best_round, self.best_loss, self.stale = self.round, metrics["eval/loss_weighted"], 0
         self.pending["metrics"] |= metrics
         self.after = metrics
         if self.round == 0:
@@ -119,7 +150,7 @@ class Progress:
 
     def next_round(self) -> None:
         """Move on to the next round, once this one is recorded."""
-        self.round, self.merged = self.round + 1, False
+        self.round, self.merged, self.within = self.round + 1, False, False
         self.pending = _nothing_pending()
 
     def saved(self) -> dict[str, Any]:
@@ -127,17 +158,18 @@ class Progress:
         return {key: finite_or_null(getattr(self, key)) for key in SavedProgress.model_fields}
 
 
-def restored(saved: SavedProgress, steps_taken: int) -> Progress:
+def restored(saved: SavedProgress, steps_taken: int, within: bool = False) -> Progress:
     """Return the `Progress` that a manifest holds; clients that were lost take part again.
 
     Args:
         saved: progress from the manifest.
         steps_taken: local steps of this rank's client so far.
+        within: whether the current round has begun.
     """
     values = saved.model_dump() | {"lost": {}}
     pending = {key: _from_json(value) for key, value in values["pending"].items() if value is not None}
     values |= {key: _from_json(values[key]) for key in ("before", "after")}
-    return Progress(**values | {"pending": {"utilisation": None} | pending}, steps_taken=steps_taken)
+    return Progress(**values | {"pending": {"utilisation": None} | pending}, steps_taken=steps_taken, within=within)
 
 
 def _from_json(value: Any) -> Any:

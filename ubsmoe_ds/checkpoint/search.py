@@ -51,6 +51,17 @@ def newest_sound(run_dir: Path) -> Path | None:
     return None
 
 
+def best_rounds(run_dir: Path) -> set[int]:
+    """Return the best round so far of each of the run's checkpoints, which their progress counts patience from."""
+    found = set()
+    for folder in storage.folders(run_dir):
+        try:
+            found.add(_content(storage.read_manifest(folder)).progress.best_round)
+        except (Damaged, OtherFormat):
+            continue
+    return found
+
+
 class CheckpointFinder:
     """Find the checkpoint to resume from; every rank of the job calls its methods.
 

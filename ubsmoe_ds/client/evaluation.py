@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.client.generation import check_positions, generate
 from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
 from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, nothing_fits
 from ubsmoe_ds.data.sources import Row
@@ -155,7 +156,6 @@ def _chance(values: Sequence[float], label: int) -> float:
     return 1 / values.count(best)
 
 
-@torch.no_grad()
 def generate_answers(
     model: UBSMoEForCausalLM,
     k: int,
@@ -183,49 +183,13 @@ def generate_answers(
     Raises:
         UserError: if the model has too few positions, or a row's right answer does not fit in `max_length`.
     """
-    model.eval()
-    model.set_active_experts(k)
-    for layer in model.layers:
-        layer.used_token = None  # generation has its own attention mask, and evaluation drops nothing
     examples, lengths = encode(rows, tokenizer, max_length)
     if lengths.dropped:
         raise UserError(f"max_length: {max_length} is too short for {lengths.dropped} of {len(rows)} rows; raise it")
     prompts = [example.prompt for example in examples]
-    needed, positions = max(map(len, prompts)) + max_new_tokens, model.hf.config.max_position_embeddings
-    if needed > positions:
-        raise UserError(
-            f"max_new_tokens: {max_new_tokens} and the longest prompt need {needed} positions, but the model has "
-            f"{positions}; lower max_new_tokens or max_length"
-        )
-    order = sorted(range(len(rows)), key=lambda n: len(prompts[n]))
-    device = next(model.parameters()).device
-    texts = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, mask = _padded_on_the_left([prompts[n] for n in chosen], tokenizer.pad_token_id)
-        generated = model.hf.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        answers = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-        for n, text in zip(chosen, answers, strict=True):
-            texts[n] = text
-    return texts
-
-
-def _padded_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, [rows, longest], so that all answers begin at the same position."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[b, longest - len(prompt) :] = 1
-    return ids, mask
+    setting = f"max_new_tokens: {max_new_tokens}"
+    check_positions(model, prompts, max_new_tokens, setting, "lower max_new_tokens or max_length")
+    return generate(model, k, prompts, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:

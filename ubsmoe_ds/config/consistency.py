@@ -85,6 +85,11 @@ def _merge_problems(exp: Experiment) -> list[str]:
             f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
             "start anew each round; set it to 0"
         )
+    if exp.lora.start and exp.merge.row.stacking:
+        found.append(
+            f"lora.from: {exp.lora.start!r} does not work with merge.rule {rule!r}, whose adapters start anew each "
+            "round; export it with --merge and set model.path"
+        )
     if exp.merge.row.turns_basis and exp.train.optimizer_state == "keep":
         found.append(
             f"train.optimizer_state: 'keep' does not work with merge.rule {rule!r}, whose factors change their basis "

@@ -20,6 +20,8 @@ MAY_CHANGE_ON_RESUME = (
     "hang_timeout_s",
     "train.rounds",
     "train.save_every",
+    "train.save_best",
+    "train.patience",
     "train.round_deadline_s",
     "clients.*.ranks",
     "clients.*.expert_parallel",

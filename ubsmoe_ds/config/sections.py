@@ -8,9 +8,9 @@ Imports no torch.
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from ubsmoe_ds.config.merge_rules import RULES, MergeRule
 from ubsmoe_ds.config.messages import one_of
@@ -90,7 +90,7 @@ class ModelConfig(Section):
         return value if value.startswith(("hub:", "builtin:")) else expand(value)
 
 
-class LoraConfig(Section):
+class _LoraKeys(Section):
     """LoRA on the experts' gate, up and down projections, and on attention if asked; HetLoRA's self-pruning."""
 
     rank: PositiveInt = Field(8, description="LoRA rank of the whole; a client's own is at most this")
@@ -101,6 +101,25 @@ class LoraConfig(Section):
     )
     prune_gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.99, description="HetLoRA's gamma: the tail is all ranks beyond floor(gamma r)"
+    )
+
+    @property
+    def start(self) -> str:
+        """Return the folder of the adapter to start from; empty: a new one."""
+        return getattr(self, "from") or ""
+
+
+if TYPE_CHECKING:
+
+    class LoraConfig(_LoraKeys):
+        """The section `lora`."""
+
+else:  # Python has no other way to name a field with one of its keywords
+    LoraConfig = create_model(
+        "LoraConfig",
+        __base__=_LoraKeys,
+        __doc__=_LoraKeys.__doc__,
+        **{"from": (Folder | None, Field(None, description="folder of the adapter to start from; null: a new one"))},
     )
 
 

@@ -34,9 +34,18 @@ class TrainConfig(Section):
     round_deadline_s: Positive | None = Field(
         None, description="seconds of local steps after which a client stops and merges what it has; null: none"
     )
+    patience: PositiveInt | None = Field(
+        None, description="evaluations without a lower `eval/loss_weighted` after which the run ends; null: never"
+    )
+    save_best: bool = Field(False, description="keep the adapter of the best evaluation; with `patience` it always is")
     max_bad_steps: Count = Field(
         3, description="steps of a round skipped for NaN or Inf, beyond which a client sits the round out"
     )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Return whether the adapter of the best evaluation is kept."""
+        return self.save_best or self.patience is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -79,3 +88,6 @@ class EvalConfig(Section):
         1, description="rounds between evaluations; the first state and the last round always are"
     )
     batch_size: PositiveInt = Field(16, description="rows that a rank evaluates at a time")
+    generate: Count = Field(
+        0, description="evaluation rows, the first ones, that are also answered in text, into `samples.jsonl`"
+    )

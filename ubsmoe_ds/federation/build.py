@@ -7,6 +7,7 @@ from uuid import uuid4
 import numpy as np
 from transformers.utils import logging as transformers_logging
 
+from ubsmoe_ds.adapters.start import start_from_adapter
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.files import writes
@@ -20,6 +21,7 @@ from ubsmoe_ds.checkpoint.search import Checkpoint, CheckpointFinder
 from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.evaluation import Evaluator
+from ubsmoe_ds.client.generation import Prompts, check_positions
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows, merge_weights
@@ -83,7 +85,9 @@ def build(
     texts = _encode(exp, world, rows)
     start_deepspeed(on_accelerator, verbose)
     client = Client(exp, exp.clients[world.client], world.group_rank, verbose)
+    started_from = start_from_adapter(exp, client) if exp.lora.start and checkpoint is None else {}
     release_freed_memory()
+    prompts = _prompts(exp, client, texts)
     store = _unit_store(exp, client)
     batches_from = _batches(world, texts)
     if client.moments is not None and checkpoint is None:
@@ -91,7 +95,7 @@ def build(
     exchange_for, owned = plan_exchanges(exp, world, store, _print if world.rank == 0 else None)
     kept = [lengths.kept for lengths in texts.lengths]  # w_c is of what is trained on
     server = Server(exp, owned, merge_weights(exp.train.weights, kept, texts.tokens))
-    progress, local = Progress(), LocalProgress()
+    progress, local = Progress(started_from=started_from), LocalProgress()
     if checkpoint is not None:
         progress, local = checkpoints.restore(checkpoint, client, store, server)
     stopwatch = Stopwatch()
@@ -105,6 +109,7 @@ def build(
         client=client,
         aggregator=aggregator,
         evaluator=texts.evaluator,
+        prompts=prompts,
         rows=_row_report(exp, texts, rows.unused),
         batches_from=batches_from,
         monitor=None,
@@ -175,6 +180,18 @@ def _row_report(exp: Experiment, texts: _Texts, unused: list[Unused]) -> RowRepo
     """Name the numbers of rows by client."""
     training = dict(zip([client.name for client in exp.clients], texts.lengths, strict=True))
     return RowReport(training, texts.evaluator.lengths, texts.evaluator.dropped, unused)
+
+
+def _prompts(exp: Experiment, client: Client, texts: _Texts) -> Prompts | None:
+    """Return the evaluation prompts that the run answers as it goes; None if it is not asked to."""
+    count = exp.evaluation.generate
+    if not count:
+        return None
+    prompts = Prompts(texts.evaluator.packed[:count], texts.encoder.tokenizer)
+    setting = f"evaluation.generate: {prompts.max_new_tokens} tokens of an answer"
+    remedy = "lower data.max_length, or set evaluation.generate=0"
+    check_positions(client.model, prompts.tokens, prompts.max_new_tokens, setting, remedy)
+    return prompts
 
 
 def _unit_store(exp: Experiment, client: Client) -> UnitStore:

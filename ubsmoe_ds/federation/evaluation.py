@@ -30,18 +30,24 @@ def evaluate_part(
         evaluator: holds the evaluation rows.
         stop: see `Evaluator.sums`.
     """
-    view_of_client = exp.views
-    views = list(dict.fromkeys(view_of_client))
-    view = views.index(view_of_client[world.client])
-    sharers = [c for c, name in enumerate(view_of_client) if name == views[view]]
-    ranks = [(c, r) for c in sharers for r in range(exp.clients[c].ranks)]
-    worker = ranks.index((world.client, world.group_rank))
+    views = list(dict.fromkeys(exp.views))
+    view, (worker, workers) = sharers_of(exp, world)
     sums_G = np.zeros((len(views), len(evaluator.tasks), len(FIELDS)))
     counts_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
     client.reset_counts()
-    sums_G[view] = evaluator.sums(client, client.k, worker, len(ranks), stop)
+    sums_G[view] = evaluator.sums(client, client.k, worker, workers, stop)
     counts_GLX[view] = client.routed_counts().numpy()
     return sums_G, counts_GLX
+
+
+def sharers_of(exp: Experiment, world: World) -> tuple[int, tuple[int, int]]:
+    """Return (number of this rank's view, (its place among the ranks of all clients with this view, their number))."""
+    view_of_client = exp.views
+    mine = view_of_client[world.client]
+    sharers = [c for c, view in enumerate(view_of_client) if view == mine]
+    ranks = [(c, r) for c in sharers for r in range(exp.clients[c].ranks)]
+    place = ranks.index((world.client, world.group_rank)), len(ranks)
+    return list(dict.fromkeys(view_of_client)).index(mine), place
 
 
 def view_scalars(

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
 from ubsmoe_ds.base.terminal import say
-from ubsmoe_ds.checkpoint.progress import Record
+from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.samples import SAMPLES, Sample, SampleFile
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.tensorboard import TensorBoard
 
@@ -59,6 +60,7 @@ class Monitor:
         kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
         self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
+        self._samples = SampleFile(self.folder, run_id, recorded_rounds(self.folder / SAMPLES, before=resume_at or 0))
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
         self._start, self._first = time.perf_counter(), resume_at or 0
         self._tensorboard.text("run_id", run_id, resume_at or 0)
@@ -81,6 +83,20 @@ class Monitor:
             self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
         self._tensorboard.flush()
         self.say(self._progress(number, metrics, seconds))
+
+    def samples(self, number: int, samples: Sequence[Sample]) -> None:
+        """Write the answers that the models generated in a round's evaluation."""
+        self._samples.write(number, samples, self._tensorboard)
+
+    def out_of_patience(self, progress: Progress) -> None:
+        """Say why the run ends before its last round, if it does."""
+        train = self.exp.train
+        if progress.is_out_of_patience(train) and progress.round <= train.rounds:
+            self.say(
+                f"stopped after round {progress.round - 1} of {train.rounds}: no lower eval/loss_weighted in "
+                f"{progress.stale} evaluations (train.patience); the best is {progress.best_loss:.4f}, of round "
+                f"{progress.best_round}"
+            )
 
     def refused(self, number: int, units: Mapping[str, Sequence[str]]) -> None:
         """Warn of units in which a client's update held NaN or Inf.

@@ -1,7 +1,8 @@
 """Write a run's results: adapters every `save_every` rounds and at the end, `summary.json`, and the final table."""
 
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
+from ubsmoe_ds.base.files import UNFINISHED, writes
 from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.search import best_rounds
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.peak_memory import peak_bytes
 from ubsmoe_ds.config.experiment import Experiment
@@ -29,6 +32,20 @@ if TYPE_CHECKING:
     from ubsmoe_ds.federation.monitor import Monitor
 
 OVERALL = ("loss", "loss_weighted", "accuracy", "accuracy_weighted")  # plain and weighted means over the clients
+
+
+def best_folder(run_dir: Path, number: int) -> Path:
+    """Return the folder of the best round's adapters, beside those of the latest."""
+    return run_dir / f"{FOLDER}-best-round-{number}"
+
+
+def remove_older_best(run_dir: Path, best: int, needed: Collection[int]) -> None:
+    """Remove adapters of rounds that were the best, but for those that a checkpoint still counts as the best."""
+    kept = {best_folder(run_dir, number) for number in (best, *needed)}
+    with writes(run_dir):
+        for folder in run_dir.glob(f"{FOLDER}-best-round-*"):
+            if folder not in kept:
+                shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,16 @@ class Outputs:
             monitor: the first rank's monitor; None on other ranks.
             data_digest: digest of the rows, see data/fingerprint.py.
         """
-        self.save_adapters(progress.run_id)
+        self.save_adapters(progress, FOLDER, progress.round - 1)
         peak_C = self._peak_memory()
         self.world.agree()
+        self.prune_best(progress)
         if monitor is not None:
+            best = best_folder(self.exp.run_dir, progress.best_round)
+            if self.exp.train.keeps_best and not best.is_dir():
+                monitor.say(
+                    f"note: {best} is not there: the best round was before this run's folder or train.save_best"
+                )
             rows = self._summary(progress, peak_C, batch.micro[0], records=monitor.records())
             evaluations = (("before", progress.before), ("after", progress.after))
             cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
@@ -68,28 +91,62 @@ class Outputs:
                 "rows": self.rows.record(),
                 "machine": machine(),
             }
-            monitor.finish(rows, overall | cv | {"lost_in_round": progress.lost} | inputs)
+            course = {"lost_in_round": progress.lost, **self._course(progress)}
+            monitor.finish(rows, overall | cv | course | inputs)
         self.world.agree()  # if the first rank dies while it writes, another rank writes again
 
-    def save_adapters(self, run_id: str, number: int | None = None) -> None:
+    def _course(self, progress: Progress) -> dict[str, Any]:
+        """Return which evaluation was best, whether patience ended the run, and what it started from."""
+        stopped = progress.is_out_of_patience(self.exp.train)
+        return {
+            "best_round": progress.best_round,
+            "best_loss_weighted": progress.best_loss,
+            "stopped_after_round": progress.round - 1 if stopped and progress.round <= self.exp.train.rounds else None,
+            "started_from": progress.started_from or None,
+        }
+
+    def save_best(self, progress: Progress) -> None:
+        """Write the adapters of the current round to a folder that exists whole or not at all (a collective)."""
+        folder = best_folder(self.exp.run_dir, progress.round)
+        unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+        self.save_adapters(progress, unfinished.name, progress.round)
+        if self.world.rank == 0:
+            with writes(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this round
+                unfinished.replace(folder)
+
+    def prune_best(self, progress: Progress) -> None:
+        """Remove the adapters of rounds that are no longer the best, on the first rank."""
+        if self.exp.train.keeps_best and self.world.rank == 0:
+            remove_older_best(self.exp.run_dir, progress.best_round, best_rounds(self.exp.run_dir))
+
+    def save_adapters(self, progress: Progress, name: str, number: int) -> None:
         """Write each client's adapter, and the merged one from the client of the largest LoRA rank, which holds it all.
 
         Args:
-            run_id: the run's.
-            number: round for the folder's name; None: the end of the run.
+            progress: the run's.
+            name: the folder's, in that of the run.
+            number: the round that they are of.
         """
-        folder = self.exp.run_dir / (FOLDER if number is None else f"{FOLDER}-round-{number}")
+        folder = self.exp.run_dir / name
         config = self.exp.clients[self.world.client]
         state, scales = self.aggregator.store.full_state(self.aggregator.lora_rank), self._learned_scales()
         if self.world.group_rank == 0:
-            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config), run_id)
+            about = {"run_id": progress.run_id, "round": str(number)}
+            about |= {f"started_from_{key}": value for key, value in progress.started_from.items()}
+            self._write_adapters(folder, state, scales, self.exp.lora.alpha / self.exp.lora_rank(config), about)
         self.world.barrier()
 
     def _write_adapters(
-        self, folder: Path, state: dict[str, Tensor], scales: dict[str, Tensor], scaling: float, run_id: str
+        self,
+        folder: Path,
+        state: dict[str, Tensor],
+        scales: dict[str, Tensor],
+        scaling: float,
+        about: Mapping[str, str],
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
-        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, run_id=run_id)
+        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, about=about)
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
         if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)

@@ -5,7 +5,7 @@
     3. send updates to the units' owners, merge, send back       `_merge`: `Aggregator.merge`
     4. agree with all ranks that the merge is complete           `_merge`: `World.agree`
     5. write the merge into the model                            `_merge`: `Aggregator.apply`
-    6. evaluate each client's model, if due                      `_evaluate`
+    6. evaluate each client's model, if due; answer prompts      `_evaluate`
     7. save adapters, if due                                     `_record`
     8. write the record: metrics.jsonl, TensorBoard, one line    `_record`
 
@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ubsmoe_ds.adapters.adapter import FOLDER
 from ubsmoe_ds.base.errors import Diverged, Preempted
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
 from ubsmoe_ds.client.evaluation import Evaluator
+from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
@@ -45,6 +47,7 @@ from ubsmoe_ds.federation.metrics import (
     training_scalars,
 )
 from ubsmoe_ds.federation.outputs import Outputs
+from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -61,6 +64,7 @@ class Federation:
     batches_from: returns this rank's batches from a step's number on.
     rows: numbers of rows.
     monitor: writes and prints; None on all ranks but the first.
+    prompts: evaluation prompts to answer at each evaluation; None: nothing is generated.
     progress: resumable progress of the run.
     local: progress of this client in the current round.
     record: record of the latest round, kept on every rank in case the first rank dies before it is written.
@@ -71,6 +75,7 @@ class Federation:
     client: Client
     aggregator: Aggregator
     evaluator: Evaluator
+    prompts: Prompts | None
     rows: RowReport
     batches_from: Callable[[int], Iterator[StepBatch]]
     monitor: "Monitor | None"
@@ -93,22 +98,23 @@ class Federation:
         self.hang_watch.enter(f"round {self.progress.round}, start")
         if not self.aggregator.started:
             self.aggregator.start()
-        while self.progress.round <= self.exp.train.rounds:
+        while not self.progress.is_over(self.exp.train):
             if self.checkpoints.is_due(self.progress):
                 self._save()
             if not self.progress.merged:
                 self._train()
                 self._stop_if_asked()
                 self._merge()
-            evaluated = self._evaluate()
-            self._record(evaluated)
+            evaluated, samples = self._evaluate()
+            self._record(evaluated, samples)
             self._require_finite(evaluated)
             self.progress.next_round()
         if self.checkpoints.is_due(self.progress):
             self._save()
         self.hang_watch.enter("writing the results")
-        outputs = Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
-        outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
+        if self.monitor is not None:
+            self.monitor.out_of_patience(self.progress)
+        self._outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
 
     def _train(self) -> None:
@@ -173,12 +179,15 @@ class Federation:
             self.monitor.left_out(number, self._names, merged.statistics)
             self.monitor.outweighed(number, self._names, metrics)
 
-    def _evaluate(self) -> dict[str, float] | None:
-        """Evaluate every client's model; return its scalars, or None if this round is not due (a collective)."""
+    def _evaluate(self) -> tuple[dict[str, float] | None, list[Sample]]:
+        """Evaluate every client's model; return (its scalars, or None if this round is not due; answers to prompts).
+
+        A collective.
+        """
         number = self.progress.round
         self.stopwatch.start()
         if number % self.exp.evaluation.every and number != self.exp.train.rounds:
-            return None
+            return None, []
 
         def stop() -> bool:
             stops = self.world.any_of_group(self.stop.poll())
@@ -187,29 +196,34 @@ class Federation:
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
         part = evaluate_part(self.exp, self.world, self.client, self.evaluator, stop)
+        answers = generate_samples(self.exp, self.world, self.client, self.prompts, stop)
         self._stop_if_asked()
         scalars = view_scalars(self.exp, self.world, self.evaluator, self.aggregator.server.weights, part)
+        samples = gather_samples(self.exp, self.world, self.prompts, answers)
         self.stopwatch.lap("evaluation")
-        return scalars
+        return scalars, samples
 
-    def _record(self, evaluated: dict[str, float] | None) -> None:
+    def _record(self, evaluated: dict[str, float] | None, samples: list[Sample]) -> None:
         """Complete the round: save adapters if due, then write its record (a collective)."""
         number, every = self.progress.round, self.exp.train.save_every
         self.hang_watch.enter(f"round {number}, record")
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
         apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
-            Outputs(self.exp, self.world, self.client, self.aggregator, self.rows).save_adapters(
-                self.progress.run_id, number
-            )
+            self._outputs.save_adapters(self.progress, f"{FOLDER}-round-{number}", number)
+        best = self.exp.train.keeps_best and evaluated is not None and self.progress.improves(evaluated)
+        if best:
+            self._outputs.save_best(self.progress)
         self.world.agree()
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)
+            self._outputs.prune_best(self.progress)
         if number:
             complete_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
         self.stopwatch.reset()
         self.record = self.progress.record()
         if self.monitor is not None:
+            self.monitor.samples(number, samples)
             self.monitor.round(self.record)
 
     def _require_finite(self, evaluated: dict[str, float] | None) -> None:
@@ -266,6 +280,11 @@ class Federation:
         table = np.zeros((len(self.exp.clients), len(values)))
         table[self.world.client] = values
         return self.world.sum(table)
+
+    @property
+    def _outputs(self) -> Outputs:
+        """Return what writes the run's results."""
+        return Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
 
     @property
     def _local_steps(self) -> int:
