@@ -104,6 +104,15 @@ class Experiment(Section):
         names = self.clients[client].groups
         return [number for number, group in enumerate(self.groups) if names is None or group.name in names]
 
+    def clients_for(self, group: int) -> list[int]:
+        """Return the clients that a group may train."""
+        return [client for client in range(len(self.clients)) if group in self.allowed_groups(client)]
+
+    def clients_of(self, group: int) -> list[int]:
+        """Return the clients for whose rows a group answers before the first round: each client has one such group."""
+        allowed = (self.allowed_groups(client) for client in range(len(self.clients)))
+        return [client for client, groups in enumerate(allowed) if groups[client % len(groups)] == group]
+
     @property
     def world_size(self) -> int:
         """Return the number of ranks of all groups together."""

@@ -149,4 +149,6 @@ def group_problems(groups: list[GroupConfig] | None, clients: list[ClientConfig]
             problems.append(
                 f"clients: {client.name!r} has hosts, which belong to a group; give it `groups` on these hosts"
             )
+    wanted = {name for client in clients for name in client.groups or names}
+    problems += [f"groups: no client may be trained by {name!r}; remove it" for name in names if name not in wanted]
     return problems

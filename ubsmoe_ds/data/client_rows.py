@@ -1,7 +1,8 @@
-"""The rows of one rank's client, and what all ranks know about the rows of all clients."""
+"""The rows of the clients that a rank's group trains, and what all ranks know about the rows of all clients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.schema import Row
@@ -16,17 +17,43 @@ from ubsmoe_ds.mpi.world import World
 class ClientRows:
     """Rows as one rank sees them.
 
-    training: this client's rows; counts: training rows of each client; evaluation: rows, the same for all clients;
-    unused: numbers of other rows, of the common source (one item) or of each client's; digest: differs when any rows
-    differ, and is the same on all ranks. It is kept with the run, which others may read; where rows stay at a site,
-    nobody can test a guess of them against it (`site_key.py`).
+    of_client: returns the training rows of a client that this rank's group may train; counts: training rows of each
+    client; evaluation: rows, the same for all clients; unused: numbers of other rows, of the common source (one item) or
+    of each client's; digest: differs when any rows differ, and is the same on all ranks. It is kept with the run, which
+    others may read; where rows stay at a site, nobody can test a guess of them against it (`site_key.py`).
     """
 
-    training: list[Row]
+    of_client: Callable[[int], list[Row]]
     counts: list[int]
     evaluation: list[Row]
     unused: list[Unused]
     digest: str
+
+
+def client_rows(exp: Experiment, world: World) -> ClientRows:
+    """Read the rows of the clients that this rank's group trains (a collective where clients have sources of their own).
+
+    Raises:
+        UserError: for a bad row, a client without any, or a site that has no place for its key.
+    """
+    if not has_sites(exp.clients):
+        common = common_rows(exp)
+        counts = [len(share) for share in common.shares]
+        return ClientRows(common.of_client, counts, common.evaluation, [common.unused], common.digest)
+    of_site = lru_cache(maxsize=1)(partial(site_rows, exp))  # read again where clients take turns
+    spoken, evaluation = [], None  # the first rank of each group speaks for the clients that it answers for
+    for client in exp.clients_of(world.group):
+        rows = of_site(client)
+        evaluation = rows.evaluation
+        if world.group_rank == 0:
+            key = key_of(exp.clients[client].name)
+            spoken.append([client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation], key)])
+    if evaluation is None:
+        evaluation = of_site(exp.clients_for(world.group)[0]).evaluation
+    sites = sorted(site for part in gather_json(world.comm, spoken) for site in part)
+    counts, unused = [count for _, count, *_ in sites], [Unused(*numbers) for _, _, numbers, _ in sites]
+    digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]
+    return ClientRows(lambda client: of_site(client).training, counts, evaluation, unused, digest(digests))
 
 
 def merge_weights(kind: str, rows_C: Sequence[int], tokens_C: Sequence[int]) -> list[float]:
@@ -39,24 +66,3 @@ def merge_weights(kind: str, rows_C: Sequence[int], tokens_C: Sequence[int]) -> 
     """
     counts = {"rows": rows_C, "tokens": tokens_C, "equal": [1] * len(rows_C)}[kind]
     return [count / sum(counts) for count in counts]
-
-
-def client_rows(exp: Experiment, world: World) -> ClientRows:
-    """Read the rows of this rank's client (a collective where clients have sources of their own).
-
-    Raises:
-        UserError: for a bad row, a client without any, or a site that has no place for its key.
-    """
-    if not has_sites(exp.clients):
-        common = common_rows(exp)
-        counts = [len(share) for share in common.shares]
-        return ClientRows(common.of_client(world.client), counts, common.evaluation, [common.unused], common.digest)
-    rows = site_rows(exp, world.client)
-    site = None  # the first rank of each client speaks for it
-    if world.group_rank == 0:
-        key = key_of(exp.clients[world.client].name)
-        site = [world.client, len(rows.training), rows.unused, digest([*rows.training, *rows.evaluation], key)]
-    sites = sorted(site for site in gather_json(world.comm, site) if site is not None)
-    counts, unused = [count for _, count, *_ in sites], [Unused(*numbers) for _, _, numbers, _ in sites]
-    digests = [list(bytes.fromhex(digest_of_site)) for *_, digest_of_site in sites]
-    return ClientRows(rows.training, counts, rows.evaluation, unused, digest(digests))

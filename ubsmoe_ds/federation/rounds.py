@@ -1,7 +1,8 @@
 """Run the rounds of a federation. Every rank of the job runs the same loop; a round is:
 
     1. save a checkpoint of the rounds so far, if due            `_save`
-    2. take local steps, until a deadline or a request to stop   `_train`
+    2. train the cohort's clients, each group one after the      `_take_turns`
+       other, until a deadline or a request to stop
     3. send updates to the units' owners, merge, send back       `_merge`: `Aggregator.merge`
     4. agree with all ranks that the merge is complete           `_merge`: `World.agree`
     5. write the merge into the model                            `_merge`: `Aggregator.apply`
@@ -60,13 +61,15 @@ if TYPE_CHECKING:
 class Federation:
     """One rank's part of a federation; every rank of the job calls `run`.
 
+    client: the engine that trains this group's clients.
     aggregator: merges the clients' updates.
-    batches_from: returns this rank's batches from a step's number on.
-    rows: numbers of rows.
+    texts: rows of all clients as tokens. rows: their numbers.
+    roster: says who takes part in a round, and which group trains whom.
     monitor: writes and prints; None on all ranks but the first.
     prompts: evaluation prompts to answer at each evaluation; None: nothing is generated.
     progress: resumable progress of the run.
-    local: progress of this client in the current round.
+    turns: what this rank has of the turns that its group has completed in the current round.
+    current: number of the client that is being trained. local: progress of its local steps.
     record: record of the latest round, kept on every rank in case the first rank dies before it is written.
     """
 
@@ -76,8 +79,9 @@ class Federation:
     aggregator: Aggregator
     evaluator: Evaluator
     prompts: Prompts | None
+    texts: Texts
     rows: RowReport
-    batches_from: Callable[[int], Iterator[StepBatch]]
+    roster: Roster
     monitor: "Monitor | None"
     checkpoints: CheckpointManager
     stop: StopRequests
@@ -85,6 +89,8 @@ class Federation:
     stopwatch: Stopwatch
     progress: Progress
     local: LocalProgress
+    current: int
+    turns: list[Turn] = field(default_factory=list)
     record: Record | None = field(default=None)
 
     def run(self) -> None:
@@ -102,7 +108,7 @@ class Federation:
             if self.checkpoints.is_due(self.progress):
                 self._save()
             if not self.progress.merged:
-                self._train()
+                self._take_turns()
                 self._stop_if_asked()
                 self._merge()
             evaluated, samples = self._evaluate()
@@ -114,16 +120,63 @@ class Federation:
         self.hang_watch.enter("writing the results")
         if self.monitor is not None:
             self.monitor.out_of_patience(self.progress)
-        self._outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
+        first = next(self._batches(self.roster.clients_for(self.world.group)[0], 0))
+        self._outputs.write(first, self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
 
+    def _take_turns(self) -> None:
+        """Train this group's clients of the round; a deadline or a request to stop cuts steps and turns."""
+        begun = time.monotonic()
+        for client in self.roster.turns_left(self.progress.round, self.world.group, self.turns):
+            deadline = begun + (self.exp.train.round_deadline_s or np.inf)
+            if self.turns and self.world.any_of_group(time.monotonic() > deadline):
+                return
+            if self.exp.takes_turns and (client != self.current or self.local.steps == 0):
+                self._become(client)
+            self._train()
+            if not self.exp.takes_turns or self.world.any_of_group(self.stop.poll()):
+                return  # without turns the update is read when all have arrived; a stopped one is saved as it is
+            self._end_turn()
+
+    def _become(self, client: int) -> None:
+        """Turn the engine into a client that has taken no step in the round (a collective over the group)."""
+        number, server = self.progress.round, self.aggregator.server
+        self.current, self.local = client, LocalProgress(deadline=self.local.deadline)
+        self.client.become(
+            self.exp.trained_by(client, self.world.group), number, self.progress.scales.get(client)
+        )
+        self.aggregator.store.begin_turn(server.lora_ranks[client], self.aggregator.held_rank)
+
+    def _end_turn(self) -> None:
+        """Keep what the client's steps have changed until the merge (a collective over the group)."""
+        client, local, deadline = self.current, self.local, self.local.deadline
+        update, part = self.aggregator.update_of(client, self._work_done())
+        self.turns.append(
+            Turn(
+                client=client,
+                update=update,
+                part=part,
+                stats=self.client.local_stats(local),
+                steps=local.steps,
+                seconds=local.seconds,
+                learning_rate=self.client.learning_rate,
+                routed_LX=self.client.routed_counts(),
+                sums_LEX=moment_sums(self.client),
+                squares_LE2=self.client.gradient_squares(),
+                scales_L=self.client.learned_scales(),
+                slot=len(self.turns),
+            )
+        )
+        self.local = LocalProgress(deadline=deadline)
+
     def _train(self) -> None:
-        """Take the round's local steps, fewer if a deadline or a request to stop comes first."""
+        """Take the client's local steps, fewer if a deadline or a request to stop comes first."""
         self.stopwatch.reset()
         train = self.exp.train
         self.client.set_learning_rate(self.progress.round)
         if self.local.steps == 0:
-            self.local = self.client.begin_round()
+            deadline, self.local = self.local.deadline, self.client.begin_round()
+            self.local.deadline = deadline
         if self.local.deadline is None:
             self.local.deadline = time.monotonic() + (train.round_deadline_s or np.inf)
         deadline, begun = self.local.deadline, self.local.steps
@@ -135,9 +188,11 @@ class Federation:
             return stops
 
         self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
-        batches = self.batches_from(self.progress.steps_taken)
-        self.client.train(batches, self.local, self._local_steps, stop, self.aggregator.lora_rank)
-        self.progress.steps_taken += self.local.steps - begun
+        taken = self.progress.steps_taken
+        batches = self._batches(self.current, taken.get(self.current, 0))
+        lora_rank = self.aggregator.server.lora_ranks[self.current]
+        self.client.train(batches, self.local, self._local_steps, stop, lora_rank)
+        taken[self.current] = taken.get(self.current, 0) + self.local.steps - begun
         self.local.seconds += self.stopwatch.lap("local")
 
     def _stop_if_asked(self) -> None:
@@ -161,23 +216,27 @@ class Federation:
     def _merge(self) -> None:
         """Merge the changes of all clients' local steps into every client's model (a collective)."""
         self.stopwatch.lap("wait")
-        number, stats = self.progress.round, self.client.local_stats(self.local)
+        number, cohort = self.progress.round, self.roster.cohort(self.progress.round)
         self.hang_watch.enter(f"round {number}, merge")
+        if not self.exp.takes_turns:
+            self.turns = []
+            self._end_turn()
         try:
-            merged = self.aggregator.merge(self._work_done())
+            merged = self.aggregator.merge(self.turns, cohort)
         except Diverged as error:
             raise Diverged(f"round {number}: {error}") from error
-        stats_C, metrics, seconds = self._training_scalars(stats, merged)
+        stats_C, metrics, seconds = self._training_scalars(merged)
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
         self.aggregator.apply(merged, number)
         self.progress.note_merge(metrics, seconds, merged.statistics.usage.utilisation_LE.tolist())
-        self.local = LocalProgress()
+        self.local, self.turns = LocalProgress(), []
         if self.monitor is not None:
-            self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C.tolist())
-            self.monitor.left_out(number, self._names, merged.statistics)
-            self.monitor.outweighed(number, self._names, metrics)
+            names = [self.exp.clients[client].name for client in merged.statistics.cohort]
+            self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))
+            self.monitor.bad_steps(number, names, stats_C, merged.statistics.work_C.tolist())
+            self.monitor.left_out(number, names, merged.statistics)
+            self.monitor.outweighed(number, names, metrics)
 
     def _evaluate(self) -> tuple[dict[str, float] | None, list[Sample]]:
         """Evaluate every client's model; return (its scalars, or None if this round is not due; answers to prompts).
