@@ -1,13 +1,15 @@
 """Evaluate a trained adapter, or a base model, at one or several K (active experts): per task and over all rows.
 
     python launch/evaluate.py --adapter runs/tiny/adapter --data synthetic --k 2 8
-    python launch/evaluate.py --adapter runs/x/adapter/clients/phone --data jsonl:dev.jsonl --exact-match
-    python launch/evaluate.py --model FOLDER --data jsonl:dev.jsonl --k 8
+    python launch/evaluate.py --adapter runs/x/adapter/clients/phone --data dev.jsonl --exact-match
+    python launch/evaluate.py --model FOLDER --data dev.jsonl --k 8
 
-loss           mean over the answer tokens, with the final end-of-text token
-accuracy       rows whose right option has the largest log-probability
-accuracy_norm  the same with log-probabilities divided by the option's number of tokens
-exact_match    with --exact-match: rows whose greedily generated answer names the right label, see `parse_answer`
+loss            mean over the answer tokens, with the token that ends the answer; perplexity: e to this power
+accuracy        rows whose right option has the largest log-probability, of rows with choices, as the next two
+accuracy_norm   the same with log-probabilities divided by the option's number of tokens
+accuracy_chars  the same with log-probabilities divided by the option's number of characters
+exact_match     with --exact-match: rows whose greedily generated answer names the right label, see `parse_answer`, or
+                of rows without choices, is the row's
 --format cloze asks the question alone and takes the choices' texts as answers
 
 One process; an accelerator is used if there is one. Exit codes: 0 done, 2 a mistake in the arguments or files.
@@ -26,6 +28,9 @@ from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quotin
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import finite_or_null
 from ubsmoe_ds.base.terminal import say
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
+from ubsmoe_ds.config.sections import DataConfig
+from ubsmoe_ds.data.sources import evaluation_rows
 
 
 def main() -> int:
@@ -54,8 +59,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     evaluated.add_argument("--adapter", type=Path, help="folder of an adapter")
     evaluated.add_argument("--model", help="a model without adapter, as in model.path")
     parser.add_argument("--base", help="model under the adapter, as in model.path; default: the one it was trained on")
-    parser.add_argument("--data", required=True, help="synthetic, jsonl:PATH or hub:NAME[@SPLIT] (default split: test)")
-    parser.add_argument("--format", choices=["instruction", "cloze"], help="as data.format; default: the adapter's")
+    parser.add_argument("--data", required=True, help="as data.source; of a data set with splits: test")
+    parser.add_argument("--format", choices=[AUTO, CLOZE, *FORMATS], help="as data.format; default: the adapter's")
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", help="as data.columns; default: the adapter's")
+    parser.add_argument("--chat-template", help="as data.chat_template; default: the adapter's, else the tokenizer's")
     parser.add_argument("--k", type=whole(1), nargs="+", help="active experts; default: the adapter's")
     parser.add_argument("--rows", type=whole(1), help="number of rows; default: all")
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the choice of rows")
@@ -80,11 +87,16 @@ def evaluate(options: argparse.Namespace) -> Any:
     Raises:
         UserError: for rows, a model or an adapter that cannot be used, or a K that it does not have.
     """
-    rows, max_length = read_rows(options)
+    data = read_as(options)
+    rows, max_length = (
+        evaluation_rows(options.data, options.rows, options.seed, data.format, data.columns),
+        data.max_length,
+    )
     import pandas as pd
     import torch
 
     from ubsmoe_ds.client.evaluation import Evaluator, LocalModel
+    from ubsmoe_ds.data.chat import PLAINLY, ChatTemplate, template_of
     from ubsmoe_ds.data.lengths import by_name, length_lines
     from ubsmoe_ds.models.hf_config import check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
@@ -97,7 +109,13 @@ def evaluate(options: argparse.Namespace) -> Any:
     local = LocalModel(model.to(device), device)
     tokenizer = read_tokenizer(folder, model.hf.config.vocab_size)
     check_length(model.hf.config, max_length, "--max-length")
-    evaluator = Evaluator(rows, tokenizer, max_length, options.batch_size)
+    chat = None
+    if "messages" in rows[0]:
+        template, plain = template_of(data.chat_template, tokenizer)
+        chat = ChatTemplate(tokenizer, template)
+        if plain:
+            say(PLAINLY, error=True)
+    evaluator = Evaluator(rows, tokenizer, max_length, options.batch_size, chat)
     check_window(model.hf.config, evaluator.longest)
     setting, dropped = f"--max-length {max_length}", by_name(evaluator.dropped)
     for line in length_lines(setting, "evaluation", evaluator.lengths, dropped_of=dropped):
@@ -106,56 +124,71 @@ def evaluate(options: argparse.Namespace) -> Any:
     for k in ks:
         exact = None
         if options.exact_match:
-            exact = exact_matches(local.model, k, evaluator.rows, tokenizer, max_length, options)
+            lengths = {"max_length": max_length, "batch_size": options.batch_size, "chat": chat}
+            exact = exact_matches(local.model, k, evaluator.rows, tokenizer, options.max_new_tokens, lengths)
         records += table_of(k, evaluator.tasks, evaluator.sums(local, k, 0, 1), exact)
     return pd.DataFrame(records)
 
 
-def read_rows(options: argparse.Namespace) -> tuple[list[Any], int]:
-    """Return (rows to evaluate on, most tokens of a row), in the form that the adapter was trained on by default.
+def read_as(options: argparse.Namespace) -> DataConfig:
+    """Return how rows are read and written: as the adapter was trained, but for what the options say.
 
     Raises:
-        UserError: for bad rows, or an adapter that cannot be read.
+        UserError: for columns that are none, or an adapter that cannot be read.
     """
-    from ubsmoe_ds.config.sections import DataConfig
-    from ubsmoe_ds.data.sources import evaluation_rows
-
-    default = DataConfig()
-    form: str = default.format
-    max_length = default.max_length
+    data = DataConfig()
     if options.adapter is not None:
         from ubsmoe_ds.adapters.adapter import asked_as
 
-        form, max_length = asked_as(options.adapter)
-    rows = evaluation_rows(options.data, options.rows, options.seed, options.format or form)
-    return rows, options.max_length or max_length
+        data = asked_as(options.adapter)
+    changes = {key: getattr(options, key) for key in ("format", "max_length", "chat_template")}
+    if options.columns is not None:
+        pairs = [text.partition("=") for text in options.columns]
+        if not all(field and equals and name for field, equals, name in pairs):
+            raise UserError(f"--columns: {' '.join(options.columns)!r} must read FIELD=NAME, such as prompt=question")
+        changes["columns"] = {field: name for field, _, name in pairs}
+    return data.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
 def exact_matches(
-    model: Any, k: int, rows: list[Any], tokenizer: Any, max_length: int, options: argparse.Namespace
+    model: Any, k: int, rows: list[Any], tokenizer: Any, new_tokens: int | None, lengths: dict[str, Any]
 ) -> dict[str, int]:
-    """Return how many rows of each task the model answers right in generated text."""
+    """Return how many rows of each task the model answers right in generated text.
+
+    Args:
+        model, k: what generates.
+        rows: of one form.
+        tokenizer: the model's.
+        new_tokens: most tokens of an answer; None: as many as the longest right one, at least `LEAST_NEW_TOKENS`.
+        lengths: `max_length`, `batch_size` and `chat` of `generate_answers`.
+    """
     from ubsmoe_ds.client.evaluation import generate_answers, parse_answer
     from ubsmoe_ds.client.generation import LEAST_NEW_TOKENS
-    from ubsmoe_ds.data.tokenizing import text_tokens
+    from ubsmoe_ds.data.batches import encode, last_reply
 
-    right = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")
-    new_tokens = options.max_new_tokens or max(LEAST_NEW_TOKENS, *(len(answer) + 1 for answer in right))
-    lengths = {"max_length": max_length, "max_new_tokens": new_tokens}
-    texts = generate_answers(model, k, rows, tokenizer, batch_size=options.batch_size, **lengths)
+    examples, _ = encode(rows, tokenizer, lengths["max_length"], lengths["chat"])
+    right = [last_reply(example)[1] for example in examples]
+    texts = generate_answers(
+        model, k, rows, tokenizer, max_new_tokens=new_tokens or max(LEAST_NEW_TOKENS, *map(len, right)), **lengths
+    )
     matches = dict.fromkeys([row["task"] for row in rows], 0)
-    for text, row in zip(texts, rows, strict=True):
-        matches[row["task"]] += parse_answer(text, row["labels"]) == row["label"]
+    for text, row, reply in zip(texts, rows, right, strict=True):
+        if "choices" in row:
+            matches[row["task"]] += parse_answer(text, row["labels"]) == row["label"]
+        else:
+            matches[row["task"]] += text.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
     return matches
 
 
 def table_of(k: int, tasks: list[str], sums: Any, exact: dict[str, int] | None) -> list[dict[str, Any]]:
     """Return records of all rows together and of each task, from sums in the order of `evaluation.FIELDS`."""
+    from ubsmoe_ds.client.evaluation import scores
+
     records = []
     for task, part in zip(["all", *tasks], [sums.sum(0), *sums], strict=True):
-        nll, tokens, correct, normalised, count = map(float, part)
-        record: dict[str, Any] = {"k": k, "task": task, "rows": int(count), "loss": nll / tokens}
-        record |= {"accuracy": correct / count, "accuracy_norm": normalised / count}
+        count = int(part[-1])
+        record: dict[str, Any] = {"k": k, "task": task, "rows": count}
+        record |= {name: float(value) for name, value in scores(part).items()}
         if exact is not None:
             record["exact_match"] = (sum(exact.values()) if task == "all" else exact[task]) / count
         records.append(record)

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,14 @@ def make_split(options: argparse.Namespace) -> None:
     save(model, tokenizer, options.out)
 
 
-def text_blocks(rows: list[Any], tokenizer: Any, length: int, count: int) -> Any:
-    """Return [count, length] tokens of questions and answers in a row, from the first again where they end."""
+def text_blocks(rows: Sequence[Any], tokenizer: Any, length: int, count: int) -> Any:
+    """Return [count, length] tokens of the texts of rows in a row, from the first again where they end."""
     import torch
 
+    from ubsmoe_ds.data.schema import whole_text
     from ubsmoe_ds.data.tokenizing import beginning, text_tokens
 
-    texts = text_tokens([f"{row['instruction']}\n{row['answer']}" for row in rows], tokenizer, rows, "instruction")
+    texts = text_tokens([whole_text(row) for row in rows], tokenizer, rows, "text")
     begin, end = beginning(tokenizer), [tokenizer.eos_token_id]
     tokens = [token for text in texts for token in begin + text + end]
     times = -(-count * length // len(tokens))

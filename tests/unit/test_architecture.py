@@ -36,7 +36,7 @@ KNOWS_MPI = {
     "aggregation.shared_memory",
 }
 # a mistake in a config, a hostfile or rows is reported before seconds of imports
-FREE_OF_TORCH = ("base", "config", "launching", "data.s", "data.partition", "models.hub")
+FREE_OF_TORCH = ("base", "config", "launching", "data.s", "data.partition", "data.row_table", "data.f", "models.hub")
 HEAVY = {"torch", "deepspeed", "transformers"}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()

@@ -1,5 +1,6 @@
 """Save the adapters of a run, the shared one and each client's, and load models with them."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 from ubsmoe_ds.adapters import peft_config, peft_format
 from ubsmoe_ds.adapters.merged import check_complete
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import replace_files
+from ubsmoe_ds.base.files import parse_json, replace_files
 from ubsmoe_ds.base.tensor_files import open_tensors
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
@@ -64,6 +66,8 @@ def save_adapter(
         "gate_rescale": exp.router.gate_rescale,
         "data_format": exp.data.format,
         "max_length": str(exp.data.max_length),
+        "columns": json.dumps(exp.data.columns),
+        "chat_template": exp.data.chat_template or "",
     }
     if exp.merge.row.stacking:
         replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
@@ -110,17 +114,24 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     return Adapter(state, lora_rank, scaling, model_folder(name, weights=True), facts)
 
 
-def asked_as(folder: Path) -> tuple[str, int]:
-    """Return (data.format, data.max_length) of an adapter's training, or the defaults if it does not say.
+def asked_as(folder: Path) -> DataConfig:
+    """Return how rows were read and written in an adapter's training; defaults for what it does not say.
 
     Raises:
         UserError: as `read_adapter`.
     """
     facts, default = _facts(folder), DataConfig()
     form = facts.get("data_format", default.format)
-    if form not in ("instruction", "cloze"):
-        raise _wrong_fact("data_format", form, "instruction or cloze")
-    return form, _whole(facts, "max_length", default.max_length, 8, 10**9 - 1)
+    if form not in (AUTO, CLOZE, *FORMATS):
+        raise _wrong_fact("data_format", form, f"one of {', '.join((AUTO, CLOZE, *FORMATS))}")
+    try:
+        columns = parse_json(facts.get("columns", "{}"))
+        found = DataConfig(columns=columns, chat_template=facts.get("chat_template") or None)
+    except ValueError as error:
+        raise _wrong_fact("columns", facts.get("columns", ""), "an object of texts") from error
+    length = _whole(facts, "max_length", default.max_length, 8, 10**9 - 1)
+    # an earlier version wrote `instruction` for every row that was asked by its prompt
+    return found.model_copy(update={"format": AUTO if form == "instruction" else form, "max_length": length})
 
 
 def _facts(folder: Path) -> dict[str, str]:

@@ -31,6 +31,12 @@ class RowError(UserError):
         super().__init__(message)
         self.content = _one_line(repr(content))
 
+    def adding(self, hint: str) -> "RowError":
+        """Return the same error with more in its message."""
+        error = RowError(f"{self}{hint}", None)
+        error.content = self.content
+        return error
+
 
 class Preempted(Exception):  # noqa: N818  # no error: the job did as it was asked
     """The job was asked to stop and has saved a checkpoint; it ends with `EXIT_PREEMPTED`."""

@@ -83,6 +83,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def first_json(text: str, start: int = 0) -> tuple[Any, int]:
+    """Return (the JSON value that begins at a place of the text, where it ends); raise ValueError as `parse_json`."""
+    try:
+        return _STRICT.raw_decode(text, start)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def leads_out(path: Path, folder: Path) -> bool:
     """Return whether a path in a folder is, or is below, a link that leads out of it."""
     return not path.resolve().is_relative_to(folder.resolve())
@@ -110,6 +118,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _no_number(text: str) -> Any:
     """Refuse NaN and Infinity."""
     raise ValueError(f"{text} is not a number in JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_without_repeats, parse_constant=_no_number)
 
 
 @contextmanager

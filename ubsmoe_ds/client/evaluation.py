@@ -14,16 +14,19 @@ import torch
 from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.client.generation import check_positions, generate
-from ubsmoe_ds.data.batches import PackedRow, Tokens, collate_packed, encode, pack
+from ubsmoe_ds.client.generation import check_positions, ends_of, generate
+from ubsmoe_ds.data.batches import Tokens, encode, last_reply
+from ubsmoe_ds.data.chat import ChatTemplate
+from ubsmoe_ds.data.evaluation_rows import PackedRow, collate_packed, pack
 from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, nothing_fits
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.words import first_named, nfc
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
-# sums over rows; loss = nll / tokens, accuracy = correct / rows, length-normalised accuracy = correct_norm / rows
-FIELDS = ("nll", "tokens", "correct", "correct_norm", "rows")
+# sums over rows, see `scores`; those of rows with choices are correct: raw, and normalised by tokens and by characters
+FIELDS = ("nll", "tokens", "correct", "correct_norm", "correct_chars", "choices", "rows")
 ANSWER_HEAD = "the correct answer is"
+LARGEST_EXPONENT = 700.0  # of e, in double precision: a loss beyond it has a perplexity of this power
 
 
 class Scoring(Protocol):
@@ -51,10 +54,10 @@ class LocalModel:
 class Evaluator:
     """Scores models on the evaluation rows, which it tokenises once.
 
-    The answer loss is the mean over all answer tokens, the closing end-of-text token included. A row counts as right
-    if the right option has the largest summed log-probability of its answer tokens: raw, and length-normalised (divided
-    by their number). As in the field's harness (lm-eval), end-of-text does not count there, so in raw scoring an option
-    that begins another is never the less likely one.
+    The answer loss is the mean over all answer tokens, the closing end-of-text token included. A row with choices is
+    right if the right option has the largest summed log-probability of its answer tokens: raw, and length-normalised
+    (divided by the number of tokens, or of characters). As in the field's harness (lm-eval), end-of-text does not count
+    there, so in raw scoring an option that begins another is never the less likely one.
 
     A row of which some option does not fit is not scored: a cut option would decide nothing. `rows` are those that are
     scored, `dropped` the ids of the others, `lengths` their numbers.
@@ -64,6 +67,7 @@ class Evaluator:
         tokenizer: the model's tokenizer.
         max_length: most tokens of a prompt with any of its options.
         batch_size: rows of a batch on a rank.
+        chat: how conversations are written; None: the rows are none.
         overlong: as `data.overlong`.
 
     Raises:
@@ -71,10 +75,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: Any, max_length: int, batch_size: int, overlong: str = CUT_PROMPT
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        max_length: int,
+        batch_size: int,
+        chat: ChatTemplate | None = None,
+        overlong: str = CUT_PROMPT,
     ) -> None:
         self.batch_size, self.pad = batch_size, tokenizer.pad_token_id
-        pairs = list(zip(rows, pack(rows, tokenizer, max_length, overlong), strict=True))
+        pairs = list(zip(rows, pack(rows, tokenizer, max_length, chat, overlong), strict=True))
         self.rows = [row for row, packed in pairs if packed is not None]
         self.packed = [packed for _, packed in pairs if packed is not None]
         self.dropped = [str(row["id"]) for row, packed in pairs if packed is None]
@@ -98,7 +108,7 @@ class Evaluator:
             stop: whether to stop before the next batch, the same on all ranks of the client; the sums are then partial.
 
         Returns:
-            [tasks, 5] float64 in the order of `self.tasks` and `FIELDS`.
+            [tasks, fields] float64 in the order of `self.tasks` and `FIELDS`.
         """
         assigned = self._order[worker::workers]
         most = -(-len(self._order) // workers)
@@ -137,15 +147,35 @@ def score(row: PackedRow, logp: Sequence[torch.Tensor]) -> tuple[float, ...]:
             it counts for the loss but not for the choice.
     """
     common, *options = logp
+    if len(options) == 1:
+        bears = options[0] if row.learned is None else options[0][torch.tensor(row.learned)]
+        return -float(bears.sum()), len(bears), 0, 0, 0, 0, 1
     # the choice is among options without end-of-text
     choice = [option[:-1] if n == row.label else option for n, option in enumerate(options)]
-    # log p(option | prompt), and the same per answer token
+    # log p(option | prompt), and the same per answer token and per character
     raw = [float(common.sum() + option.sum()) for option in choice]
-    normalised = [total / (len(common) + len(option)) for total, option in zip(raw, choice, strict=True)]
+    by_tokens = [total / (len(common) + len(option)) for total, option in zip(raw, choice, strict=True)]
+    by_characters = [total / characters for total, characters in zip(raw, row.characters, strict=True)]
     # the loss is that of the right answer, end-of-text included
     nll = -float(common.sum() + options[row.label].sum())
     tokens = len(common) + len(options[row.label])
-    return nll, tokens, _chance(raw, row.label), _chance(normalised, row.label), 1
+    return nll, tokens, *(_chance(values, row.label) for values in (raw, by_tokens, by_characters)), 1, 1
+
+
+def scores(sums: np.ndarray) -> dict[str, float]:
+    """Return the scores of some rows; none if there are no rows, no accuracy if none of them has choices.
+
+    Args:
+        sums: over the rows, in the order of `FIELDS`.
+    """
+    nll, tokens, correct, correct_norm, correct_chars, choices, _ = sums
+    if not tokens:
+        return {}
+    found = {"loss": nll / tokens, "perplexity": float(np.exp(np.minimum(nll / tokens, LARGEST_EXPONENT)))}
+    if choices:
+        found |= {"accuracy": correct / choices, "accuracy_norm": correct_norm / choices}
+        found["accuracy_chars"] = correct_chars / choices
+    return found
 
 
 def _chance(values: Sequence[float], label: int) -> float:
@@ -165,6 +195,7 @@ def generate_answers(
     max_length: int,
     batch_size: int,
     max_new_tokens: int,
+    chat: ChatTemplate | None = None,
 ) -> list[str]:
     """Generate greedy continuations of the rows' prompts, in batches of rows of about equal length.
 
@@ -176,20 +207,22 @@ def generate_answers(
         max_length: most tokens of a prompt with its right answer; a longer prompt loses its beginning, as in training.
         batch_size: rows of a batch.
         max_new_tokens: most tokens of an answer; prompt and answer together may exceed `max_length`.
+        chat: how conversations are written; None: the rows are none. Asked for is their last answer.
 
     Returns:
-        The generated text of each row, up to the end-of-text token.
+        The generated text of each row, up to the token that ends it.
 
     Raises:
         UserError: if the model has too few positions, or a row's right answer does not fit in `max_length`.
     """
-    examples, lengths = encode(rows, tokenizer, max_length)
+    examples, lengths = encode(rows, tokenizer, max_length, chat)
     if lengths.dropped:
         raise UserError(f"max_length: {max_length} is too short for {lengths.dropped} of {len(rows)} rows; raise it")
-    prompts = [example.prompt for example in examples]
+    prompts, replies = zip(*map(last_reply, examples), strict=True)
     setting = f"max_new_tokens: {max_new_tokens}"
     check_positions(model, prompts, max_new_tokens, setting, "lower max_new_tokens or max_length")
-    return generate(model, k, prompts, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    ends = ends_of(replies, tokenizer)
+    return generate(model, k, prompts, tokenizer, ends=ends, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> int | None:

@@ -3,13 +3,14 @@
 transformers' `generate` does the work, on the converted model. As in all evaluation no token is dropped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.data.batches import PackedRow
+from ubsmoe_ds.data.evaluation_rows import PackedRow, asked
+from ubsmoe_ds.data.tokenizing import special_ids
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 
 LEAST_NEW_TOKENS = 16  # of a generated answer: models say more than the answer needs
@@ -37,6 +38,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     *,
+    ends: Collection[int],
     batch_size: int,
     max_new_tokens: int,
     together: bool = False,
@@ -49,6 +51,7 @@ def generate(
         k: active experts.
         prompts: token ids.
         tokenizer: the model's.
+        ends: tokens that end a continuation, see `ends_of`.
         batch_size: prompts of a batch.
         max_new_tokens: most tokens of a continuation.
         together: whether other ranks hold some of the experts; then all ranks of the client call this with equally many
@@ -56,7 +59,7 @@ def generate(
         stop: whether to stop before the next batch, the same on all these ranks; the rest is then empty.
 
     Returns:
-        The text of each continuation, up to the end-of-text token.
+        The text of each continuation, up to a token that ends it.
     """
     model.eval()
     model.set_active_experts(k)
@@ -76,13 +79,18 @@ def generate(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             synced_gpus=together,
         )
         answers = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
         for n, text in zip(chosen, answers, strict=True):
             texts[n] = text
     return texts
+
+
+def ends_of(replies: Iterable[Sequence[int]], tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: end-of-text, and special tokens that end these replies."""
+    return {tokenizer.eos_token_id} | ({reply[-1] for reply in replies} & special_ids(tokenizer))
 
 
 def _padded_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,8 +114,8 @@ class Prompts:
 
     def __init__(self, rows: Sequence[PackedRow], tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.tokens = [row.start[: len(row.start) - row.common] for row in rows]
-        right = [row.start[len(row.start) - row.common :] + row.options[row.label] for row in rows]
+        self.tokens, right = zip(*map(asked, rows), strict=True)
+        self.ends = ends_of(right, tokenizer)
         self.max_new_tokens = max([LEAST_NEW_TOKENS, *map(len, right)])
         self.texts = tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
         self.answers = tokenizer.batch_decode(right, skip_special_tokens=True)
@@ -136,5 +144,5 @@ class Prompts:
         padded = mine + [0] * (-(-len(self.tokens) // workers) - len(mine))
         prompts = [self.tokens[n] for n in padded]
         sizes = {"batch_size": batch_size, "max_new_tokens": self.max_new_tokens}
-        texts = generate(model, k, prompts, self.tokenizer, together=together, stop=stop, **sizes)
+        texts = generate(model, k, prompts, self.tokenizer, ends=self.ends, together=together, stop=stop, **sizes)
         return dict(zip(mine, texts, strict=False))

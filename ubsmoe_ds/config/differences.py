@@ -34,6 +34,10 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
+# what a version of the program wrote for the same thing before
+FORMER = (("data.format", "instruction", "auto"),)  # the rows are compared by their digest
+
+
 class Difference(NamedTuple):
     """A key with its value in either config; None: the key is missing there, or null."""
 
@@ -50,6 +54,9 @@ def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any], may_diffe
         may_differ: keys to leave out, with everything below them; `*` stands for any number of a list item.
     """
     old, new = flatten(recorded), flatten(asked)
+    for key, former, now in FORMER:
+        for config in (old, new):
+            config |= {key: now} if config.get(key) == former else {}
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return [Difference(key, old.get(key), new.get(key)) for key in keys if not _is_within(key, may_differ)]
 

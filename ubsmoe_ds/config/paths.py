@@ -25,9 +25,11 @@ def expand(text: str) -> str:
     return os.path.expandvars(text)
 
 
-def expand_source(text: str) -> str:
-    """Return a data source with its path expanded, where it is `jsonl:PATH`; raise as `expand` does."""
-    return "jsonl:" + expand(text.removeprefix("jsonl:")) if text.startswith("jsonl:") else text
+# of files of rows; each may be followed by an ending of PACKED
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+# hub:OWNER/NAME, hub:OWNER/NAME/SUBSET, and a split after @; an old data set without owner has no subset here
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+){0,2}(@[\w.\[\]:%+-]+)?")
 
 
 def check_source(text: str, *, synthetic: bool) -> str:
@@ -41,10 +43,26 @@ def check_source(text: str, *, synthetic: bool) -> str:
         ValueError: if it is none, with what to write.
     """
     kind, _, rest = text.partition(":")
-    if (kind in ("jsonl", "hub") and rest) or (synthetic and text == "synthetic"):
-        return expand_source(text)
-    options = ["jsonl:PATH for a file of rows", "hub:NAME[@SPLIT] for a data set of the hub"]
-    if ":" not in text and text:
-        options[0] = f"jsonl:{text} for a file of rows"
-        options[1] = f"hub:{text} for a data set of the hub" if "." not in text else options[1]
+    if (synthetic and text == "synthetic") or (kind == "hub" and HUB_NAME.fullmatch(rest)):
+        return text
+    if kind == "jsonl" and rest:
+        return "jsonl:" + expand(rest)
+    if _is_path(text):
+        return expand(text)
+    options = [f"the path of a file ({' '.join(ENDINGS)}) or folder", "hub:OWNER/NAME[/SUBSET][@SPLIT]"]
+    if HUB_NAME.fullmatch(text):
+        options = [f"./{text} for a folder of rows", f"hub:{text} for a data set of the hub"]
     raise ValueError(f"{text!r} is not valid: write {', '.join([*options, *(['synthetic'] if synthetic else [])])}")
+
+
+def _is_path(text: str) -> bool:
+    """Return whether a text without prefix is meant as a path: by its look, or because it exists."""
+    whole = text.lower()
+    for packed in PACKED:
+        whole = whole.removesuffix(packed)
+    if whole.endswith(ENDINGS) or text.startswith(("/", "./", "../", "~", "$")) or any(sign in text for sign in "*?["):
+        return "://" not in text
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False

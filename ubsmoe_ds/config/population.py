@@ -107,11 +107,11 @@ def _written_out(entries: list[Any], key: str, prefix: str) -> list[Any]:
             raise ValueError(f"{key}.{place}.count: {count!r} must be a whole number from 1 to {MOST_CLIENTS}")
         common = {PLURALS.get(name, name): value for name, value in entry.items() if name != "count"}
         first = sum(isinstance(other, dict) for other in whole) if "name" not in common else 0
-        name = common.get("name", prefix)
+        stem = common.get("name", prefix)
         numbered = "count" in entry or "name" not in common
         for number in range(count):
             own = {part: _dealt(part, value, number, f"{key}.{place}") for part, value in common.items()}
-            whole.append(own | ({"name": f"{name}{first + number}"} if numbered else {}))
+            whole.append(own | ({"name": f"{stem}{first + number}"} if numbered else {}))
     return whole
 
 

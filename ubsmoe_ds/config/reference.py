@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.messages import section_of
 from ubsmoe_ds.config.methods import PRESETS
@@ -29,6 +30,7 @@ DERIVED = ("num_experts", "k_max")  # read from the model folder
 CHOICES = {
     "method": tuple(PRESETS),
     "merge.rule": tuple(RULES),
+    "data.format": (AUTO, CLOZE, *FORMATS),
     "pseudo_gradient.estimator": ("none", *ESTIMATORS),
 }
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

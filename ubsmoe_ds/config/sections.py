@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
+from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.merge_rules import RULES, MergeRule
 from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.paths import check_source, expand
@@ -26,6 +27,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a 
 Folder = Annotated[str, AfterValidator(expand)]
 RowSource = Annotated[str, AfterValidator(partial(check_source, synthetic=False))]
 AnySource = Annotated[str, AfterValidator(partial(check_source, synthetic=True))]
+RowSources = RowSource | Annotated[list[RowSource], Field(min_length=1)]  # one, or several that are read as one
 
 
 class Section(BaseModel):
@@ -231,11 +233,25 @@ class MergeConfig(Section):
 class DataConfig(Section):
     """Where rows come from, and how they are dealt to the clients."""
 
-    source: AnySource = Field("synthetic", description="training rows: `synthetic`, `jsonl:PATH` or `hub:NAME[@SPLIT]`")
-    eval_source: RowSource | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
-    format: Literal["instruction", "cloze"] = Field(
-        "instruction",
-        description="instruction: the row's prompt; cloze: the question, answered by a choice's text",
+    source: AnySource | Annotated[list[RowSource], Field(min_length=1)] = Field(
+        "synthetic",
+        description="training rows: `synthetic`, a PATH (file, folder, pattern, or a list of them), `jsonl:PATH`, or "
+        "`hub:OWNER/NAME[/SUBSET][@SPLIT]`",
+    )
+    eval_source: RowSources | None = Field(None, description="evaluation rows; null: held-out questions of `source`")
+    format: str = Field(
+        AUTO,
+        description="how rows are read (docs/data.md); auto: by their fields; cloze: questions with choices asked "
+        "without them, answered by a choice's text",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="a format's name of a field: its name in your rows, such as `{prompt: question}`"
+    )
+    chat_template: Folder | None = Field(
+        None, description="file of a chat template (jinja); null: the tokenizer's, or a plain one"
+    )
+    train_on: Literal["answers", "all"] = Field(
+        "answers", description="tokens that bear loss: answers, completions and assistant turns, or all"
     )
     partition: Literal["iid", "dirichlet", "by_task"] = Field("dirichlet", description="how rows are dealt to clients")
     alpha: Positive = Field(
@@ -255,3 +271,16 @@ class DataConfig(Section):
     packing: bool = Field(
         False, description="train on several rows in one sequence of at most `max_length` tokens, each on its own"
     )
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        names = (AUTO, CLOZE, *FORMATS)
+        if value not in names:
+            raise ValueError(f"{value!r} is not a format; {one_of(value, names)}")
+        return value
+
+    @property
+    def files(self) -> list[str]:
+        """Return the training sources, one or several."""
+        return [self.source] if isinstance(self.source, str) else self.source

@@ -1,10 +1,9 @@
-"""Build token batches for training and evaluation. Loss and scores are on answer tokens only.
+"""Build token batches for training and evaluation. Loss and scores are on the tokens that a row has for that.
 
 Rows are padded on the right to the longest row of the whole step, so that all ranks of a client, and all micro-batches
 of a step, have equal token counts. Shapes: B rows, S positions, A answer positions.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, fit, fit_row
+from ubsmoe_ds.data.chat import ChatTemplate
+from ubsmoe_ds.data.lengths import CUT_PROMPT, Lengths, fit_row
 from ubsmoe_ds.data.packing import share_out
-from ubsmoe_ds.data.sources import Row
-from ubsmoe_ds.data.tokenizing import beginning, text_tokens
-from ubsmoe_ds.data.words import occurrences
+from ubsmoe_ds.data.row_tokens import RowTokens, row_tokens
+from ubsmoe_ds.data.schema import Row
 
 
 class Tokens(NamedTuple):
@@ -42,52 +41,82 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One row's tokens: the prompt, then the answer, which ends with the end-of-text token unless its end is cut."""
+    """One row's tokens: the prompt, then the answer, which ends as its row does unless its end is cut.
+
+    learned: which tokens of the answer bear loss, as other turns may stand between those of the assistant; None: all.
+    """
 
     prompt: list[int]
     answer: list[int]
+    learned: list[bool] | None = None
 
     def __len__(self) -> int:
         """Return the number of tokens to run: the last one is only predicted."""
         return len(self.prompt) + len(self.answer) - 1
 
+    @property
+    def places(self) -> list[int]:
+        """Return the places in the answer of the tokens that bear loss."""
+        if self.learned is None:
+            return list(range(len(self.answer)))
+        return [place for place, bears in enumerate(self.learned) if bears]
+
 
 def encode(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    chat: ChatTemplate | None = None,
+    train_on: str = "answers",
+    overlong: str = CUT_PROMPT,
 ) -> tuple[list[Example], Lengths]:
     """Tokenise rows of at most `max_length` tokens each, by the rule of `lengths.fit_row`.
+
+    Args:
+        rows: of one form.
+        tokenizer: the model's.
+        max_length: most tokens of a row.
+        chat: how conversations are written; None: the rows are none.
+        train_on: as `data.train_on`.
 
     Returns:
         (examples of the rows that are kept, numbers of rows kept, cut and dropped).
     """
-    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
-    replies = text_tokens([row["answer"] for row in rows], tokenizer, rows, "answer")
-    begin, examples, cut = beginning(tokenizer), [], 0
-    for prompt, reply in zip(prompts, replies, strict=True):
-        answer = [*reply, tokenizer.eos_token_id]
-        parts = fit_row(begin, prompt, answer, max_length, overlong)
-        if parts is not None:
-            cut += len(parts[0]) + len(parts[1]) < len(begin) + len(prompt) + len(answer)
-            examples.append(Example(*parts))
-    return examples, Lengths(len(examples), cut, len(rows) - len(examples))
+    found = [_fitted(tokens, max_length, overlong) for tokens in row_tokens(rows, tokenizer, chat)]
+    examples = [example for example, _ in found if example is not None]
+    if train_on == "all":  # but the first token, which nothing predicts
+        examples = [Example(e.prompt[:1], e.prompt[1:] + e.answer) for e in examples]
+    return examples, Lengths(len(examples), sum(cut for _, cut in found), len(rows) - len(examples))
+
+
+def _fitted(tokens: RowTokens, max_length: int, overlong: str) -> tuple[Example | None, bool]:
+    """Return (the row to train on, or None if it is dropped; whether it lost something)."""
+    begin, prompt, answer, learned = tokens
+    parts = fit_row(begin, prompt, answer, max_length, overlong)
+    if parts is None:
+        return None, False
+    start, answer = parts
+    learned = None if learned is None else learned[: len(answer)]
+    return Example(start, answer, learned), len(start) + len(answer) < len(begin) + len(prompt) + len(tokens.answer)
 
 
 def collate(examples: Sequence[Example], pad: int, length: int | None = None) -> Tokens:
     """Return a batch padded to `length` (default: the longest row).
 
-    Targets are the answer tokens, at the positions that predict them.
+    Targets are the tokens that bear loss, at the positions that predict them.
     """
     length = length or max(map(len, examples))
     ids = torch.full((len(examples), length), pad, dtype=torch.int64)
     used = torch.zeros(len(examples), length, dtype=torch.bool)
     positions: list[int] = []
+    targets: list[int] = []
     for b, example in enumerate(examples):
         sequence = example.prompt + example.answer[:-1]
         ids[b, : len(sequence)] = torch.tensor(sequence)
         used[b, : len(sequence)] = True
         first = b * length + len(example.prompt) - 1
-        positions.extend(range(first, first + len(example.answer)))
-    targets = [token for example in examples for token in example.answer]
+        positions.extend(first + place for place in example.places)
+        targets.extend(example.answer[place] for place in example.places)
     return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets))
 
 
@@ -109,6 +138,20 @@ def collate_sequences(sequences: Sequence[Sequence[Example]], pad: int, length: 
             start = end
         position_BS[b, start:] = torch.arange(length - start)
     return Tokens(ids_BS, used_BS, torch.cat(positions), torch.cat(targets), position_BS=position_BS)
+
+
+def last_reply(example: Example) -> tuple[list[int], list[int]]:
+    """Return (all tokens before an example's last answer, that answer), as a model is asked for it."""
+    return split_last_reply(example.prompt, example.answer, example.learned)
+
+
+def split_last_reply(
+    prompt: list[int], answer: list[int], learned: Sequence[bool] | None
+) -> tuple[list[int], list[int]]:
+    """Move what comes before the last learned stretch of an answer to the prompt."""
+    between = [place for place, bears in enumerate(learned or ()) if not bears]
+    first = between[-1] + 1 if between else 0
+    return prompt + answer[:first], answer[first:]
 
 
 class StepBatch(NamedTuple):
@@ -160,7 +203,7 @@ def steps(
             chosen.append(examples[current[row % len(examples)]])
         mine = [m * ranks + rank for m in range(micro_batches)]
         micro = _micro_batches(chosen, mine, ranks * micro_batches, pad, packed_length)
-        yield StepBatch(micro, sum(len(e.answer) for e in chosen), sum(int(t.used.sum()) for t in micro))
+        yield StepBatch(micro, sum(len(e.places) for e in chosen), sum(int(t.used.sum()) for t in micro))
         step += 1
 
 
@@ -180,80 +223,3 @@ def _order(count: int, seed: Sequence[int], epoch: int) -> list[int]:
     """Return the order of the rows in one pass over them."""
     generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
     return torch.randperm(count, generator=generator).tolist()
-
-
-class PackedRow(NamedTuple):
-    """A row's prompt and all its options in one sequence, so that the prompt is computed once.
-
-    start: the prompt and the `common` tokens that all options begin with; options: the rest of each. The right option
-    (`label`) includes the end-of-text token, so that the same pass gives the answer loss.
-    """
-
-    start: list[int]
-    common: int
-    options: list[list[int]]
-    label: int
-    cut: bool  # the prompt lost its beginning
-
-    def __len__(self) -> int:
-        """Return the number of tokens to run: the last token of an option is only predicted."""
-        return len(self.start) + sum(len(option[:-1]) for option in self.options)
-
-    @property
-    def longest(self) -> int:
-        """Return the tokens of the prompt with the longest option, as one text."""
-        return len(self.start) + max(len(option[:-1]) for option in self.options)
-
-    def parts(self) -> list[int]:
-        """Return how many predicted tokens belong to the common part, and to each option."""
-        return [self.common, *map(len, self.options)]
-
-
-def pack(rows: Sequence[Row], tokenizer: Any, max_length: int, overlong: str = CUT_PROMPT) -> list[PackedRow | None]:
-    """Tokenise rows with their answer written with each label; None for a row that is dropped (see `lengths.fit`)."""
-    prompts = text_tokens([row["instruction"] + "\n" for row in rows], tokenizer, rows, "instruction")
-    begin = beginning(tokenizer)
-    return [
-        _pack(row, begin, prompt, tokenizer, (max_length, overlong)) for row, prompt in zip(rows, prompts, strict=True)
-    ]
-
-
-def _pack(row: Row, begin: list[int], prompt: list[int], tokenizer: Any, limit: tuple[int, str]) -> PackedRow | None:
-    label = row["label"]
-    place = occurrences(row["labels"][label], row["answer"])[-1]
-    head, tail = row["answer"][:place], row["answer"][place + len(row["labels"][label]) :]
-    options = [head + name + tail for name in row["labels"]]
-    encoded = text_tokens(options, tokenizer, [row] * len(options), "labels")
-    encoded[label].append(tokenizer.eos_token_id)
-    common = len(os.path.commonprefix(encoded))
-    start = fit(begin, prompt, max(map(len, encoded)), *limit)
-    if start is None:
-        return None
-    cut = len(start) < len(begin) + len(prompt)
-    return PackedRow(start + encoded[label][:common], common, [option[common:] for option in encoded], label, cut)
-
-
-def collate_packed(rows: Sequence[PackedRow], pad: int) -> Tokens:
-    """Return a padded batch; targets are, row by row, the common tokens, then each option's (`PackedRow.parts`)."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
-    branch = torch.zeros(len(rows), length, dtype=torch.int64)
-    positions: list[int] = []
-    targets: list[int] = []
-    for b, row in enumerate(rows):
-        end = len(row.start)
-        ids[b, :end] = torch.tensor(row.start)
-        last = b * length + end - 1  # the last token that all options see; it predicts the first token of each
-        positions += range(last - row.common, last)  # common tokens are predicted once
-        targets += row.start[end - row.common :]
-        for number, option in enumerate(row.options, start=1):
-            inputs = option[:-1]  # the last token is only predicted
-            ids[b, end : end + len(inputs)] = torch.tensor(inputs, dtype=torch.int64)
-            branch[b, end : end + len(inputs)] = number
-            positions += [last, *range(b * length + end, b * length + end + len(inputs))][: len(option)]
-            targets += option
-            end += len(inputs)
-    used = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
-    # if at most one option of each row has inputs, options cannot see each other: a plain causal mask is enough
-    several = any(sum(len(option) > 1 for option in row.options) > 1 for row in rows)
-    return Tokens(ids, used, torch.tensor(positions), torch.tensor(targets), branch if several else None)

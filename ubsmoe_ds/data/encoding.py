@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,9 +10,11 @@ from transformers import PreTrainedConfig
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.data import batches
-from ubsmoe_ds.data.batches import Example, PackedRow, StepBatch
+from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.chat import ChatTemplate, template_of
+from ubsmoe_ds.data.evaluation_rows import PackedRow, pack
 from ubsmoe_ds.data.lengths import Lengths, nothing_fits
-from ubsmoe_ds.data.sources import Row
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.models.hf_config import check_length, check_window, read_config
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
@@ -27,6 +30,26 @@ class Encoder:
     model: PreTrainedConfig
     tokenizer: Any
 
+    @cached_property
+    def _template(self) -> tuple[str, bool]:
+        return template_of(self.exp.data.chat_template, self.tokenizer)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self._template[0])
+
+    def chat(self, rows: Sequence[Row]) -> ChatTemplate | None:
+        """Return how rows are written as conversations, if they are some.
+
+        Raises:
+            UserError: for a template or a tokenizer that cannot be used.
+        """
+        return self._chat if rows and "messages" in rows[0] else None
+
+    def writes_plainly(self, *parts: Sequence[Row]) -> bool:
+        """Return whether some rows are conversations, and the model has no template for them."""
+        return any(self.chat(rows) is not None for rows in parts) and self._template[1]
+
     def encode(self, rows: Sequence[Row], client: str) -> tuple[list[Example], Lengths]:
         """Return (examples to train on, numbers of rows of the client with this name).
 
@@ -34,7 +57,8 @@ class Encoder:
             UserError: if none of its rows fits in `data.max_length`.
         """
         data = self.exp.data
-        examples, lengths = batches.encode(rows, self.tokenizer, data.max_length, data.overlong)
+        chat = self.chat(rows)
+        examples, lengths = batches.encode(rows, self.tokenizer, data.max_length, chat, data.train_on, data.overlong)
         if not examples:
             raise nothing_fits(
                 "data.max_length", self.exp.data.max_length, f"{len(rows)} training rows of client {client!r}"
@@ -48,7 +72,7 @@ class Encoder:
             UserError: if a row is longer than the model's sliding window, or none fits in `data.max_length`.
         """
         data = self.exp.data
-        found = batches.pack(rows, self.tokenizer, data.max_length, data.overlong)
+        found = pack(rows, self.tokenizer, data.max_length, self.chat(rows), data.overlong)
         packed = [row for row in found if row is not None]
         if not packed:
             raise nothing_fits("data.max_length", self.exp.data.max_length, f"{len(rows)} evaluation rows")

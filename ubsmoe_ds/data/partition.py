@@ -8,8 +8,10 @@ from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 
 
-def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: DataConfig, seed: int) -> list[list[int]]:
-    """Return the row numbers of each client; together they are all rows, and none is dealt twice.
+def partition(
+    tasks: Sequence[str] | np.ndarray, clients: Sequence[ClientConfig], config: DataConfig, seed: int
+) -> list[np.ndarray]:
+    """Return the row numbers of each client, in order; together they are all rows, and none is dealt twice.
 
     iid: rows are shuffled, then cut in proportion to the clients' shares.
     dirichlet: each task is cut by a draw of Dirichlet(alpha * C * shares / their sum), whose mean is the shares; with
@@ -17,7 +19,7 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
     by_task: tasks go to the clients in turn; with fewer tasks than clients, clients of one task split it by shares.
 
     Args:
-        tasks: the task of each row.
+        tasks: the task of each row, or its place among all tasks in the order of their names.
         clients: in order.
         config: `partition` and `alpha`.
         seed: of the shuffle and the draw.
@@ -27,12 +29,12 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
     """
     rng = np.random.default_rng([seed, 1])
     share_C = np.array([client.share for client in clients])
-    dealt: list[list[int]] = [[] for _ in clients]
-    groups = {"all": np.arange(len(tasks))}
+    dealt: list[list[np.ndarray]] = [[] for _ in clients]
+    groups = [np.arange(len(tasks))]
     if config.partition != "iid":
-        names = np.array(tasks)
-        groups = {task: np.flatnonzero(names == task) for task in sorted(set(tasks))}
-    for number, rows in enumerate(groups.values()):
+        names = np.asarray(tasks)
+        groups = [np.flatnonzero(names == task) for task in np.unique(names)]
+    for number, group in enumerate(groups):
         weight_C = share_C.copy()
         if config.partition == "dirichlet":
             weight_C = rng.dirichlet(config.alpha * (share_C / share_C.mean()))
@@ -40,16 +42,17 @@ def partition(tasks: Sequence[str], clients: Sequence[ClientConfig], config: Dat
             weight_C = np.where(_takes_task(number, len(groups), len(clients)), share_C, 0.0)
         # a draw with alpha close to 0 can underflow to zero for every client
         weight_C = weight_C / weight_C.sum() if weight_C.sum() > 0 else share_C / share_C.sum()
-        cuts = np.round(np.cumsum(weight_C) * len(rows)).astype(int)[:-1]
-        for share, part in zip(dealt, np.split(rng.permutation(rows), cuts), strict=True):
-            share.extend(int(row) for row in part)
-    for client, share in zip(clients, dealt, strict=True):
-        if not share:
+        cuts = np.round(np.cumsum(weight_C) * len(group)).astype(int)[:-1]
+        for parts, part in zip(dealt, np.split(rng.permutation(group), cuts), strict=True):
+            parts.append(part)
+    shares = [np.sort(np.concatenate(parts)) for parts in dealt]
+    for client, dealt_rows in zip(clients, shares, strict=True):
+        if not len(dealt_rows):
             raise UserError(
                 f"clients: {client.name!r} would get none of the {len(tasks)} rows (share {client.share}, partition "
                 f"{config.partition}); raise its share, data.alpha or data.rows"
             )
-    return [sorted(share) for share in dealt]
+    return shares
 
 
 def _takes_task(task: int, tasks: int, clients: int) -> np.ndarray:

@@ -1,23 +1,24 @@
-"""Read rows of multiple-choice questions from the built-in tasks, a JSON-lines file, or the Hugging Face hub.
+"""Choose training and evaluation rows from the built-in tasks, files, or the Hugging Face hub.
 
-schema.py has the schema of a row. Nothing here imports torch, so that a bad row is reported before any process is
+formats.py has the forms of a row. Nothing here imports torch, so that a bad row is reported before any process is
 started.
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ubsmoe_ds.base.errors import RowError, UserError
-from ubsmoe_ds.base.files import open_regular, parse_json
+import numpy as np
+
+from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.formats import AUTO, CLOZE
 from ubsmoe_ds.config.sections import DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.schema import Row, as_cloze, checked_row
+from ubsmoe_ds.data.row_table import DIGEST, RowTable, read_table, table_of
+from ubsmoe_ds.data.schema import Row, as_cloze
+from ubsmoe_ds.data.stored import Alone, Sharing, texts_of
 
 SYNTHETIC_ROWS = 4000
-LONGEST_LINE = 8 * 2**20  # bytes of a row in a file
 REMEDY_EVALUATION = "raise data.eval_fraction or set data.eval_source"
 
 
@@ -36,12 +37,26 @@ class Unused(NamedTuple):
 class Rows(NamedTuple):
     """Training and evaluation rows, in an order that depends on the seed only, and how many others there are."""
 
-    training: list[Row]
-    evaluation: list[Row]
+    training: Sequence[Row]
+    evaluation: Sequence[Row]
+    unused: Unused
+
+
+class Chosen(NamedTuple):
+    """The same, with what training rows are dealt by."""
+
+    training: RowTable
+    evaluation: Sequence[Row]
     unused: Unused
 
 
 def load_rows(config: DataConfig, seed: int) -> Rows:
+    """Read training and evaluation rows as `choose` does, in a process of its own."""
+    chosen = choose(config, seed)
+    return Rows(chosen.training.rows, *chosen[1:])
+
+
+def choose(config: DataConfig, seed: int, sharing: Sharing | None = None) -> Chosen:
     """Read training and evaluation rows; no row is in both.
 
     Rows are the same if their prompts and their answers are. Where evaluation rows are held out, it is by question.
@@ -49,56 +64,49 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     Args:
         config: the data section.
         seed: of the synthetic tasks and of the choice of rows.
+        sharing: with whom many rows are shared; None: with nobody.
 
     Raises:
         UserError: naming file, line and field of a bad row, or the key to change if nothing is left.
     """
-    is_synthetic = config.source == "synthetic"
+    sharing, is_synthetic = sharing or Alone(), config.source == "synthetic"
     if is_synthetic:
-        rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
+        rows = table_of(_synthetic(config, seed), "instruction", seed)
     else:
-        rows = read_rows(config.source, split="train")
+        rows = read_table(config.source, config, "train", seed, sharing)
     if config.eval_source is None:
-        held_out = [row for row in rows if _position(row["question"], 0) < config.eval_fraction]
-        train = [row for row in rows if _position(row["question"], 0) >= config.eval_fraction]
+        is_held_out_N = rows.columns.hold_out_N < config.eval_fraction
+        train, held_out = (rows.select(np.flatnonzero(part)) for part in (~is_held_out_N, is_held_out_N))
     else:
-        train, held_out = rows, read_rows(config.eval_source, split="test")
-    train, held_out = (_in_form(part, config.format, seed) for part in (train, held_out))
-    # a held-out row has another question than all training rows, which its prompt asks
-    asked = set() if config.eval_source is None else {_prompt_and_answer(row) for row in held_out}
-    new = [row for row in train if _prompt_and_answer(row) not in asked]
-    chosen = Rows(new[: config.rows], held_out[: config.eval_rows], Unused(0, 0, 0))
-    if not chosen.training:
-        raise _nothing_left(config, "training", f"{len(train) - len(new)} are evaluation rows", "give more rows")
-    if not chosen.evaluation:
-        raise _nothing_left(
-            config, "evaluation", f"they ask {len({row['question'] for row in rows})} questions", REMEDY_EVALUATION
-        )
+        train, held_out = rows, read_table(config.eval_source, config, "test", seed, sharing)
+    train, held_out = train.ordered(), held_out.ordered()
+    new_N = np.arange(len(train))  # a held-out row has another question than all training rows, which its prompt asks
+    if config.eval_source is not None:
+        new_N = np.flatnonzero(~np.isin(train.columns.same_N, held_out.columns.same_N))
+    training = train.select(new_N[: config.rows])
+    evaluation = list(held_out.rows_at(np.arange(len(held_out))[: config.eval_rows]))
+    evaluated = len(train) - len(new_N)
+    if not len(training):
+        raise _nothing_left(config, "training", f"{evaluated} are evaluation rows", "give more rows")
+    if not evaluation:
+        asked = f"they ask {len(np.unique(rows.columns.hold_out_N))} questions"
+        raise _nothing_left(config, "evaluation", asked, REMEDY_EVALUATION)
     if is_synthetic:
-        return chosen
-    beyond = len(new) - len(chosen.training), len(held_out) - len(chosen.evaluation)
-    return chosen._replace(unused=Unused(len(train) - len(new), *beyond))
+        return Chosen(training, evaluation, Unused(0, 0, 0))
+    return Chosen(training, evaluation, Unused(evaluated, len(new_N) - len(training), len(held_out) - len(evaluation)))
 
 
-def _in_form(rows: Sequence[Row], form: str, seed: int) -> list[Row]:
-    """Return rows as `data.format` says, in an order that depends on the seed and their questions."""
-    ordered = sorted(rows, key=lambda row: _position(row["question"], seed + 1))
-    return [as_cloze(row) for row in ordered] if form == "cloze" else ordered
-
-
-def _prompt_and_answer(row: Row) -> tuple[str, str]:
-    """Return what makes a row the same as another."""
-    return row["instruction"], row["answer"]
+def _synthetic(config: DataConfig, seed: int) -> list[Row]:
+    """Make rows of the built-in tasks."""
+    if config.format not in (AUTO, CLOZE, "instruction"):
+        raise UserError(f"data.format: {config.format!r} is not that of the synthetic rows; use auto or cloze")
+    rows = synthetic.rows(config.rows or SYNTHETIC_ROWS, seed)
+    return [as_cloze(row) for row in rows] if config.format == CLOZE else rows
 
 
 def _nothing_left(config: DataConfig, kind: str, why: str, remedy: str) -> UserError:
     """Return the error where a source leaves no rows of a kind."""
     return UserError(f"data.source: {config.source!r} leaves no {kind} rows ({why}); {remedy}")
-
-
-def load_site(config: DataConfig, source: str, seed: int) -> Rows:
-    """Read rows as `load_rows` does, with the training rows of one client's own source."""
-    return load_rows(config.model_copy(update={"source": source}), seed)
 
 
 def digest(rows: Sequence[Any], key: bytes = b"") -> str:
@@ -108,28 +116,37 @@ def digest(rows: Sequence[Any], key: bytes = b"") -> str:
         rows: JSON values.
         key: at most 64 bytes; whoever does not know it cannot tell which rows a digest is of.
     """
-    state = hashlib.blake2b(digest_size=16, key=key)
-    for row in rows:
-        state.update(json.dumps(row, sort_keys=True).encode())
+    return digest_of([rows], key)
+
+
+def digest_of(parts: Iterable[Sequence[Any]], key: bytes = b"") -> str:
+    """Return the digest of several sequences of rows, one after another."""
+    state = hashlib.blake2b(digest_size=DIGEST, key=key)
+    for rows in parts:
+        for text in texts_of(rows):
+            state.update(text)
     return state.hexdigest()
 
 
-def evaluation_rows(source: str, count: int | None, seed: int, form: str = "instruction") -> list[Row]:
+def evaluation_rows(
+    source: str, count: int | None, seed: int, form: str = AUTO, columns: Mapping[str, str] | None = None
+) -> list[Row]:
     """Read rows to evaluate on: those held out by `synthetic`, or all rows of a file or of a data set's test split.
 
     Args:
         source: as `data.source`.
         count: most rows wanted; None: all.
         seed: of the choice of rows.
-        form: as `data.format`.
+        form, columns: as `data.format` and `data.columns`.
 
     Raises:
         UserError: as `load_rows`.
     """
-    config = only_source(source)
-    rows = load_rows(config, seed).evaluation if source == "synthetic" else read_rows(source, split="test")
-    chosen = sorted(rows, key=lambda row: _position(row["question"], seed + 1))[:count]
-    return [as_cloze(row) for row in chosen] if form == "cloze" else chosen
+    config = only_source(source).model_copy(update={"format": form, "columns": dict(columns or {})})
+    if source == "synthetic":
+        return list(load_rows(config, seed).evaluation)[:count]
+    rows = read_table(source, config, "test", seed, Alone()).ordered().rows
+    return list(rows[: len(rows) if count is None else count])
 
 
 def only_source(source: str) -> DataConfig:
@@ -141,74 +158,6 @@ def only_source(source: str) -> DataConfig:
     try:
         return DataConfig(source=source)
     except ValueError as error:
-        raise UserError(f"--data: {source!r} is not synthetic, jsonl:PATH or hub:NAME[@SPLIT]") from error
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """Read the rows of a JSON-lines file and check each.
-
-    Raises:
-        UserError: naming the file, the line and the mistake in it.
-    """
-    rows = []
-    try:
-        with open_regular(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
-                if line.strip():
-                    rows.append(_checked(line, f"{path}, line {number}"))
-    except OSError as error:
-        raise UserError(f"data: {path} cannot be read ({error.strerror}); check the path") from error
-    if not rows:
-        raise UserError(f"data: {path} holds no rows")
-    return rows
-
-
-def read_rows(source: str, split: str) -> list[Row]:
-    """Read the rows of `jsonl:PATH`, `hub:NAME` (its `split`) or `hub:NAME@SPLIT`."""
-    kind, _, name = source.partition(":")
-    if kind == "jsonl":
-        return read_jsonl(Path(name))
-    # imported here: the hub is used only when the config asks for it
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
-
-    name, _, named_split = name.partition("@")
-    split = named_split or split
-    try:
-        dataset = load_dataset(name, split=split)
-    except DatasetGenerationError as error:  # quotes what could not be parsed
-        raise RowError(
-            f"data: hub:{name}@{split} holds rows that cannot be read ({type(error).__name__})", error
+        raise UserError(
+            f"--data: {source!r} is not synthetic, a path, jsonl:PATH or hub:OWNER/NAME[/SUBSET][@SPLIT]"
         ) from error
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"data: hub:{name}@{split} cannot be loaded: {message}") from error
-    rows = [checked_row(dict(row), f"hub:{name}@{split}, row {number}") for number, row in enumerate(dataset, start=1)]
-    if not rows:
-        raise UserError(f"data: hub:{name}@{split} holds no rows")
-    return rows
-
-
-def _checked(line: bytes, place: str) -> Row:
-    if len(line) > LONGEST_LINE:
-        raise UserError(f"data: {place}: is longer than {LONGEST_LINE} bytes; write one row a line")
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise RowError(f"data: {place}: is not a JSON object ({_where(error)})", error) from error
-    return checked_row(row, place)
-
-
-def _where(error: ValueError) -> str:
-    """Return what is wrong with a JSON text, without its content."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start + 1} is no UTF-8"
-    return "a key stands twice, a number is too long or not finite, or it is nested too deeply"
-
-
-def _position(question: str, seed: int) -> float:
-    """Return a number in [0, 1) that depends only on question and seed, to split and order rows by question."""
-    digest = hashlib.blake2b(f"{seed}\n{question}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Turn the texts of rows into tokens. A row is text: special tokens come from the program alone, never from a row."""
+"""Turn the texts of rows into tokens. A row is text: special tokens come from the program or a template alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def text_tokens(texts: Sequence[str], tokenizer: Any, rows: Sequence[Row], field
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    special = _special(tokenizer)
+    special = special_ids(tokenizer)
     for row, text, tokens in zip(rows, texts, ids, strict=True):
         if not special.isdisjoint(tokens):
             name = tokenizer.convert_ids_to_tokens(next(token for token in tokens if token in special))
@@ -40,7 +40,13 @@ def text_tokens(texts: Sequence[str], tokenizer: Any, rows: Sequence[Row], field
     return list(ids)
 
 
-def _special(tokenizer: Any) -> set[int]:
+def special_names(tokenizer: Any) -> set[str]:
+    """Return the names of all special tokens, those of the vocabulary's end among them."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return (added | set(tokenizer.all_special_tokens)) - {""}
+
+
+def special_ids(tokenizer: Any) -> set[int]:
     """Return the tokens that no text may become; unknown words are text, and padding is never looked at."""
     harmless = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     return set(tokenizer.all_special_ids) - harmless

@@ -8,9 +8,11 @@ ranks agree, so that a job that survives deaths completes a merge on all ranks o
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
@@ -20,7 +22,8 @@ from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import OwnPart, RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.federation.turn import OwnPart, Turn, moment_sums
 from ubsmoe_ds.mpi.world import World
 
 
@@ -217,17 +220,32 @@ class Aggregator:
         self.stopwatch.lap("exchange")
         usage, units = statistics.usage, self.store.units
         sizes = torch.tensor([unit.size(self.held_rank) for unit in units])
-        total, share = np.zeros(0, dtype=np.float32), np.float32(1.0)
+        shares: list[np.ndarray | float] = []
         for turn in turns:
             share_U = self.server.shares(units, usage, statistics.cohort.index(turn.client))
             alike = bool((share_U == share_U[0]).all())
-            share = float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy()
+            shares.append(float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy())
         self.stopwatch.lap("merge")
-        total = self.exchange.reduce(update.numpy(), share)
+        if not self.exchange.is_reducible:
+            return self._add_at_owners(turns, shares, usage)
+        held, share = _sum_of(turns, shares, len(self.store.shared))
+        total = self.exchange.reduce(held, share)
         self.stopwatch.lap("exchange")
         delta = self.server.merge_sum(total, usage)
         self.stopwatch.lap("merge")
         return torch.from_numpy(self.exchange.gather(delta))
+
+    def _add_at_owners(self, turns: Sequence[Turn], shares: Sequence[np.ndarray | float], usage: Usage) -> Tensor:
+        """Send each group's sum to the owners, which add the groups up; groups may have several ranks."""
+        held, share = _sum_of(turns, shares, len(self.store.shared))
+        of_group = self.exchange.collect(np.ascontiguousarray(held * np.float32(share)))
+        self.stopwatch.lap("exchange")
+        total = np.zeros_like(of_group[0])
+        for part in of_group:
+            total += part
+        delta = self.server.merge_sum(total, usage)
+        self.stopwatch.lap("merge")
+        return torch.from_numpy(self.exchange.distribute([delta] * len(self.exp.trainers)))
 
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
@@ -263,3 +281,15 @@ class Aggregator:
         if moments_LEX is not None:
             assert self.client.moments is not None
             self.client.moments.update(moments_LEX)
+
+
+def _sum_of(
+    turns: Sequence[Turn], shares: Sequence[np.ndarray | float], numel: int
+) -> tuple[np.ndarray, np.ndarray | float]:
+    """Return (buffer, factor) whose product is the sum of the turns' updates times their shares."""
+    if len(turns) == 1:
+        return turns[0].update.numpy(), shares[0]
+    total = np.zeros(numel, dtype=np.float32)
+    for turn, share in zip(turns, shares, strict=True):
+        total += turn.update.numpy() * np.asarray(share, dtype=np.float32)
+    return total, 1.0

@@ -24,6 +24,7 @@ from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.client.generation import Prompts, check_positions
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.chat import PLAINLY
 from ubsmoe_ds.data.client_rows import ClientRows, client_rows, merge_weights
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
 from ubsmoe_ds.data.lengths import Lengths
@@ -120,7 +121,8 @@ def build(
         progress=progress,
         local=local,
     )
-    _announce(federation, checkpoint, in_own_folder)
+    notes = [PLAINLY] if texts.encoder.writes_plainly(rows.training, rows.evaluation) else []
+    _announce(federation, checkpoint, in_own_folder, notes)
     return federation
 
 
@@ -165,12 +167,13 @@ def _encode(exp: Experiment, world: World, rows: ClientRows) -> _Texts:
     """Turn a client's rows into tokens, and tell all ranks how many of them fit (a collective)."""
     encoder = read_encoder(exp)
     examples, lengths = encoder.encode(rows.training, exp.clients[world.client].name)
-    length, overlong = exp.data.max_length, exp.data.overlong
-    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, length, exp.evaluation.batch_size, overlong)
+    data, chat = exp.data, encoder.chat(rows.evaluation)
+    size = exp.evaluation.batch_size
+    evaluator = Evaluator(rows.evaluation, encoder.tokenizer, data.max_length, size, chat, data.overlong)
     check_window(encoder.model, evaluator.longest)
     table = np.zeros((len(exp.clients), len(lengths) + 1))
     if world.group_rank == 0:
-        table[world.client] = [*lengths, sum(len(example.answer) for example in examples)]
+        table[world.client] = [*lengths, sum(len(example.places) for example in examples)]
     counts = world.sum(table).astype(int).tolist()
     of_clients, tokens = [Lengths(*part[:-1]) for part in counts], [part[-1] for part in counts]
     return _Texts(examples, of_clients, tokens, evaluator, encoder)
@@ -215,7 +218,7 @@ def _batches(world: World, texts: _Texts) -> Callable[[int], Iterator[StepBatch]
     return batches_from
 
 
-def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool) -> None:
+def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool, notes: Sequence[str]) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
     exp, world = federation.exp, federation.world
     world.barrier()  # nothing is written before every rank has what it needs
@@ -224,7 +227,7 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_fold
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
     shares = row_counts(federation.rows.kept, federation.aggregator.server.weights, exp.train.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp))
-    for line in (*lines, *federation.rows.lines(exp.data)):
+    for line in (*lines, *notes, *federation.rows.lines(exp.data)):
         federation.monitor.say(line)
 
 

@@ -37,8 +37,17 @@ def plan_exchanges(
             replace(layout, lora_rank=rank, reply_rank=reply)
             for layout, rank, reply in zip(group_layouts(exp.trainers), ranks, reply_ranks, strict=True)
         ]
-        payload, same = exp.merge.payload, exp.merge.row.elementwise
-        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_reply=same)
+        payload, same = exp.merge.payload, exp.merge.row.elementwise or exp.takes_turns
+        exchange = Exchange(
+            world.comm,
+            layouts,
+            store.units,
+            exp.num_experts,
+            owner,
+            payload,
+            memory,
+            same_reply=same,
+        )
         nonlocal warned
         if warn is not None and not warned and memory is not None and exchange.memory is None:
             warned = True

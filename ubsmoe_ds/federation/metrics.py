@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
 from ubsmoe_ds.client.engine import LocalStats
+from ubsmoe_ds.client.evaluation import scores
 
 LEAST_TOKENS = (
     8  # tokens in a round from which an expert's real gradient says something; with fewer it is starved [ours]
@@ -36,29 +37,40 @@ def evaluation_scalars(
     tasks: Sequence[str],
     sums: np.ndarray,
     weighted_cv: float,
+    own_CF: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Return loss and accuracy of each view, per task, per client, and overall: plain and weighted mean over clients.
+    """Return the scores of each view, per task, per client, and overall: plain and weighted mean over clients.
+
+    There is no accuracy where no row has choices, and no overall one where a client has none.
 
     Args:
         clients: names of the clients.
         views: view of each client, see `Experiment.views`.
         weights: w_c of each client, summing to one.
         tasks: names of the tasks.
-        sums: [distinct views in order of appearance, tasks, 5] in the order of `client.evaluation.FIELDS`.
+        sums: [distinct views in order of appearance, tasks, fields] in the order of `client.evaluation.FIELDS`.
         weighted_cv: coefficient of variation of the experts' utilisation on the evaluation rows.
+        own_CF: sums over each client's own evaluation rows; zeros for a client without, which is scored on the common
+            ones. None: no client has any.
     """
     scalars: dict[str, float] = {}
+    of_views = {}
     for view, of_view in zip(dict.fromkeys(views), sums, strict=True):
+        of_views[view] = scores(of_view.sum(0))
         for name, part in zip(["all", *tasks], [of_view.sum(0), *of_view], strict=True):
-            nll, tokens, correct, correct_norm, rows = part
-            scalars[f"eval_{view}/loss_{name}"] = nll / tokens
-            scalars[f"eval_{view}/accuracy_{name}"] = correct / rows
-            scalars[f"eval_{view}/accuracy_norm_{name}"] = correct_norm / rows
-    for field in ("loss", "accuracy"):
-        of_client = [scalars[f"eval_{view}/{field}_all"] for view in views]
-        scalars |= {f"eval_{field}/{client}": value for client, value in zip(clients, of_client, strict=True)}
-        scalars[f"eval/{field}"] = sum(of_client) / len(of_client)
-        scalars[f"eval/{field}_weighted"] = math.fsum(w * value for w, value in zip(weights, of_client, strict=True))
+            scalars |= {f"eval_{view}/{field}_{name}": value for field, value in scores(part).items()}
+    of_clients = [of_views[view] for view in views]
+    if own_CF is not None:
+        of_clients = [scores(own) or common for own, common in zip(own_CF, of_clients, strict=True)]
+    for field in ("loss", "perplexity", "accuracy"):
+        found = {name: part[field] for name, part in zip(clients, of_clients, strict=True) if field in part}
+        scalars |= {f"eval_{field}/{name}": value for name, value in found.items()}
+        if len(found) == len(clients):
+            of_client = list(found.values())
+            scalars[f"eval/{field}"] = sum(of_client) / len(of_client)
+            scalars[f"eval/{field}_weighted"] = math.fsum(
+                w * value for w, value in zip(weights, of_client, strict=True)
+            )
     scalars["eval/utilisation_cv"] = weighted_cv
     return scalars
 

@@ -189,11 +189,8 @@ class Monitor:
 
     def _progress(self, number: int, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
         loss, accuracy = metrics.get("eval/loss"), metrics.get("eval/accuracy")
-        state = (
-            f"eval loss {loss:.4f}  accuracy {100 * accuracy:5.1f} %"
-            if loss is not None and accuracy is not None
-            else "not evaluated"
-        )
+        state = "not evaluated" if loss is None else f"eval loss {loss:.4f}"
+        state += "" if accuracy is None else f"  accuracy {100 * accuracy:5.1f} %"
         if number == 0:
             self._start, self._first = time.perf_counter(), 1  # set-up does not count towards the ETA
             return f"before       {state}"
@@ -238,7 +235,18 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     title += f"\nutilisation CV {before:.3f} -> {after:.3f}"
     # fits the 80 columns of a log file
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("client", "K", "LoRA rank", "FLOPs %", "tokens/s", "s/step", "loss", "accuracy %"):
+    choices = any("accuracy_after" in row for row in rows)
+    headings = (
+        "client",
+        "K",
+        "LoRA rank",
+        "FLOPs %",
+        "tokens/s",
+        "s/step",
+        "loss",
+        *(["accuracy %"] if choices else []),
+    )
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for row in rows:
         table.add_row(
@@ -249,10 +257,10 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
             f"{row['tokens_per_second']:.0f}",
             f"{row['seconds_per_step']:.2f}",
             f"{row['loss_before']:.4f} -> {row['loss_after']:.4f}",
-            f"{100 * row['accuracy_before']:.1f} -> {100 * row['accuracy_after']:.1f}",
+            *([f"{100 * row['accuracy_before']:.1f} -> {100 * row['accuracy_after']:.1f}"] if choices else []),
         )
     for client, number in totals["lost_in_round"].items():
-        table.add_row(client, "", "", "", "", "", f"lost in round {number}", "")
+        table.add_row(client, "", "", "", "", "", f"lost in round {number}")
     return table
 
 

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from ubsmoe_ds.federation.monitor import Monitor
 
 OVERALL = ("loss", "loss_weighted", "accuracy", "accuracy_weighted")  # plain and weighted means over the clients
+ACCURACY = "eval_accuracy/"  # begins the names of the clients' accuracies, which rows without choices have none of
+
+
+def _has_choices(progress: Progress) -> bool:
+    """Return whether some client was evaluated on rows with choices."""
+    return any(name.startswith(ACCURACY) for scalars in (progress.before, progress.after) for name in scalars)
 
 
 def best_folder(run_dir: Path, number: int) -> Path:
@@ -83,6 +89,7 @@ class Outputs:
             overall = {
                 f"{name}_{when}": scalars.get(f"eval/{name}", math.nan)
                 for name in OVERALL
+                if not name.startswith("accuracy") or _has_choices(progress)
                 for when, scalars in evaluations
             }
             inputs = {
@@ -177,7 +184,9 @@ class Outputs:
             row |= {"rows": self.rows.kept[config.name], "weight": weight}
             row |= {"flops_ratio": self._flops(tokens, rank, k) / full, **training_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
-            for field in ("loss", "accuracy"):  # unknown for a client that was lost at the time and has come back
+            for field in (
+                ("loss", "accuracy") if _has_choices(progress) else ("loss",)
+            ):  # unknown for a client that was lost at the time and has come back
                 row[f"{field}_before"] = progress.before.get(f"eval_{field}/{config.name}", math.nan)
                 row[f"{field}_after"] = progress.after.get(f"eval_{field}/{config.name}", math.nan)
             rows.append(row)

@@ -19,7 +19,7 @@ Shapes: C clients, L layers, E experts.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,6 @@ from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator, Merged
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars
@@ -142,9 +141,7 @@ class Federation:
         """Turn the engine into a client that has taken no step in the round (a collective over the group)."""
         number, server = self.progress.round, self.aggregator.server
         self.current, self.local = client, LocalProgress(deadline=self.local.deadline)
-        self.client.become(
-            self.exp.trained_by(client, self.world.group), number, self.progress.scales.get(client)
-        )
+        self.client.become(self.exp.trained_by(client, self.world.group), number, self.progress.scales.get(client))
         self.aggregator.store.begin_turn(server.lora_ranks[client], self.aggregator.held_rank)
 
     def _end_turn(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import Example, StepBatch
+from ubsmoe_ds.data.chat import PLAINLY
 from ubsmoe_ds.data.client_rows import ClientRows
 from ubsmoe_ds.data.encoding import read_encoder
 from ubsmoe_ds.data.lengths import Lengths
@@ -30,10 +31,8 @@ class Texts:
 
     def __init__(self, exp: Experiment, world: World, rows: ClientRows) -> None:
         self.exp, self.rows, self.encoder = exp, rows, read_encoder(exp)
-        length, overlong = exp.data.max_length, exp.data.overlong
-        self.evaluator = Evaluator(
-            rows.evaluation, self.encoder.tokenizer, length, exp.evaluation.batch_size, overlong
-        )
+        data, size, chat = exp.data, exp.evaluation.batch_size, self.encoder.chat(rows.evaluation)
+        self.evaluator = Evaluator(rows.evaluation, self.encoder.tokenizer, data.max_length, size, chat, data.overlong)
         check_window(self.encoder.model, self.evaluator.longest)
         self._encoded = lru_cache(maxsize=KEPT_CLIENTS if exp.takes_turns else None)(self._encode)
         counts_C = self._count(world)
@@ -48,6 +47,11 @@ class Texts:
         """Yield a client's batches from a step on, as a rank of a group sees them."""
         config = self.exp.trained_by(client, group)
         return self.encoder.steps(self.examples(client), client, config, rank, first)
+
+    def notes(self, group: int) -> list[str]:
+        """Return what the user should know of how the rows are written."""
+        training = self.rows.of_client(self.exp.clients_for(group)[0])
+        return [PLAINLY] if self.encoder.writes_plainly(training, self.rows.evaluation) else []
 
     def report(self) -> RowReport:
         """Return the numbers of rows by client."""
@@ -66,6 +70,5 @@ class Texts:
         for client in mine[world.group_rank % ranks :: ranks]:
             examples, lengths = self._encoded(client)
             if self.exp.takes_turns or world.group_rank == 0:
-                answers = sum(len(example.answer) for example in examples)
-                table[client] = [*lengths, answers, answers + sum(len(example.prompt) for example in examples)]
+                table[client] = [*lengths, sum(len(e.places) for e in examples), sum(map(len, examples))]
         return world.sum(table).astype(int).tolist()

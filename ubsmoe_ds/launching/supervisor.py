@@ -21,6 +21,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 LOOK_SECONDS = 0.1  # between looks for ranks that have signed in
 LEAVE_SECONDS = 5.0  # for ranks to end after their mpiexec
 KILLED_SECONDS = 10.0  # for ranks to end that were killed; one in a system call of a stuck file system does not
+OWN_CODES = (*DELIBERATE, EXIT_INTERRUPTED, EXIT_TERMINATED)  # with which ranks end, too, that say nothing any more
 FAILED_SECONDS = 15.0  # for mpiexec to end after its ranks have failed; it may wait for a host that is cut off
 
 
@@ -86,6 +87,10 @@ class Supervisor:
                 say(f"error: mpiexec was killed (signal {-code}); continue with --resume auto", error=True)
             elif dead:
                 say(f"error: {' or '.join(dead)} was killed", error=True)
+            elif code not in OWN_CODES and not self.asked_to_stop:
+                say(f"error: mpiexec ended with code {code}, and no rank has said why; see above", error=True)
+            if code >= 0 and (dead or code not in OWN_CODES):  # mpiexec's is the number of the signal: 2 has a meaning
+                code = EXIT_FAILURE
             if self.seen:  # an MPI that survives deaths calls it success if all have died
                 code = code or EXIT_FAILURE
         if self.interrupted:

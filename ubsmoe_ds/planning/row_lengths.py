@@ -7,10 +7,11 @@ from itertools import islice
 from typing import Any
 
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import Example, PackedRow
+from ubsmoe_ds.data.batches import Example
 from ubsmoe_ds.data.encoding import Encoder, read_encoder
+from ubsmoe_ds.data.evaluation_rows import PackedRow
+from ubsmoe_ds.data.schema import Row
 from ubsmoe_ds.data.shares import has_sites, rows_by_client
-from ubsmoe_ds.data.sources import Row
 from ubsmoe_ds.planning.inputs import RowLengths
 
 MOST_STEPS = 1000  # steps of a client that are measured

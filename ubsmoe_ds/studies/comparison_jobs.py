@@ -1,6 +1,7 @@
 """The jobs of a comparison: which runs it consists of, the command of each, and running those that are not finished."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def _progress(job: Job, number: int, count: int, took: str) -> str:
     clients, _ = collect([job.run])
     loss, accuracy = clients["loss"].mean(), clients["accuracy"].mean()
     place = f"[{number:{len(str(count))}d}/{count}]"
-    state = f"eval loss {loss:.4f}  accuracy {100 * accuracy:5.1f} %"
+    state = f"eval loss {loss:.4f}" + ("" if math.isnan(accuracy) else f"  accuracy {100 * accuracy:5.1f} %")
     return f"{place} {job.run.method:18s} seed {job.run.seed}  {took:>11s}  {state}"
 
 

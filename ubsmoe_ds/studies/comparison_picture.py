@@ -19,14 +19,18 @@ OFFSET = 0.05  # between methods at one budget, in units of the distance between
 def picture(clients: pd.DataFrame, rounds: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """Draw accuracy and loss by budget, loss and utilisation CV by round: a line per method, the legend beside them.
 
+    Rows without choices have no accuracy to draw.
+
     Args:
         clients, rounds: the frames of `comparison_runs.collect`.
         methods: the methods to draw, in the legend's order.
     """
     figure = Figure(figsize=(20, 4.8), layout="constrained")
-    accuracy_axes, end_axes, loss_axes, cv_axes = figure.subplots(1, 4)
     final = by_budget(clients)
-    _draw_by_budget(accuracy_axes, final["accuracy"] * 100, methods, "accuracy %")
+    has_choices = bool(clients["accuracy"].notna().any())
+    *accuracy_axes, end_axes, loss_axes, cv_axes = figure.subplots(1, 4 if has_choices else 3)
+    for axes in accuracy_axes:
+        _draw_by_budget(axes, final["accuracy"] * 100, methods, "accuracy %")
     _draw_by_budget(end_axes, final["loss"], methods, "final loss")
     by_round = rounds.groupby(["method", "round"])[["loss", "training_utilisation_cv"]].mean()
     for axes, column, title in (

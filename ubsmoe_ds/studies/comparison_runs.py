@@ -168,9 +168,9 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
         row |= {
             "loss_before": _number(end["loss_before"]),
             "loss": _number(end["loss_after"]),
-            "accuracy_before": _number(end["accuracy_before"]),
-            "accuracy": _number(end["accuracy_after"]),
-            "accuracy_norm": _number(last_metrics[f"eval_{view}/accuracy_norm_all"]),
+            "accuracy_before": _number(end.get("accuracy_before")),
+            "accuracy": _number(end.get("accuracy_after")),
+            "accuracy_norm": math.nan,
             "flops_ratio": end["flops_ratio"],
             "tokens_per_second": _number(end.get("tokens_per_second")),  # runs of older versions have none
             "seconds_per_step": _number(end.get("seconds_per_step")),
@@ -178,6 +178,8 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
             "megabytes_sent": sum(record["metrics"].get(f"megabytes_sent/{client.name}", 0.0) for record in trained),
             "local_seconds": sum(record["seconds"].get(f"seconds_local/{client.name}", 0.0) for record in trained),
         }
+        if "accuracy_after" in end:  # rows without choices have none
+            row["accuracy_norm"] = _number(last_metrics[f"eval_{view}/accuracy_norm_all"])
     return rows
 
 

@@ -58,7 +58,8 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
         headline: the first line: command, machine, seeds.
     """
     parts = [headline, READING_NOTE, _results(clients)]
-    parts += ["Accuracy % by log-likelihood normalised by length:", _normalised(clients)]
+    if _has_choices(clients):
+        parts += ["Accuracy % by log-likelihood normalised by length:", _normalised(clients)]
     for baseline in BASELINES:
         if baseline in set(clients["method"]) and clients["method"].nunique() > 1:
             parts += [
@@ -74,7 +75,8 @@ def _results(clients: pd.DataFrame) -> str:
     by_run = clients.groupby(["method", "seed"]).agg({"megabytes_sent": "sum", "local_seconds": "max"})
     totals = by_run.groupby("method").mean()
     headings = ["method"]
-    headings += [f"{field} β={budget:g}" for budget in budgets for field in ("loss", "accuracy %")]
+    fields = ("loss", "accuracy %") if _has_choices(clients) else ("loss",)
+    headings += [f"{field} β={budget:g}" for budget in budgets for field in fields]
     costs = ("FLOPs %", "tokens/s (shared cores)", "s/step (shared cores)")
     headings += [f"{cost} β={budgets[0]:g}" for cost in costs]
     headings += ["MB sent", "local seconds, slowest client"]
@@ -84,13 +86,19 @@ def _results(clients: pd.DataFrame) -> str:
         for budget in budgets:
             figures = table.loc[(method, budget)]
             row.append(_plus_minus(figures["loss"], digits=4, of=seeds))
-            row.append(_plus_minus(figures["accuracy"], digits=1, of=seeds, scale=100))
+            if len(fields) > 1:
+                row.append(_plus_minus(figures["accuracy"], digits=1, of=seeds, scale=100))
         poorest = table.loc[(method, budgets[0])]
         row.append(_mean(poorest["flops_ratio"], digits=1, scale=100))
         row += [_mean(poorest["tokens_per_second"], digits=0), _mean(poorest["seconds_per_step"], digits=3)]
         row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
         rows.append(row)
     return markdown_table(headings, rows)
+
+
+def _has_choices(clients: pd.DataFrame) -> bool:
+    """Return whether some client was evaluated on rows with choices."""
+    return bool(clients["accuracy"].notna().any())
 
 
 def _normalised(clients: pd.DataFrame) -> str:

@@ -13,7 +13,8 @@ from tests.support.conversion import convert
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.evaluation import FIELDS, Evaluator, generate_answers, parse_answer, score
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow, encode
+from ubsmoe_ds.data.batches import encode
+from ubsmoe_ds.data.evaluation_rows import PackedRow
 from ubsmoe_ds.federation.monitor import CELL, heat_map
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
@@ -54,7 +55,7 @@ def plain(rows, tokenizer, k):
                 .item()
             )
 
-    nll = tokens = correct = normalised = 0
+    nll = tokens = correct = normalised = by_characters = 0
     for row in rows:
         prompt = tokenizer(row["instruction"] + "\n")["input_ids"]
         texts = [row["answer"].replace(row["labels"][row["label"]], label) for label in row["labels"]]
@@ -66,7 +67,8 @@ def plain(rows, tokenizer, k):
         correct += int(np.argmax(scores)) == row["label"]
         lengths = [len(option) for option in encoded]
         normalised += int(np.argmax([s / n for s, n in zip(scores, lengths, strict=True)])) == row["label"]
-    return nll, tokens, correct, normalised, len(rows)
+        by_characters += int(np.argmax([s / len(t) for s, t in zip(scores, texts, strict=True)])) == row["label"]
+    return nll, tokens, correct, normalised, by_characters, len(rows), len(rows)
 
 
 @pytest.mark.parametrize("k", [8, 2])
@@ -107,12 +109,14 @@ def test_a_sliding_window_shorter_than_a_question_with_an_answer_is_refused(part
 
 def test_the_length_of_an_option_can_decide():
     """By hand, -3 for 2 tokens against -2 for 1 token: raw the second option wins, normalised by length the first."""
-    row = PackedRow([9], 0, [[1, 2, 4], [3]], label=0, cut=False)
+    row = PackedRow([9], 0, [[1, 2, 4], [3]], label=0, cut=False, characters=(2, 1))
     logp = [torch.tensor([]), torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-2.0])]
-    assert score(row, logp) == (3.5, 3, 0, 1, 1)
-    common = PackedRow([9, 8], 1, [[2, 4], [3]], label=0, cut=False)
+    assert score(row, logp) == (3.5, 3, 0, 1, 1, 1, 1)
+    few = PackedRow(*row[:5], characters=(3, 4))  # -1 and -0.5 per character
+    assert score(few, logp) == (3.5, 3, 0, 1, 0, 1, 1)
+    common = PackedRow([9, 8], 1, [[2, 4], [3]], label=0, cut=False, characters=(5, 5))
     logp = [torch.tensor([-1.0]), torch.tensor([-2.0, -0.5]), torch.tensor([-3.0])]
-    assert score(common, logp) == (3.5, 3, 1, 1, 1)
+    assert score(common, logp) == (3.5, 3, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +124,10 @@ def test_the_length_of_an_option_can_decide():
 )
 def test_a_tie_counts_as_a_draw_and_nan_as_wrong(values, chance):
     """Without this the first option would win ties, and in some data it is right more often than the others."""
-    row = PackedRow([9], 0, [[1, 4], *([n] for n in range(2, 1 + len(values)))], label=0, cut=False)
+    options = [[1, 4], *([n] for n in range(2, 1 + len(values)))]
+    row = PackedRow([9], 0, options, label=0, cut=False, characters=(3,) * len(values))
     logp = [torch.tensor([]), torch.tensor([values[0], -0.5]), *(torch.tensor([value]) for value in values[1:])]
-    assert score(row, logp)[2:] == (chance, chance, 1)
+    assert score(row, logp)[2:] == (chance, chance, chance, 1, 1)
 
 
 @pytest.mark.parametrize("k", [8, 2])

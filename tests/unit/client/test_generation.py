@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, OlmoeForCausalLM
 from ubsmoe_ds.client.evaluation import Evaluator
 from ubsmoe_ds.client.generation import LEAST_NEW_TOKENS, Prompts
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow
+from ubsmoe_ds.data.evaluation_rows import PackedRow
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 from ubsmoe_ds.moe.gate import GateConfig
@@ -38,7 +38,7 @@ def test_prompt_and_right_answer_are_taken_apart_by_hand(tokenizer):
     """The options 5 6 7 and 5 6 9 8 of the prompt 3 4 share 5 6; end-of-text belongs to the right one."""
     row = PackedRow([3, 4, 5, 6], 2, [[7, tokenizer.eos_token_id], [9, 8]], label=0, cut=False)
     prompts = Prompts([row], tokenizer)
-    assert prompts.tokens == [[3, 4]] and prompts.texts == [tokenizer.decode([3, 4])]
+    assert list(prompts.tokens) == [[3, 4]] and prompts.texts == [tokenizer.decode([3, 4])]
     assert prompts.answers == [tokenizer.decode([5, 6, 7])] and prompts.max_new_tokens == LEAST_NEW_TOKENS
     long = PackedRow([3, 4], 0, [[7] * 40, [9]], label=0, cut=False)
     assert Prompts([row, long], tokenizer).max_new_tokens == 40

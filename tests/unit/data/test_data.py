@@ -15,9 +15,12 @@ from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import ClientConfig, DataConfig
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import PackedRow, collate, collate_packed, encode, pack, steps
+from ubsmoe_ds.data.batches import collate, encode, steps
+from ubsmoe_ds.data.evaluation_rows import PackedRow, collate_packed, pack
 from ubsmoe_ds.data.partition import partition
-from ubsmoe_ds.data.sources import evaluation_rows, load_rows, read_jsonl
+from ubsmoe_ds.data.row_table import read_table
+from ubsmoe_ds.data.sources import evaluation_rows, load_rows
+from ubsmoe_ds.data.stored import Alone
 from ubsmoe_ds.data.tokenizing import beginning
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
@@ -79,6 +82,10 @@ def test_split_is_by_question_and_repeats():
     assert 50 < len(held_out) < 150 and len(train) + len(held_out) == 1000
     again = load_rows(DataConfig(rows=1000), seed=0)
     assert (train, held_out, (0, 0, 0)) == again
+
+
+def read_jsonl(path):
+    return read_table(f"jsonl:{path}", DataConfig(), "train", 0, Alone()).rows
 
 
 def save(path, *rows):
@@ -223,7 +230,8 @@ def test_partition_deals_every_row_once(kind, count, tasks, seed, alpha):
         assert kind == "dirichlet" and "would get none" in str(error)
         return
     assert sorted(row for part in dealt for row in part) == list(range(300))
-    assert dealt == partition(names, clients(*[1] * count), config, seed)
+    again = partition(names, clients(*[1] * count), config, seed)
+    assert [part.tolist() for part in dealt] == [part.tolist() for part in again]
 
 
 def test_iid_follows_the_shares():
@@ -366,11 +374,11 @@ def test_cloze_rows_by_hand(tmp_path):
 
 def test_options_share_the_prompt_and_their_common_beginning(tokenizer):
     row = GOOD | {"labels": ["answer1", "answer2"], "answer": "the correct answer is answer2"}
-    ((start, common, options, label, cut),) = pack([row], tokenizer, 256)
+    ((start, common, options, label, cut, characters, _),) = pack([row], tokenizer, 256)
     assert tokenizer.decode(start) == row["instruction"] + "\nthe correct answer is answer"
     assert tokenizer.decode(start[len(start) - common :]) == "the correct answer is answer"
     assert [tokenizer.decode(option) for option in options] == ["1", "2" + tokenizer.eos_token]
-    assert label == 1 and not cut
+    assert label == 1 and not cut and characters == (len(row["answer"]),) * 2
     row = GOOD | {"labels": ["a", "b"], "answer": "as it is, a day: a", "label": 0}
     (packed,) = pack([row], tokenizer, 256)
     assert tokenizer.decode(packed.start + packed.options[1]) == row["instruction"] + "\nas it is, a day: b"

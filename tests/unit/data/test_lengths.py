@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.sections import DataConfig
-from ubsmoe_ds.data.batches import encode, pack, steps
+from ubsmoe_ds.data.batches import encode, steps
 from ubsmoe_ds.data.encoding import read_encoder
+from ubsmoe_ds.data.evaluation_rows import pack
 from ubsmoe_ds.data.lengths import LEAST_PROMPT, Lengths, by_name, fit, fit_row
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.data.sources import Unused
@@ -54,15 +55,15 @@ def test_the_other_rules_by_hand():
 def test_rows_that_lose_their_end_are_counted():
     """Of 40 tokens: 10 + 5 fit, 30 + 30 loses 20 of its answer and end-of-text, a prompt of 60 leaves it no room."""
     rows = [row(10, 5), row(30, 30), row(60, 5)]
-    examples, lengths = encode(rows, TOKENIZER, 40, "cut_end")
+    examples, lengths = encode(rows, TOKENIZER, 40, overlong="cut_end")
     assert lengths == Lengths(kept=2, cut=1, dropped=1)
     whole, _ = encode(rows, TOKENIZER, 10**6)
     assert examples[0] == whole[0] and examples[1].prompt == whole[1].prompt
     assert whole[1].answer[: len(examples[1].answer)] == examples[1].answer
     assert len(examples[1].prompt) + len(examples[1].answer) == 40
-    assert encode(rows, TOKENIZER, 40, "drop")[1] == Lengths(kept=1, cut=0, dropped=2)
+    assert encode(rows, TOKENIZER, 40, overlong="drop")[1] == Lengths(kept=1, cut=0, dropped=2)
     for rule in ("cut_end", "drop"):
-        assert [found is None for found in pack(rows, TOKENIZER, 40, rule)] == [False, True, True]
+        assert [found is None for found in pack(rows, TOKENIZER, 40, overlong=rule)] == [False, True, True]
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,7 +25,8 @@ def files(tmp_path_factory):
 
 
 def of_client(exp: Experiment, number: int):
-    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, comm=MPI.COMM_SELF))
+    alone = {"comm": MPI.COMM_SELF, "group_comm": MPI.COMM_SELF, "group_hosts": [["here"]] * len(exp.clients)}
+    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, **alone))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from launch.prepare import text_blocks
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.data import synthetic
-from ubsmoe_ds.data.batches import encode, pack
+from ubsmoe_ds.data.batches import encode
+from ubsmoe_ds.data.evaluation_rows import pack
 from ubsmoe_ds.data.schema import PlacedRow
 from ubsmoe_ds.data.tokenizing import text_tokens
 from ubsmoe_ds.models.hub import BUILTIN_MODELS

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ubsmoe_ds.client.engine import LocalStats
+from ubsmoe_ds.client.evaluation import scores
 from ubsmoe_ds.federation.metrics import (
     RoundSeconds,
     complete_seconds,
@@ -27,9 +28,9 @@ SECONDS = [RoundSeconds(4.0, 1.0, 0.5, 0.25), RoundSeconds(2.0, 3.0, 0.75, 0.5)]
 
 def test_evaluation_is_of_each_view_task_and_client():
     """Three clients in two views: loss is a mean over tokens, overall over clients, plain and by w_c."""
-    sums = np.zeros((2, 2, 5))  # nll, tokens, correct, correct normalised, rows
-    sums[0] = [[6.0, 3, 1, 2, 4], [2.0, 1, 1, 0, 1]]
-    sums[1] = [[3.0, 3, 4, 4, 4], [1.0, 1, 0, 1, 1]]
+    sums = np.zeros((2, 2, 7))  # nll, tokens, correct, correct by tokens and by characters, choices, rows
+    sums[0] = [[6.0, 3, 1, 2, 3, 4, 4], [2.0, 1, 1, 0, 0, 1, 1]]
+    sums[1] = [[3.0, 3, 4, 4, 4, 4, 4], [1.0, 1, 0, 1, 1, 1, 1]]
     scalars = evaluation_scalars(
         ["a", "b", "c"], ["k2", "k8", "k2"], [0.5, 0.3, 0.2], ["x", "y"], sums, weighted_cv=0.3
     )
@@ -37,12 +38,24 @@ def test_evaluation_is_of_each_view_task_and_client():
     assert scalars["eval_k8/loss_all"] == 1.0 and scalars["eval_k8/accuracy_x"] == 1.0
     assert scalars["eval_k2/accuracy_all"] == pytest.approx(2 / 5)
     assert scalars["eval_k2/accuracy_norm_x"] == 0.5 and scalars["eval_k8/accuracy_norm_all"] == 1.0
+    assert scalars["eval_k2/accuracy_chars_x"] == 0.75 and scalars["eval_k8/perplexity_all"] == math.e
     assert [scalars[f"eval_loss/{name}"] for name in "abc"] == [2.0, 1.0, 2.0]
     assert scalars["eval/loss"] == pytest.approx(5 / 3)
     assert scalars["eval/accuracy"] == pytest.approx((0.4 + 0.8 + 0.4) / 3)
     assert scalars["eval/loss_weighted"] == pytest.approx(0.5 * 2 + 0.3 * 1 + 0.2 * 2)
     assert scalars["eval/accuracy_weighted"] == pytest.approx(0.5 * 0.4 + 0.3 * 0.8 + 0.2 * 0.4)
     assert scalars["eval/utilisation_cv"] == 0.3
+
+
+def test_rows_without_choices_have_no_accuracy():
+    """A client's own rows replace the common ones: b has choices there, so only b has an accuracy, and no mean has."""
+    sums = np.array([[[6.0, 3, 0, 0, 0, 0, 4]]])
+    own_CF = np.array([[0.0] * 7, [2.0, 4, 1, 1, 2, 2, 2]])
+    scalars = evaluation_scalars(["a", "b"], ["k2", "k2"], [0.5, 0.5], ["text"], sums, 0.0, own_CF)
+    assert (scalars["eval_loss/a"], scalars["eval_loss/b"], scalars["eval/loss"]) == (2.0, 0.5, 1.25)
+    assert scalars["eval_perplexity/a"] == pytest.approx(math.exp(2)) and scalars["eval_accuracy/b"] == 0.5
+    assert [name for name in scalars if "accuracy" in name] == ["eval_accuracy/b"]
+    assert scores(np.zeros(7)) == {} and scores(np.array([1e9, 1, 0, 0, 0, 0, 1]))["perplexity"] < math.inf
 
 
 def test_training_scalars_sum_over_clients_and_divide_by_the_work_done():

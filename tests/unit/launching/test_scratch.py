@@ -1,12 +1,15 @@
 """Temporary folders go with their makers, and those of makers that were killed with the next one."""
 
 import multiprocessing
+import os
 import tempfile
+import time
 
 import pytest
 
+from ubsmoe_ds.launching import scratch
 from ubsmoe_ds.launching.run_folder import open_run_folder
-from ubsmoe_ds.launching.scratch import LOCK, PREFIX, scratch_folder, sweep
+from ubsmoe_ds.launching.scratch import LOCK, OLD_SECONDS, PREFIX, scratch_folder, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,25 @@ def test_what_a_killed_process_has_left_goes_at_the_next_start(temporary):
         sweep()
         assert (folder / LOCK).exists()
     assert [*temporary.iterdir()] == [temporary / f"{PREFIX}mine"]
+
+
+def test_names_of_memory_go_once_their_makers_are_gone_and_they_are_old(temporary, monkeypatch):
+    """Of process 2^22 + 1, which cannot be, and of this one; names that are no MPICH's stay."""
+    monkeypatch.setattr(scratch, "SHARED_MEMORY", temporary)
+    names = {
+        "mpich_shm_400001_0": False,
+        f"mpich_shm_{os.getpid():x}_0": True,
+        "mpich_shm_x_0": True,
+        "other_1_2": True,
+    }
+    for name in [*names, "mpich_shm_400001_1"]:
+        (temporary / name).write_bytes(b"")
+        if name != "mpich_shm_400001_1":
+            os.utime(temporary / name, (time.time() - 2 * OLD_SECONDS,) * 2)
+    scratch.sweep_memory()
+    assert {path.name for path in temporary.iterdir()} == {name for name, stays in names.items() if stays} | {
+        "mpich_shm_400001_1"
+    }
 
 
 def test_a_lock_that_is_a_link_is_not_followed(temporary):

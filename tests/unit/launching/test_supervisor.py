@@ -54,9 +54,19 @@ KILLED = ["client 'a', rank 0 of 1"]
         (255, 0, [], 0, "note: mpiexec ended with code 255 after the ranks had ended with 0\n"),  # its proxy was killed
         (-9, 75, [], 75, "note: mpiexec ended with code -9 after the ranks had ended with 75\n"),
         (7, 1, [], 1, ""),  # a rank has said why
-        (9, None, KILLED, 9, "error: client 'a', rank 0 of 1 was killed\n"),
+        (9, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),
+        (2, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),  # by SIGINT: no mistake of the user
         (-9, None, [], 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
         (-9, None, KILLED, 137, "error: mpiexec was killed (signal 9); continue with --resume auto\n"),
+        (
+            9,
+            None,
+            [],
+            1,
+            "error: mpiexec ended with code 9, and no rank has said why; see above\n",
+        ),  # killed as it started
+        (143, None, [], 143, ""),  # a second signal to a rank
+        (2, None, [], 2, ""),  # a config that cannot be read on another host
         (0, None, KILLED, 1, "error: client 'a', rank 0 of 1 was killed\n"),  # Open MPI, after all have died
     ],
 )
