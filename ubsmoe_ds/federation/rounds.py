@@ -47,7 +47,10 @@ from ubsmoe_ds.federation.metrics import (
     training_scalars,
 )
 from ubsmoe_ds.federation.outputs import Outputs
+from ubsmoe_ds.federation.roster import Roster
 from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
+from ubsmoe_ds.federation.texts import Texts
+from ubsmoe_ds.federation.turn import Turn, moment_sums
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -264,7 +267,7 @@ class Federation:
         number, every = self.progress.round, self.exp.train.save_every
         self.hang_watch.enter(f"round {number}, record")
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
-        apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
+        apply_G, evaluation_G = self._group_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
             self._outputs.save_adapters(self.progress, f"{FOLDER}-round-{number}", number)
         best = self.exp.train.keeps_best and evaluated is not None and self.progress.improves(evaluated)
@@ -275,7 +278,8 @@ class Federation:
             self.progress.note_evaluation(evaluated)
             self._outputs.prune_best(self.progress)
         if number:
-            complete_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
+            groups = [trainer.name for trainer in self.exp.trainers]
+            complete_seconds(self.progress.pending["seconds"], groups, apply_G, evaluation_G)
         self.stopwatch.reset()
         self.record = self.progress.record()
         if self.monitor is not None:
@@ -302,39 +306,45 @@ class Federation:
         if local.steps == count:
             return 1.0
         used = float(local.sums[2])
-        batches = self.batches_from(self.progress.steps_taken)
+        batches = self._batches(self.current, self.progress.steps_taken[self.current])
         left = sum(next(batches).used_tokens for _ in range(count - local.steps))
         return used / (used + left)
 
-    def _training_scalars(
-        self, stats: LocalStats, merged: Merged
-    ) -> tuple[list[LocalStats], dict[str, float], dict[str, float]]:
-        """Return (sums of each client's local steps, metrics, wall times) (a collective)."""
-        stages = self.stopwatch.seconds
-        seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
-        rate = self.client.learning_rate
-        if self.world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
-            stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
-            seconds, rate = RoundSeconds(*np.zeros(len(seconds))), 0.0
-        table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent, rate])
-        stats_C = [LocalStats(*row) for row in table[:, : len(stats)]]
-        seconds_C = [RoundSeconds(*row) for row in table[:, len(stats) : -2]]
+    def _training_scalars(self, merged: Merged) -> tuple[list[LocalStats], dict[str, float], dict[str, float]]:
+        """Return (sums of each client's local steps, metrics, wall times), of the clients of the round (a collective)."""
+        statistics, stages = merged.statistics, self.stopwatch.seconds
+        table = np.zeros((len(statistics.cohort), len(LocalStats._fields) + len(RoundSeconds._fields) + 2))
+        for turn in self.turns:
+            stats, rate = turn.stats, turn.learning_rate
+            seconds = RoundSeconds(turn.seconds, stages["wait"], stages["exchange"], stages["merge"])
+            if self.world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
+                stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
+                seconds, rate = RoundSeconds(*np.zeros(len(seconds))), 0.0
+            sent = self.aggregator.exchange.bytes_sent / len(self.turns)  # a group's turns travel together
+            table[statistics.cohort.index(turn.client)] = [*stats, *seconds, sent, rate]
+        table = self.world.sum(table)
+        stats_C = [LocalStats(*row) for row in table[:, : len(LocalStats._fields)]]
+        seconds_C = [RoundSeconds(*row) for row in table[:, len(LocalStats._fields) : -2]]
+        names = [self.exp.clients[client].name for client in statistics.cohort]
         refused = [len(units) for units in merged.refused]
-        statistics = merged.statistics
         metrics = training_scalars(
-            self._names, stats_C, table[:, -2], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
+            names, stats_C, table[:, -2], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
         )
         weights, norms, rates = (
             part.tolist() for part in (self.aggregator.server.weight_C, statistics.norm_C, table[:, -1])
         )
-        metrics |= expert_scalars(self._names, statistics.routed_CLE, statistics.squares_CLE2)
-        metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, norms, rates)
-        return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
+        metrics |= expert_scalars(names, statistics.routed_CLE, statistics.squares_CLE2)
+        metrics |= merge_scalars(names, stats_C, self.rows.kept, weights, norms, rates)
+        return stats_C, metrics, seconds_scalars(names, stats_C, seconds_C)
 
-    def _client_table(self, values: Sequence[float]) -> np.ndarray:
-        """Sum `values` over each client's ranks; return [C, len(values)] (a collective)."""
-        table = np.zeros((len(self.exp.clients), len(values)))
-        table[self.world.client] = values
+    def _batches(self, client: int, first: int) -> Iterator[StepBatch]:
+        """Return this rank's batches of a client from the step of this number on."""
+        return self.texts.steps(client, self.world.group, self.world.group_rank, first)
+
+    def _group_table(self, values: Sequence[float]) -> np.ndarray:
+        """Sum `values` over each group's ranks; return [groups, len(values)] (a collective)."""
+        table = np.zeros((len(self.exp.trainers), len(values)))
+        table[self.world.group] = values
         return self.world.sum(table)
 
     @property
@@ -345,7 +355,7 @@ class Federation:
     @property
     def _local_steps(self) -> int:
         """Return the local steps of this rank's client in a round."""
-        config = self.exp.clients[self.world.client]
+        config = self.exp.clients[self.current]
         return self.exp.local_steps(config, self.rows.kept[config.name])
 
     @property

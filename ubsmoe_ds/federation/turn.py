@@ -50,7 +50,7 @@ class Turn:
 
 
 def moment_sums(client: Client) -> Tensor | None:
-    """Return the sums of the experts' moments over this rank's local steps, without NaN and Inf; None if none are taken."""
+    """Return the sums of the experts' moments over this rank's local steps, without NaN and Inf; None without moments."""
     if client.moments is None:
         return None
     sums_LEX = client.moments.sums()

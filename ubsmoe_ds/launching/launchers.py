@@ -132,7 +132,8 @@ def check_size(
             command = f"srun --mpi={plugin} --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
         need = " + ".join(f"{client.ranks} ({client.name})" for client in clients)
         raise UserError(
-            f"world: {size} MPI ranks were started{tasks}, the {kind_of(clients[0])}s need {need} = {ranks}; run: {command}"
+            f"world: {size} MPI ranks were started{tasks}, the {kind_of(clients[0])}s need {need} = {ranks}; run: "
+            f"{command}"
         )
 
 

@@ -55,7 +55,8 @@ def place(clients: Sequence[Trainer], slots: Mapping[str, int]) -> list[list[str
         f"{client.name!r} {client.ranks} on {' '.join(client.hosts)}" for client in clients if client.hosts
     )
     raise UserError(
-        f"{kind_of(clients[0])}s: no way was found to put them where their `hosts` say ({pinned}); give these more slots"
+        f"{kind_of(clients[0])}s: no way was found to put them where their `hosts` say ({pinned}); give these more "
+        "slots"
     )
 
 
@@ -79,8 +80,8 @@ def _allowed(client: Trainer, slots: Mapping[str, int]) -> tuple[str, ...]:
     room = sum(slots[host] for host in allowed)
     if room < client.ranks:
         raise UserError(
-            f"{kind_of(client)}s: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have {room} "
-            "slots; add slots or hosts, or lower its ranks"
+            f"{kind_of(client)}s: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have "
+            f"{room} slots; add slots or hosts, or lower its ranks"
         )
     return allowed
 
@@ -93,12 +94,12 @@ def _named(name: str, client: Trainer, slots: Mapping[str, int]) -> str:
         return matches[0]
     if matches:
         raise UserError(
-            f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write a name that "
-            "only one of them has"
+            f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write a "
+            "name that only one of them has"
         )
     raise UserError(
-        f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which is not among those of this job ({', '.join(slots)}); "
-        "correct it, or start the job on that host too"
+        f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which is not among those of this job "
+        f"({', '.join(slots)}); correct it, or start the job on that host too"
     )
 
 

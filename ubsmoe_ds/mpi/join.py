@@ -107,8 +107,8 @@ def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None
     on_host, count = sharers.size, len(devices)
     if on_host > count and not exp.oversubscribe:
         raise UserError(
-            f"{kind_of(exp.trainers[0])}s: {on_host} ranks on this host, {count} accelerators: {on_host - count} too few; "
-            "lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
+            f"{kind_of(exp.trainers[0])}s: {on_host} ranks on this host, {count} accelerators: {on_host - count} too "
+            "few; lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
         )
     groups = np.empty(on_host, dtype=np.int64)
     sharers.Allgather(np.array([world.group]), groups)
@@ -117,8 +117,8 @@ def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None
             trainer = exp.trainers[number]
             kind = kind_of(trainer)
             raise UserError(
-                f"{kind}s: {trainer.name!r} has {ranks} ranks for {count} accelerators of this host; ranks of one {kind} "
-                f"cannot share a device: give it at most {count} here, or set accelerator=cpu"
+                f"{kind}s: {trainer.name!r} has {ranks} ranks for {count} accelerators of this host; ranks of one "
+                f"{kind} cannot share a device: give it at most {count} here, or set accelerator=cpu"
             )
     os.environ["LOCAL_RANK"] = str(sharers.rank % count)
 
