@@ -142,7 +142,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     routed_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
-        config = exp.clients[world.client]
+        config = exp.clients[world.group]
         client = Client(exp, config, world.group_rank)
         flora, lora_rank = exp.merge.row.stacking, exp.lora_rank(config)
         masters = client.gradient_hook.masters
@@ -158,7 +158,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         usage = Usage(routed_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), routed_CLE).float())
         merged = server.merge(exchange.collect(store.updates(lora_rank).numpy()), usage, server.lora_ranks)
         reply = torch.from_numpy(exchange.distribute(merged))
-        store.apply(reply, lora_rank, replies[world.client], round_number=1)
+        store.apply(reply, lora_rank, replies[world.group], round_number=1)
         results[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
         results |= {f"{name}/value/{key}": value for key, value in _masters(client).items()}
         if flora:
@@ -175,8 +175,8 @@ def _write_known_values(client: Any, world: World, broken: list | None) -> None:
     """Set every trainable parameter to its known value; `broken` = [client, parameter] gets a NaN."""
     for key, parameter in client.model.named_parameters():
         if parameter.requires_grad:
-            value = _local_value(key, world.client, parameter, client.config, world.group_rank)
-            if broken == [world.client, key]:
+            value = _local_value(key, world.group, parameter, client.config, world.group_rank)
+            if broken == [world.group, key]:
                 value.view(-1)[0] = float("nan")
             client.gradient_hook.masters.write(parameter, value)
 
@@ -210,7 +210,7 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
             results[f"{name}/base/{projection}"] = weight.detach().numpy()
-        results[f"{name}/rank"] = np.array(federation.aggregator.lora_rank)
+        results[f"{name}/rank"] = np.array(federation.aggregator.server.lora_ranks[world.group])
         federation.client.engine.destroy()
         world.barrier()
     torch.distributed.destroy_process_group()

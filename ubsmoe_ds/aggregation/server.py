@@ -154,6 +154,11 @@ class Server:
         return _joined(deltas)
 
     @property
+    def unit_rank(self) -> int:
+        """Return the LoRA rank of what travels, where it is the same for all."""
+        return self.exp.lora.rank if self._one_holder else self.lora_ranks[0]
+
+    @property
     def _held_ranks(self) -> list[int]:
         """Return the LoRA rank of what each client of the round sends: the full one where all have one shared state."""
         return [self.exp.lora.rank if self._one_holder else self.lora_ranks[client] for client in self.cohort]

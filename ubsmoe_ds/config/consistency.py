@@ -40,7 +40,7 @@ def problems(exp: Experiment) -> list[str]:
             "may read"
         )
     found += group_problems(exp.groups, exp.clients, exp.num_experts)
-    found += _merge_problems(exp) + _rate_problems(exp)
+    found += _merge_problems(exp) + _rate_problems(exp) + _turn_problems(exp)
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
             found.append(
@@ -50,6 +50,26 @@ def problems(exp: Experiment) -> list[str]:
         found += _batch_problems(exp, i)
     if exp.sampling is not None and exp.sampling.size(len(exp.clients)) > len(exp.clients):
         found.append(f"sampling.clients: {exp.sampling.clients} exceeds the {len(exp.clients)} clients; use fewer")
+    return found
+
+
+def _turn_problems(exp: Experiment) -> list[str]:
+    """Check for what cannot be had where clients take turns."""
+    if not exp.takes_turns:
+        return []
+    found, why = [], "does not work with `groups` or `sampling`"
+    if exp.train.optimizer_state == "keep":
+        found.append(f"train.optimizer_state: 'keep' {why}, where each turn begins with a new optimiser; use reset")
+    if exp.deepspeed.scheduler is not None:
+        found.append(f"deepspeed.scheduler: {why}, where a client's steps are not in a row; use train.lr_schedule")
+    if exp.fault_tolerance == "shrink":
+        found.append(f"fault_tolerance: 'shrink' {why}; use abort, and --resume auto after a failure")
+    steps = {exp.settings(client).gradient_accumulation_steps for client in exp.clients}
+    if exp.groups is not None and len(steps) > 1 and exp.deepspeed.zero_stage > 0:
+        found.append(
+            f"clients: gradient_accumulation_steps {' '.join(map(str, sorted(steps)))} differ, which one engine cannot "
+            "have under ZeRO; use one value, or ZeRO stage 0"
+        )
     return found
 
 

@@ -179,12 +179,15 @@ class Experiment(Section):
         """Return the name of each client's view, the model that it evaluates.
 
         Clients of one K hold the same model after a merge and share a view, such as "k4". A client has its own view,
-        under its name, if it learns something for itself alone or has its own LoRA rank.
+        under its name, if it learns something for itself alone or has its own LoRA rank. Where clients take turns,
+        those of one K and one LoRA rank share a view, such as "k4-r2".
         """
-        own_model = (
-            self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
-        )
-        return [client.name if own_model else f"k{self.active_experts(client)}" for client in self.clients]
+        own_ranks = len(set(self.lora_ranks)) > 1
+        own_model = self.router.gate_rescale == "learned" or self.lora.prune_penalty > 0
+        if own_model or (own_ranks and not self.takes_turns):
+            return [client.name for client in self.clients]
+        ks, ranks = [self.active_experts(client) for client in self.clients], self.lora_ranks
+        return [f"k{k}-r{rank}" if own_ranks else f"k{k}" for k, rank in zip(ks, ranks, strict=True)]
 
     def rho(self, client: ClientConfig) -> float:
         """Return the weight of the pseudo-gradient: scale (1 - K_c / M), or scale times a constant."""
@@ -195,7 +198,14 @@ class Experiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, value: Any) -> Any:
-        return with_preset(written_out(value)) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        whole = with_preset(written_out(value))
+        own, train = value.get("train") or {}, whole.get("train")
+        takes_turns = value.get("groups") is not None or value.get("sampling") is not None
+        if takes_turns and isinstance(own, dict) and isinstance(train, dict) and "optimizer_state" not in own:
+            whole["train"] = train | {"optimizer_state": "reset"}  # in place of what the preset says
+        return whole
 
     @field_validator("method")
     @classmethod

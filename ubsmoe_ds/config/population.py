@@ -110,7 +110,7 @@ def _written_out(entries: list[Any], key: str, prefix: str) -> list[Any]:
         stem = common.get("name", prefix)
         numbered = "count" in entry or "name" not in common
         for number in range(count):
-            own = {part: _dealt(part, value, number, f"{key}.{place}") for part, value in common.items()}
+            own = {str(part): _dealt(str(part), value, number, f"{key}.{place}") for part, value in common.items()}
             whole.append(own | ({"name": f"{stem}{first + number}"} if numbered else {}))
     return whole
 
@@ -151,4 +151,7 @@ def group_problems(groups: list[GroupConfig] | None, clients: list[ClientConfig]
             )
     wanted = {name for client in clients for name in client.groups or names}
     problems += [f"groups: no client may be trained by {name!r}; remove it" for name in names if name not in wanted]
+    both = next((client.name for client in clients if client.name in names), None)
+    if both is not None:
+        problems.append(f"groups: name {both!r} is a client's too; rename one of them")
     return problems

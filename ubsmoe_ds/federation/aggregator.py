@@ -20,10 +20,10 @@ from ubsmoe_ds.base.errors import Diverged
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
+from ubsmoe_ds.client.turn import OwnPart, Turn
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
 from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
-from ubsmoe_ds.federation.turn import OwnPart, Turn, moment_sums
 from ubsmoe_ds.mpi.world import World
 
 
@@ -53,6 +53,7 @@ class Aggregator:
         server: merges the units that this rank owns.
         exchange_for: makes the exchange for the LoRA ranks that clients send and for those that they get back.
         stopwatch: records the stages "exchange", "wait" and "merge".
+        calibrated: numbers of clients, and the sums of moments that this rank has from their rows; see `moment_sums`.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Aggregator:
         server: Server,
         exchange_for: ExchangeFactory,
         stopwatch: Stopwatch,
+        calibrated: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
         self.exp, self.world, self.client, self.store, self.server = exp, world, client, store, server
-        self.exchange_for, self.stopwatch = exchange_for, stopwatch
+        self.exchange_for, self.stopwatch, self.calibrated = exchange_for, stopwatch, calibrated
         self.exchange = self._exchange_of(server.lora_ranks)
         self.started = False  # whether owners know what clients hold
         self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
@@ -87,7 +89,7 @@ class Aggregator:
         held = self.exchange.collect(self.store.shared.numpy(), exact=True)
         moments_LEX = None
         if not self.moments_shared:
-            parts = [(moment_sums(self.client), self._calibration_weight())]
+            parts = [(sums_LEX, self.server.weights[number]) for number, sums_LEX in self.calibrated]
             moments_LEX = sum_moments(self.world, self.client, parts)
         self.world.agree()
         self.server.start(held)
@@ -116,13 +118,18 @@ class Aggregator:
         """
         store, rank = self.store, self.server.lora_ranks[number]
         new_rank, update = rank, torch.zeros_like(store.shared)
-        if work and self.exp.takes_turns:
-            update = store.turn_update(rank, self.held_rank)
-        elif work:
+        if work:
             update = store.updates(rank)
-        if self.exp.lora.prune_penalty and work:
-            new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
+            if self.exp.lora.prune_penalty:
+                new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
+            if self.exp.takes_turns:
+                update = store.widened(update, rank)
         return update, OwnPart(self.exchange.sent_squares(update.numpy()), new_rank, work)
+
+    def begin_turn(self, number: int, round_number: int) -> None:
+        """Load the adapter of a client that takes its turn into the model."""
+        factor = self.exp.lora_rank(self.exp.clients[number]) / self.exp.lora.rank
+        self.store.begin_turn(self.server.lora_ranks[number], self.held_rank, factor, round_number)
 
     def merge(self, turns: Sequence[Turn], cohort: Sequence[int]) -> Merged:
         """Merge what local steps have changed (a collective).
@@ -258,8 +265,9 @@ class Aggregator:
         return [[names[u] for c, u in refused if c == client] for client in range(clients)]
 
     def _exchange_of(self, ranks: Sequence[int]) -> Exchange:
-        """Return the exchange for clients of these LoRA ranks."""
-        return self.exchange_for(self._sent_ranks(ranks), self._reply_ranks(ranks))
+        """Return the exchange for clients of these LoRA ranks; FLoRA's reply to a cohort is planned in a merge."""
+        sent = self._sent_ranks(ranks)
+        return self.exchange_for(sent, sent if self.exp.takes_turns else self._reply_ranks(ranks))
 
     def _sent_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Return the LoRA rank at which each group sends updates."""
@@ -271,10 +279,6 @@ class Aggregator:
             stacked = [ranks[client] for client in self.server.cohort]
             return [sum(stacked)] * len(self.exp.trainers)
         return self._sent_ranks(ranks)
-
-    def _calibration_weight(self) -> float:
-        """Return the weight of the moments that this rank has from calibration: w_c of the client that they are of."""
-        return self.server.weights[self.world.group]
 
     def _take_moments(self, moments_LEX: Tensor | None) -> None:
         """Update the client's moments, if its pseudo-gradient (PG) estimator needs any."""

@@ -1,9 +1,9 @@
 """Say who takes part in a round, and which group trains whom: the same answers on all ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from ubsmoe_ds.client.turn import Turn
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.federation.turn import Turn
 from ubsmoe_ds.models.cost import ModelShape, step_flops
 from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
@@ -25,10 +25,12 @@ class Roster:
             _round_flops(exp, shape, client, count, total)
             for client, (count, total) in enumerate(zip(rows, tokens, strict=True))
         ]
-        self._done: dict[int, set[int]] = {}  # of a resumed round: clients that others have trained
+        self._done: dict[int, set[int]] = {}  # of a resumed round: clients whose turns are done, if all are dealt anew
 
     def cohort(self, number: int) -> list[int]:
         """Return the numbers of the clients of a round, rising."""
+        if not self.exp.takes_turns:
+            return list(range(len(self.exp.clients)))
         return self._cohorts.of_round(number)
 
     def schedule(self, number: int) -> list[list[int]]:
@@ -52,24 +54,31 @@ class Roster:
         done = {turn.client for turn in turns}
         return [client for client in self.schedule(number)[group] if client not in done]
 
-    def note_done(self, number: int, clients: Iterable[int]) -> None:
-        """Note clients whose turns in a round are in a checkpoint, when the round goes on with other groups."""
-        self._done = {number: set(clients)}
+    def note_done(self, number: int, done: Mapping[int, int]) -> None:
+        """Note clients whose turns in a resumed round are done, and the groups that answer for them.
+
+        If the round goes on with other groups than it began with, the other clients are dealt anew.
+        """
+        turns = self.schedule(number)
+        if any(client not in turns[group] for client, group in done.items()):
+            self._done = {number: set(done)}
+
+    def idle(self, number: int) -> tuple[float, float]:
+        """Return (share of a round's time that groups idle, the round's length over the lower bound), as predicted."""
+        turns = self.schedule(number)
+        costs = self.costs([client for clients in turns for client in clients])
+        busy, bound = loads(costs, turns), lower_bound(costs, len(turns))
+        return (1 - sum(busy) / (len(busy) * max(busy)), max(busy) / bound) if bound else (0.0, 1.0)
 
     def line(self, number: int) -> str:
-        """Return the schedule of a round as a line: each group with its clients, and the idle share."""
-        turns, names = self.schedule(number), [client.name for client in self.exp.clients]
-        costs = self.costs(self.cohort(number))
-        busy = loads(costs, turns)
-        idle = 1 - sum(busy) / (len(busy) * max(busy)) if max(busy) else 0.0
+        """Return the schedule of a round as a line: each group with its clients, and how much groups idle."""
+        names = [client.name for client in self.exp.clients]
         parts = ", ".join(
             f"{trainer.name}: {' '.join(names[client] for client in clients) or 'nobody'}"
-            for trainer, clients in zip(self.exp.trainers, turns, strict=True)
+            for trainer, clients in zip(self.exp.trainers, self.schedule(number), strict=True)
         )
-        bound = lower_bound(costs, len(turns))
-        return (
-            f"schedule: {parts} (idle {100 * idle:.0f} %, {max(busy) / bound if bound else 1:.2f} x the best possible)"
-        )
+        share, over = self.idle(number)
+        return f"round {number}: {parts} (predicted: groups idle {100 * share:.0f} %, {over:.2f} x the lower bound)"
 
 
 def _round_flops(exp: Experiment, shape: ModelShape, client: int, rows: int, tokens: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.screening import excess
 from ubsmoe_ds.aggregation.server import Usage
 from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.federation.turn import OwnPart, Turn
+from ubsmoe_ds.client.turn import OwnPart, Turn
 from ubsmoe_ds.mpi.world import World
 
 

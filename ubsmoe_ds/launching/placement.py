@@ -94,8 +94,8 @@ def _named(name: str, client: Trainer, slots: Mapping[str, int]) -> str:
         return matches[0]
     if matches:
         raise UserError(
-            f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write a "
-            "name that only one of them has"
+            f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write "
+            "a name that only one of them has"
         )
     raise UserError(
         f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which is not among those of this job "

@@ -26,14 +26,14 @@ def files(tmp_path_factory):
 
 def of_client(exp: Experiment, number: int):
     alone = {"comm": MPI.COMM_SELF, "group_comm": MPI.COMM_SELF, "group_hosts": [["here"]] * len(exp.clients)}
-    return client_rows(exp, SimpleNamespace(client=number, group_rank=0, **alone))
+    return client_rows(exp, SimpleNamespace(group=number, group_rank=0, **alone))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):
     clients = [{"budget": 1.0, "source": files["a"]}, {"budget": 1.0, "source": "jsonl:/only/at/its/site.jsonl"}]
     exp = tiny.experiment("unused", clients, data={"eval_source": files["eval"]})
     found = of_client(exp, 0)
-    assert found.counts[0] == len(found.training) > 0
+    assert found.counts[0] == len(found.of_client(0)) > 0
     with pytest.raises(UserError, match="/only/at/its/site.jsonl cannot be read"):
         of_client(exp, 1)
 

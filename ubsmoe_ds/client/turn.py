@@ -29,28 +29,27 @@ class OwnPart(NamedTuple):
 class Turn:
     """What a client's local steps have left on one rank.
 
-    client: its number. update: local minus shared state, as it travels. part: see `OwnPart`. stats: sums over this
-    rank's local steps. steps: local steps, skipped ones too. seconds: of the local steps. learning_rate: of the last.
-    routed_LX: see `Client.routed_counts`. sums_LEX: sums of the moments; None without. squares_LE2: see
-    `Client.gradient_squares`. scales_L: what the gates have learned for the client alone; None without.
+    client: its number. update: what the client has changed, as it travels. part: see `OwnPart`. stats: sums over this
+    rank's local steps. seconds: of the local steps. learning_rate: of the last. routed_LX: see `Client.routed_counts`.
+    sums_LEX: see `moment_sums`; None without. squares_LE2: see `Client.gradient_squares`; None without. scales_L: what
+    the gates have learned for the client alone; None without. slot: its place among its group's turns in the round.
     """
 
     client: int
     update: Tensor
     part: OwnPart
     stats: LocalStats
-    steps: int
     seconds: float
     learning_rate: float
     routed_LX: Tensor
     sums_LEX: Tensor | None = field(default=None)
     squares_LE2: Tensor | None = field(default=None)
     scales_L: Tensor | None = field(default=None)
-    slot: int = 0  # its place among the turns of its group in the round
+    slot: int = 0
 
 
 def moment_sums(client: Client) -> Tensor | None:
-    """Return the sums of the experts' moments over this rank's local steps, without NaN and Inf; None without moments."""
+    """Return the sums of the experts' moments since the counts began, without NaN and Inf; None without moments."""
     if client.moments is None:
         return None
     sums_LEX = client.moments.sums()
