@@ -217,6 +217,35 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
     return results
 
 
+def layouts(config: str, overrides: list[str], variants: dict[str, list[str]], folder: str) -> dict[str, Any]:
+    """Run each variant from start to end, all on the same ranks; return the state that this rank's group then holds.
+
+    The runs write folder/NAME.
+    """
+    from ubsmoe_ds.config.loading import load_experiment
+
+    experiments = {
+        name: load_experiment(config, [*overrides, *changes, f"name={name}", f"output={folder}"])
+        for name, changes in variants.items()
+    }
+    world = enter(next(iter(experiments.values())))
+    from ubsmoe_ds.federation.build import build
+    from ubsmoe_ds.mpi.preemption import StopRequests
+
+    results: dict[str, Any] = {}
+    for name, exp in experiments.items():
+        stop = StopRequests(world.comm, None)
+        federation = build(exp, world, stop, HangWatch("", None, survives=False), on_accelerator=False, verbose=False)
+        federation.run()
+        store, held = federation.aggregator.store, federation.aggregator.held_rank
+        store.load(held)
+        results |= {f"{name}/{key}": value.numpy() for key, value in store.full_state(held).items()}
+        federation.client.engine.destroy()
+        world.barrier()
+    torch.distributed.destroy_process_group()
+    return results
+
+
 class StopAfter:
     """Stands in for `StopRequests`: this rank is asked to stop after `looks` polls, or never."""
 

@@ -19,7 +19,7 @@ LISTS = ("hosts", "groups")  # keys whose own value is a list
 
 
 class GroupConfig(Section):
-    """One DeepSpeed world, which trains clients in turn; `count: N` in place of `name` makes N of them."""
+    """A DeepSpeed world that trains clients in turn; `count: N` makes N. Without `groups` each client has its own."""
 
     name: Name = Field(description="name in messages; `g0`, `g1`, ... by default")
     ranks: PositiveInt = Field(1, description="its processes, each with one device")
@@ -39,7 +39,7 @@ class GroupConfig(Section):
 
 
 class SamplingConfig(Section):
-    """Which clients take part in a round: the cohort. It depends on the seed and the round alone."""
+    """Which clients take part in a round: the cohort. It depends on seed and round alone. Without `sampling` all do."""
 
     clients: PositiveInt | None = Field(None, description="clients of a round; or give `fraction`")
     fraction: Fraction | None = Field(None, description="part of all clients, rounded, at least one")

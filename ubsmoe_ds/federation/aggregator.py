@@ -225,7 +225,8 @@ class Aggregator:
     def _add(self, turns: Sequence[Turn], statistics: RoundStatistics) -> Tensor:
         """Do the same for linear rules at less cost: a group adds its clients up, and sums are formed on the way."""
         self.stopwatch.lap("exchange")
-        usage, units = statistics.usage, self.store.units
+        usage, layout = statistics.usage, self.exchange.layouts[self.world.group]
+        units = [u for u in self.store.units if self.world.rank in layout.holders(u, self.exp.num_experts)]
         sizes = torch.tensor([unit.size(self.held_rank) for unit in units])
         shares: list[np.ndarray | float] = []
         for turn in turns:
