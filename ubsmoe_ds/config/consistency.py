@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ubsmoe_ds.config.merge_rules import names
 from ubsmoe_ds.config.population import group_problems
-
-if TYPE_CHECKING:
-    from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.settings import Settings
 
 
-def problems(exp: Experiment) -> list[str]:
+def problems(exp: Settings) -> list[str]:
     """Check rules that span sections; return one line for each problem: key, value, remedy."""
     found = []
     names = [client.name for client in exp.clients]
@@ -53,7 +49,7 @@ def problems(exp: Experiment) -> list[str]:
     return found
 
 
-def _turn_problems(exp: Experiment) -> list[str]:
+def _turn_problems(exp: Settings) -> list[str]:
     """Check for what cannot be had where clients take turns."""
     if not exp.takes_turns:
         return []
@@ -73,7 +69,7 @@ def _turn_problems(exp: Experiment) -> list[str]:
     return found
 
 
-def _batch_problems(exp: Experiment, number: int) -> list[str]:
+def _batch_problems(exp: Settings, number: int) -> list[str]:
     """Check that a client's batch can be shared out over the ranks of every group that may train it."""
     client = exp.clients[number]
     settings = exp.settings(client)
@@ -90,7 +86,7 @@ def _batch_problems(exp: Experiment, number: int) -> list[str]:
     return []
 
 
-def _merge_problems(exp: Experiment) -> list[str]:
+def _merge_problems(exp: Settings) -> list[str]:
     """Check that the merge rule works with the LoRA ranks and the options."""
     found = []
     rule, elementwise, ranks = exp.merge.rule, exp.merge.row.elementwise, exp.lora_ranks
@@ -130,7 +126,7 @@ def _merge_problems(exp: Experiment) -> list[str]:
     return found
 
 
-def _rate_problems(exp: Experiment) -> list[str]:
+def _rate_problems(exp: Settings) -> list[str]:
     """Check that one rule alone sets the learning rate."""
     scheduler, kind = exp.deepspeed.scheduler, exp.deepspeed.optimizer["type"]
     own_rates = [f"clients.{i}.lr: {c.lr}" for i, c in enumerate(exp.clients) if c.lr is not None]

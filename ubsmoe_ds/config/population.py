@@ -105,12 +105,15 @@ def _written_out(entries: list[Any], key: str, prefix: str) -> list[Any]:
         count = entry.get("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_CLIENTS:
             raise ValueError(f"{key}.{place}.count: {count!r} must be a whole number from 1 to {MOST_CLIENTS}")
-        common = {PLURALS.get(name, name): value for name, value in entry.items() if name != "count"}
+        common = {name: value for name, value in entry.items() if name != "count"}
         first = sum(isinstance(other, dict) for other in whole) if "name" not in common else 0
         stem = common.get("name", prefix)
         numbered = "count" in entry or "name" not in common
         for number in range(count):
-            own = {str(part): _dealt(str(part), value, number, f"{key}.{place}") for part, value in common.items()}
+            own = {
+                PLURALS.get(part, part): _dealt(str(part), value, number, f"{key}.{place}")
+                for part, value in common.items()
+            }
             whole.append(own | ({"name": f"{stem}{first + number}"} if numbered else {}))
     return whole
 
