@@ -20,16 +20,22 @@ SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=160", "data.eval_ro
 SAME = ["train.optimizer_state=reset", "pseudo_gradient.tokens_per_expert=null", "pseudo_gradient.moment_share=1.0"]
 SAME += ["deepspeed.optimizer={type: AdamW, params: {lr: 0.003, eps: 0.0001}}", "checkpoint.every=0"]
 SAME += ["deepspeed.train_batch_size=8"]
-CLIENTS = "clients=[{budget: 0.25, name: a}, {budget: 0.5, name: b}, {budget: 0.75, name: c}, {budget: 1.0, name: d}]"
+CLIENTS = (
+    "clients=[{budget: 0.25, name: a, lr: 0.002}, {budget: 0.5, name: b, gradient_accumulation_steps: 2}, "
+    "{budget: 0.75, name: c, local_steps: 3}, {budget: 1.0, name: d}]"
+)
 ONE, FOUR = ["groups=[{count: 1}]"], ["groups=[{count: 4}]"]
 PAIRS = ["groups=[{ranks: 2, expert_parallel: 2, count: 2}]"]
+METHODS = {name: [f"method={name}"] for name in PRESETS} | {
+    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"]
+}
 # their results depend on the layout: a basis of no weight is arbitrary, and each rank balances its own load
-BY_LAYOUT = ("flexlora", "florist", "smoe_llb")
+BY_LAYOUT = ("flexlora", "florist", "smoe_llb", "dropping")
 
 
 def run(folder, ranks, names, kinds):
     variants = {
-        f"{name}-{kind}": [f"method={name}", CLIENTS, *changes] for name in names for kind, changes in kinds.items()
+        f"{name}-{kind}": [CLIENTS, *METHODS[name], *changes] for name in names for kind, changes in kinds.items()
     }
     arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(folder / "runs")}
     return run_ranks(folder, ranks, "tests.support.scenarios:layouts", arguments, timeout=900)
@@ -64,16 +70,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(folder):
-    return run(folder, 1, PRESETS, {"one": ONE})[0]
+    return run(folder, 1, METHODS, {"one": ONE})[0]
 
 
 @pytest.fixture(scope="module")
 def on_four(folder):
-    return run(folder, 4, PRESETS, {"four": FOUR, "own": []})
+    return run(folder, 4, METHODS, {"four": FOUR, "own": []})
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", METHODS)
 def test_one_group_with_four_turns_equals_four_groups_with_one(name, on_one, on_four, folder):
     for rank in range(4):
         assert_same(products(on_one, f"{name}-one"), products(on_four[rank], f"{name}-four"), 1e-6)
@@ -81,7 +87,7 @@ def test_one_group_with_four_turns_equals_four_groups_with_one(name, on_one, on_
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", METHODS)
 def test_turns_equal_clients_with_groups_of_their_own(name, on_one, on_four, folder):
     """The last client has the full LoRA rank, and so holds all that is shared."""
     assert_same(products(on_one, f"{name}-one"), products(on_four[3], f"{name}-own"), 1e-6)
@@ -90,7 +96,7 @@ def test_turns_equal_clients_with_groups_of_their_own(name, on_one, on_four, fol
 
 @pytest.mark.extended
 def test_two_groups_of_two_ranks_with_expert_parallelism_equal_them_too(on_one, folder):
-    names = [name for name in PRESETS if name not in BY_LAYOUT]
+    names = [name for name in METHODS if name not in BY_LAYOUT]
     pairs = run(folder, 4, names, {"pairs": PAIRS})
     for name in names:
         assert_same(products(on_one, f"{name}-one"), products(pairs[0], f"{name}-pairs"), 2e-5)

@@ -80,7 +80,11 @@ class Aggregator:
         return self.exp.lora.rank if self.exp.takes_turns else self.server.lora_ranks[self.world.group]
 
     def note_restored(self) -> None:
-        """Call this after a restore: the moments are shared already; replicate the optimiser's state (a collective)."""
+        """Call this after a restore: LoRA ranks may be others, the moments are shared, the optimiser has state.
+
+        A collective.
+        """
+        self.exchange = self._exchange_of(self.server.lora_ranks)
         self.moments_shared = True
         self.replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
 

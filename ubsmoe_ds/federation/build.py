@@ -79,44 +79,19 @@ def build(
     checkpoints = CheckpointManager(exp, world, rows.digest)
     texts = Texts(exp, world, rows)
     start_deepspeed(on_accelerator, verbose)
-    current = exp.clients_for(world.group)[0]
-    client = Client(exp, exp.trained_by(current, world.group), world.group_rank, verbose)
+    client = _client(exp, world, verbose)
     started_from = start_from_adapter(exp, client) if exp.lora.start and checkpoint is None else {}
     release_freed_memory()
     prompts = _prompts(exp, client, texts)
-    store = _unit_store(exp, client)
-    exchange_for, owned = plan_exchanges(exp, world, store, _print if world.rank == 0 else None)
-    kept = [lengths.kept for lengths in texts.lengths]  # w_c is of what is trained on
-    server = Server(exp, owned, merge_weights(exp.train.weights, kept, texts.answer_tokens))
+    aggregator = _aggregator(exp, world, client, texts)
     resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, [], lambda number: None)
     if checkpoint is not None:
-        resumed = checkpoints.restore(checkpoint, client, store, server)
-    stopwatch, progress = Stopwatch(), resumed.progress
-    aggregator = Aggregator(exp, world, client, store, server, exchange_for, stopwatch)
-    shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    training = GroupTraining(
-        exp=exp,
-        world=world,
-        client=client,
-        aggregator=aggregator,
-        texts=texts,
-        rows=texts.report(),
-        roster=Roster(exp, shape, kept, texts.tokens),
-        progress=progress,
-        stop=stop,
-        hang_watch=hang_watch,
-        stopwatch=stopwatch,
-        current=current,
-        own=current,
-        local=resumed.local,
-        turns=resumed.turns,
-        begin=resumed.begin,
-    )
-    if checkpoint is not None:
+        resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server)
         aggregator.note_restored()
-        training.roster.note_done(progress.round, resumed.done)
-    elif client.moments is not None:
+    training = _training(aggregator, texts, resumed, stop, hang_watch)
+    if client.moments is not None and checkpoint is None:
         aggregator.calibrated = training.calibrate(CALIBRATION_STEPS)
+    progress = resumed.progress
     progress.run_id = _run_id(world, progress.run_id if in_own_folder else "")
     federation = Federation(
         exp=exp,
@@ -131,12 +106,58 @@ def build(
         checkpoints=checkpoints,
         stop=stop,
         hang_watch=hang_watch,
-        stopwatch=stopwatch,
+        stopwatch=aggregator.stopwatch,
         progress=progress,
         shows_schedule=verbose and exp.takes_turns,
     )
     _announce(federation, checkpoint, in_own_folder)
     return federation
+
+
+def _client(exp: Experiment, world: World, verbose: bool) -> Client:
+    """Return this group's engine, as the first client that it may train."""
+    first = exp.trained_by(exp.clients_for(world.group)[0], world.group)
+    if exp.takes_turns:
+        first = first.model_copy(update={"lr": None})  # the engine begins with everybody's rate
+    return Client(exp, first, world.group_rank, verbose)
+
+
+def _aggregator(exp: Experiment, world: World, client: Client, texts: Texts) -> Aggregator:
+    """Plan the exchange, and return what merges on this rank (a collective)."""
+    store = _unit_store(exp, client)
+    exchange_for, owned = plan_exchanges(exp, world, store, _print if world.rank == 0 else None)
+    # w_c is of what is trained on
+    weights = merge_weights(exp.train.weights, [lengths.kept for lengths in texts.lengths], texts.answer_tokens)
+    return Aggregator(exp, world, client, store, Server(exp, owned, weights), exchange_for, Stopwatch())
+
+
+def _training(
+    aggregator: Aggregator, texts: Texts, resumed: Resumed, stop: StopRequests, hang_watch: HangWatch
+) -> GroupTraining:
+    """Return what trains this group's clients, in the round and turn that the run goes on from."""
+    exp, world, client = aggregator.exp, aggregator.world, aggregator.client
+    shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
+    roster = Roster(exp, shape, [lengths.kept for lengths in texts.lengths], texts.tokens)
+    roster.note_done(resumed.progress.round, resumed.done)
+    current = exp.clients_for(world.group)[0]
+    return GroupTraining(
+        exp=exp,
+        world=world,
+        client=client,
+        aggregator=aggregator,
+        texts=texts,
+        rows=texts.report(),
+        roster=roster,
+        progress=resumed.progress,
+        stop=stop,
+        hang_watch=hang_watch,
+        stopwatch=aggregator.stopwatch,
+        current=current,
+        own=current,
+        local=resumed.local,
+        turns=resumed.turns,
+        begin=resumed.begin,
+    )
 
 
 def _run_id(world: World, resumed: str) -> str:

@@ -59,7 +59,7 @@ class Roster:
 
         If the round goes on with other groups than it began with, the other clients are dealt anew.
         """
-        turns = self.schedule(number)
+        turns = self.schedule(number) if done else []
         if any(client not in turns[group] for client, group in done.items()):
             self._done = {number: set(done)}
 
