@@ -147,6 +147,36 @@ def test_it_was_stopped_with_turns_done_begun_and_to_come(resumed):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("looks", [12, 17])
+def test_a_round_goes_on_with_other_groups(looks, tmp_path):
+    """Stopped on a group of one and one of two ranks, with turns done and begun; resumed on four groups."""
+    common = [
+        *SHORT,
+        *SAME,
+        *POPULATION,
+        "train.local_steps=3",
+        "method=flame",
+        f"output={tmp_path}",
+        "checkpoint.every=1",
+    ]
+    arguments = {"config": TINY, "overrides": [*common, *ONE, "name=whole"], "looks": None, "resume": False}
+    whole = run_ranks(tmp_path, 1, "tests.support.scenarios:part_of_run", arguments)[0]
+    arguments = {"config": TINY, "overrides": [*common, *UNEQUAL, "name=cut"], "looks": looks, "resume": False}
+    assert run_ranks(tmp_path, 3, "tests.support.scenarios:part_of_run", arguments)[0] == {}
+    (path,) = (tmp_path / "cut" / "checkpoints").glob("*within*/manifest.json")
+    turns = [client["turn"] for client in json.loads(path.read_text())["clients"].values()]
+    assert "done" in turns and "begun" in turns
+    arguments = {"config": TINY, "overrides": [*common, *FOUR, "name=cut"], "looks": None, "resume": True}
+    resumed = run_ranks(tmp_path, 4, "tests.support.scenarios:part_of_run", arguments)
+    for result in resumed:
+        assert_same(products(result, "run"), products(whole, "run"), 2e-5)
+    sides = [[r["metrics"] for r in records(tmp_path / name)] for name in ("whole", "cut")]
+    for one, other in zip(*sides, strict=True):
+        for key in ("train/loss", "eval/loss", "clients/cohort", "utilisation/cv"):
+            assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), key
+
+
+@pytest.mark.extended
 def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
     """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed."""
     changes = ["method=topk", *POPULATION[:1], "sampling={clients: 3}", "groups=[{count: 2}]", "train.rounds=3"]

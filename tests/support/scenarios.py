@@ -261,6 +261,33 @@ class StopAfter:
         """Nothing is open."""
 
 
+def part_of_run(config: str, overrides: list[str], looks: int | None, resume: bool) -> dict[str, Any]:
+    """Run an experiment, from its checkpoint or anew, and stop the last rank after so many polls, or never.
+
+    Return the state that this rank's group then holds; nothing if it was stopped.
+    """
+    from ubsmoe_ds.base.errors import Preempted
+    from ubsmoe_ds.config.loading import load_experiment
+
+    exp = load_experiment(config, overrides)
+    world, results = enter(exp), {}
+    from ubsmoe_ds.federation.build import build
+
+    stop = StopAfter(looks if world.rank == world.comm.size - 1 else None)
+    watch = HangWatch("", None, survives=False)
+    auto = "auto" if resume else None
+    federation = build(exp, world, stop, watch, on_accelerator=False, verbose=False, resume=auto)
+    try:
+        federation.run()
+        store, held = federation.aggregator.store, federation.aggregator.held_rank
+        store.load(held)
+        results = {f"run/{key}": value.numpy() for key, value in store.full_state(held).items()}
+    except Preempted:
+        assert looks is not None
+    torch.distributed.destroy_process_group()
+    return results
+
+
 def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, list], folder: str) -> dict[str, Any]:
     """Run each variant without a stop, and again stopped and resumed; return parameters and frozen experts of both.
 
