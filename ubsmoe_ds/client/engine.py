@@ -147,6 +147,7 @@ class Client:
         micro = settings.train_batch_size // (config.ranks * settings.gradient_accumulation_steps)
         self.engine.set_train_micro_batch_size(micro)
         self.engine.set_train_batch_size(settings.train_batch_size)
+        self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
         self.reset_optimizer()
         torch.manual_seed(hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63)
