@@ -32,7 +32,7 @@ from measuring import add_output_option, machine, say
 from mpi4py import MPI
 
 from ubsmoe_ds.aggregation.exchange import Exchange
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit, owners
 from ubsmoe_ds.aggregation.rules import fedavg
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 from ubsmoe_ds.base.malloc import keep_freed_memory
@@ -46,7 +46,7 @@ Way = Callable[[np.ndarray], np.ndarray]
 def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[dict[str, Way], int]:
     """Return {name: function from this client's update to the weighted mean}, and the bytes that a rank sends."""
     units = [Unit(f"e{u}", "router", numel // UNITS, expert=u % 64) for u in range(UNITS)]
-    layouts = [ClientLayout(rank, 1, 1) for rank in range(comm.size)]
+    layouts = [GroupLayout(rank, 1, 1) for rank in range(comm.size)]
     owner = owners(units, 1, comm.size)
     weight_C1 = torch.full((comm.size, 1), 1 / comm.size)
     target = np.empty(numel, np.float32)

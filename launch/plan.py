@@ -7,7 +7,7 @@
 Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there, and of those that are
 only the names are read. Memory is the largest phase of a run on the fullest rank of each client. On hosts without
 accelerators device memory means the memory of a rank; accelerator=cpu or accelerator=cuda plans for hosts that differ
-from this one.
+from this one. Where clients take turns (`groups`, `sampling`), the schedule is planned, and memory is not.
 
 Exit codes: 0 it fits, 2 it does not, or a mistake in options, config or files.
 """
@@ -38,6 +38,7 @@ from ubsmoe_ds.planning.inputs import PlanInput
 from ubsmoe_ds.planning.memory_model import largest_phase
 from ubsmoe_ds.planning.plan import ClientPlan, plan, straggler
 
+SHOWN_ROUNDS = 3
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
 
@@ -67,10 +68,19 @@ def show(options: argparse.Namespace) -> None:
     """
     exp = load_experiment(options.config, options.overrides)
     memory = None if options.device_memory is None else parse_bytes(options.device_memory)
-    slots = read_slots(options, [name for client in exp.clients for name in client.hosts or []])
-    line = None if slots is None else describe(exp.clients, place(exp.clients, slots))
+    if exp.takes_turns and memory is not None:
+        raise UserError(
+            f"--device-memory: {options.device_memory} cannot be compared where clients take turns, as memory is "
+            "planned only for clients with groups of their own; leave it out"
+        )
+    slots = read_slots(options, [name for trainer in exp.trainers for name in trainer.hosts or []])
+    line = None if slots is None else describe(exp.trainers, place(exp.trainers, slots))
     with quoting_rows(options.show_rows):
         inputs = read_inputs(exp)
+    if exp.takes_turns:
+        for text in (*schedule_lines(inputs), *([] if line is None else [f"placement: {line}"])):
+            say(text)
+        return
     if inputs.on_cpu and exp.accelerator == "auto":
         say("note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", error=True)
     plans = plan(inputs)
@@ -126,6 +136,22 @@ def read_inputs(exp: Experiment) -> PlanInput:
     shape = model_shape(config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     tied = shape.tied_embeddings and not may_have_own_head(exp.model_dir, FAMILIES[config.model_type])
     return PlanInput(exp, replace(shape, tied_embeddings=tied), read_row_lengths(exp), on_cpu)
+
+
+def schedule_lines(inputs: PlanInput) -> list[str]:
+    """Return the schedules of the first rounds, and how long groups idle in the mean over all rounds."""
+    from ubsmoe_ds.federation.roster import Roster
+
+    exp, lengths = inputs.exp, inputs.row_lengths
+    rows = [of_client.rows for of_client in lengths]
+    roster = Roster(exp, inputs.shape, rows, [round(part.mean_length * part.rows) for part in lengths])
+    rounds = range(1, exp.train.rounds + 1)
+    idle, over = zip(*(roster.idle(number) for number in rounds), strict=True)
+    mean = f"all {len(rounds)} rounds: groups idle {100 * sum(idle) / len(idle):.0f} % in the mean, rounds take "
+    return [
+        *(roster.line(number) for number in rounds[:SHOWN_ROUNDS]),
+        f"{mean}{sum(over) / len(over):.2f} x the lower bound, if all devices are equally fast",
+    ]
 
 
 def cost_table(inputs: PlanInput, plans: Sequence[ClientPlan]) -> Table:

@@ -108,7 +108,7 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     hosts = None
     if options.hostfile is not None:
         slots = read_hostfile(options.hostfile)
-        used = Counter(host for client in place(exp.clients, slots) for host in client)
+        used = Counter(host for client in place(exp.trainers, slots) for host in client)
         hosts = {host: used[host] for host in slots if used[host]}
     return relaunch(
         sys.argv[0],
@@ -141,7 +141,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         if survives:
             ulfm.check_survivable(os.environ)
         joined = join(exp, sys.argv[0], arguments)
-        who, speaks = run.describe(exp.clients, joined.rank), joined.rank == 0
+        who, speaks = run.describe(exp.trainers, joined.rank), joined.rank == 0
         speaks_for_group = joined.group_rank == 0
         ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
     except UserError as error:

@@ -18,7 +18,7 @@ from ubsmoe_ds.base.errors import (
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.checkpoint.search import newest_sound
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.config.population import Trainer, kind_of
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
@@ -50,10 +50,10 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     """
     keep_freed_memory()
     stop = StopRequests(place.comm, exp.checkpoint.grace_s)
-    who = describe(exp.clients, place.rank)
+    who = describe(exp.trainers, place.rank)
     sign_in(os.environ, who)
     hang_watch = HangWatch(who, exp.hang_timeout_s, place.survives)
-    heartbeat = watchdog.watch(exp.clients, place, exp.host_timeout_s, hang_watch)
+    heartbeat = watchdog.watch(exp.trainers, place, exp.host_timeout_s, hang_watch)
     try:
         ending = _run(exp, place, stop, hang_watch, verbose, resume)
     except UserError:
@@ -108,13 +108,13 @@ def _close_group(world: World) -> None:
     torch.distributed.destroy_process_group()
 
 
-def describe(clients: Sequence[ClientConfig], rank: int) -> str:
-    """Return a rank's name for messages: its client, its rank in the group and in the job."""
+def describe(trainers: Sequence[Trainer], rank: int) -> str:
+    """Return a rank's name for messages: its client or group, its rank there and in the job."""
     first = 0
-    for client in clients:
-        if rank < first + client.ranks:
-            return f"client {client.name!r}, rank {rank - first} of {client.ranks} (job rank {rank})"
-        first += client.ranks
+    for trainer in trainers:
+        if rank < first + trainer.ranks:
+            return f"{kind_of(trainer)} {trainer.name!r}, rank {rank - first} of {trainer.ranks} (job rank {rank})"
+        first += trainer.ranks
     return f"job rank {rank}"
 
 

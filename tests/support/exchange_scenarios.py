@@ -29,12 +29,12 @@ def _exchange_in(
     from mpi4py import MPI
 
     from ubsmoe_ds.aggregation.exchange import Exchange
-    from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
+    from ubsmoe_ds.aggregation.layout import GroupLayout, Unit, owners
     from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 
     comm = MPI.COMM_WORLD
     firsts = np.cumsum([0, *[layout[0] for layout in layouts]])
-    placed = [ClientLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
+    placed = [GroupLayout(int(first), *layout) for first, layout in zip(firsts, layouts, strict=False)]
     listed = [
         Unit(name, "lora" if lora else "router", numel, expert, tuple(lora) if lora else None)
         for name, numel, expert, lora in units

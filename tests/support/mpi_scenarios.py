@@ -50,7 +50,7 @@ def joined() -> dict[str, Any]:
     assert world.hosts == ("n0", "n0", "n1", "n1") and not any(world.meetings)
     values: dict[str, Any] = {
         "rank": world.rank,
-        "client": world.client,
+        "client": world.group,
         "group_rank": world.group_rank,
         "port": int(os.environ["MASTER_PORT"]),
         "local_of_two": _local_rank(exp, world, [["a", "b"], ["a", "b"], ["c"], ["d"]]),

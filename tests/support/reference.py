@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +11,8 @@ from tests.support import tiny
 from ubsmoe_ds.client.engine import client_spec
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import steps
+from ubsmoe_ds.data.encoding import read_encoder
+from ubsmoe_ds.data.shares import common_rows
 from ubsmoe_ds.models.causal_lm import UBSMoEForCausalLM
 from ubsmoe_ds.models.conversion import load
 from ubsmoe_ds.moe.activations import Activation, SwiGLU
@@ -278,3 +281,43 @@ def dense_oracle(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[i
     total.backward()
     live = layer.experts.factors()
     return {id(p): leaf.grad for n in PROJECTIONS for p, leaf in zip(live[n], leaves[n], strict=True)}
+
+
+def federate(exp: Experiment) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    """Run a sampled Top-K experiment under FedAvg in one process; return (cohorts, the shared state at the end)."""
+    encoder, model, rows = read_encoder(exp), whole_model(exp), common_rows(exp)
+    examples = [encoder.encode(rows.of_client(c), client.name)[0] for c, client in enumerate(exp.clients)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shared = {name: p.detach().clone() for name, p in trained.items()}
+    cohorts, taken = [], [0] * len(exp.clients)
+    weights = np.array([len(of_client) for of_client in examples], dtype=np.float64)
+    options = exp.deepspeed.optimizer["params"]
+    for number in range(1, exp.train.rounds + 1):
+        count = exp.sampling.size(len(exp.clients))
+        draw = np.random.default_rng([exp.seed, 3, number]).choice(len(exp.clients), count, replace=False)
+        cohorts.append(sorted(int(client) for client in draw))
+        change = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in shared.items()}
+        for c in cohorts[-1]:
+            for name, p in trained.items():
+                p.data.copy_(shared[name])
+            model.set_active_experts(exp.active_experts(exp.clients[c]))
+            optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], eps=options["eps"], weight_decay=0.0)
+            steps_of = encoder.steps(examples[c], c, exp.clients[c], first=taken[c])
+            for _ in range(exp.train.local_steps):
+                tokens = next(steps_of).micro[0]
+                logits = model(tokens.input_ids, tokens.used, tokens.position_A, None, tokens.position_BS)
+                F.cross_entropy(logits, tokens.target_A).backward()
+                torch.nn.utils.clip_grad_norm_(list(trained.values()), exp.deepspeed.gradient_clipping)
+                optimizer.step()
+                optimizer.zero_grad()
+                taken[c] += 1
+            for name, p in trained.items():
+                change[name] += weights[c] / weights[cohorts[-1]].sum() * (p.detach() - shared[name]).double()
+        shared = {name: (value + change[name]).float() for name, value in shared.items()}
+    for name, p in trained.items():
+        p.data.copy_(shared[name])
+    values = {}
+    for adapter in model.adapters():
+        factors = {"A": adapter.A, "B": adapter.B}
+        values |= {f"{adapter.name}.lora_{key}": factor.detach().numpy() for key, factor in factors.items()}
+    return cohorts, values

@@ -155,7 +155,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
     routed_CLE = torch.stack([tiny.usage(c) for c in range(len(clients))]).double()
     for name, variant in variants.items():
         exp = tiny.variant(base, variant)
-        config = exp.clients[world.client]
+        config = exp.clients[world.group]
         client = Client(exp, config, world.group_rank)
         flora, lora_rank = exp.merge.row.stacking, exp.lora_rank(config)
         masters = client.gradient_hook.masters
@@ -171,7 +171,7 @@ def federate(model_path: str, clients: list[dict], variants: dict[str, dict]) ->
         usage = Usage(routed_CLE, torch.einsum("c,cle->le", torch.from_numpy(weights), routed_CLE).float())
         merged = server.merge(exchange.collect(store.updates(lora_rank).numpy()), usage, server.lora_ranks)
         reply = torch.from_numpy(exchange.distribute(merged))
-        store.apply(reply, lora_rank, replies[world.client], round_number=1)
+        store.apply(reply, lora_rank, replies[world.group], round_number=1)
         results[f"{name}/refused"] = np.array([f"{c} {unit.name}" for c, unit in server.refused], dtype=str)
         results |= {f"{name}/value/{key}": value for key, value in _masters(client).items()}
         if flora:
@@ -188,8 +188,8 @@ def _write_known_values(client: Any, world: World, broken: list | None) -> None:
     """Set every trainable parameter to its known value; `broken` = [client, parameter] gets a NaN."""
     for key, parameter in client.model.named_parameters():
         if parameter.requires_grad:
-            value = _local_value(key, world.client, parameter, client.config, world.group_rank)
-            if broken == [world.client, key]:
+            value = _local_value(key, world.group, parameter, client.config, world.group_rank)
+            if broken == [world.group, key]:
                 value.view(-1)[0] = float("nan")
             client.gradient_hook.masters.write(parameter, value)
 
@@ -223,7 +223,36 @@ def methods(config: str, overrides: list[str], names: list[str], folder: str) ->
         layers = federation.client.model.layers
         for projection, weight in layers[0].experts.base().items():
             results[f"{name}/base/{projection}"] = weight.detach().numpy()
-        results[f"{name}/rank"] = np.array(federation.aggregator.lora_rank)
+        results[f"{name}/rank"] = np.array(federation.aggregator.server.lora_ranks[world.group])
+        federation.client.engine.destroy()
+        world.barrier()
+    torch.distributed.destroy_process_group()
+    return results
+
+
+def layouts(config: str, overrides: list[str], variants: dict[str, list[str]], folder: str) -> dict[str, Any]:
+    """Run each variant from start to end, all on the same ranks; return the state that this rank's group then holds.
+
+    The runs write folder/NAME.
+    """
+    from ubsmoe_ds.config.loading import load_experiment
+
+    experiments = {
+        name: load_experiment(config, [*overrides, *changes, f"name={name}", f"output={folder}"])
+        for name, changes in variants.items()
+    }
+    world = enter(next(iter(experiments.values())))
+    from ubsmoe_ds.federation.build import build
+    from ubsmoe_ds.mpi.preemption import StopRequests
+
+    results: dict[str, Any] = {}
+    for name, exp in experiments.items():
+        stop = StopRequests(world.comm, None)
+        federation = build(exp, world, stop, HangWatch("", None, survives=False), on_accelerator=False, verbose=False)
+        federation.run()
+        store, held = federation.aggregator.store, federation.aggregator.held_rank
+        store.load(held)
+        results |= {f"{name}/{key}": value.numpy() for key, value in store.full_state(held).items()}
         federation.client.engine.destroy()
         world.barrier()
     torch.distributed.destroy_process_group()
@@ -243,6 +272,33 @@ class StopAfter:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def part_of_run(config: str, overrides: list[str], looks: int | None, resume: bool) -> dict[str, Any]:
+    """Run an experiment, from its checkpoint or anew, and stop the last rank after so many polls, or never.
+
+    Return the state that this rank's group then holds; nothing if it was stopped.
+    """
+    from ubsmoe_ds.base.errors import Preempted
+    from ubsmoe_ds.config.loading import load_experiment
+
+    exp = load_experiment(config, overrides)
+    world, results = enter(exp), {}
+    from ubsmoe_ds.federation.build import build
+
+    stop = StopAfter(looks if world.rank == world.comm.size - 1 else None)
+    watch = HangWatch("", None, survives=False)
+    auto = "auto" if resume else None
+    federation = build(exp, world, stop, watch, on_accelerator=False, verbose=False, resume=auto)
+    try:
+        federation.run()
+        store, held = federation.aggregator.store, federation.aggregator.held_rank
+        store.load(held)
+        results = {f"run/{key}": value.numpy() for key, value in store.full_state(held).items()}
+    except Preempted:
+        assert looks is not None
+    torch.distributed.destroy_process_group()
+    return results
 
 
 def stopped_and_resumed(config: str, overrides: list[str], variants: dict[str, list], folder: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config import reference
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.population import written_out
 from ubsmoe_ds.data.sources import evaluation_rows
 from ubsmoe_ds.models.families import read_facts
 from ubsmoe_ds.moe.estimators import ESTIMATORS
@@ -177,7 +178,7 @@ def check_mapping(value: dict[str, Any], model: type[BaseModel], where: str) -> 
 @pytest.mark.parametrize("page", PAGES)
 def test_yaml_blocks_have_known_keys(page):
     for block in blocks(page, "yaml"):
-        check_mapping(yaml.safe_load(block), Experiment, page)
+        check_mapping(written_out(yaml.safe_load(block)), Experiment, page)
 
 
 def test_tests_that_pages_name_exist():

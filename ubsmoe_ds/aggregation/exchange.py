@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit
 from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer
 from ubsmoe_ds.mpi.collectives import move
@@ -42,7 +42,7 @@ class Exchange:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        layouts: Sequence[ClientLayout],
+        layouts: Sequence[GroupLayout],
         units: Sequence[Unit],
         num_experts: int,
         owner: np.ndarray,
@@ -51,6 +51,7 @@ class Exchange:
         same_reply: bool = False,
     ) -> None:
         self.comm, self.layouts, self.payload, self.same_reply = comm, layouts, payload, same_reply
+        self.reply_ranks = [layout.lora_rank if layout.reply_rank is None else layout.reply_rank for layout in layouts]
         spans = RankSpans(comm.rank, comm.size, layouts, units, num_experts, owner)
         self.owned, self.held_numel, self._reply_numel = spans.owned, spans.held_numel, spans.reply_numel
         self._to_owners, self._to_holders = spans.to_owners(), spans.to_holders()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.config.population import Trainer
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class ClientLayout:
-    """The job ranks of a client, `ranks` from `first` on, and how its experts are spread over them (DeepSpeed's order).
+class GroupLayout:
+    """The job ranks of a group, `ranks` from `first` on, and how its experts are spread over them (DeepSpeed's order).
 
     lora_rank: LoRA rank of what it sends. reply_rank: LoRA rank of the reply; None: the same.
     """
@@ -46,7 +46,7 @@ class ClientLayout:
     reply_rank: int | None = None
 
     def holders(self, unit: Unit, num_experts: int) -> range:
-        """Return the job ranks that hold the unit: all of the client's, or the replicas of its expert."""
+        """Return the job ranks that hold the unit: all of the group's, or the replicas of its expert."""
         if unit.expert is None:
             return range(self.first, self.first + self.ranks)
         place = unit.expert // (num_experts // self.expert_parallel)
@@ -65,10 +65,10 @@ def owners(units: Sequence[Unit], lora_rank: int, ranks: int) -> np.ndarray:
     return np.minimum((middle / sizes.sum() * ranks).astype(np.int64), ranks - 1)
 
 
-def client_layouts(clients: Sequence[ClientConfig]) -> list[ClientLayout]:
-    """Give each client consecutive ranks, in the order of the config."""
+def group_layouts(trainers: Sequence[Trainer]) -> list[GroupLayout]:
+    """Give each group consecutive ranks, in the order of the config."""
     layouts, first = [], 0
-    for client in clients:
-        layouts.append(ClientLayout(first, client.ranks, client.expert_parallel))
-        first += client.ranks
+    for trainer in trainers:
+        layouts.append(GroupLayout(first, trainer.ranks, trainer.expert_parallel))
+        first += trainer.ranks
     return layouts

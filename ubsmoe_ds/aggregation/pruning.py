@@ -15,15 +15,15 @@ def next_rank(store: UnitStore, update: Tensor, lora_rank: int, tail_start: int)
 
     Args:
         store: units of this rank.
-        update: local minus shared state; see `UnitStore.updates`.
+        update: what the client has changed; see `UnitStore.updates`.
         lora_rank: the client's LoRA rank in this round.
         tail_start: see `tail_start` in client/engine.py.
     """
     if tail_start >= lora_rank:
         return lora_rank
-    shared, current = store.shared, store.shared + update
+    loaded, current = store.loaded, store.loaded + update
     norms = torch.tensor(
-        [tail_norm(store, flat, lora_rank, tail_start) for flat in (shared, current)], dtype=torch.float64
+        [tail_norm(store, flat, lora_rank, tail_start) for flat in (loaded, current)], dtype=torch.float64
     )
     norms = norms.to(next(store.model.parameters()).device)
     dist.all_reduce(norms)

@@ -1,10 +1,10 @@
 """Merge the units that a rank owns: refuse NaN and Inf, clip, merge, server optimiser, DMR's step, reply.
 
 Updates and replies are differences to what the client holds. Where a rule needs values (factor rules; DMR, Dynamic
-Modulated Routing) the owner keeps what each client holds. Under FLoRA the factors themselves are sent: adapters start
-anew each round.
+Modulated Routing) the owner keeps what each client holds; where clients take turns, all go on from one shared state of
+the full LoRA rank. Under FLoRA the factors themselves are sent: adapters start anew each round.
 
-Shapes: C clients, L layers, E experts, U units of a segment, N elements of a segment, R LoRA rank.
+Shapes: C clients of the round, L layers, E experts, U units of a segment, N elements of a segment, R LoRA rank.
 """
 
 from collections.abc import Sequence
@@ -56,36 +56,43 @@ class Server:
     Args:
         exp: the experiment: rule, DMR and server optimiser.
         units: the owned units, in order.
-        weights: w_c, summing to one.
+        weights: w_c of all clients, summing to one.
     """
 
     def __init__(self, exp: Experiment, units: Sequence[Unit], weights: Sequence[float]) -> None:
         self.exp, self.config, self.row = exp, exp.merge, exp.merge.row
         self.weights = list(weights)
-        self.weigh([1.0] * len(self.weights), [False] * len(self.weights))
+        everybody = range(len(self.weights))
+        self.weigh(everybody, [1.0] * len(everybody), [False] * len(everybody))
         self.segments = _segments(units, self.row.elementwise)
         self.lora_ranks = list(exp.lora_ranks)
-        self._scaling = [exp.lora_alpha(rank) / rank for rank in self.lora_ranks]  # of the modules: pruning keeps it
+        self._one_holder = exp.takes_turns
+        ranks = [exp.lora.rank] if self._one_holder else self.lora_ranks
+        self._scaling = [exp.lora_alpha(rank) / rank for rank in ranks]  # of the holders' modules: pruning keeps it
         self.optimizers = [ServerOptimizer(exp.merge) for _ in self.segments]
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
         self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
 
-    def weigh(self, work: Sequence[float], nonfinite: Sequence[bool]) -> None:
-        """Set the weights of the round, and u* over the clients whose utilisation counts.
+    def weigh(self, cohort: Sequence[int], work: Sequence[float], nonfinite: Sequence[bool]) -> None:
+        """Set the clients of the round and their weights, and u* over those whose utilisation counts.
 
         Args:
-            work: part of the round's work that each client did, 0 to 1; its weight is that part of w_c [ours].
-            nonfinite: whether each client sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
+            cohort: numbers of the clients of the round, in the order of all that follows.
+            work: part of the round's work that each of them did, 0 to 1; its weight is that part of w_c [ours].
+            nonfinite: whether each sent NaN or Inf; then neither its utilisation nor its K counts for DMR.
         """
-        weight_C = torch.tensor(self.weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
+        self.cohort = list(cohort)
+        weights = [self.weights[client] for client in cohort]
+        weight_C = torch.tensor(weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
         self.weight_C = rules.shares(weight_C)
         counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
-        active = [self.exp.active_experts(client) for client in self.exp.clients]
+        active = [self.exp.active_experts(self.exp.clients[client]) for client in cohort]
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
 
     def start(self, values: Sequence[np.ndarray]) -> None:
-        """Record the clients' values of the owned units, one array a client."""
+        """Record the holders' values of the owned units, one array each: the clients, or the first group for all."""
         self._held = []
+        values = values[:1] if self._one_holder else values
         for segment, part_C in zip(self.segments, self._split(values), strict=True):
             self._held.append([] if segment.kind == "elementwise" else [part.clone() for part in part_C])
 
@@ -93,31 +100,38 @@ class Server:
         """Merge one round.
 
         Args:
-            updates: updates of the owned units, one fp32 array a client, at `lora_ranks`.
+            updates: updates of the owned units, one fp32 array a client of the round, at the holders' LoRA ranks.
             usage: how much clients used experts in this round.
-            new_ranks: LoRA rank of each client from now on.
+            new_ranks: LoRA rank of each client of the round from now on.
 
         Returns:
-            The difference that each client adds to what it holds, one fp32 array a client; under FLoRA, for LoRA
-            units, the stacked factors themselves. Clients that get the same share one array.
+            The difference that each holder adds to what it holds, one fp32 array each; under FLoRA, for LoRA units,
+            the stacked factors themselves. Holders that get the same share one array.
         """
         self.refused = []
-        pieces: list[list[Tensor]] = [[] for _ in updates]
+        holders = 1 if self._one_holder else len(updates)
+        pieces: list[list[Tensor]] = [[] for _ in range(holders)]
         for number, (segment, part_C) in enumerate(zip(self.segments, self._split(updates), strict=True)):
             weight_CU = self._refuse_and_clip(segment, part_C, usage)
             if segment.kind == "factors":
-                reply_C = self._merge_factors(segment, part_C, weight_CU, self._held[number], new_ranks)
+                replies = self._merge_factors(segment, part_C, weight_CU, self._held[number], new_ranks)
             else:
                 merged_N = self._merge_elements(segment, part_C, weight_CU)
-                reply_C = [self._finish(number, merged_N, weight_CU, usage)] * len(updates)
-            for piece, reply in zip(pieces, reply_C, strict=True):
+                replies = [self._finish(number, merged_N, weight_CU, usage)] * holders
+            for piece, reply in zip(pieces, replies, strict=True):
                 piece.append(reply)
         if all(segment.kind != "factors" for segment in self.segments):
-            return [_joined(pieces[0])] * len(updates)
+            return [_joined(pieces[0])] * holders
         return [_joined(piece) for piece in pieces]
 
     def shares(self, units: Sequence[Unit], usage: Usage, client: int) -> Tensor:
-        """Return the factor of a client's update of each unit under a linear rule, [U] fp32."""
+        """Return the factor of a client's update of each unit under a linear rule, [U] fp32.
+
+        Args:
+            units: the units.
+            usage: how much clients used experts in this round.
+            client: its place in the cohort.
+        """
         return rules.shares(unit_weights(self.config, self.weight_C, units, usage))[client].float()
 
     def merge_sum(self, sum_N: np.ndarray, usage: Usage) -> np.ndarray:
@@ -131,18 +145,29 @@ class Server:
             The difference that every client adds to what it holds.
         """
         self.refused = []
-        parts = torch.from_numpy(sum_N).split([segment.numel(self.lora_ranks[0]) for segment in self.segments])
+        rank = self._held_ranks[0]
+        parts = torch.from_numpy(sum_N).split([segment.numel(rank) for segment in self.segments])
         deltas = []
         for number, (segment, merged_N) in enumerate(zip(self.segments, parts, strict=True)):
             weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
             deltas.append(self._finish(number, merged_N, weight_CU, usage))
         return _joined(deltas)
 
+    @property
+    def unit_rank(self) -> int:
+        """Return the LoRA rank of what travels, where it is the same for all."""
+        return self.exp.lora.rank if self._one_holder else self.lora_ranks[0]
+
+    @property
+    def _held_ranks(self) -> list[int]:
+        """Return the LoRA rank of what each client of the round sends: the full one where all have one shared state."""
+        return [self.exp.lora.rank if self._one_holder else self.lora_ranks[client] for client in self.cohort]
+
     def _split(self, flat_C: Sequence[np.ndarray]) -> list[list[Tensor]]:
         """Return [segment][client] slices of the clients' arrays, which share their memory."""
         parts = [
             torch.from_numpy(flat).split([segment.numel(rank) for segment in self.segments])
-            for flat, rank in zip(flat_C, self.lora_ranks, strict=True)
+            for flat, rank in zip(flat_C, self._held_ranks, strict=not self._one_holder)
         ]
         return [list(of_segment) for of_segment in zip(*parts, strict=True)]
 
@@ -152,7 +177,7 @@ class Server:
         An update with NaN or Inf gets weight 0 and is zeroed; others are clipped; both in place.
         """
         weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
-        for client, (part, rank) in enumerate(zip(part_C, self.lora_ranks, strict=True)):
+        for client, (part, rank) in enumerate(zip(part_C, self._held_ranks, strict=True)):
             sizes = [unit.size(rank) for unit in segment.units]
             if not torch.isfinite(part).all():
                 for u, piece in enumerate(part.split(sizes)):
@@ -181,7 +206,7 @@ class Server:
         """Return [C, 1] where all units have the same weights, else [C, N]."""
         if (weight_CU == weight_CU[:, :1]).all():
             return weight_CU[:, :1]
-        sizes = torch.tensor([unit.size(self.lora_ranks[0]) for unit in segment.units])
+        sizes = torch.tensor([unit.size(self._held_ranks[0]) for unit in segment.units])
         return weight_CU.repeat_interleave(sizes, dim=1)
 
     def _finish(self, number: int, merged_N: Tensor, weight_CU: Tensor, usage: Usage) -> Tensor:
@@ -209,26 +234,42 @@ class Server:
     def _merge_factors(
         self, segment: Segment, part_C: list[Tensor], weight_CU: Tensor, held_C: list[Tensor], new_ranks: Sequence[int]
     ) -> list[Tensor]:
-        """Return each client's difference at its new LoRA rank; under FLoRA the stack."""
+        """Return each holder's difference at its new LoRA rank; under FLoRA the stack."""
         shape = segment.units[0].lora
         assert shape is not None
-        products = [
-            _scaled(_factors(held + part, rank, shape), scaling)
-            for held, part, rank, scaling in zip(held_C, part_C, self.lora_ranks, self._scaling, strict=True)
-        ]
+        products, own_ranks = [], [self.lora_ranks[client] for client in self.cohort]
+        for place, (part, held_rank, own_rank) in enumerate(zip(part_C, self._held_ranks, own_ranks, strict=True)):
+            holder = 0 if self._one_holder else place
+            whole = _factors(held_C[holder] + part, held_rank, shape)
+            products.append(_scaled(rules.resize(whole, own_rank), self._scaling[holder]))
         merged = self._function()(products, weight_CU)
         if self.row.stacking:
-            return [_flat(merged)] * len(part_C)
+            return [_flat(merged)] * len(held_C)
         sent_U11 = (weight_CU > 0).any(dim=0)[:, None, None]
+        old_ranks, new_ranks = self._held_ranks, self._held_ranks if self._one_holder else new_ranks
         replies = []
-        for client, (scaling, old, new) in enumerate(zip(self._scaling, self.lora_ranks, new_ranks, strict=True)):
-            held = rules.resize(_factors(held_C[client], old, shape), new)
-            target = _scaled(rules.resize(merged, new), 1 / scaling)
+        for holder, scaling in enumerate(self._scaling):
+            held = rules.resize(_factors(held_C[holder], old_ranks[holder], shape), new_ranks[holder])
+            target = _scaled(rules.resize(merged, new_ranks[holder]), 1 / scaling)
+            if self._one_holder:
+                target = self._beyond(merged, target, held)
             target = Factors(*(torch.where(sent_U11, t, h) for t, h in zip(target, held, strict=True)))
             delta_N = self._as_received(_flat(target) - _flat(held))
-            held_C[client] = _flat(held) + delta_N
+            held_C[holder] = _flat(held) + delta_N
             replies.append(delta_N)
         return replies
+
+    def _beyond(self, merged: Factors, target: Factors, held: Factors) -> Factors:
+        """Return the target with LoRA ranks that no client of the round has: they stay as they are held [ours].
+
+        After a rule that turns the basis B is zero there, but A stays: with both zero no gradient would reach them.
+        """
+        first = merged.A_URn.shape[1]
+        A_URn, B_UmR = target.A_URn.clone(), target.B_UmR.clone()
+        A_URn[:, first:] = held.A_URn[:, first:]
+        if not self.row.turns_basis:
+            B_UmR[:, :, first:] = held.B_UmR[:, :, first:]
+        return Factors(A_URn, B_UmR)
 
     def _as_received(self, delta: Tensor) -> Tensor:
         """Round as the payload does, so that owner and client go on from the same value."""

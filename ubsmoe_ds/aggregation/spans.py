@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit
 
 
 class Span(NamedTuple):
@@ -89,7 +89,7 @@ class RankSpans:
         self,
         rank: int,
         ranks: int,
-        layouts: Sequence[ClientLayout],
+        layouts: Sequence[GroupLayout],
         units: Sequence[Unit],
         num_experts: int,
         owner: np.ndarray,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.client.gradients import MasterWeights
@@ -69,15 +70,26 @@ class Block:
         return {n: v.reshape(shape) for n, v, shape in zip(self.parameters, values, shapes, strict=True)}
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a client began its turn with; see `UnitStore.begin_turn`."""
+
+    loaded: Tensor
+    full_rank: int
+    factor: float
+
+
 class UnitStore:
     """Reads and writes the units of this rank as one flat fp32 buffer on the CPU, in unit order.
 
     The caller passes the client's current LoRA rank (see `Server.lora_ranks`) wherever the buffer's size depends on it.
+    Where clients take turns the shared state has the full LoRA rank: `begin_turn` loads what a client has of it, and
+    `widened` returns its update at the full rank.
 
     Args:
         model: the converted model of this client.
         masters: its fp32 values.
-        lora_rank: LoRA rank of the client at the start.
+        lora_rank: LoRA rank of the client at the start; the full one where clients take turns.
         dmr: whether phi is shared.
         stacking: under FLoRA: adapters travel whole, and come back as a stack to merge into the frozen weights.
         seed: seed of FLoRA's new adapters.
@@ -103,14 +115,56 @@ class UnitStore:
             of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
             self._add_decoder(f"layers.{index}", decoder, of_decoder, dmr)
         self.shared = self._current(lora_rank)
+        self._turn: Loaded | None = None
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
                 if block.base is not None:
                     part.zero_()
 
+    @property
+    def loaded(self) -> Tensor:
+        """Return what the client's local steps began with, at its LoRA rank: the shared state, or its part of that."""
+        return self.shared if self._turn is None else self._turn.loaded
+
     def updates(self, lora_rank: int) -> Tensor:
-        """Return what this rank sends: local minus shared state (a collective over the client under ZeRO)."""
-        return self._current(lora_rank) - self.shared
+        """Return local state minus what was loaded (a collective over the client under ZeRO)."""
+        return self._current(lora_rank) - self.loaded
+
+    def begin_turn(self, lora_rank: int, full_rank: int, factor: float, round_number: int) -> None:
+        """Load the first LoRA ranks of the shared state into the model of a client that takes its turn.
+
+        Under FLoRA, whose adapters start anew, load those that are drawn for the round.
+
+        Args:
+            lora_rank: the client's current LoRA rank.
+            full_rank: that of the shared state.
+            factor: of B: the shared state's alpha / r over that of the client's modules, which pruning keeps.
+            round_number: the round.
+        """
+        self._turn = Loaded(self._recut(self.shared, full_rank, lora_rank, factor), full_rank, factor)
+        fresh = self._fresh_adapters(lora_rank, round_number - 1) if self.stacking else {}
+        for block, part in self.parts(self._turn.loaded, lora_rank):
+            values = block.split(part, lora_rank)
+            self._write(block, {name: fresh.get(name, value) for name, value in values.items()})
+
+    def widened(self, update: Tensor, lora_rank: int) -> Tensor:
+        """Return the update of the client that has its turn as it travels: at the full LoRA rank and in its scale."""
+        assert self._turn is not None
+        return self._recut(update, lora_rank, self._turn.full_rank, 1 / self._turn.factor)
+
+    def _recut(self, flat: Tensor, old_rank: int, new_rank: int, factor: float) -> Tensor:
+        """Return a held buffer at another LoRA rank: ranks are cut, or zero; B is multiplied by the factor."""
+        if old_rank == new_rank and factor == 1:
+            return flat
+        pieces = []
+        for block, part in self.parts(flat, old_rank):
+            if block.base is None:
+                pieces.append(part)
+                continue
+            A, B = block.split(part, old_rank).values()
+            more = max(new_rank - old_rank, 0)
+            pieces.append(block.join([F.pad(A, (0, 0, 0, more)), F.pad(B * factor, (0, more))], new_rank))
+        return torch.cat(pieces)
 
     def apply(self, difference: Tensor, old_rank: int, new_rank: int, round_number: int) -> None:
         """Add a reply to the shared state, and load it into the model.
@@ -122,7 +176,7 @@ class UnitStore:
             round_number: round for which FLoRA's new adapters are drawn.
         """
         fresh = self._fresh_adapters(old_rank, round_number) if self.stacking else {}
-        parts = []
+        parts, self._turn = [], None
         for (block, shared), (_, change) in zip(
             self.parts(self.shared, old_rank), self.parts(difference, new_rank), strict=True
         ):
@@ -142,6 +196,7 @@ class UnitStore:
 
     def load(self, lora_rank: int) -> None:
         """Set the client's parameters to the shared state."""
+        self._turn = None
         for block, part in self.parts(self.shared, lora_rank):
             self._write(block, block.split(part, lora_rank))
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ubsmoe_ds import __version__
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.differences import MAY_CHANGE_ON_RESUME, differences
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.messages import section_of
 from ubsmoe_ds.config.sections import Section
 
 
@@ -52,8 +53,8 @@ def with_defaults(section: type[Section], values: Mapping[str, Any]) -> dict[str
 def _section_of(section: type[Section], key: str) -> type[Section] | None:
     """Return the class of a nested section, or of the items of a list of sections; None for any other key."""
     field = section.model_fields.get(key)
-    types = [] if field is None else [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in types if isinstance(kind, type) and issubclass(kind, Section)), None)
+    found = None if field is None else section_of(field)
+    return found if found is not None and issubclass(found, Section) else None
 
 
 def _is_known(section: type[Section], key: str) -> bool:

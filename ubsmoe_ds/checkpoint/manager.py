@@ -1,23 +1,42 @@
 """Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from safetensors import SafetensorError
 
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
-from ubsmoe_ds.checkpoint.progress import Progress, restored
+from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, restored
 from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
+from ubsmoe_ds.checkpoint.turns import restore_turn, turn_pieces
 from ubsmoe_ds.client.engine import Client, LocalProgress
+from ubsmoe_ds.client.turn import Turn
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint holds of a run, for one rank.
+
+    progress: the run's. local: of the client's local steps, where each client has its own group.
+    Where clients take turns: done: by client whose turn of the current round is complete the group that now answers for
+    it; turns: those of this rank's group; begin: goes on with a turn that had begun, once the client's adapter is
+    loaded, and returns its progress; None if the turn had not begun.
+    """
+
+    progress: Progress
+    local: LocalProgress
+    done: Mapping[int, int]
+    turns: list[Turn]
+    begin: Callable[[int], LocalProgress | None]
 
 
 class CheckpointManager:
@@ -33,7 +52,7 @@ class CheckpointManager:
         self.exp, self.world, self.data_digest = exp, world, data_digest
         self.config = exp.model_dump(mode="json")  # names all clients, also those that are lost later
         # under factor rules each client holds only its own LoRA ranks of the shared state
-        self._one_shared_state = exp.merge.row.elementwise
+        self._one_shared_state = exp.merge.row.elementwise or exp.takes_turns
         self._saved_round: int | None = None  # the latest complete round in a checkpoint
 
     def among(self, exp: Experiment, world: World) -> "CheckpointManager":
@@ -59,8 +78,13 @@ class CheckpointManager:
         server: Server,
         progress: Progress,
         local: LocalProgress,
+        turns: Sequence[Turn] = (),
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
+
+        Args:
+            client, store, server, progress, local: this rank's.
+            turns: that this rank's group has completed in the current round.
 
         Raises:
             UserError: if a rank could not write, for example on a full disk; earlier checkpoints are untouched.
@@ -68,9 +92,9 @@ class CheckpointManager:
         serial, failure = self._begin()
         file = None
         if not failure:
-            file, failure = self._write_file(serial, self._pieces(client, store, server, local))
+            file, failure = self._write_file(serial, self._pieces(client, store, server, local, turns))
         files = gather_json(self.world.comm, file)
-        clients = self._clients(server, progress, local)
+        clients = self._clients(client, server, progress, local, turns)
         label = _label(progress, clients)
         if self.world.rank == 0 and all(files):
             content = {"progress": progress.saved(), "clients": clients, "config": self.config}
@@ -117,15 +141,20 @@ class CheckpointManager:
             "hosts use a shared folder; earlier checkpoints are intact"
         )
 
-    def _pieces(self, client: Client, store: UnitStore, server: Server, local: LocalProgress) -> list[storage.Piece]:
+    def _pieces(
+        self, client: Client, store: UnitStore, server: Server, local: LocalProgress, turns: Sequence[Turn]
+    ) -> list[storage.Piece]:
         """Collect the pieces that this rank writes."""
-        rank, first_client = self.world.group_rank, self.world.client == 0
+        rank, first_group, lora_rank = self.world.group_rank, self.world.group == 0, self._held_rank(server)
         keeps = self.exp.train.optimizer_state == "keep" or local.steps > 0
-        pieces = [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
-        if first_client or not self._one_shared_state:
-            lora_rank = server.lora_ranks[self.world.client]
-            pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_client)
-        if first_client and rank < client.config.expert_parallel:
+        pieces: list[storage.Piece] = []
+        if local.steps > 0 or not self.exp.takes_turns:  # between turns a client's state is the shared one
+            pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
+        for turn in turns:
+            pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
+        if first_group or not self._one_shared_state:
+            pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_group)
+        if first_group and rank < client.config.expert_parallel:
             pieces += shared_state.moment_pieces(client)
         return [*pieces, *shared_state.server_pieces(server, store.units)]
 
@@ -133,17 +162,26 @@ class CheckpointManager:
         """Return the name under which a checkpoint holds this client's shared state."""
         return shared_state.ALL if self._one_shared_state else client.config.name
 
-    def _clients(self, server: Server, progress: Progress, local: LocalProgress) -> dict[str, dict[str, Any]]:
+    def _held_rank(self, server: Server) -> int:
+        """Return the LoRA rank of this rank's shared state."""
+        return self.exp.lora.rank if self.exp.takes_turns else server.lora_ranks[self.world.group]
+
+    def _clients(
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+    ) -> dict[str, dict[str, Any]]:
         """Gather each client's manifest entry from its first rank, by client name (a collective)."""
+        if self.exp.takes_turns:
+            return self._clients_of_groups(client, server, progress, local, turns)
         counts = None
         if self.world.group_rank == 0:
-            counts = [self.world.client, progress.steps_taken, local.steps, local.bad_steps, local.seconds]
+            taken = progress.steps_taken.get(self.world.group, 0)
+            counts = [self.world.group, taken, local.steps, local.bad_steps, local.seconds]
         entries = {}
-        for client, taken, steps, bad, seconds in filter(None, gather_json(self.world.comm, counts)):
-            config = self.exp.clients[client]
+        for number, taken, steps, bad, seconds in filter(None, gather_json(self.world.comm, counts)):
+            config = self.exp.clients[number]
             entries[config.name] = {
                 "layout": [config.ranks, config.expert_parallel],
-                "lora_rank": server.lora_ranks[client],
+                "lora_rank": server.lora_ranks[number],
                 "steps_taken": taken,
                 "steps": steps,
                 "bad_steps": bad,
@@ -151,10 +189,42 @@ class CheckpointManager:
             }
         return entries
 
-    def restore(
-        self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server
-    ) -> tuple[Progress, LocalProgress]:
-        """Restore this rank's state from the checkpoint; return the run's progress and the client's.
+    def _clients_of_groups(
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+    ) -> dict[str, dict[str, Any]]:
+        """Do the same where clients take turns: the groups tell what they have trained in the round."""
+        turned: list[list[Any]] = []
+        if self.world.group_rank == 0:
+            numbers = {config.name: number for number, config in enumerate(self.exp.clients)}
+            for turn in turns:
+                steps, bad = int(turn.stats.steps + turn.stats.bad_steps), int(turn.stats.bad_steps)
+                turned.append([turn.client, self.world.group, turn.slot, "done", steps, bad, turn.seconds])
+            if local.steps:
+                begun = [local.steps, local.bad_steps, local.seconds]
+                turned.append([numbers[client.config.name], self.world.group, len(turns), "begun", *begun])
+            turned = [[*turn, progress.steps_taken.get(turn[0], 0)] for turn in turned]
+        told = {turn[0]: turn[1:] for part in gather_json(self.world.comm, turned) for turn in part}
+        entries = {}
+        for number, config in enumerate(self.exp.clients):
+            nothing = [self.exp.allowed_groups(number)[0], 0, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
+            group, place, what, steps, bad, seconds, taken = told.get(number, nothing)
+            trained, scales_L = self.exp.trained_by(number, group), progress.scales.get(number)
+            entries[config.name] = {
+                "layout": [trained.ranks, trained.expert_parallel],
+                "lora_rank": server.lora_ranks[number],
+                "steps_taken": taken,
+                "steps": steps,
+                "bad_steps": bad,
+                "seconds": seconds,
+                "turn": what,
+                "group": group,
+                "place": place,
+                "scales": None if scales_L is None else scales_L.tolist(),
+            }
+        return entries
+
+    def restore(self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server) -> Resumed:
+        """Restore this rank's state from the checkpoint.
 
         Raises:
             UserError: if the checkpoint lacks something.
@@ -165,21 +235,56 @@ class CheckpointManager:
             saved_clients[config.name].lora_rank if config.name in saved_clients else self.exp.lora_rank(config)
             for config in self.exp.clients
         ]
-        lora_rank = server.lora_ranks[self.world.client]
+        lora_rank = self._held_rank(server)
         within = checkpoint.manifest.progress.merged or any(client.steps for client in saved_clients.values())
-        progress = restored(checkpoint.manifest.progress, saved.steps_taken if saved else 0, within)
+        progress = restored(checkpoint.manifest.progress, {self.world.group: saved.steps_taken if saved else 0}, within)
         self.note_saved(progress)
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)
         shared_state.restore_server(server, store.units, reader)
         client.reset_counts()
+        if self.exp.takes_turns:
+            return self._turns(checkpoint, client, store, progress)
+        local = LocalProgress()
         if saved is None:  # a lost client has come back; it starts from the shared state
             store.load(lora_rank)
-            return progress, LocalProgress()
-        state.restore_client(client, reader)
+        else:
+            local = self._begun(checkpoint, client, saved)
+        return Resumed(progress, local, {}, [], lambda number: None)
+
+    def _begun(self, checkpoint: Checkpoint, client: Client, saved: SavedClient) -> LocalProgress:
+        """Restore the client that the engine trains; return the progress of its local steps."""
+        state.restore_client(client, checkpoint.reader)
         local = LocalProgress(saved.steps, saved.bad_steps, seconds=saved.seconds)
-        state.restore_rank(client, self.world.group_rank, local, reader, saved.layout)
-        return progress, local
+        state.restore_rank(client, self.world.group_rank, local, checkpoint.reader, saved.layout)
+        return local
+
+    def _turns(self, checkpoint: Checkpoint, client: Client, store: UnitStore, progress: Progress) -> Resumed:
+        """Restore the turns of the current round; with fewer groups than before each takes over those of several."""
+        saved = [checkpoint.manifest.clients[config.name] for config in self.exp.clients]
+        progress.steps_taken = {number: entry.steps_taken for number, entry in enumerate(saved)}
+        progress.scales = {n: torch.tensor(entry.scales) for n, entry in enumerate(saved) if entry.scales is not None}
+        for number, entry in enumerate(saved):
+            if entry.turn == "begun":
+                progress.steps_taken[number] -= entry.steps  # in case nobody goes on with it in this round
+        groups = len(self.exp.trainers)
+        done = {number: entry.group % groups for number, entry in enumerate(saved) if entry.turn == "done"}
+        mine = [number for number, group in done.items() if group == self.world.group]
+        mine.sort(key=lambda number: (saved[number].group, saved[number].place))
+        turns = []
+        for slot, number in enumerate(mine):
+            place = (self.world.group_rank, self.exp.lora.rank, slot)
+            turns.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
+
+        def begin(number: int) -> LocalProgress | None:
+            if saved[number].turn != "begun":
+                return None
+            local = self._begun(checkpoint, client, saved[number])
+            progress.steps_taken[number] = saved[number].steps_taken
+            saved[number] = saved[number].model_copy(update={"turn": ""})  # once: later turns begin anew
+            return local
+
+        return Resumed(progress, LocalProgress(), done, turns, begin)
 
 
 def _label(progress: Progress, clients: Mapping[str, Mapping[str, Any]]) -> str:

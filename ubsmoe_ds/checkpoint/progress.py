@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -49,10 +49,12 @@ class SavedProgress(Section):
 class SavedClient(Section):
     """A client's entry in a manifest.
 
-    layout: ranks and expert parallelism.
+    layout: ranks and expert parallelism of the group that trained it last.
     lora_rank: current LoRA rank.
     steps_taken: local steps in the whole run.
     steps, bad_steps, seconds: local steps taken and skipped in the current round, and their wall time.
+    turn: where clients take turns, whether its turn of the current round has begun or is done; group, place: the
+        group that gave it, and its place among that group's turns. scales: what its gates have learned for it alone.
     """
 
     layout: Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -61,6 +63,10 @@ class SavedClient(Section):
     steps: Count
     bad_steps: Count
     seconds: NotNegative = 0.0
+    turn: Literal["", "begun", "done"] = ""
+    group: Count = 0
+    place: Count = 0
+    scales: list[float] | None = None
 
 
 class Record(NamedTuple):
@@ -83,13 +89,15 @@ def _nothing_pending() -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """Progress of a run; all but `steps_taken` is the same on all ranks.
+    """Progress of a run; all but `steps_taken` of clients in the current round is the same on all ranks.
 
     round: the current round; 0 is the evaluation before training.
     merged: whether the round is merged, so that only its evaluation and record are missing.
     before, after: scalars of the first and of the latest evaluation.
     pending: scalars of the merged round that are not recorded yet.
-    steps_taken: local steps of this rank's client in the whole run; its position in its data.
+    steps_taken: by client its local steps in the whole run, and so its position in its data: this rank's client alone,
+        or all clients where they take turns.
+    scales: by client what its gates have learned for it alone, [L], where clients take turns.
     lost: clients that lost a rank, and the round in which they did.
     sound_round: the latest round whose evaluation was finite; -1: none yet.
     run_id: identifies the run in all that it writes.
@@ -104,7 +112,8 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=_nothing_pending)
-    steps_taken: int = 0
+    steps_taken: dict[int, int] = field(default_factory=dict)
+    scales: dict[int, Tensor] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     sound_round: int = -1
     run_id: str = ""
@@ -158,12 +167,12 @@ class Progress:
         return {key: finite_or_null(getattr(self, key)) for key in SavedProgress.model_fields}
 
 
-def restored(saved: SavedProgress, steps_taken: int, within: bool = False) -> Progress:
+def restored(saved: SavedProgress, steps_taken: dict[int, int], within: bool = False) -> Progress:
     """Return the `Progress` that a manifest holds; clients that were lost take part again.
 
     Args:
         saved: progress from the manifest.
-        steps_taken: local steps of this rank's client so far.
+        steps_taken: see `Progress`.
         within: whether the current round has begun.
     """
     values = saved.model_dump() | {"lost": {}}

@@ -150,6 +150,12 @@ class CheckpointFinder:
         """
         folder, manifest = checkpoint.folder, checkpoint.manifest
         check_same_experiment(manifest.config, self.exp.model_dump(mode="json"), folder, manifest.version)
+        took_turns = any(manifest.config.get(key) is not None for key in ("groups", "sampling"))
+        if took_turns != self.exp.takes_turns:
+            raise UserError(
+                f"--resume: groups is {'null' if took_turns else 'set'}, but {'set' if took_turns else 'null'} in "
+                f"{folder}, whose state it shares out; set it back, or start a new run with another name=..."
+            )
         lost = [client.name for client in self.exp.clients if client.name not in manifest.clients]
         if lost and not self.exp.merge.row.elementwise:
             raise UserError(

@@ -102,7 +102,7 @@ def server_pieces(server: Server, units: Sequence[Unit]) -> Iterator[Piece]:
 def restore_server(server: Server, units: Sequence[Unit], reader: Reader) -> None:
     """Restore the server optimiser's state; a segment without state in the checkpoint had none."""
     for start, segment, optimizer in zip(_starts(server, units), server.segments, server.optimizers, strict=True):
-        numel = segment.numel(server.lora_ranks[0])
+        numel = segment.numel(server.unit_rank)
         kinds = [kind for kind in reader.kinds("server.") if any(reader.overlaps(kind, ALL, "units", start, 1))]
         optimizer.load({kind.removeprefix("server."): reader.read(kind, ALL, "units", start, numel) for kind in kinds})
 
@@ -113,7 +113,7 @@ def replicate(world: World, server: Server, units: Sequence[Unit]) -> dict[str, 
         return {}
     replica = {}
     for key in ("first", "second"):
-        whole = torch.zeros(sum(unit.size(server.lora_ranks[0]) for unit in units), dtype=torch.float64)
+        whole = torch.zeros(sum(unit.size(server.unit_rank) for unit in units), dtype=torch.float64)
         for start, optimizer in zip(_starts(server, units), server.optimizers, strict=True):
             value_N = optimizer.state().get(key)
             if value_N is not None:
@@ -126,7 +126,7 @@ def load_replica(server: Server, units: Sequence[Unit], replica: Mapping[str, Te
     """Load the state that `replicate` gathered into the new owners' optimisers; phi has none."""
     for start, segment, optimizer in zip(_starts(server, units), server.segments, server.optimizers, strict=True):
         if replica and segment.kind == "elementwise":
-            numel = segment.numel(server.lora_ranks[0])
+            numel = segment.numel(server.unit_rank)
             optimizer.load({key: whole[start : start + numel].clone() for key, whole in replica.items()})
 
 
@@ -135,5 +135,5 @@ def _starts(server: Server, units: Sequence[Unit]) -> list[int]:
     place, starts = 0, {}
     for unit in units:
         starts[unit.name] = place
-        place += unit.size(server.lora_ranks[0])
+        place += unit.size(server.unit_rank)
     return [starts[segment.units[0].name] for segment in server.segments]

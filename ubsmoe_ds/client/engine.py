@@ -1,8 +1,9 @@
-"""Train one federated client: its DeepSpeed engine, local steps and counts. Other clients are unknown here.
+"""Train one federated client at a time: a DeepSpeed engine, local steps and counts. Other clients are unknown here.
 
 Shapes: L layers, E experts, A answer positions, V vocabulary.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,9 +73,9 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
     )
     return UBSMoESpec(
         gate=gate,
-        lora_rank=exp.lora_rank(config),
+        lora_rank=exp.lora.rank if exp.takes_turns else exp.lora_rank(config),
         full_rank=exp.lora.rank,
-        lora_alpha=exp.lora_alpha(exp.lora_rank(config)),
+        lora_alpha=exp.lora_alpha(exp.lora.rank if exp.takes_turns else exp.lora_rank(config)),
         lora_attention=exp.lora.attention,
         router_trainable=exp.router.trainable,
         expert_parallel=config.expert_parallel,
@@ -115,7 +116,7 @@ class Client:
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, model_parameters=trained, config=engine_config(exp.settings(config))
             )
-        self._full_rate = self.learning_rate
+        self._full_rate = self._common_rate = self.learning_rate
         self.collector, self.moments = None, None
         pg, layers = exp.pseudo_gradient, self.model.layers
         if pg.estimator != "none":
@@ -125,6 +126,45 @@ class Client:
                 self.moments = ExpertMoments(layers, pg.moment_share)
         self._tail = self._tail_of(None)
         self.gradient_hook = GradientHook(self.engine, layers, exp.deepspeed.gradient_clipping, self.collector)
+
+    def become(self, config: ClientConfig, number: int, scales_L: Tensor | None) -> None:
+        """Train another client from now on; the caller loads its adapter.
+
+        K, capacity factor, weight of PG, scale of LoRA, batch, learning rate and learned scales are the client's; the
+        optimiser is that of a new engine. Random draws depend on the seed, the client, the round and this rank alone.
+
+        Args:
+            config: the client's section, with the ranks of its group.
+            number: the round.
+            scales_L: what its gates have learned for it alone; None: nothing yet.
+        """
+        self.config, self.k = config, self.exp.active_experts(config)
+        factor = config.capacity_factor
+        rank = self.exp.lora_rank(config)
+        self.model.set_lora_scaling(self.exp.lora_alpha(rank) / rank)
+        for index, layer in enumerate(self.model.layers):
+            layer.gate.drop_tokens, layer.gate.capacity_factor = factor is not None, factor or 1.0
+            if layer.gate.scale is not None:
+                value = torch.ones(1) if scales_L is None else scales_L[index : index + 1]
+                self.gradient_hook.masters.write(layer.gate.scale, value.to(layer.gate.scale.device))
+        if self.collector is not None:
+            self.collector.rho = self.exp.rho(config)
+        settings = self.exp.settings(config)
+        micro = settings.train_batch_size // (config.ranks * settings.gradient_accumulation_steps)
+        self.engine.set_train_micro_batch_size(micro)
+        self.engine.set_train_batch_size(settings.train_batch_size)
+        self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
+        self._full_rate = config.lr or self._common_rate
+        self.reset_optimizer()
+        torch.manual_seed(hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63)
+
+    def learned_scales(self) -> Tensor | None:
+        """Return the scales that the gates have learned for this client alone, [L] fp32 on the CPU; None without.
+
+        A collective over the group under ZeRO.
+        """
+        scales = [layer.gate.scale for layer in self.model.layers if layer.gate.scale is not None]
+        return torch.cat([self.gradient_hook.masters.read(scale).cpu() for scale in scales]) if scales else None
 
     def begin_round(self) -> LocalProgress:
         """Return fresh progress, and reset the counts and, if configured, the optimiser."""

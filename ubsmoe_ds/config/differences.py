@@ -26,6 +26,8 @@ MAY_CHANGE_ON_RESUME = (
     "clients.*.ranks",
     "clients.*.expert_parallel",
     "clients.*.hosts",
+    "clients.*.groups",
+    "groups",
     "deepspeed.zero_optimization",
     "deepspeed.steps_per_print",
     "deepspeed.wall_clock_breakdown",

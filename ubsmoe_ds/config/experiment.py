@@ -7,160 +7,31 @@ fails in milliseconds, before any process is started.
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
-from ubsmoe_ds.config.merge_rules import names
+from ubsmoe_ds.config.consistency import problems
 from ubsmoe_ds.config.messages import one_of
 from ubsmoe_ds.config.methods import PRESETS, with_preset
-from ubsmoe_ds.config.sections import (
-    ClientConfig,
-    DataConfig,
-    DmrConfig,
-    Folder,
-    LoraConfig,
-    MergeConfig,
-    ModelConfig,
-    Name,
-    PositiveInt,
-    PseudoGradientConfig,
-    RouterConfig,
-    Section,
-)
-from ubsmoe_ds.config.training import CheckpointConfig, EvalConfig, TrainConfig
-from ubsmoe_ds.models.hub import model_folder
+from ubsmoe_ds.config.population import written_out
+from ubsmoe_ds.config.settings import Settings
 
 
-class Experiment(Section):
+class Experiment(Settings):
     """Hold everything a run needs. `loading.load_experiment` makes one; build one directly only in tests."""
-
-    name: Name = Field(description="the run writes to the folder `output`/`name`")
-    method: str = Field("ub_smoe", description="preset of config/methods.py, laid under everything else")
-    budget_scales: Literal["experts", "lora_rank"] = Field(
-        "experts", description="experts: K_c = floor(K_max beta); lora_rank: rank_c = floor(rank beta), K_max experts"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random draws")
-    output: Folder = Field("runs", description="folder of runs")
-    overwrite: bool = Field(False, description="replace the folder of an earlier run of the same name")
-    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
-    oversubscribe: bool = Field(False, description="let several ranks share one accelerator")
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    router: RouterConfig = RouterConfig()
-    dmr: DmrConfig = DmrConfig()
-    pseudo_gradient: PseudoGradientConfig = PseudoGradientConfig()
-    merge: MergeConfig = MergeConfig()
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    evaluation: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    fault_tolerance: Literal["abort", "shrink"] = Field(
-        "abort", description="when a rank dies: abort ends the job; shrink continues without its client (Open MPI)"
-    )
-    min_clients: PositiveInt = Field(1, description="with shrink: end the job when fewer clients are left")
-    host_timeout_s: Annotated[float, Field(ge=1)] = Field(
-        60, description="end a job on several hosts when one of them is silent for this many seconds"
-    )
-    hang_timeout_s: Annotated[float, Field(ge=1)] | None = Field(
-        1200,
-        description="end a job of which a rank makes no progress for this many seconds; null: nobody watches",
-    )
-    deepspeed: DeepSpeedConfig
-    clients: Annotated[list[ClientConfig], Field(min_length=1)]
-    num_experts: PositiveInt = Field(description="experts of a layer; read from the model folder, cannot be set")
-    k_max: PositiveInt = Field(description="K_max; `model.k_max` or the model's, cannot be set here")
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of ranks of all clients together."""
-        return sum(client.ranks for client in self.clients)
-
-    @property
-    def run_dir(self) -> Path:
-        """Return the folder that this run writes to."""
-        return Path(self.output) / self.name
-
-    @property
-    def model_dir(self) -> Path:
-        """Return the model's folder with config and tokenizer; a model from the hub may lack its weights there."""
-        return model_folder(self.model.path)
-
-    @property
-    def weights_dir(self) -> Path:
-        """Return the model's folder with its weights, which are downloaded first if need be."""
-        return model_folder(self.model.path, weights=True)
-
-    @property
-    def candidates(self) -> int:
-        """Return N_p, the experts per token whose logits phi moves [ours: 2 K_max by default, at most all experts]."""
-        return self.dmr.candidates or min(2 * self.k_max, self.num_experts)
-
-    def active_experts(self, client: ClientConfig) -> int:
-        """Return K_c = max(1, floor(K_max beta)) [paper; clamp to 1: ours]; K_max where budgets scale LoRA ranks."""
-        return _share(self.k_max, client.budget) if self.budget_scales == "experts" else self.k_max
-
-    def lora_rank(self, client: ClientConfig) -> int:
-        """Return a client's first LoRA rank: its own key, else from its budget where budgets scale LoRA ranks."""
-        if client.lora_rank is not None:
-            return client.lora_rank
-        return _share(self.lora.rank, client.budget) if self.budget_scales == "lora_rank" else self.lora.rank
-
-    def lora_alpha(self, lora_rank: int) -> float:
-        """Return the alpha with which alpha / LoRA rank is the scaling at this LoRA rank, rsLoRA or not."""
-        return self.lora.alpha * math.sqrt(lora_rank) if self.lora.rslora else self.lora.alpha
-
-    @property
-    def lora_ranks(self) -> list[int]:
-        """Return the first LoRA rank of each client."""
-        return [self.lora_rank(client) for client in self.clients]
-
-    def settings(self, client: ClientConfig) -> DeepSpeedConfig:
-        """Return the DeepSpeed section with a client's own batch and learning rate."""
-        keys = ("train_batch_size", "gradient_accumulation_steps")
-        changes = {key: getattr(client, key) for key in keys if getattr(client, key) is not None}
-        if client.lr is not None:
-            optimizer = self.deepspeed.optimizer
-            changes["optimizer"] = optimizer | {"params": optimizer.get("params", {}) | {"lr": client.lr}}
-        return self.deepspeed.model_copy(update=changes)
-
-    def local_steps(self, client: ClientConfig, rows: int) -> int:
-        """Return the local steps of a client with so many training rows in a round.
-
-        Passes over its rows become whole steps, rounded up: the last one goes on into the next pass.
-        """
-        steps = client.local_steps or self.train.local_steps
-        if steps is not None:
-            return steps
-        assert self.train.local_epochs is not None  # `TrainConfig` asks for one of them
-        # the small term undoes binary rounding: 0.1 epochs of 160 rows are two batches of 8
-        return max(1, math.ceil(self.train.local_epochs * rows / self.settings(client).train_batch_size - 1e-9))
-
-    @property
-    def views(self) -> list[str]:
-        """Return the name of each client's view, the model that it evaluates.
-
-        Clients of one K hold the same model after a merge and share a view, such as "k4". A client has its own view,
-        under its name, if it learns something for itself alone or has its own LoRA rank.
-        """
-        own_model = (
-            self.router.gate_rescale == "learned" or len(set(self.lora_ranks)) > 1 or self.lora.prune_penalty > 0
-        )
-        return [client.name if own_model else f"k{self.active_experts(client)}" for client in self.clients]
-
-    def rho(self, client: ClientConfig) -> float:
-        """Return the weight of the pseudo-gradient: scale (1 - K_c / M), or scale times a constant."""
-        config = self.pseudo_gradient
-        rho = 1.0 - self.active_experts(client) / self.num_experts if config.rho == "sparsity" else config.rho
-        return config.scale * rho
 
     @model_validator(mode="before")
     @classmethod
     def _over_preset(cls, value: Any) -> Any:
-        return with_preset(value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        whole = with_preset(written_out(value))
+        own, train = value.get("train") or {}, whole.get("train")
+        takes_turns = value.get("groups") is not None or value.get("sampling") is not None
+        if takes_turns and isinstance(own, dict) and isinstance(train, dict) and "optimizer_state" not in own:
+            whole["train"] = train | {"optimizer_state": "reset"}  # in place of what the preset says
+        return whole
 
     @field_validator("method")
     @classmethod
@@ -171,115 +42,6 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for problem in _problems(self):
+        for problem in problems(self):
             raise ValueError(problem)
         return self
-
-
-def _problems(exp: Experiment) -> list[str]:
-    """Check rules that span sections; return one line for each problem: key, value, remedy."""
-    problems = []
-    names = [client.name for client in exp.clients]
-    if len(set(names)) < len(names):
-        repeated = sorted({n for n in names if names.count(n) > 1})
-        problems.append(f"clients: name {repeated[0]!r} appears more than once; names must differ")
-    if exp.k_max > exp.num_experts:
-        problems.append(
-            f"model.k_max: {exp.k_max} exceeds the model's {exp.num_experts} experts; use at most {exp.num_experts}"
-        )
-    if exp.dmr.candidates is not None and not exp.k_max <= exp.dmr.candidates <= exp.num_experts:
-        problems.append(
-            f"dmr.candidates: {exp.dmr.candidates} (N_p) must lie between K_max {exp.k_max} and the "
-            f"{exp.num_experts} experts of the model"
-        )
-    if exp.min_clients > len(exp.clients):
-        problems.append(f"min_clients: {exp.min_clients} exceeds the {len(exp.clients)} clients; use at most that")
-    without_source = [client.name for client in exp.clients if client.source is None]
-    if 0 < len(without_source) < len(exp.clients):
-        problems.append(
-            f"clients: {', '.join(without_source)} have no `source`, but others do; give one to all clients or to none"
-        )
-    without_evaluation = [client.name for client in exp.clients if client.eval_source is None]
-    if not without_source and without_evaluation and exp.data.eval_source is None:
-        problems.append(
-            "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
-            "may read, or each client an `eval_source`"
-        )
-    problems += _merge_problems(exp) + _rate_problems(exp)
-    for i, client in enumerate(exp.clients):
-        if exp.num_experts % client.expert_parallel:
-            problems.append(
-                f"clients.{i}.expert_parallel: {client.expert_parallel} does not divide the model's {exp.num_experts} "
-                f"experts (client {client.name!r})"
-            )
-        settings = exp.settings(client)
-        batch, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
-        if batch % (client.ranks * micro_batches):
-            key = "deepspeed" if client.train_batch_size is None else f"clients.{i}"
-            problems.append(
-                f"{key}.train_batch_size: {batch} is not a multiple of ranks {client.ranks} x "
-                f"gradient_accumulation_steps {micro_batches} of client {client.name!r}"
-            )
-    return problems
-
-
-def _merge_problems(exp: Experiment) -> list[str]:
-    """Check that the merge rule works with the LoRA ranks and the options."""
-    problems = []
-    rule, elementwise, ranks = exp.merge.rule, exp.merge.row.elementwise, exp.lora_ranks
-    if elementwise and (len(set(ranks)) > 1 or exp.lora.prune_penalty):
-        ranks_text = " ".join(map(str, ranks)) + (" and pruning" if exp.lora.prune_penalty else "")
-        problems.append(
-            f"merge.rule: {rule!r} needs equal LoRA ranks, the clients have {ranks_text}; use one of "
-            f"{names(elementwise=False)}"
-        )
-    if exp.lora.prune_penalty and exp.merge.row.stacking:
-        problems.append(
-            f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
-            "start anew each round; set it to 0"
-        )
-    if exp.lora.start and exp.merge.row.stacking:
-        problems.append(
-            f"lora.from: {exp.lora.start!r} does not work with merge.rule {rule!r}, whose adapters start anew each "
-            "round; export it with --merge and set model.path"
-        )
-    if exp.merge.row.turns_basis and exp.train.optimizer_state == "keep":
-        problems.append(
-            f"train.optimizer_state: 'keep' does not work with merge.rule {rule!r}, whose factors change their basis "
-            "each round; use reset"
-        )
-    if not elementwise and exp.merge.clip_norm is not None:
-        problems.append(
-            f"merge.clip_norm: {exp.merge.clip_norm} does not work with merge.rule {rule!r}, which merges factors, not "
-            f"updates; leave it out, or use one of {names(elementwise=True)}"
-        )
-    if not elementwise and exp.merge.server_optimizer != "none":
-        problems.append(
-            f"merge.server_optimizer: {exp.merge.server_optimizer!r} does not work with merge.rule {rule!r}, whose "
-            f"factors change their basis each round; use none, or one of {names(elementwise=True)}"
-        )
-    if max(ranks) > exp.lora.rank:
-        problems.append(f"clients: lora_rank {max(ranks)} exceeds lora.rank {exp.lora.rank}, the largest allowed")
-    return problems
-
-
-def _rate_problems(exp: Experiment) -> list[str]:
-    """Check that one rule alone sets the learning rate."""
-    scheduler, kind = exp.deepspeed.scheduler, exp.deepspeed.optimizer["type"]
-    own_rates = [f"clients.{i}.lr: {c.lr}" for i, c in enumerate(exp.clients) if c.lr is not None]
-    asked = [f"train.lr_schedule: {exp.train.lr_schedule!r}"] * (exp.train.lr_schedule != "constant")
-    asked += [f"train.warmup_rounds: {exp.train.warmup_rounds}"] * (exp.train.warmup_rounds > 0)
-    if scheduler is not None and [*asked, *own_rates]:
-        return [
-            f"{[*asked, *own_rates][0]} does not go with deepspeed.scheduler ({scheduler['type']}), which sets the "
-            "learning rate too; leave one of them out"
-        ]
-    if asked and kind == "Rprop":
-        return [f"{asked[0]} does not go with the optimizer Rprop, which chooses its own step sizes; use another one"]
-    return []
-
-
-def _share(whole: int, budget: float) -> int:
-    """Return max(1, floor(whole * budget))."""
-    # the small term undoes binary rounding: floor(10 * 0.7) must be 7, although 10 * 0.7 < 7 in some formats
-    return max(1, int(whole * budget + 1e-9))

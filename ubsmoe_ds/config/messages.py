@@ -87,8 +87,12 @@ def one_of(name: Any, known: Iterable[str]) -> str:
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """Return the class of a section, or of the items of a list of sections; None for a plain key."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    kinds: list[Any] = [field.annotation]
+    for kind in kinds:  # grows: a section may be in a list, and that may be left out
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        kinds += get_args(kind)
+    return None
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

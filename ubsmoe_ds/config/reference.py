@@ -21,6 +21,7 @@ from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.merge_rules import RULES
 from ubsmoe_ds.config.messages import section_of
 from ubsmoe_ds.config.methods import PRESETS
+from ubsmoe_ds.config.population import GroupConfig
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 
@@ -73,7 +74,7 @@ def page() -> str:
         if section is None:
             top[name] = field
         else:
-            item = "clients[]" if section is ClientConfig else name
+            item = f"{name}[]" if section in (ClientConfig, GroupConfig) else name
             text = " ".join((section.__doc__ or "").split())
             tables.append(f"## `{item}`\n\n{text}\n\n{_table(section.model_fields, f'{name}.')}")
     return "\n".join([HEAD, f"## Top level\n\n{_table(top, '')}", *tables])

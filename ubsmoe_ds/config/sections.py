@@ -66,6 +66,9 @@ class ClientConfig(Section):
     hosts: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="hosts that its ranks must be on; null: any"
     )
+    groups: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names of the groups that may train it; null: any"
+    )
 
     @model_validator(mode="after")
     def _whole_expert_groups(self) -> ClientConfig:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.data import batches
 from ubsmoe_ds.data.batches import Example, StepBatch
 from ubsmoe_ds.data.chat import ChatTemplate, template_of
@@ -87,16 +88,18 @@ class Encoder:
         check_window(self.model, max(row.longest for row in packed))
         return packed
 
-    def steps(self, examples: Sequence[Example], client: int, rank: int = 0, first: int = 0) -> Iterator[StepBatch]:
-        """Yield a client's endless sequence of steps, as one of its ranks sees it.
+    def steps(
+        self, examples: Sequence[Example], client: int, config: ClientConfig, rank: int = 0, first: int = 0
+    ) -> Iterator[StepBatch]:
+        """Yield a client's endless sequence of steps, as one of the ranks that train it sees it.
 
         Args:
             examples: the client's rows.
             client: its number.
-            rank: of the client's ranks.
+            config: its section, with the ranks of its group.
+            rank: of the group's ranks.
             first: number of the first step wanted.
         """
-        config = self.exp.clients[client]
         settings = self.exp.settings(config)
         return batches.steps(
             examples,

@@ -8,9 +8,11 @@ ranks agree, so that a job that survives deaths completes a merge on all ranks o
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
@@ -18,9 +20,10 @@ from ubsmoe_ds.base.errors import Diverged
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
+from ubsmoe_ds.client.turn import OwnPart, Turn
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import OwnPart, RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
 from ubsmoe_ds.mpi.world import World
 
 
@@ -45,11 +48,12 @@ class Aggregator:
     Args:
         exp: the experiment.
         world: this rank's place in the job.
-        client: this rank's client.
-        store: the client's units.
+        client: this rank's engine.
+        store: the units of its model.
         server: merges the units that this rank owns.
         exchange_for: makes the exchange for the LoRA ranks that clients send and for those that they get back.
         stopwatch: records the stages "exchange", "wait" and "merge".
+        calibrated: numbers of clients, and the sums of moments that this rank has from their rows; see `moment_sums`.
     """
 
     def __init__(
@@ -61,21 +65,26 @@ class Aggregator:
         server: Server,
         exchange_for: ExchangeFactory,
         stopwatch: Stopwatch,
+        calibrated: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
         self.exp, self.world, self.client, self.store, self.server = exp, world, client, store, server
-        self.exchange_for, self.stopwatch = exchange_for, stopwatch
-        self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
+        self.exchange_for, self.stopwatch, self.calibrated = exchange_for, stopwatch, calibrated
+        self.exchange = self._exchange_of(server.lora_ranks)
         self.started = False  # whether owners know what clients hold
         self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
         self.replica: dict[str, Tensor] = {}
 
     @property
-    def lora_rank(self) -> int:
-        """Return the current LoRA rank of this rank's client."""
-        return self.server.lora_ranks[self.world.client]
+    def held_rank(self) -> int:
+        """Return the LoRA rank of what this rank holds: its client's, or the full one where clients take turns."""
+        return self.exp.lora.rank if self.exp.takes_turns else self.server.lora_ranks[self.world.group]
 
     def note_restored(self) -> None:
-        """Call this after a restore: the moments are shared already; replicate the optimiser's state (a collective)."""
+        """Call this after a restore: LoRA ranks may be others, the moments are shared, the optimiser has state.
+
+        A collective.
+        """
+        self.exchange = self._exchange_of(self.server.lora_ranks)
         self.moments_shared = True
         self.replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
 
@@ -84,7 +93,8 @@ class Aggregator:
         held = self.exchange.collect(self.store.shared.numpy(), exact=True)
         moments_LEX = None
         if not self.moments_shared:
-            moments_LEX = sum_moments(self.world, self.client, self.server.weights[self.world.client])
+            parts = [(sums_LEX, self.server.weights[number]) for number, sums_LEX in self.calibrated]
+            moments_LEX = sum_moments(self.world, self.client, parts)
         self.world.agree()
         self.server.start(held)
         self._take_moments(moments_LEX)
@@ -98,96 +108,161 @@ class Aggregator:
         """
         self.exp, self.world, self.server, self.exchange_for = exp, world, server, exchange_for
         load_replica(server, self.store.units, self.replica)
-        self.exchange = exchange_for(server.lora_ranks, self._reply_ranks(server.lora_ranks))
+        self.exchange = self._exchange_of(server.lora_ranks)
         self.started = False
 
-    def merge(self, work: float) -> Merged:
+    def update_of(self, number: int, work: float) -> tuple[Tensor, OwnPart]:
+        """Return what a client's local steps have changed, as it travels, and what of it statistics need.
+
+        A collective over the group under ZeRO and with self-pruning.
+
+        Args:
+            number: the client's.
+            work: part of the round's work that it did, 0 to 1; 0: it sits the round out.
+        """
+        store, rank = self.store, self.server.lora_ranks[number]
+        new_rank, update = rank, torch.zeros_like(store.shared)
+        if work:
+            update = store.updates(rank)
+            if self.exp.lora.prune_penalty:
+                new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
+            if self.exp.takes_turns:
+                update = store.widened(update, rank)
+        return update, OwnPart(self.exchange.sent_squares(update.numpy()), new_rank, work)
+
+    def begin_turn(self, number: int, round_number: int) -> None:
+        """Load the adapter of a client that takes its turn into the model."""
+        rank, full = self.exp.lora_rank(self.exp.clients[number]), self.exp.lora.rank
+        factor = (self.exp.lora_alpha(full) / full) / (self.exp.lora_alpha(rank) / rank)
+        self.store.begin_turn(self.server.lora_ranks[number], self.held_rank, factor, round_number)
+
+    def merge(self, turns: Sequence[Turn], cohort: Sequence[int]) -> Merged:
         """Merge what local steps have changed (a collective).
 
         Args:
-            work: part of the round's work that this client did, 0 to 1; 0: it sits the round out.
+            turns: of the clients that this rank's group has trained in the round.
+            cohort: numbers of the clients of the round, rising.
 
         Raises:
             Diverged: if no client has anything to merge, or the merge is not finite.
         """
-        store, rank = self.store, self.lora_rank
-        update = store.updates(rank) if work else torch.zeros_like(store.shared)
-        new_rank = rank
-        if self.exp.lora.prune_penalty and work:
-            new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))
-        part = OwnPart(self.exchange.sent_squares(update.numpy()), new_rank, work)
         self.stopwatch.lap("exchange")
-        statistics = gather(self.world, self.client, self.server.weights, part, self.exp.merge.screen_factor)
+        weights, factor = self.server.weights, self.exp.merge.screen_factor
+        statistics = gather(self.world, self.client, turns, cohort, weights, factor)
         self.stopwatch.lap("wait")
         self._require_updates(statistics)
-        if statistics.left_out_C[self.world.client]:
-            update = torch.zeros_like(store.shared)
-        difference = self._exchange(update, statistics)
+        for turn in turns:
+            if statistics.left_out_C[statistics.cohort.index(turn.client)]:
+                turn.update.zero_()
+        difference = self._exchange(turns, statistics)
         if self.world.any(not bool(torch.isfinite(difference).all())):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
         refused = self._refused(statistics)
-        replica = replicate(self.world, self.server, store.units) if self.world.survives else {}
+        replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.stopwatch.lap("exchange")
         return Merged(difference, statistics, refused, replica)
 
     def apply(self, merged: Merged, round_number: int) -> None:
         """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
-        statistics, me = merged.statistics, self.world.client
-        old, new = self.server.lora_ranks, statistics.lora_ranks
-        reply = self._reply_ranks(new)
-        self.store.apply(merged.difference, old[me], reply[me], round_number)
-        self.server.lora_ranks = list(new)
+        statistics = merged.statistics
+        old, new = self.server.lora_ranks, list(self.server.lora_ranks)
+        for client, rank in zip(statistics.cohort, statistics.lora_ranks, strict=True):
+            new[client] = rank
+        held = self.held_rank
+        self.store.apply(merged.difference, held, self._reply_ranks(new)[self.world.group], round_number)
+        self.server.lora_ranks = new
         self._take_moments(statistics.moments_LEX)
+        if not self.exp.takes_turns:
+            self._settle(statistics, old, new)
+        self.replica = merged.replica
+        self.stopwatch.lap("exchange")
+
+    def _settle(self, statistics: RoundStatistics, old: Sequence[int], new: Sequence[int]) -> None:
+        """Prepare the client that stays on this group for the next round."""
+        me = self.world.group
         if new != old:
-            self.exchange = self.exchange_for(new, reply)
+            self.exchange = self._exchange_of(new)
             if new[me] != old[me]:
                 self.client.reset_optimizer()  # the moments of pruned LoRA ranks would move them again
         if statistics.nonfinite[me] or statistics.work_C[me] == 0:
             self.client.recover()
-        self.replica = merged.replica
-        self.stopwatch.lap("exchange")
 
     def _require_updates(self, statistics: RoundStatistics) -> None:
         """Raise `Diverged` if every client sits the round out or sent NaN or Inf."""
         if ((statistics.work_C > 0) & ~statistics.nonfinite).any():
             return
         reasons = [
-            f"{client.name}: {'NaN or Inf in its update' if work else 'sat the round out'}"
-            for client, work in zip(self.exp.clients, statistics.work_C, strict=True)
+            f"{self.exp.clients[client].name}: {'NaN or Inf in its update' if work else 'sat the round out'}"
+            for client, work in zip(statistics.cohort, statistics.work_C, strict=True)
         ]
         raise Diverged(f"no client has a finite update to merge ({', '.join(reasons)})")
 
-    def _exchange(self, update: Tensor, statistics: RoundStatistics) -> Tensor:
+    def _exchange(self, turns: Sequence[Turn], statistics: RoundStatistics) -> Tensor:
         """Send updates to the owners, merge there, and return the change of this rank's units."""
-        old, new = self.server.lora_ranks, statistics.lora_ranks
-        self.server.weigh(statistics.work_C.tolist(), statistics.nonfinite.tolist())
-        if new != old:
-            self.exchange = self.exchange_for(old, self._reply_ranks(new))
-        if self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.nonfinite.any():
-            return self._reduce(update, statistics.usage)
-        received = self.exchange.collect(update.numpy())
+        old, new = self.server.lora_ranks, list(self.server.lora_ranks)
+        for client, rank in zip(statistics.cohort, statistics.lora_ranks, strict=True):
+            new[client] = rank
+        self.server.weigh(statistics.cohort, statistics.work_C.tolist(), statistics.nonfinite.tolist())
+        if self._reply_ranks(new) != self.exchange.reply_ranks:
+            self.exchange = self.exchange_for(self._sent_ranks(old), self._reply_ranks(new))
+        may_add = self.exchange.is_reducible or self.exp.takes_turns
+        if may_add and self.exp.merge.is_linear and not statistics.nonfinite.any():
+            return self._add(turns, statistics)
+        received = self._collect(turns, statistics)
         self.stopwatch.lap("exchange")
-        replies = self.server.merge(received, statistics.usage, new)
+        replies = self.server.merge(received, statistics.usage, statistics.lora_ranks)
         self.stopwatch.lap("merge")
+        if self.exp.takes_turns:
+            replies = replies * len(self.exp.trainers)
         return torch.from_numpy(self.exchange.distribute(replies))
 
-    def _reduce(self, update: Tensor, usage: Usage) -> Tensor:
-        """Do the same for linear rules at less cost: sums are formed on the way to the owners."""
+    def _collect(self, turns: Sequence[Turn], statistics: RoundStatistics) -> list[np.ndarray]:
+        """Return the updates of the owned units, one array a client of the round; a group sends one turn at a time."""
+        received: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(statistics.cohort)
+        nothing = torch.zeros_like(self.store.shared)
+        for slot in range(1 + int(statistics.place_C2[:, 1].max())):
+            arrays = self.exchange.collect((turns[slot].update if slot < len(turns) else nothing).numpy())
+            for place, (group, of_slot) in enumerate(statistics.place_C2.tolist()):
+                if of_slot == slot:
+                    received[place] = arrays[group]
+        return received
+
+    def _add(self, turns: Sequence[Turn], statistics: RoundStatistics) -> Tensor:
+        """Do the same for linear rules at less cost: a group adds its clients up, and sums are formed on the way."""
         self.stopwatch.lap("exchange")
-        sizes = torch.tensor([unit.size(self.lora_rank) for unit in self.store.units])
-        share_U = self.server.shares(self.store.units, usage, self.world.client)
-        alike = bool((share_U == share_U[0]).all())
-        share = float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy()
+        usage, layout = statistics.usage, self.exchange.layouts[self.world.group]
+        units = [u for u in self.store.units if self.world.rank in layout.holders(u, self.exp.num_experts)]
+        sizes = torch.tensor([unit.size(self.held_rank) for unit in units])
+        shares: list[np.ndarray | float] = []
+        for turn in turns:
+            share_U = self.server.shares(units, usage, statistics.cohort.index(turn.client))
+            alike = bool((share_U == share_U[0]).all())
+            shares.append(float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy())
         self.stopwatch.lap("merge")
-        total = self.exchange.reduce(update.numpy(), share)
+        if not self.exchange.is_reducible:
+            return self._add_at_owners(turns, shares, usage)
+        held, share = _sum_of(turns, shares, len(self.store.shared))
+        total = self.exchange.reduce(held, share)
         self.stopwatch.lap("exchange")
         delta = self.server.merge_sum(total, usage)
         self.stopwatch.lap("merge")
         return torch.from_numpy(self.exchange.gather(delta))
 
+    def _add_at_owners(self, turns: Sequence[Turn], shares: Sequence[np.ndarray | float], usage: Usage) -> Tensor:
+        """Send each group's sum to the owners, which add the groups up; groups may have several ranks."""
+        held, share = _sum_of(turns, shares, len(self.store.shared))
+        of_group = self.exchange.collect(np.ascontiguousarray(held * np.float32(share)))
+        self.stopwatch.lap("exchange")
+        total = np.zeros_like(of_group[0])
+        for part in of_group:
+            total += part
+        delta = self.server.merge_sum(total, usage)
+        self.stopwatch.lap("merge")
+        return torch.from_numpy(self.exchange.distribute([delta] * len(self.exp.trainers)))
+
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
-        clients = len(self.exp.clients)
+        clients = len(statistics.cohort)
         if not statistics.nonfinite.any():
             return [[] for _ in range(clients)]
         names = [unit.name for unit in self.store.units]
@@ -195,12 +270,36 @@ class Aggregator:
         refused = count_refused(self.world, refused_here, clients, len(names))
         return [[names[u] for c, u in refused if c == client] for client in range(clients)]
 
+    def _exchange_of(self, ranks: Sequence[int]) -> Exchange:
+        """Return the exchange for clients of these LoRA ranks; FLoRA's reply to a cohort is planned in a merge."""
+        sent = self._sent_ranks(ranks)
+        return self.exchange_for(sent, sent if self.exp.takes_turns else self._reply_ranks(ranks))
+
+    def _sent_ranks(self, ranks: Sequence[int]) -> list[int]:
+        """Return the LoRA rank at which each group sends updates."""
+        return [self.exp.lora.rank] * len(self.exp.trainers) if self.exp.takes_turns else list(ranks)
+
     def _reply_ranks(self, ranks: Sequence[int]) -> list[int]:
-        """Return the LoRA rank of each client's reply: its own, or that of FLoRA's stack of all clients."""
-        return [sum(ranks)] * len(ranks) if self.exp.merge.row.stacking else list(ranks)
+        """Return the LoRA rank of each group's reply: that of its updates, or of FLoRA's stack of all clients."""
+        if self.exp.merge.row.stacking:
+            stacked = [ranks[client] for client in self.server.cohort]
+            return [sum(stacked)] * len(self.exp.trainers)
+        return self._sent_ranks(ranks)
 
     def _take_moments(self, moments_LEX: Tensor | None) -> None:
         """Update the client's moments, if its pseudo-gradient (PG) estimator needs any."""
         if moments_LEX is not None:
             assert self.client.moments is not None
             self.client.moments.update(moments_LEX)
+
+
+def _sum_of(
+    turns: Sequence[Turn], shares: Sequence[np.ndarray | float], numel: int
+) -> tuple[np.ndarray, np.ndarray | float]:
+    """Return (buffer, factor) whose product is the sum of the turns' updates times their shares."""
+    if len(turns) == 1:
+        return turns[0].update.numpy(), shares[0]
+    total = np.zeros(numel, dtype=np.float32)
+    for turn, share in zip(turns, shares, strict=True):
+        total += turn.update.numpy() * np.asarray(share, dtype=np.float32)
+    return total, 1.0

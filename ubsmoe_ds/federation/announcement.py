@@ -11,26 +11,34 @@ from ubsmoe_ds.models.cost import trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.mpi.world import World
 
+MOST_LISTED = 32  # clients
 GROUPED_PRODUCTS = (9, 10)  # majors of CUDA's compute capability where torch multiplies all experts in one kernel
 
 
 def headline(exp: Experiment, client: Client) -> str:
     """Return one line that sums up the run: method, clients, K, LoRA ranks, adapter size, rounds."""
-    ks = " ".join(str(exp.active_experts(c)) for c in exp.clients)
+    all_ks = [exp.active_experts(client) for client in exp.clients]
+    ks = " ".join(map(str, sorted(set(all_ks)) if exp.takes_turns else all_ks))
+    who = f"{len(exp.clients)} clients"
+    if exp.sampling is not None:
+        who += f", {exp.sampling.size(len(exp.clients))} a round,"
+    where = f"{exp.world_size} ranks"
+    if exp.groups is not None:
+        where += f" in {len(exp.groups)} group{'s' if len(exp.groups) > 1 else ''}"
     ranks = " ".join(map(str, dict.fromkeys(exp.lora_ranks)))
     shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     adapter = trainable_parameters(shape, exp.router.trainable)
     return (
-        f"{exp.name}: {exp.method}, {len(exp.clients)} clients on {exp.world_size} ranks ({client.device.type}), "
+        f"{exp.name}: {exp.method}, {who} on {where} ({client.device.type}), "
         f"K {ks} of {exp.num_experts} experts, LoRA rank {ranks}, "
         f"adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
     )
 
 
 def placement(exp: Experiment, world: World) -> str:
-    """Return one line that says on which hosts the clients run, and which address a group uses if not the default."""
-    meetings = [f"; {c.name} meets at {at}" for c, at in zip(exp.clients, world.meetings, strict=True) if at]
-    return "".join([f"placement: {describe(exp.clients, world.group_hosts)}", *meetings])
+    """Return one line that says on which hosts the groups run, and which address a group uses if not the default."""
+    meetings = [f"; {t.name} meets at {at}" for t, at in zip(exp.trainers, world.meetings, strict=True) if at]
+    return "".join([f"placement: {describe(exp.trainers, world.group_hosts)}", *meetings])
 
 
 def row_counts(rows: Mapping[str, int], weights: Sequence[float], kind: str) -> str:
@@ -41,9 +49,13 @@ def row_counts(rows: Mapping[str, int], weights: Sequence[float], kind: str) -> 
         weights: w_c of each client.
         kind: as `train.weights`.
     """
-    counts = ", ".join(
-        f"{name} {count} ({weight:.3f})" for (name, count), weight in zip(rows.items(), weights, strict=True)
-    )
+    if len(rows) > MOST_LISTED:
+        most, least = max(rows.values()), min(rows.values())
+        counts = f"{len(rows)} clients, {least} to {most} ({min(weights):.3g} to {max(weights):.3g})"
+    else:
+        counts = ", ".join(
+            f"{name} {count} ({weight:.3f})" for (name, count), weight in zip(rows.items(), weights, strict=True)
+        )
     return f"rows (weight{'' if kind == 'rows' else f', train.weights={kind}'}): {counts}"
 
 

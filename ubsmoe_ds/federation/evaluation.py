@@ -1,9 +1,11 @@
 """Evaluate the models of all clients; clients that hold the same model share a view and divide its rows.
 
+Where clients take turns, every group becomes a client of each view in turn, and all ranks divide its rows.
+
 Shapes: C clients, G views, L layers, E experts, X = E + 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,22 +13,12 @@ import torch
 
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
 from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.client.evaluation import FIELDS, Evaluator
+from ubsmoe_ds.client.evaluation import FIELDS
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.metrics import evaluation_scalars
+from ubsmoe_ds.federation.texts import Evaluators
+from ubsmoe_ds.federation.training import GroupTraining
 from ubsmoe_ds.mpi.world import World
-
-
-class Evaluators(NamedTuple):
-    """Hold the evaluation rows: those common to all clients, and this client's own; None where there are none."""
-
-    common: Evaluator | None
-    own: Evaluator | None
-
-    @property
-    def tasks(self) -> list[str]:
-        """Return the tasks of the common rows."""
-        return [] if self.common is None else self.common.tasks
 
 
 class Part(NamedTuple):
@@ -41,43 +33,73 @@ class Part(NamedTuple):
     routed_GLX: np.ndarray
 
 
+class View(NamedTuple):
+    """A view that this rank's group holds: its number, the number of a client with it, and this rank's part of rows.
+
+    place: (this rank's place among all ranks that share the view's rows, their number).
+    """
+
+    number: int
+    client: int
+    place: tuple[int, int]
+
+
+def views_of(training: GroupTraining) -> Iterator[View]:
+    """Yield each view that this rank evaluates a part of; its group holds it until the next one is asked for."""
+    exp, world = training.exp, training.world
+    if not exp.takes_turns:
+        yield sharers_of(exp, world)
+        return
+    of_clients = exp.views
+    for number, view in enumerate(dict.fromkeys(of_clients)):
+        client = of_clients.index(view)
+        training.become(client)
+        yield View(number, client, (world.rank, world.comm.size))
+
+
 def evaluate_part(
-    exp: Experiment, world: World, client: Client, evaluators: Evaluators, stop: Callable[[], bool]
+    exp: Experiment,
+    world: World,
+    client: Client,
+    evaluators: Evaluators,
+    parts: Iterable[View],
+    stop: Callable[[], bool],
 ) -> Part:
-    """Evaluate this rank's share of the rows on its client's view (a collective over the client's group).
+    """Evaluate this rank's share of the rows on its group's views (a collective over the group).
 
     Args:
         exp: the experiment.
         world: this rank's place in the job.
-        client: this rank's client.
+        client: this rank's engine.
         evaluators: hold the evaluation rows.
+        parts: the result of `views_of`.
         stop: see `Evaluator.sums`.
     """
     views = list(dict.fromkeys(exp.views))
-    view, (worker, workers) = sharers_of(exp, world)
     sums_G = np.zeros((len(views), len(evaluators.tasks), len(FIELDS)))
     routed_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
     own_C = np.zeros((len(exp.clients), len(FIELDS)))
-    client.reset_counts()
-    if evaluators.common is not None:
-        sums_G[view] = evaluators.common.sums(client, client.k, worker, workers, stop)
-        routed_GLX[view] = client.routed_counts().numpy()
-    if evaluators.own is not None:
-        of_tasks = evaluators.own.sums(client, client.k, world.group_rank, exp.clients[world.client].ranks, stop)
-        own_C[world.client] = of_tasks.sum(0)
-    if evaluators.common is None:
-        routed_GLX[view] = client.routed_counts().numpy()
+    for view in parts:
+        client.reset_counts()
+        if evaluators.common is not None:
+            sums_G[view.number] = evaluators.common.sums(client, client.k, *view.place, stop)
+            routed_GLX[view.number] = client.routed_counts().numpy()
+        if evaluators.own is not None:
+            ranks = exp.trainers[world.group].ranks
+            own_C[view.client] = evaluators.own.sums(client, client.k, world.group_rank, ranks, stop).sum(0)
+        if evaluators.common is None:
+            routed_GLX[view.number] = client.routed_counts().numpy()
     return Part(sums_G, own_C, routed_GLX)
 
 
-def sharers_of(exp: Experiment, world: World) -> tuple[int, tuple[int, int]]:
-    """Return (number of this rank's view, (its place among the ranks of all clients with this view, their number))."""
+def sharers_of(exp: Experiment, world: World) -> View:
+    """Return the view of this rank's client, whose rows the ranks of all clients with this view share."""
     view_of_client = exp.views
-    mine = view_of_client[world.client]
+    mine = view_of_client[world.group]
     sharers = [c for c, view in enumerate(view_of_client) if view == mine]
     ranks = [(c, r) for c in sharers for r in range(exp.clients[c].ranks)]
-    place = ranks.index((world.client, world.group_rank)), len(ranks)
-    return list(dict.fromkeys(view_of_client)).index(mine), place
+    place = ranks.index((world.group, world.group_rank)), len(ranks)
+    return View(list(dict.fromkeys(view_of_client)).index(mine), world.group, place)
 
 
 def view_scalars(

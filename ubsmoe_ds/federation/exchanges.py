@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ubsmoe_ds.aggregation.exchange import Exchange
-from ubsmoe_ds.aggregation.layout import Unit, client_layouts, owners
+from ubsmoe_ds.aggregation.layout import Unit, group_layouts, owners
 from ubsmoe_ds.aggregation.shared_memory import SHARED_FOLDER, SharedMemory
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.config.experiment import Experiment
@@ -35,10 +35,19 @@ def plan_exchanges(
     def plan(ranks: Sequence[int], reply_ranks: Sequence[int]) -> Exchange:
         layouts = [
             replace(layout, lora_rank=rank, reply_rank=reply)
-            for layout, rank, reply in zip(client_layouts(exp.clients), ranks, reply_ranks, strict=True)
+            for layout, rank, reply in zip(group_layouts(exp.trainers), ranks, reply_ranks, strict=True)
         ]
-        payload, same = exp.merge.payload, exp.merge.row.elementwise
-        exchange = Exchange(world.comm, layouts, store.units, exp.num_experts, owner, payload, memory, same_reply=same)
+        payload, same = exp.merge.payload, exp.merge.row.elementwise or exp.takes_turns
+        exchange = Exchange(
+            world.comm,
+            layouts,
+            store.units,
+            exp.num_experts,
+            owner,
+            payload,
+            memory,
+            same_reply=same,
+        )
         nonlocal warned
         if warn is not None and not warned and memory is not None and exchange.memory is None:
             warned = True

@@ -193,6 +193,34 @@ def seconds_scalars(
     return scalars
 
 
+def turn_seconds(
+    clients: Sequence[str],
+    stats: Sequence[LocalStats],
+    local_C: Sequence[float],
+    groups: Sequence[str],
+    seconds: Sequence[RoundSeconds],
+) -> dict[str, float]:
+    """Return the same where clients take turns: stages are of groups, local steps and tokens per second of clients too.
+
+    Args:
+        clients: names of the clients of the round.
+        stats: their sums.
+        local_C: wall seconds of their local steps.
+        groups: names of the groups.
+        seconds: wall seconds of each group; local: of all its turns together.
+    """
+    scalars = {f"seconds_local/{name}": local for name, local in zip(clients, local_C, strict=True)}
+    for field in RoundSeconds._fields:
+        of_group = [getattr(times, field) for times in seconds]
+        scalars[f"seconds/{field}"] = max(of_group)
+        scalars |= {f"seconds_{field}/{name}": value for name, value in zip(groups, of_group, strict=True)}
+    for name, sums, local in zip(clients, stats, local_C, strict=True):
+        scalars[f"tokens_per_second/{name}"] = sums.used_tokens / max(local, 1e-9)
+    scalars["train/tokens_per_second"] = sum(sums.used_tokens for sums in stats) / scalars["seconds/local"]
+    scalars["seconds/round"] = max(sum(times) for times in seconds)
+    return scalars
+
+
 def complete_seconds(
     scalars: dict[str, float], clients: Sequence[str], apply_C: np.ndarray, evaluation_C: np.ndarray
 ) -> None:
@@ -200,7 +228,7 @@ def complete_seconds(
 
     Args:
         scalars: changed in place.
-        clients: names of the clients.
+        clients: names of the clients, or of the groups where clients take turns.
         apply_C: seconds that each client took to write the merge into its model; they count as "exchange".
         evaluation_C: seconds that each client took for evaluation.
     """

@@ -1,5 +1,7 @@
 """Show a run to its user: one line a round, TensorBoard, `metrics.jsonl`, and the table at the end.
 
+Figures of many clients that take turns go to `clients.jsonl`; everything else shows them by budget.
+
 Only rank 0 of the job has a monitor that writes. Shapes: L layers, E experts.
 """
 
@@ -22,6 +24,7 @@ from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.budgets import CLIENT_RECORD, RECORD, OfClients, budget_rows, by_budget, read_records, sums_up
 from ubsmoe_ds.federation.samples import SAMPLES, Sample, SampleFile
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.tensorboard import TensorBoard
@@ -29,7 +32,6 @@ from ubsmoe_ds.federation.tensorboard import TensorBoard
 # colour stops from dark blue over teal to yellow, with linear steps between them
 HEAT = np.array([[0.17, 0.11, 0.33], [0.13, 0.37, 0.55], [0.12, 0.63, 0.53], [0.99, 0.91, 0.15]])
 CELL = 12  # pixels
-RECORD = "metrics.jsonl"
 
 
 class Monitor:
@@ -60,6 +62,9 @@ class Monitor:
         kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
         self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
+        if sums_up(exp) or (self.folder / CLIENT_RECORD).exists():
+            of_clients = "".join(recorded_rounds(self.folder / CLIENT_RECORD, before=resume_at or 0))
+            replace_files(self.folder, {CLIENT_RECORD: lambda path: path.write_text(of_clients, encoding="utf-8")})
         self._samples = SampleFile(self.folder, run_id, recorded_rounds(self.folder / SAMPLES, before=resume_at or 0))
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
         self._start, self._first = time.perf_counter(), resume_at or 0
@@ -72,6 +77,9 @@ class Monitor:
     def round(self, record: Record) -> None:
         """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""
         number, metrics, seconds, utilisation_LE = record
+        if sums_up(self.exp):
+            (metrics, of_metrics), (seconds, of_seconds) = by_budget(self.exp, metrics), by_budget(self.exp, seconds)
+            self._write_clients(number, of_metrics, of_seconds)
         facts = {"run_id": self.run_id, "round": number, "metrics": metrics, "seconds": seconds}
         line = json.dumps(finite_or_null(facts)) + "\n"
         with writes(self.folder / RECORD):
@@ -83,6 +91,19 @@ class Monitor:
             self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
         self._tensorboard.flush()
         self.say(self._progress(number, metrics, seconds))
+
+    def _write_clients(self, number: int, metrics: OfClients, seconds: OfClients) -> None:
+        """Write one line to `clients.jsonl` for each client that has figures of the round."""
+        lines = []
+        for client, values in metrics.items():
+            facts = {"run_id": self.run_id, "round": number, "client": client}
+            facts |= {"metrics": values, "seconds": seconds.get(client, {})}
+            lines.append(json.dumps(finite_or_null(facts)) + "\n")
+        path = self.folder / CLIENT_RECORD
+        with writes(path), path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
 
     def samples(self, number: int, samples: Sequence[Sample]) -> None:
         """Write the answers that the models generated in a round's evaluation."""
@@ -169,15 +190,14 @@ class Monitor:
 
     def records(self) -> list[dict[str, Any]]:
         """Return the record of every round so far, including earlier jobs of a resumed run."""
-        text = (self.folder / RECORD).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return read_records(self.exp, self.folder)
 
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
         summary = {"run_id": self.run_id, "clients": rows, **totals}
         text = json.dumps(finite_or_null(summary), indent=2) + "\n"
         replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
-        self.console.print(summary_table(rows, totals))
+        self.console.print(summary_table(budget_rows(rows) if sums_up(self.exp) else rows, totals))
         self.say(f"written to {self.folder}; tensorboard --logdir {self.folder}")
         self.close()
 
@@ -251,8 +271,8 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     for row in rows:
         table.add_row(
             row["client"],
-            str(row["k"]),
-            str(row["lora_rank"]),
+            f"{row['k']:g}",
+            f"{row['lora_rank']:.4g}",
             f"{100 * row['flops_ratio']:.1f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['seconds_per_step']:.2f}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ubsmoe_ds.adapters.adapter import CLIENTS, FOLDER, save_adapter
@@ -52,6 +53,17 @@ def remove_older_best(run_dir: Path, best: int, needed: Collection[int]) -> None
         for folder in run_dir.glob(f"{FOLDER}-best-round-*"):
             if folder not in kept:
                 shutil.rmtree(folder)
+
+
+def _cut(state: Mapping[str, Tensor], lora_rank: int, factor: float) -> dict[str, Tensor]:
+    """Return a state's first LoRA ranks, B times the factor; everything else as it is."""
+    cut = dict(state)
+    for name, value in state.items():
+        if name.endswith(".lora_A"):
+            cut[name] = value[..., :lora_rank, :].contiguous()
+        elif name.endswith(".lora_B"):
+            cut[name] = value[..., :lora_rank].contiguous() * factor
+    return cut
 
 
 @dataclass(frozen=True)
@@ -136,14 +148,47 @@ class Outputs:
             number: the round that they are of.
         """
         folder = self.exp.run_dir / name
-        config = self.exp.clients[self.world.client]
-        state, scales = self.aggregator.store.full_state(self.aggregator.lora_rank), self._learned_scales()
-        if self.world.group_rank == 0:
-            about = {"run_id": progress.run_id, "round": str(number)}
-            about |= {f"started_from_{key}": value for key, value in progress.started_from.items()}
-            rank = self.exp.lora_rank(config)  # the first one: pruning keeps the scaling
-            self._write_adapters(folder, state, scales, self.exp.lora_alpha(rank) / rank, about)
+        about = {"run_id": progress.run_id, "round": str(number)}
+        about |= {f"started_from_{key}": value for key, value in progress.started_from.items()}
+        if self.exp.takes_turns:
+            self._save_views(folder, progress, about)
+        else:
+            config = self.exp.clients[self.world.group]
+            state, scales = self.aggregator.store.full_state(self.aggregator.held_rank), self._learned_scales()
+            if self.world.group_rank == 0:
+                rank = self.exp.lora_rank(config)  # the first one: pruning keeps the scaling
+                self._write_adapters(folder, state, scales, self.exp.lora_alpha(rank) / rank, about)
         self.world.barrier()
+
+    def _save_views(self, folder: Path, progress: Progress, about: Mapping[str, str]) -> None:
+        """Write the merged adapter, and that of each view, from the first group (a collective over that group)."""
+        if self.world.group != 0:
+            return
+        exp, full = self.exp, self.exp.lora.rank
+        self.aggregator.store.load(full)
+        state = self.aggregator.store.full_state(full) | self._router_biases()
+        if self.world.group_rank != 0:
+            return
+        save, whole = partial(save_adapter, exp, about=about), exp.lora_alpha(full) / full
+        save(folder, state, k=exp.k_max, lora_rank=full, scaling=whole)
+        views = exp.views
+        for view in dict.fromkeys(views):
+            client = views.index(view)
+            config, rank = exp.clients[client], self.aggregator.server.lora_ranks[client]
+            first = exp.lora_rank(config)
+            scaling = exp.lora_alpha(first) / first
+            own = state if exp.merge.row.stacking else _cut(state, rank, whole / scaling)
+            if exp.router.gate_rescale == "learned":
+                names = self._scale_names()
+                scales_L = progress.scales.get(client, torch.ones(len(names)))
+                own = own | dict(zip(names, scales_L.split(1), strict=True))
+            save(
+                folder / CLIENTS / view,
+                own,
+                k=exp.active_experts(config),
+                lora_rank=rank,
+                scaling=scaling,
+            )
 
     def _write_adapters(
         self,
@@ -154,27 +199,37 @@ class Outputs:
         about: Mapping[str, str],
     ) -> None:
         """Write this client's adapter, and the merged one if this client holds it."""
-        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.lora_rank, scaling=scaling, about=about)
-        if self.exp.router.trainable:  # PEFT saves a router's module whole
-            state = state | {name: value.cpu() for name, value in self.client.model.router_biases().items()}
+        save = partial(save_adapter, self.exp, lora_rank=self.aggregator.held_rank, scaling=scaling, about=about)
+        state = state | self._router_biases()
         save(folder / CLIENTS / self.client.config.name, state | scales, k=self.client.k)
-        if self.world.client == int(np.argmax(self.aggregator.server.lora_ranks)):
+        if self.world.group == int(np.argmax(self.aggregator.server.lora_ranks)):
             save(folder, state, k=self.exp.k_max)
 
     def _learned_scales(self) -> dict[str, Tensor]:
         """Return the scales that the gates learned for this client alone (a collective over its ranks under ZeRO)."""
-        scales = {}
-        for index, decoder in enumerate(self.client.model.decoders):
-            layer = moe_of(decoder)
-            if layer is not None and layer.gate.scale is not None:
-                scales[f"layers.{index}.scale"] = self.client.gradient_hook.masters.read(layer.gate.scale).cpu()
-        return scales
+        scales_L = self.client.learned_scales()
+        return {} if scales_L is None else dict(zip(self._scale_names(), scales_L.split(1), strict=True))
+
+    def _scale_names(self) -> list[str]:
+        """Return the names of the gates' learned scales, in the order of the layers."""
+        layers = enumerate(map(moe_of, self.client.model.decoders))
+        return [f"layers.{index}.scale" for index, layer in layers if layer is not None]
+
+    def _router_biases(self) -> dict[str, Tensor]:
+        """Return the routers' frozen biases where PEFT saves their module whole."""
+        biases = self.client.model.router_biases() if self.exp.router.trainable else {}
+        return {name: value.cpu() for name, value in biases.items()}
 
     def _peak_memory(self) -> np.ndarray:
-        """Return each client's peak memory in bytes, the largest of its ranks (a collective over the job)."""
-        table_CR = np.zeros((len(self.exp.clients), max(client.ranks for client in self.exp.clients)))
-        table_CR[self.world.client, self.world.group_rank] = peak_bytes(self.client.device)
-        return self.world.sum(table_CR).max(axis=1)
+        """Return each client's peak memory in bytes, the largest of its ranks (a collective over the job).
+
+        Where clients take turns that of a client is that of the fullest group that may train it.
+        """
+        trainers = self.exp.trainers
+        table_GR = np.zeros((len(trainers), max(trainer.ranks for trainer in trainers)))
+        table_GR[self.world.group, self.world.group_rank] = peak_bytes(self.client.device)
+        peak_G = self.world.sum(table_GR).max(axis=1)
+        return np.array([peak_G[self.exp.allowed_groups(client)].max() for client in range(len(self.exp.clients))])
 
     def _summary(
         self, progress: Progress, peak_C: np.ndarray, tokens: Tokens, records: Sequence[Mapping[str, Any]]
@@ -188,6 +243,8 @@ class Outputs:
             row |= {"rows": self.rows.kept[config.name], "weight": weight}
             row |= {"flops_ratio": self._flops(tokens, rank, k) / full, **training_speed(records, config.name)}
             row["peak_memory_gb"] = float(peak) / 1e9
+            if self.exp.takes_turns:
+                row["rounds"] = sum(f"steps/{config.name}" in record["metrics"] for record in records)
             for field in (
                 ("loss", "accuracy") if _has_choices(progress) else ("loss",)
             ):  # unknown for a client that was lost at the time and has come back

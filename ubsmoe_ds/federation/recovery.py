@@ -56,7 +56,10 @@ def _shrink(federation: Federation) -> None:
     server = Server(exp, owned, [weight / sum(weights) for weight in weights])
     server.lora_ranks = [before.lora_ranks[client] for client in kept]
     _pass_on_monitor(federation, exp, world, names)
-    federation.exp, federation.world = exp, world
+    training, taken = federation.training, federation.progress.steps_taken.get(federation.world.group, 0)
+    federation.exp = training.exp = training.roster.exp = exp
+    federation.world = training.world = world
+    training.current, federation.progress.steps_taken = world.group, {world.group: taken}
     federation.checkpoints = federation.checkpoints.among(exp, world)
     federation.aggregator.survive(exp, world, server, exchange_for)
     federation.stop.listen_on(world.comm)  # last, because it may meet another death

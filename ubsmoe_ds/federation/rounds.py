@@ -1,7 +1,8 @@
 """Run the rounds of a federation. Every rank of the job runs the same loop; a round is:
 
     1. save a checkpoint of the rounds so far, if due            `_save`
-    2. take local steps, until a deadline or a request to stop   `_train`
+    2. train the round's clients, each group one after the       `GroupTraining.take_turns`
+       other, until a deadline or a request to stop
     3. send updates to the units' owners, merge, send back       `_merge`: `Aggregator.merge`
     4. agree with all ranks that the merge is complete           `_merge`: `World.agree`
     5. write the merge into the model                            `_merge`: `Aggregator.apply`
@@ -17,8 +18,7 @@ Shapes: C clients, L layers, E experts.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,23 +30,18 @@ from ubsmoe_ds.base.errors import Diverged, Preempted
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
-from ubsmoe_ds.client.engine import Client, LocalProgress, LocalStats
+from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
-from ubsmoe_ds.federation.aggregator import Aggregator, Merged
-from ubsmoe_ds.federation.evaluation import Evaluators, evaluate_part, view_scalars
-from ubsmoe_ds.federation.metrics import (
-    RoundSeconds,
-    complete_seconds,
-    expert_scalars,
-    merge_scalars,
-    seconds_scalars,
-    training_scalars,
-)
+from ubsmoe_ds.federation.aggregator import Aggregator
+from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars, views_of
+from ubsmoe_ds.federation.metrics import complete_seconds
 from ubsmoe_ds.federation.outputs import Outputs
+from ubsmoe_ds.federation.round_scalars import round_scalars
 from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
+from ubsmoe_ds.federation.texts import Evaluators
+from ubsmoe_ds.federation.training import GroupTraining
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
@@ -60,12 +55,12 @@ class Federation:
     """One rank's part of a federation; every rank of the job calls `run`.
 
     aggregator: merges the clients' updates.
-    batches_from: returns this rank's batches from a step's number on.
+    training: trains this group's clients.
     rows: numbers of rows.
     monitor: writes and prints; None on all ranks but the first.
     prompts: evaluation prompts to answer at each evaluation; None: nothing is generated.
     progress: resumable progress of the run.
-    local: progress of this client in the current round.
+    shows_schedule: whether to print who trains whom in a round.
     record: record of the latest round, kept on every rank in case the first rank dies before it is written.
     """
 
@@ -75,15 +70,15 @@ class Federation:
     aggregator: Aggregator
     evaluators: Evaluators
     prompts: Prompts | None
+    training: GroupTraining
     rows: RowReport
-    batches_from: Callable[[int], Iterator[StepBatch]]
     monitor: "Monitor | None"
     checkpoints: CheckpointManager
     stop: StopRequests
     hang_watch: HangWatch
     stopwatch: Stopwatch
     progress: Progress
-    local: LocalProgress
+    shows_schedule: bool = False
     record: Record | None = field(default=None)
 
     def run(self) -> None:
@@ -101,7 +96,9 @@ class Federation:
             if self.checkpoints.is_due(self.progress):
                 self._save()
             if not self.progress.merged:
-                self._train()
+                if self.shows_schedule and self.monitor is not None:
+                    self.monitor.say(self.training.roster.line(self.progress.round))
+                self.training.take_turns()
                 self._stop_if_asked()
                 self._merge()
             evaluated, samples = self._evaluate()
@@ -113,31 +110,9 @@ class Federation:
         self.hang_watch.enter("writing the results")
         if self.monitor is not None:
             self.monitor.out_of_patience(self.progress)
-        self._outputs.write(next(self.batches_from(0)), self.progress, self.monitor, self.checkpoints.data_digest)
+        first = next(self.training.batches(self.exp.clients_for(self.world.group)[0], 0))
+        self._outputs.write(first, self.progress, self.monitor, self.checkpoints.data_digest)
         self.stop.close()
-
-    def _train(self) -> None:
-        """Take the round's local steps, fewer if a deadline or a request to stop comes first."""
-        self.stopwatch.reset()
-        train = self.exp.train
-        self.client.set_learning_rate(self.progress.round)
-        if self.local.steps == 0:
-            self.local = self.client.begin_round()
-        if self.local.deadline is None:
-            self.local.deadline = time.monotonic() + (train.round_deadline_s or np.inf)
-        deadline, begun = self.local.deadline, self.local.steps
-
-        def stop() -> bool:
-            late = self.local.steps > 0 and time.monotonic() > deadline
-            stops = self.world.any_of_group(late or self.stop.poll())
-            self.hang_watch.count()
-            return stops
-
-        self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
-        batches = self.batches_from(self.progress.steps_taken)
-        self.client.train(batches, self.local, self._local_steps, stop, self.aggregator.lora_rank)
-        self.progress.steps_taken += self.local.steps - begun
-        self.local.seconds += self.stopwatch.lap("local")
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
@@ -150,8 +125,9 @@ class Federation:
     def _save(self) -> Path:
         """Save a checkpoint; return its folder (a collective)."""
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
+        local, turns = self.training.local, self.training.turns
         folder = self.checkpoints.save(
-            self.client, self.aggregator.store, self.aggregator.server, self.progress, self.local
+            self.client, self.aggregator.store, self.aggregator.server, self.progress, local, turns
         )
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
@@ -160,23 +136,30 @@ class Federation:
     def _merge(self) -> None:
         """Merge the changes of all clients' local steps into every client's model (a collective)."""
         self.stopwatch.lap("wait")
-        number, stats = self.progress.round, self.client.local_stats(self.local)
+        number, training = self.progress.round, self.training
         self.hang_watch.enter(f"round {number}, merge")
+        if not self.exp.takes_turns:
+            training.turns = []
+            training.end_turn()
         try:
-            merged = self.aggregator.merge(self._work_done())
+            merged = self.aggregator.merge(training.turns, training.roster.cohort(number))
         except Diverged as error:
             raise Diverged(f"round {number}: {error}") from error
-        stats_C, metrics, seconds = self._training_scalars(stats, merged)
+        scalars = round_scalars(training, merged)
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
         self.aggregator.apply(merged, number)
-        self.progress.note_merge(metrics, seconds, merged.statistics.usage.utilisation_LE.tolist())
-        self.local = LocalProgress()
+        utilisation_LE = merged.statistics.usage.utilisation_LE.tolist()
+        self.progress.note_merge(scalars.metrics, scalars.seconds, utilisation_LE)
+        self.progress.steps_taken |= scalars.steps_taken
+        self.progress.scales |= scalars.scales
+        training.next_round()
         if self.monitor is not None:
-            self.monitor.refused(number, dict(zip(self._names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, self._names, stats_C, merged.statistics.work_C.tolist())
-            self.monitor.left_out(number, self._names, merged.statistics)
-            self.monitor.outweighed(number, self._names, metrics)
+            names = [self.exp.clients[client].name for client in merged.statistics.cohort]
+            self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))
+            self.monitor.bad_steps(number, names, scalars.stats, merged.statistics.work_C.tolist())
+            self.monitor.left_out(number, names, merged.statistics)
+            self.monitor.outweighed(number, names, scalars.metrics)
 
     def _evaluate(self) -> tuple[dict[str, float] | None, list[Sample]]:
         """Evaluate every client's model; return (its scalars, or None if this round is not due; answers to prompts).
@@ -194,8 +177,9 @@ class Federation:
             return stops
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
-        part = evaluate_part(self.exp, self.world, self.client, self.evaluators, stop)
-        answers = generate_samples(self.exp, self.world, self.client, self.prompts, stop)
+        views = views_of(self.training)
+        part = evaluate_part(self.exp, self.world, self.client, self.evaluators, views, stop)
+        answers = generate_samples(self.exp, self.client, self.prompts, views_of(self.training), stop)
         self._stop_if_asked()
         scalars = view_scalars(self.exp, self.world, self.evaluators, self.aggregator.server.weights, part)
         samples = gather_samples(self.exp, self.world, self.prompts, answers)
@@ -207,7 +191,7 @@ class Federation:
         number, every = self.progress.round, self.exp.train.save_every
         self.hang_watch.enter(f"round {number}, record")
         stages = self.stopwatch.seconds if self.world.group_rank == 0 else {}
-        apply_C, evaluation_C = self._client_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
+        apply_G, evaluation_G = self._group_table([stages.get(stage, 0.0) for stage in ("exchange", "evaluation")]).T
         if every and number and number % every == 0:
             self._outputs.save_adapters(self.progress, f"{FOLDER}-round-{number}", number)
         best = self.exp.train.keeps_best and evaluated is not None and self.progress.improves(evaluated)
@@ -218,7 +202,8 @@ class Federation:
             self.progress.note_evaluation(evaluated)
             self._outputs.prune_best(self.progress)
         if number:
-            complete_seconds(self.progress.pending["seconds"], self._names, apply_C, evaluation_C)
+            groups = [trainer.name for trainer in self.exp.trainers]
+            complete_seconds(self.progress.pending["seconds"], groups, apply_G, evaluation_G)
         self.stopwatch.reset()
         self.record = self.progress.record()
         if self.monitor is not None:
@@ -234,62 +219,16 @@ class Federation:
             raise Diverged(f"round {self.progress.round}: the evaluation loss of {', '.join(bad)} is not finite")
         self.progress.sound_round = self.progress.round
 
-    def _work_done(self) -> float:
-        """Return the part of the round's work that this client did: 1, less after a deadline, 0 if it sits it out.
-
-        Work is measured in tokens: those processed, over those that all local steps of the round would process.
-        """
-        local, count = self.local, self._local_steps
-        if self.client.is_out(local) or local.steps == local.bad_steps:
-            return 0.0
-        if local.steps == count:
-            return 1.0
-        used = float(local.sums[2])
-        batches = self.batches_from(self.progress.steps_taken)
-        left = sum(next(batches).used_tokens for _ in range(count - local.steps))
-        return used / (used + left)
-
-    def _training_scalars(
-        self, stats: LocalStats, merged: Merged
-    ) -> tuple[list[LocalStats], dict[str, float], dict[str, float]]:
-        """Return (sums of each client's local steps, metrics, wall times) (a collective)."""
-        stages = self.stopwatch.seconds
-        seconds = RoundSeconds(self.local.seconds, stages["wait"], stages["exchange"], stages["merge"])
-        rate = self.client.learning_rate
-        if self.world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
-            stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
-            seconds, rate = RoundSeconds(*np.zeros(len(seconds))), 0.0
-        table = self._client_table([*stats, *seconds, self.aggregator.exchange.bytes_sent, rate])
-        stats_C = [LocalStats(*row) for row in table[:, : len(stats)]]
-        seconds_C = [RoundSeconds(*row) for row in table[:, len(stats) : -2]]
-        refused = [len(units) for units in merged.refused]
-        statistics = merged.statistics
-        metrics = training_scalars(
-            self._names, stats_C, table[:, -2], statistics.usage.utilisation_LE, statistics.lora_ranks, refused
-        )
-        weights, norms, rates = (
-            part.tolist() for part in (self.aggregator.server.weight_C, statistics.norm_C, table[:, -1])
-        )
-        metrics |= expert_scalars(self._names, statistics.routed_CLE, statistics.squares_CLE2)
-        metrics |= merge_scalars(self._names, stats_C, self.rows.kept, weights, norms, rates)
-        return stats_C, metrics, seconds_scalars(self._names, stats_C, seconds_C)
-
-    def _client_table(self, values: Sequence[float]) -> np.ndarray:
-        """Sum `values` over each client's ranks; return [C, len(values)] (a collective)."""
-        table = np.zeros((len(self.exp.clients), len(values)))
-        table[self.world.client] = values
+    def _group_table(self, values: Sequence[float]) -> np.ndarray:
+        """Sum `values` over each group's ranks; return [groups, len(values)] (a collective)."""
+        table = np.zeros((len(self.exp.trainers), len(values)))
+        table[self.world.group] = values
         return self.world.sum(table)
 
     @property
     def _outputs(self) -> Outputs:
         """Return what writes the run's results."""
         return Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
-
-    @property
-    def _local_steps(self) -> int:
-        """Return the local steps of this rank's client in a round."""
-        config = self.exp.clients[self.world.client]
-        return self.exp.local_steps(config, self.rows.kept[config.name])
 
     @property
     def _names(self) -> list[str]:

@@ -5,7 +5,7 @@ Written are prompts, right and generated answers. Their control characters are e
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ubsmoe_ds.base.terminal import lines_of
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.federation.evaluation import sharers_of
+from ubsmoe_ds.federation.evaluation import View
 from ubsmoe_ds.federation.tensorboard import TensorBoard
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
@@ -37,43 +37,45 @@ class Sample(NamedTuple):
     generated: str
 
 
-def generate_samples(
-    exp: Experiment, world: World, client: Client, prompts: Prompts | None, stop: Callable[[], bool]
-) -> dict[int, str]:
-    """Answer this rank's part of the prompts with its client's model (a collective over the client).
+Answers = list[tuple[int, str, int]]  # number of the prompt, answer, number of a client whose model gave it
 
-    The ranks of all clients with the same view share the prompts, as they share the evaluation rows.
+
+def generate_samples(
+    exp: Experiment, client: Client, prompts: Prompts | None, views: Iterable[View], stop: Callable[[], bool]
+) -> Answers:
+    """Answer this rank's part of the prompts with its group's views (a collective over the group).
+
+    The ranks that share a view share the prompts, as they share the evaluation rows.
 
     Returns:
-        The answers by the prompts' numbers; not all if the job is asked to stop; none without prompts.
+        The answers; not all if the job is asked to stop; none without prompts.
     """
     if prompts is None:
-        return {}
-    _, place = sharers_of(exp, world)
-    return prompts.answered(
-        client.model,
-        client.k,
-        place,
-        batch_size=exp.evaluation.batch_size,
-        together=client.config.expert_parallel > 1,
-        stop=stop,
-    )
+        return []
+    answers: Answers = []
+    for view in views:
+        answered = prompts.answered(
+            client.model,
+            client.k,
+            view.place,
+            batch_size=exp.evaluation.batch_size,
+            together=client.config.expert_parallel > 1,
+            stop=stop,
+        )
+        answers += [(number, text, view.client) for number, text in answered.items()]
+    return answers
 
 
-def gather_samples(exp: Experiment, world: World, prompts: Prompts | None, answers: dict[int, str]) -> list[Sample]:
+def gather_samples(exp: Experiment, world: World, prompts: Prompts | None, answers: Answers) -> list[Sample]:
     """Return the samples of all ranks, by view and row (a collective over the job if there are prompts)."""
     if prompts is None:
         return []
     views, ks = exp.views, [exp.active_experts(client) for client in exp.clients]
     samples = []
-    for number, text, client in [item for part in gather_json(world.comm, _items(world, answers)) for item in part]:
+    for number, text, client in [item for part in gather_json(world.comm, answers) for item in part]:
         samples.append(Sample(views[client], ks[client], number, prompts.texts[number], prompts.answers[number], text))
     order = {view: n for n, view in enumerate(dict.fromkeys(views))}
     return sorted(samples, key=lambda sample: (order[sample.view], sample.row))
-
-
-def _items(world: World, answers: dict[int, str]) -> list[list[object]]:
-    return [[number, text, world.client] for number, text in answers.items()]
 
 
 class SampleFile:

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.config.population import Trainer, kind_of
 
 # set by the process managers of MPICH and Intel MPI (PMI), PMIx, and Open MPI
 MPI_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -101,7 +101,7 @@ def check_size(
     library: str,
     script: str,
     arguments: Sequence[str],
-    clients: Sequence[ClientConfig],
+    clients: Sequence[Trainer],
 ) -> None:
     """Check that the MPI world holds all processes that were started, and as many ranks as the clients need.
 
@@ -110,7 +110,7 @@ def check_size(
         size: number of ranks in its MPI world.
         library: name and version of its MPI.
         script, arguments: how it was started.
-        clients: all clients of the job.
+        clients: all clients, or groups, of the job.
 
     Raises:
         UserError: if it does not, with the command that works.
@@ -132,7 +132,8 @@ def check_size(
             command = f"srun --mpi={plugin} --ntasks={ranks} " + command.partition(f"-n {ranks} ")[2]
         need = " + ".join(f"{client.ranks} ({client.name})" for client in clients)
         raise UserError(
-            f"world: {size} MPI ranks were started{tasks}, the clients need {need} = {ranks}; run: {command}"
+            f"world: {size} MPI ranks were started{tasks}, the {kind_of(clients[0])}s need {need} = {ranks}; run: "
+            f"{command}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Decide which host the ranks of each client run on. Names and numbers only: no MPI, no torch.
+"""Decide which host the ranks of each client, or group, run on. Names and numbers only: no MPI, no torch.
 
 A client's ranks share a host where the numbers allow it. Where they do not, the clients that lose least are split
 first: into whole expert-parallel groups, whose all-to-alls then stay inside a host, and last into single ranks.
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.config.population import Trainer, kind_of
 
 MOST_TRIES = 1000  # choices of a host before a way of splitting counts as impossible
 WHOLE, GROUPS, RANKS = range(3)  # how far a client is split
@@ -24,11 +24,11 @@ class _Piece(NamedTuple):
     loose: bool = False
 
 
-def place(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> list[list[str]]:
+def place(clients: Sequence[Trainer], slots: Mapping[str, int]) -> list[list[str]]:
     """Choose a host for each rank of each client.
 
     Args:
-        clients: their `ranks`, `expert_parallel` and `hosts` are read.
+        clients: or groups; their `ranks`, `expert_parallel` and `hosts` are read.
         slots: name of a host -> number of ranks that it has room for.
 
     Returns:
@@ -54,21 +54,25 @@ def place(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> list[lis
     pinned = ", ".join(
         f"{client.name!r} {client.ranks} on {' '.join(client.hosts)}" for client in clients if client.hosts
     )
-    raise UserError(f"clients: no way was found to put them where their `hosts` say ({pinned}); give these more slots")
+    raise UserError(
+        f"{kind_of(clients[0])}s: no way was found to put them where their `hosts` say ({pinned}); give these more "
+        "slots"
+    )
 
 
-def _check_room(clients: Sequence[ClientConfig], slots: Mapping[str, int]) -> None:
+def _check_room(clients: Sequence[Trainer], slots: Mapping[str, int]) -> None:
     """Raise UserError if all hosts together have too few slots."""
     needed, given = sum(client.ranks for client in clients), sum(slots.values())
     if needed > given:
         each = ", ".join(f"{host} {count}" for host, count in slots.items())
+        kind = kind_of(clients[0])
         raise UserError(
-            f"clients: need {needed} ranks, the hosts have {given} slots ({each}): {needed - given} too few; add hosts "
-            "or slots, or lower the clients' ranks"
+            f"{kind}s: need {needed} ranks, the hosts have {given} slots ({each}): {needed - given} too few; add hosts "
+            f"or slots, or lower the {kind}s' ranks"
         )
 
 
-def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
+def _allowed(client: Trainer, slots: Mapping[str, int]) -> tuple[str, ...]:
     """Return the hosts that a client may be on."""
     if client.hosts is None:
         return tuple(slots)
@@ -76,13 +80,13 @@ def _allowed(client: ClientConfig, slots: Mapping[str, int]) -> tuple[str, ...]:
     room = sum(slots[host] for host in allowed)
     if room < client.ranks:
         raise UserError(
-            f"clients: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have {room} "
-            "slots; add slots or hosts, or lower its ranks"
+            f"{kind_of(client)}s: {client.name!r} needs {client.ranks} ranks, its hosts {' '.join(client.hosts)} have "
+            f"{room} slots; add slots or hosts, or lower its ranks"
         )
     return allowed
 
 
-def _named(name: str, client: ClientConfig, slots: Mapping[str, int]) -> str:
+def _named(name: str, client: Trainer, slots: Mapping[str, int]) -> str:
     """Resolve a name to exactly one host; ambiguity is an error, because the client's data may exist only there."""
     equal = [host for host in slots if host.partition("#")[0] == name]  # gpu1#2 is a second host named gpu1
     matches = equal or [host for host in slots if _may_be(name, host.partition("#")[0])]
@@ -90,12 +94,12 @@ def _named(name: str, client: ClientConfig, slots: Mapping[str, int]) -> str:
         return matches[0]
     if matches:
         raise UserError(
-            f"clients: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write a name that "
-            "only one of them has"
+            f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which may be any of {', '.join(matches)}; write "
+            "a name that only one of them has"
         )
     raise UserError(
-        f"clients: {client.name!r} has hosts {name!r}, which is not among those of this job ({', '.join(slots)}); "
-        "correct it, or start the job on that host too"
+        f"{kind_of(client)}s: {client.name!r} has hosts {name!r}, which is not among those of this job "
+        f"({', '.join(slots)}); correct it, or start the job on that host too"
     )
 
 
@@ -110,9 +114,7 @@ def _fits(size: int, hosts: Sequence[str], slots: Mapping[str, int]) -> bool:
     return any(slots[host] >= size for host in hosts)
 
 
-def _pieces(
-    number: int, client: ClientConfig, split: int, hosts: tuple[str, ...], slots: Mapping[str, int]
-) -> list[_Piece]:
+def _pieces(number: int, client: Trainer, split: int, hosts: tuple[str, ...], slots: Mapping[str, int]) -> list[_Piece]:
     """Return a client's pieces when it is split as far as `split` says."""
     group = client.expert_parallel
     if split == WHOLE:
@@ -196,7 +198,7 @@ def job_order(places: Sequence[Sequence[str]], started: Sequence[str]) -> list[i
     return [waiting[host].pop(0) for client in places for host in client]
 
 
-def describe(clients: Sequence[ClientConfig], places: Sequence[Sequence[str]]) -> str:
+def describe(clients: Sequence[Trainer], places: Sequence[Sequence[str]]) -> str:
     """Return one line: each host with its clients and their ranks, and whose expert parallelism crosses hosts."""
     on_host: dict[str, list[str]] = {}
     crossing = []

@@ -10,7 +10,7 @@ from ubsmoe_ds.base.files import UNFINISHED, leads_out, read_json
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching import ownership
 
-FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "config.json", "tensorboard/events.*")
+FILES = ("metrics.jsonl", "clients.jsonl", "samples.jsonl", "summary.json", "config.json", "tensorboard/events.*")
 ADAPTERS = ("adapter*/**/*.safetensors", "adapter*/**/adapter_config.json")
 MOST_CONFIG = 2**20  # bytes of a run's config.json
 CHECKPOINTS = ("checkpoints/[0-9]*-*round-*", "checkpoints/left-*", "checkpoints/.tmp-*")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hf_config import check_window, sliding_window
+from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.layer import UBSMoE
 
 ATTENTION_PROJECTIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.attention))
@@ -72,6 +73,12 @@ class UBSMoEForCausalLM(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+
+    def set_lora_scaling(self, scaling: float) -> None:
+        """Set s, by which the product B A of every adapter is multiplied."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear | StackedExperts):
+                module.scaling = scaling
 
     @property
     def layers(self) -> list[UBSMoE]:

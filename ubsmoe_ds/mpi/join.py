@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.population import kind_of
 from ubsmoe_ds.launching.launchers import check_size
 from ubsmoe_ds.launching.placement import job_order, place
 from ubsmoe_ds.mpi.collectives import gather_json
@@ -45,12 +46,12 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
             the config says, or if hosts of a group do not reach each other.
     """
     started = MPI.COMM_WORLD
-    check_size(os.environ, started.size, _library(), script, arguments, exp.clients)
+    check_size(os.environ, started.size, _library(), script, arguments, exp.trainers)
     host_of = _hosts(started)
-    placement = place(exp.clients, Counter(host_of))
+    placement = place(exp.trainers, Counter(host_of))
     order = job_order(placement, host_of)
     comm = MPI.Intracomm(started.Split(key=order.index(started.rank)))
-    group_of = tuple(number for number, client in enumerate(exp.clients) for _ in range(client.ranks))
+    group_of = tuple(number for number, trainer in enumerate(exp.trainers) for _ in range(trainer.ranks))
     group = group_of[comm.rank]
     group_comm = comm.Split(color=group, key=comm.rank)
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
@@ -64,10 +65,10 @@ def join(exp: Experiment, script: str, arguments: list[str]) -> World:
         comm=comm,
         group_comm=group_comm,
         group_of=group_of,
-        client=group,
+        group=group,
         group_rank=group_comm.rank,
         hosts=tuple(host_of[number] for number in order),
-        meetings=tuple(said[group_of.index(number)] for number in range(len(exp.clients))),
+        meetings=tuple(said[group_of.index(number)] for number in range(len(exp.trainers))),
         host_comm=host_comm,
         cores=_fair_cores(host_comm),
         survives=exp.fault_tolerance == "shrink",
@@ -107,16 +108,18 @@ def check_devices(exp: Experiment, world: World, devices: Sequence[str]) -> None
     on_host, count = sharers.size, len(devices)
     if on_host > count and not exp.oversubscribe:
         raise UserError(
-            f"clients: {on_host} ranks on this host, {count} accelerators: {on_host - count} too few; "
-            "lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
+            f"{kind_of(exp.trainers[0])}s: {on_host} ranks on this host, {count} accelerators: {on_host - count} too "
+            "few; lower the ranks, use more hosts, set oversubscribe=true, or accelerator=cpu"
         )
-    clients = np.empty(on_host, dtype=np.int64)
-    sharers.Allgather(np.array([world.client]), clients)
-    for number, ranks in Counter(clients.tolist()).items():
+    groups = np.empty(on_host, dtype=np.int64)
+    sharers.Allgather(np.array([world.group]), groups)
+    for number, ranks in Counter(groups.tolist()).items():
         if ranks > count:
+            trainer = exp.trainers[number]
+            kind = kind_of(trainer)
             raise UserError(
-                f"clients: {exp.clients[number].name!r} has {ranks} ranks for {count} accelerators of this host; ranks "
-                f"of one client cannot share a device: give it at most {count} here, or set accelerator=cpu"
+                f"{kind}s: {trainer.name!r} has {ranks} ranks for {count} accelerators of this host; ranks of one "
+                f"{kind} cannot share a device: give it at most {count} here, or set accelerator=cpu"
             )
     os.environ["LOCAL_RANK"] = str(sharers.rank % count)
 

@@ -36,7 +36,7 @@ def recover(world: World, derived: Sequence[MPI.Comm]) -> tuple[World, list[int]
         derived: other communicators over it, on which ranks may wait.
 
     Returns:
-        (the new world, positions in the old list of the clients that are lost).
+        (the new world, numbers of the old groups that are lost).
     """
     for comm in (*derived, world.comm):
         comm.Revoke()  # wakes whoever waits on it
@@ -85,7 +85,7 @@ def _without(world: World, lost: Sequence[int], comm: MPI.Intracomm, old_ranks: 
         world,
         comm=comm,
         group_of=tuple(kept.index(world.group_of[old]) for old in left),
-        client=kept.index(world.client),
+        group=kept.index(world.group),
         hosts=tuple(world.hosts[old] for old in left),
         meetings=tuple(world.meetings[group] for group in kept),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ubsmoe_ds.base.terminal import say
-from ubsmoe_ds.config.sections import ClientConfig
+from ubsmoe_ds.config.population import Trainer, kind_of
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.launching.hang_watcher import Peer
 from ubsmoe_ds.mpi.collectives import gather_json
@@ -26,11 +26,11 @@ from ubsmoe_ds.mpi.rendezvous import INTERFACES, MOST_ADDRESSES, all_addresses
 from ubsmoe_ds.mpi.world import World
 
 
-def watch(clients: Sequence[ClientConfig], world: World, timeout_s: float, hang_watch: HangWatch) -> Heartbeat | None:
+def watch(clients: Sequence[Trainer], world: World, timeout_s: float, hang_watch: HangWatch) -> Heartbeat | None:
     """Start to watch the other hosts, and whether all ranks wait for one another (a collective).
 
     Args:
-        clients: of the job.
+        clients: or groups, of the job.
         world: this rank's.
         timeout_s: seconds of silence after which a host counts as lost.
         hang_watch: this rank's.
@@ -91,11 +91,12 @@ def _addresses() -> list[str]:
     return [address for _, _, address in entries][:MOST_ADDRESSES]
 
 
-def _describe(clients: Sequence[ClientConfig], world: World, host: str) -> str:
+def _describe(clients: Sequence[Trainer], world: World, host: str) -> str:
     """Return a host as messages name it: host n1 (client 'b', job ranks 2 3)."""
     ranks = [rank for rank, other in enumerate(world.hosts) if other == host]
-    names = [repr(clients[client].name) for client in sorted({world.group_of[rank] for rank in ranks})]
-    noun, several = "clients" if len(names) > 1 else "client", "ranks" if len(ranks) > 1 else "rank"
+    names = [repr(clients[group].name) for group in sorted({world.group_of[rank] for rank in ranks})]
+    kind = kind_of(clients[0])
+    noun, several = f"{kind}s" if len(names) > 1 else kind, "ranks" if len(ranks) > 1 else "rank"
     return f"host {host} ({noun} {' '.join(names)}, job {several} {' '.join(map(str, ranks))})"
 
 

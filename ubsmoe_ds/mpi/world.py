@@ -14,13 +14,13 @@ STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the sam
 class World:
     """One rank's view of the job; `join` makes it.
 
-    A group is the DeepSpeed world (ranks, expert parallelism, ZeRO) that trains a client; today each client has one.
+    A group is the DeepSpeed world (ranks, expert parallelism, ZeRO) that trains clients: its own, or several in turn.
     """
 
     comm: MPI.Intracomm  # all ranks of the job
     group_comm: MPI.Comm  # ranks of this rank's group
     group_of: tuple[int, ...]  # number of each rank's group
-    client: int  # position in the config's list of the client that this group trains: today the group's number
+    group: int  # number of this rank's group; where each client has its own group, also that client's
     group_rank: int  # rank in the group
     hosts: tuple[str, ...]  # host name of each rank
     meetings: tuple[str, ...]  # where each group's ranks meet if they are on several hosts, else ""

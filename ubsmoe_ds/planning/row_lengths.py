@@ -52,7 +52,7 @@ def _training_lengths(encoder: Encoder, number: int, examples: Sequence[Example]
     rows = exp.settings(config).train_batch_size // (config.ranks * exp.settings(config).gradient_accumulation_steps)
     shapes, answers = [], []  # of micro-batches
     for rank in range(config.ranks):
-        for batch in islice(encoder.steps(examples, number, rank), count):
+        for batch in islice(encoder.steps(examples, number, config, rank), count):
             shapes += [tuple(tokens.input_ids.shape) for tokens in batch.micro]
             answers += [len(tokens.target_A) for tokens in batch.micro]
     sequences, length = max(shapes, key=math.prod)

@@ -3,7 +3,6 @@
 A run is known by its method (a preset or an ablation, config/methods.py) and its seed.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ubsmoe_ds.config.differences import WITHOUT_EFFECT, Difference, differences
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.methods import ABLATIONS, with_preset
 from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
+from ubsmoe_ds.federation.budgets import read_records
 from ubsmoe_ds.launching.run_folder import checkpoints
 
 # column of the rounds' frame -> name in `metrics.jsonl`
@@ -136,8 +136,7 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
         folder = run.exp.run_dir
         try:
             summary = read_json(folder / "summary.json")
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines]
+            records = read_records(run.exp, folder)
             clients += _client_rows(run, summary, records)
             rounds += _round_rows(run, records)
         except (OSError, ValueError, LookupError, TypeError) as error:

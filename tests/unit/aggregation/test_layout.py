@@ -4,12 +4,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit, owners
 
 
 def test_holders_follow_deepspeeds_expert_groups():
     """Six ranks from 10, expert parallel 2: expert groups (10, 11), (12, 13), (14, 15); 8 experts, 4 a place."""
-    layout = ClientLayout(first=10, ranks=6, expert_parallel=2)
+    layout = GroupLayout(first=10, ranks=6, expert_parallel=2)
     assert list(layout.holders(Unit("e", "router", 1, expert=3), 8)) == [10, 12, 14]
     assert list(layout.holders(Unit("e", "router", 1, expert=4), 8)) == [11, 13, 15]
     assert list(layout.holders(Unit("router", "router", 1), 8)) == [10, 11, 12, 13, 14, 15]

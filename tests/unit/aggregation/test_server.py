@@ -126,7 +126,7 @@ def test_weights_of_a_round_by_hand():
     server = Server(exp, units(), [0.25, 0.25, 0.5])
     assert server.target == pytest.approx(22 / 32)
     for nonfinite, target in (([False] * 3, 14 / 24), ([False, False, True], 6 / 16), ([True] * 3, 0.0)):
-        server.weigh([1.0, 1.0, 0.5], nonfinite)
+        server.weigh(range(3), [1.0, 1.0, 0.5], nonfinite)
         assert server.weight_C.tolist() == pytest.approx([1 / 3] * 3) and server.target == pytest.approx(target)
 
 
@@ -134,7 +134,7 @@ def test_phi_stays_if_no_clients_utilisation_counts():
     listed = [Unit("layers.0.phi", "phi", 8)]
     server = Server(experiment([3], dmr=True), listed, [1.0])
     server.start([np.ones(8, np.float32)])
-    server.weigh([1.0], [True])
+    server.weigh([0], [1.0], [True])
     assert (server.merge([np.ones(8, np.float32)], usage(1), [3])[0] == 0).all()
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ubsmoe_ds.aggregation.layout import ClientLayout, Unit, owners
+from ubsmoe_ds.aggregation.layout import GroupLayout, Unit, owners
 from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer, coalesce, cut
 
 EXPERTS = 4
@@ -13,11 +13,11 @@ UNITS = [
     Unit("phi", "phi", 8),
 ]
 # clients of one, two and four ranks; the last has two replicas of each expert and gets a smaller LoRA rank back
-LAYOUTS = [ClientLayout(0, 1, 1, 2), ClientLayout(1, 2, 2, 3), ClientLayout(3, 4, 2, 4, reply_rank=1)]
+LAYOUTS = [GroupLayout(0, 1, 1, 2), GroupLayout(1, 2, 2, 3), GroupLayout(3, 4, 2, 4, reply_rank=1)]
 RANKS = 7
 
 
-def all_ranks(layouts: list[ClientLayout]) -> list[RankSpans]:
+def all_ranks(layouts: list[GroupLayout]) -> list[RankSpans]:
     owner = owners(UNITS, 4, RANKS)
     return [RankSpans(rank, RANKS, layouts, UNITS, EXPERTS, owner) for rank in range(RANKS)]
 
@@ -74,7 +74,7 @@ def test_owners_get_every_clients_units_and_holders_get_them_back():
 
 
 def test_held_units_are_read_from_their_owners():
-    layouts = [ClientLayout(layout.first, layout.ranks, layout.expert_parallel, 4) for layout in LAYOUTS]
+    layouts = [GroupLayout(layout.first, layout.ranks, layout.expert_parallel, 4) for layout in LAYOUTS]
     ranks, sizes = all_ranks(layouts), layouts[0].sizes(UNITS, reply=True)
     owned = [values(s.owned, sizes, 0) for s in ranks]
     for rank, s in enumerate(ranks):

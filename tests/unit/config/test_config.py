@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.config.experiment import ClientConfig, Experiment
+from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.config.sections import ClientConfig
 
 
 def load(*overrides):

@@ -26,14 +26,14 @@ def files(tmp_path_factory):
 
 def of_client(exp: Experiment, number: int):
     alone = {"comm": MPI.COMM_SELF, "group_comm": MPI.COMM_SELF, "group_hosts": [["here"]] * len(exp.clients)}
-    return client_rows(exp, SimpleNamespace(client=number, rank=0, group_rank=0, hosts=["here"], **alone))
+    return client_rows(exp, SimpleNamespace(group=number, rank=0, group_rank=0, hosts=["here"], **alone))
 
 
 def test_nobody_reads_the_rows_of_another_site(files):
     clients = [{"budget": 1.0, "source": files["a"]}, {"budget": 1.0, "source": "jsonl:/only/at/its/site.jsonl"}]
     exp = tiny.experiment("unused", clients, data={"eval_source": files["eval"]})
     found = of_client(exp, 0)
-    assert found.counts[0] == len(found.training) > 0
+    assert found.counts[0] == len(found.of_client(0)) > 0
     with pytest.raises(UserError, match="/only/at/its/site.jsonl cannot be read"):
         of_client(exp, 1)
 
@@ -63,8 +63,8 @@ def test_nobody_can_test_a_guess_of_a_sites_rows(files, tmp_path, monkeypatch):
     clients = [{"budget": 1.0, "source": write(tmp_path / "one.jsonl", [row])}]
     exp = tiny.experiment("unused", clients, data={"eval_source": files["eval"]})
     rows = of_client(exp, 0)
-    guess = digest([[*bytes.fromhex(digest([*rows.training, *rows.evaluation]))]])
-    assert len(rows.training) == 1 and guess != rows.digest == of_client(exp, 0).digest
+    guess = digest([[*bytes.fromhex(digest([*rows.of_client(0), *rows.evaluation]))]])
+    assert len(rows.of_client(0)) == 1 and guess != rows.digest == of_client(exp, 0).digest
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     assert of_client(exp, 0).digest != rows.digest
     assert stat.S_IMODE((tmp_path / "another user" / "ubsmoe_ds" / "site.key").stat().st_mode) == 0o600

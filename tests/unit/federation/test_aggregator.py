@@ -20,7 +20,7 @@ from ubsmoe_ds.federation.aggregator import Aggregator
 )
 def test_a_round_without_any_finite_update_is_an_end(work, nonfinite, message):
     aggregator = SimpleNamespace(exp=SimpleNamespace(clients=[SimpleNamespace(name="a"), SimpleNamespace(name="b")]))
-    statistics = SimpleNamespace(work_C=np.array(work), nonfinite=np.array(nonfinite))
+    statistics = SimpleNamespace(cohort=[0, 1], work_C=np.array(work), nonfinite=np.array(nonfinite))
     if message is None:
         Aggregator._require_updates(aggregator, statistics)
         return

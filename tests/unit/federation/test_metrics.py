@@ -17,6 +17,7 @@ from ubsmoe_ds.federation.metrics import (
     seconds_scalars,
     training_scalars,
     training_speed,
+    turn_seconds,
 )
 
 STATS = [
@@ -137,3 +138,17 @@ def test_speed_is_averaged_over_the_rounds_with_the_client():
     records = [before, record(1, 7, 1, 40.0, 4.0), away, record(3, 2, 0, 20.0, 1.0)]
     assert training_speed(records, "a") == {"tokens_per_second": 12.0, "seconds_per_step": 0.5}
     assert all(map(math.isnan, training_speed([before, record(1, 0, 0, 0.0, 0.5)], "a").values()))
+
+
+def test_seconds_of_turns():
+    """Group g0 gave both turns, 4 s and 2 s; g1 none, and waited. A round lasts as long as its longest group."""
+    groups = [RoundSeconds(6.0, 0.5, 0.5, 0.25), RoundSeconds(0.0, 6.5, 0.5, 0.25)]
+    scalars = turn_seconds(["a", "b"], STATS, [4.0, 2.0], ["g0", "g1"], groups)
+    assert scalars["seconds_local/a"] == 4.0 and scalars["seconds_local/b"] == 2.0
+    assert scalars["seconds_local/g0"] == scalars["seconds/local"] == 6.0
+    assert scalars["seconds_wait/g1"] == scalars["seconds/wait"] == 6.5
+    assert scalars["tokens_per_second/a"] == 10.0 and scalars["tokens_per_second/b"] == 5.0
+    assert scalars["train/tokens_per_second"] == pytest.approx(50 / 6)
+    assert scalars["seconds/round"] == 7.25
+    complete_seconds(scalars, ["g0", "g1"], np.array([0.1, 0.2]), np.array([1.0, 2.0]))
+    assert scalars["seconds_exchange/g1"] == pytest.approx(0.7) and scalars["seconds/round"] == pytest.approx(9.45)

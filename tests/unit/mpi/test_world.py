@@ -131,7 +131,7 @@ def fake_world(clients: list[int], rank: int = 0):
         received[:] = clients
 
     same = SimpleNamespace(size=len(clients), rank=rank, Allgather=gather)
-    return SimpleNamespace(host_comm=SimpleNamespace(Split=lambda **_: same), rank=0, client=0)
+    return SimpleNamespace(host_comm=SimpleNamespace(Split=lambda **_: same), rank=0, group=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""A population's results do not depend on the groups that train it: four, one that takes turns, two of two ranks.
+
+The peer is also the same four clients with a group of their own each, and a plain loop in one process.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support import reference
+from tests.support.jobs import records
+from tests.support.ranks import REPO, run_ranks
+from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.config.methods import PRESETS
+
+TINY = str(REPO / "ds_configs" / "tiny.yaml")
+SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=160", "data.eval_rows=8", "evaluation.every=2"]
+# without draws, which a turn takes from its own generator; eps, so that Adam does not turn rounding into steps
+SAME = ["train.optimizer_state=reset", "pseudo_gradient.tokens_per_expert=null", "pseudo_gradient.moment_share=1.0"]
+SAME += ["deepspeed.optimizer={type: AdamW, params: {lr: 0.003, eps: 0.0001}}", "checkpoint.every=0"]
+SAME += ["deepspeed.train_batch_size=8"]
+CLIENTS = (
+    "clients=[{budget: 0.25, name: a, lr: 0.002}, {budget: 0.5, name: b, gradient_accumulation_steps: 2}, "
+    "{budget: 0.75, name: c, local_steps: 3}, {budget: 1.0, name: d}]"
+)
+ONE, FOUR = ["groups=[{count: 1}]"], ["groups=[{count: 4}]"]
+PAIRS = ["groups=[{ranks: 2, expert_parallel: 2, count: 2}]"]
+METHODS = {name: [f"method={name}"] for name in PRESETS} | {
+    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"]
+}
+# their results depend on the layout: a basis of no weight is arbitrary, and each rank balances its own load
+BY_LAYOUT = ("flexlora", "florist", "smoe_llb", "dropping")
+
+
+def run(folder, ranks, names, kinds):
+    variants = {
+        f"{name}-{kind}": [CLIENTS, *METHODS[name], *changes] for name in names for kind, changes in kinds.items()
+    }
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(folder / "runs")}
+    return run_ranks(folder, ranks, "tests.support.scenarios:layouts", arguments, timeout=900)
+
+
+def products(result: dict, name: str) -> dict[str, np.ndarray]:
+    """Return everything that a run holds: B A of each adapter, and other values as they are."""
+    state = {key.removeprefix(f"{name}/"): value for key, value in result.items() if key.startswith(f"{name}/")}
+    found = {key: value for key, value in state.items() if ".lora_" not in key}
+    for key in (key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")):
+        found[key] = state[f"{key}.lora_B"] @ state[f"{key}.lora_A"]
+    return found
+
+
+def assert_same(one: dict, other: dict, atol: float) -> None:
+    assert one.keys() == other.keys() and one
+    for key, value in one.items():
+        np.testing.assert_allclose(value, other[key], atol=atol, rtol=0, err_msg=key)
+
+
+def evaluated(folder, name: str) -> list[float]:
+    """Return the mean training losses and evaluation losses of a run, round by round."""
+    names = ("train/loss", "eval/loss", "eval/loss_weighted")
+    found = [record["metrics"] for record in records(folder / "runs" / name)]
+    return [metrics[key] for metrics in found for key in names if key in metrics]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("turns")
+
+
+@pytest.fixture(scope="module")
+def on_one(folder):
+    return run(folder, 1, METHODS, {"one": ONE})[0]
+
+
+@pytest.fixture(scope="module")
+def on_four(folder):
+    return run(folder, 4, METHODS, {"four": FOUR, "own": []})
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", METHODS)
+def test_one_group_with_four_turns_equals_four_groups_with_one(name, on_one, on_four, folder):
+    for rank in range(4):
+        assert_same(products(on_one, f"{name}-one"), products(on_four[rank], f"{name}-four"), 1e-6)
+    np.testing.assert_allclose(evaluated(folder, f"{name}-one"), evaluated(folder, f"{name}-four"), atol=1e-5)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", METHODS)
+def test_turns_equal_clients_with_groups_of_their_own(name, on_one, on_four, folder):
+    """The last client has the full LoRA rank, and so holds all that is shared."""
+    assert_same(products(on_one, f"{name}-one"), products(on_four[3], f"{name}-own"), 1e-6)
+    np.testing.assert_allclose(evaluated(folder, f"{name}-one"), evaluated(folder, f"{name}-own"), atol=1e-5)
+
+
+@pytest.mark.extended
+def test_two_groups_of_two_ranks_with_expert_parallelism_equal_them_too(on_one, folder):
+    names = [name for name in METHODS if name not in BY_LAYOUT]
+    pairs = run(folder, 4, names, {"pairs": PAIRS})
+    for name in names:
+        assert_same(products(on_one, f"{name}-one"), products(pairs[0], f"{name}-pairs"), 2e-5)
+        np.testing.assert_allclose(evaluated(folder, f"{name}-one"), evaluated(folder, f"{name}-pairs"), atol=1e-4)
+
+
+POPULATION = ["clients=[{count: 6, budgets: [0.25, 0.5, 1.0]}]", "sampling={clients: 5}", "checkpoint.keep=9"]
+UNEQUAL = ["groups=[{ranks: 1}, {ranks: 2, expert_parallel: 2}]"]
+# overrides, then the polls of the last rank, of the group of two, at which the job is stopped
+STOPPED: dict[str, list] = {
+    "ub_smoe": [["pseudo_gradient.tokens_per_expert=4"], 4, 12, 9, 7],
+    "flame": [["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2"], 15, 8],
+    "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 22, 9],
+    "flora": [["method=flora", "deepspeed.bf16.enabled=true"], 13, 9],
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    overrides = [*SHORT, "evaluation.batch_size=4", "train.rounds=3", *POPULATION, *UNEQUAL]
+    arguments = {"config": TINY, "overrides": overrides, "variants": STOPPED, "folder": str(folder)}
+    return folder, run_ranks(folder, 3, "tests.support.scenarios:stopped_and_resumed", arguments, timeout=900)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_round_resumed_between_its_turns_ends_with_the_same_bits(name, resumed):
+    folder, ranks = resumed
+    whole, again = records(folder / name), records(folder / f"{name}-resumed")
+    assert [record["metrics"] for record in again] == [record["metrics"] for record in whole] and len(whole) == 4
+    checked = 0
+    for result in ranks:
+        for key in [key for key in result if key.startswith(f"{name}/")]:
+            np.testing.assert_array_equal(result[key.replace(name, f"{name}-resumed", 1)], result[key], err_msg=key)
+            checked += 1
+    assert checked > 3 * 20
+
+
+@pytest.mark.extended
+def test_it_was_stopped_with_turns_done_begun_and_to_come(resumed):
+    states = set()
+    for name in STOPPED:
+        for path in (resumed[0] / f"{name}-resumed" / "checkpoints").glob("*within*/manifest.json"):
+            clients = json.loads(path.read_text())["clients"].values()
+            states.add(tuple(sorted({client["turn"] for client in clients})))
+    assert ("", "begun", "done") in states
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("looks", [12, 17])
+def test_a_round_goes_on_with_other_groups(looks, tmp_path):
+    """Stopped on a group of one and one of two ranks, with turns done and begun; resumed on four groups."""
+    common = [
+        *SHORT,
+        *SAME,
+        *POPULATION,
+        "train.local_steps=3",
+        "method=flame",
+        f"output={tmp_path}",
+        "checkpoint.every=1",
+    ]
+    arguments = {"config": TINY, "overrides": [*common, *ONE, "name=whole"], "looks": None, "resume": False}
+    whole = run_ranks(tmp_path, 1, "tests.support.scenarios:part_of_run", arguments)[0]
+    arguments = {"config": TINY, "overrides": [*common, *UNEQUAL, "name=cut"], "looks": looks, "resume": False}
+    assert run_ranks(tmp_path, 3, "tests.support.scenarios:part_of_run", arguments)[0] == {}
+    (path,) = (tmp_path / "cut" / "checkpoints").glob("*within*/manifest.json")
+    turns = [client["turn"] for client in json.loads(path.read_text())["clients"].values()]
+    assert "done" in turns and "begun" in turns
+    arguments = {"config": TINY, "overrides": [*common, *FOUR, "name=cut"], "looks": None, "resume": True}
+    resumed = run_ranks(tmp_path, 4, "tests.support.scenarios:part_of_run", arguments)
+    for result in resumed:
+        assert_same(products(result, "run"), products(whole, "run"), 2e-5)
+    sides = [[r["metrics"] for r in records(tmp_path / name)] for name in ("whole", "cut")]
+    for one, other in zip(*sides, strict=True):
+        for key in ("train/loss", "eval/loss", "clients/cohort", "utilisation/cv"):
+            assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), key
+
+
+@pytest.mark.extended
+def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
+    """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed."""
+    changes = ["method=topk", *POPULATION[:1], "sampling={clients: 3}", "groups=[{count: 2}]", "train.rounds=3"]
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": {"run": changes}, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
+    exp = load_experiment(TINY, [*SHORT, *SAME, *changes])
+    cohorts, expected = reference.federate(exp)
+    assert len({tuple(cohort) for cohort in cohorts}) > 1
+    took_part = [
+        [int(key.removeprefix("steps/c")) for key in record["metrics"] if key.startswith("steps/")]
+        for record in records(tmp_path / "run")[1:]
+    ]
+    assert took_part == cohorts
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[0][f"run/{key}"], value, atol=1e-6, rtol=0, err_msg=key)

@@ -1,0 +1,85 @@
+"""Turn what completed turns of the current round have left into pieces of a checkpoint, and restore it on any group."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.checkpoint.progress import SavedClient
+from ubsmoe_ds.checkpoint.storage import Piece, Reader
+from ubsmoe_ds.client.engine import Client, LocalStats
+from ubsmoe_ds.client.turn import OwnPart, Turn
+
+SHARED_STATS = 5  # the first of `LocalStats` are sums over ranks; the others are the client's
+
+
+def turn_pieces(turn: Turn, owner: str, store: UnitStore, lora_rank: int, group_rank: int) -> Iterator[Piece]:
+    """Yield this rank's part of a turn.
+
+    Args:
+        turn: the turn.
+        owner: the client's name.
+        store: this rank's store.
+        lora_rank: of the update.
+        group_rank: this rank in its group; the first ranks that hold a block write the update of it.
+    """
+    for block, value in store.parts(turn.update, lora_rank):
+        if group_rank < block.holders:
+            yield Piece("turn.update", owner, block.name, block.first * (len(value) // block.rows), value)
+    own = [*turn.part, turn.seconds, turn.learning_rate]
+    values = {"own": torch.tensor(own, dtype=torch.float64), "stats": torch.tensor(turn.stats, dtype=torch.float64)}
+    optional = {"moments": turn.sums_LEX, "squares": turn.squares_LE2, "scales": turn.scales_L}
+    values |= {"routed": turn.routed_LX} | {name: value for name, value in optional.items() if value is not None}
+    for name, value in values.items():
+        yield Piece(f"turn.{group_rank}", owner, name, 0, value.reshape(-1))
+
+
+def restore_turn(
+    client: Client, store: UnitStore, reader: Reader, number: int, saved: SavedClient, place: tuple[int, int, int]
+) -> Turn:
+    """Return this rank's part of a turn. In another layout the first rank takes over what ranks have counted.
+
+    Args:
+        client: this rank's engine, for shapes alone.
+        store: this rank's store.
+        reader: reads the checkpoint.
+        number: the client's number.
+        saved: its entry in the manifest.
+        place: (this rank in its group, LoRA rank of the update, place among the group's turns).
+    """
+    exp, (group_rank, lora_rank, slot) = client.exp, place
+    owner = exp.clients[number].name
+    parts = []
+    for block in store.blocks:
+        numel = block.numel(lora_rank)
+        parts.append(reader.read("turn.update", owner, block.name, block.first * (numel // block.rows), numel))
+    sources = [group_rank]
+    if saved.layout != [client.config.ranks, client.config.expert_parallel]:
+        sources = list(range(saved.layout[0])) if group_rank == 0 else []
+
+    def total(name: str, like: Tensor) -> Tensor:
+        read = [reader.read(f"turn.{source}", owner, name).view(like.shape) for source in sources]
+        return torch.stack(read).sum(0).to(like.dtype) if len(read) > 1 else read[0] if read else torch.zeros_like(like)
+
+    first = sources[0] if sources else 0
+    own = reader.read(f"turn.{first}", owner, "own").tolist()
+    own[0] = float(total("own", torch.zeros(len(own), dtype=torch.float64))[0])
+    stats = reader.read(f"turn.{first}", owner, "stats").tolist()
+    stats[:SHARED_STATS] = total("stats", torch.zeros(len(stats), dtype=torch.float64)).tolist()[:SHARED_STATS]
+    squares_LE2, scales_L = client.gradient_squares(), None
+    if reader.has(f"turn.{first}", owner, "scales"):
+        scales_L = reader.read(f"turn.{first}", owner, "scales")
+    return Turn(
+        client=number,
+        update=torch.cat(parts),
+        part=OwnPart(own[0], int(own[1]), own[2]),
+        stats=LocalStats(*stats),
+        seconds=own[3],
+        learning_rate=own[4],
+        routed_LX=total("routed", client.routed_counts()),
+        sums_LEX=None if client.moments is None else total("moments", client.moments.sums()),
+        squares_LE2=None if squares_LE2 is None else total("squares", squares_LE2),
+        scales_L=scales_L,
+        slot=slot,
+    )
