@@ -277,11 +277,10 @@ class CheckpointManager:
             turns.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
 
         def begin(number: int) -> LocalProgress | None:
-            if saved[number].turn != "begun":
-                return None
+            if saved[number].turn != "begun" or progress.round != checkpoint.manifest.progress.round:
+                return None  # in later rounds it begins anew on whichever group
             local = self._begun(checkpoint, client, saved[number])
             progress.steps_taken[number] = saved[number].steps_taken
-            saved[number] = saved[number].model_copy(update={"turn": ""})  # once: later turns begin anew
             return local
 
         return Resumed(progress, LocalProgress(), done, turns, begin)
