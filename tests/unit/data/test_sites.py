@@ -99,8 +99,8 @@ def test_a_client_is_evaluated_on_rows_of_its_own(files, tmp_path):
     found = of_client(exp, 0)
     assert len(found.evaluation) == 20 and len(found.own_evaluation) == 8
     asked = {(row["instruction"], row["answer"]) for row in found.own_evaluation}
-    assert not asked & {(row["instruction"], row["answer"]) for row in found.training}
-    assert len(found.training) == found.counts[0] == 7 and found.left_out == [(5, len(rows) - 5 - 7)]
+    assert not asked & {(row["instruction"], row["answer"]) for row in found.of_client(0)}
+    assert len(found.of_client(0)) == found.counts[0] == 7 and found.left_out == [(5, len(rows) - 5 - 7)]
     alone = of_client(tiny.experiment("unused", [{"budget": 1.0} | both]), 0)
     assert alone.evaluation == [] and alone.own_evaluation == found.own_evaluation
     assert alone.digest != found.digest, "other evaluation rows are other data"

@@ -50,7 +50,7 @@ def test_a_run_from_a_file_is_the_run_from_memory(name, length, questions, tmp_p
             rows = common.of_client(1)
             examples, lengths = encoder.encode(rows, "b")
             assert isinstance(rows, StoredRows) == isinstance(examples, StoredExamples) == (limit == 1000)
-            steps = [step.micro[0] for step in islice(encoder.steps(examples, 1), 12)]
+            steps = [step.micro[0] for step in islice(encoder.steps(examples, 1, exp.clients[1]), 12)]
             found.append((common, [*rows], [row.place for row in rows], [*examples], lengths, steps))
         (first, *kept), (second, *again) = found
         assert first.digest == second.digest and first.evaluation == second.evaluation
