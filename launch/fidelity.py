@@ -146,7 +146,7 @@ def start(exp: Experiment) -> tuple[Any, Any]:
         say(line)
     start_deepspeed(bool(devices), verbose=False)
     client = Client(exp, exp.clients[0], place.group_rank)
-    return client, partial(encoder.steps, examples, 0)
+    return client, partial(encoder.steps, examples, 0, exp.clients[0])
 
 
 if __name__ == "__main__":
