@@ -114,7 +114,8 @@ def single_client(exp: Experiment) -> Experiment:
     alone = exp.clients[0].model_copy(update={"ranks": 1, "expert_parallel": 1, "capacity_factor": None})
     router = exp.router.model_copy(update={"gate_rescale": "none"})
     estimator = exp.pseudo_gradient.model_copy(update={"estimator": "linearised"})  # so that moments are kept
-    return exp.model_copy(update={"clients": [alone], "router": router, "pseudo_gradient": estimator})
+    sections = {"clients": [alone], "groups": None, "sampling": None, "router": router, "pseudo_gradient": estimator}
+    return exp.model_copy(update=sections)
 
 
 def start(exp: Experiment) -> tuple[Any, Any]:
