@@ -21,7 +21,7 @@ COMMANDS = {
     "train_step": (
         1,
         ["--layers", "1", "--tokens", "64", "--k", "1", "2", *SMALL],
-        {"ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora", "hf_peft"},
+        {"ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora", "ubsmoe-checkpointing", "hf_peft"},
     ),
     "pseudo_gradient": (
         1,
