@@ -41,6 +41,7 @@ COMMON = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+BARE = {key: value for key, value in COMMON.items() if key != "num_experts_per_tok"}  # families that call it otherwise
 NARROW = {"intermediate_size": 20, "moe_intermediate_size": 12}
 RECURRENT = {  # layers with a recurrence in place of attention, and one with attention
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -132,7 +133,7 @@ MODELS = {
     ),
     "dots1": Dots1Config(**COMMON, **NARROW, **DENSE_FIRST, head_dim=8, n_group=2, topk_group=1, norm_topk_prob=False),
     "ernie4_5_moe": Ernie4_5_MoeConfig(
-        **{key: value for key, value in COMMON.items() if key != "num_experts_per_tok"},
+        **BARE,
         **NARROW,
         moe_k=3,
         moe_num_experts=8,
@@ -140,7 +141,7 @@ MODELS = {
         moe_layer_start_index=1,
     ),
     "ernie4_5_moe, no shared expert": Ernie4_5_MoeConfig(
-        **{key: value for key, value in COMMON.items() if key != "num_experts_per_tok"},
+        **BARE,
         **NARROW,
         moe_k=3,
         moe_num_experts=8,
@@ -149,7 +150,7 @@ MODELS = {
         moe_norm_min=0.9,
     ),
     "hunyuan_v1_moe": HunYuanMoEV1Config(
-        **{key: value for key, value in COMMON.items() if key != "num_experts_per_tok"},
+        **BARE,
         intermediate_size=12,
         num_experts=8,
         moe_topk=3,

@@ -72,7 +72,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a client began its turn with; see `UnitStore.begin_turn`."""
+    """Hold the state that a client began its turn with; see `UnitStore.begin_turn`."""
 
     loaded: Tensor
     full_rank: int

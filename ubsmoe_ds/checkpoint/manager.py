@@ -24,7 +24,7 @@ from ubsmoe_ds.mpi.world import World
 
 
 class Resumed(NamedTuple):
-    """What a checkpoint holds of a run, for one rank.
+    """Hold one rank's part of a checkpoint that was read.
 
     progress: the run's. local: of the client's local steps, where each client has its own group.
     Where clients take turns: done: by client whose turn of the current round is complete the group that now answers for

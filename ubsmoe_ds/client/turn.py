@@ -27,7 +27,7 @@ class OwnPart(NamedTuple):
 
 @dataclass
 class Turn:
-    """What a client's local steps have left on one rank.
+    """Hold the result of a client's local steps on one rank.
 
     client: its number. update: what the client has changed, as it travels. part: see `OwnPart`. stats: sums over this
     rank's local steps. seconds: of the local steps. learning_rate: of the last. routed_LX: see `Client.routed_counts`.

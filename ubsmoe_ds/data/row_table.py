@@ -34,7 +34,7 @@ FIELDS = {
 
 
 class Facts(NamedTuple):
-    """What a row is chosen and dealt by.
+    """Hold the facts of a row that decide whether it is chosen, and for which client.
 
     hold_out, order: in [0, 1), by its question: whether it is held out, and where it comes.
     same: digest of prompt and answer.

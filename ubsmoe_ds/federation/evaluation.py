@@ -22,7 +22,7 @@ from ubsmoe_ds.mpi.world import World
 
 
 class Part(NamedTuple):
-    """What a rank adds to the evaluation; zeros for what others evaluate.
+    """Hold one rank's summands of the evaluation; they are zero for what other ranks evaluate.
 
     sums_G: [G, tasks, fields] in the order of FIELDS, on the common rows; own_C: [C, fields] on the clients' own rows;
     routed_GLX: routed tokens, on the common rows, or without these on the clients' own.

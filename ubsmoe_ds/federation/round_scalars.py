@@ -23,7 +23,7 @@ from ubsmoe_ds.federation.training import GroupTraining
 
 
 class RoundScalars(NamedTuple):
-    """What a round leaves behind beside the merge.
+    """Hold the figures of a round that are recorded.
 
     stats: sums of the local steps of each client of the round. metrics: scalars by name. seconds: wall times.
     steps_taken, scales: see `Progress`, of the clients of the round, where clients take turns.

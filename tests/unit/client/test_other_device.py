@@ -32,8 +32,8 @@ def without_transformers_question(monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
-def step(family, *, estimator="linearised", again=False, attention=True, **gate):
-    """Run two micro-batches forward, backward and through the pseudo-gradients, all tensors on the other device."""
+def check_step(family, *, estimator="linearised", again=False, attention=True, **gate):
+    """Run two micro-batches forward, backward and through the pseudo-gradients; assert that all tensors are on META."""
     spec = UBSMoESpec(GateConfig(k=2, candidates=4, **gate), lora_attention=attention)
     config = copy.deepcopy(MODELS[family])
     setattr(config, FAMILIES[config.model_type].width, 16)  # grouped products on a device want rows of 16 bytes
@@ -63,12 +63,12 @@ def step(family, *, estimator="linearised", again=False, attention=True, **gate)
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_stays_on_the_device(estimator):
-    step("olmoe", estimator=estimator)
+    check_step("olmoe", estimator=estimator)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "granitemoeshared"])
 def test_every_kind_of_block_stays_on_the_device(family):
-    step(family)
+    check_step(family)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_kind_of_block_stays_on_the_device(family):
     ids=lambda settings: next(iter(settings)),
 )
 def test_every_setting_stays_on_the_device(settings):
-    step("olmoe", **({"phi_range": (-1.0, 1.0)} | settings))
+    check_step("olmoe", **({"phi_range": (-1.0, 1.0)} | settings))
 
 
 def test_experts_whose_rows_are_not_aligned_are_refused_in_bf16():
