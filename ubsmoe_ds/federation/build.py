@@ -96,20 +96,10 @@ def build(
     progress = resumed.progress
     progress.run_id = _run_id(world, progress.run_id if in_own_folder else "")
     federation = Federation(
-        exp=exp,
-        world=world,
-        client=client,
-        aggregator=aggregator,
-        evaluators=texts.evaluators,
-        prompts=prompts,
         training=training,
-        rows=training.rows,
+        prompts=prompts,
         monitor=None,
         checkpoints=checkpoints,
-        stop=stop,
-        hang_watch=hang_watch,
-        stopwatch=aggregator.stopwatch,
-        progress=progress,
         shows_schedule=verbose and exp.takes_turns,
     )
     _announce(federation, checkpoint, in_own_folder)
@@ -146,9 +136,6 @@ def _training(
     roster.note_done(resumed.progress.round, resumed.done)
     current = exp.clients_for(world.group)[0]
     return GroupTraining(
-        exp=exp,
-        world=world,
-        client=client,
         aggregator=aggregator,
         texts=texts,
         rows=texts.report(),
@@ -156,7 +143,6 @@ def _training(
         progress=resumed.progress,
         stop=stop,
         hang_watch=hang_watch,
-        stopwatch=aggregator.stopwatch,
         current=current,
         own=current,
         local=resumed.local,
@@ -213,7 +199,7 @@ def _unit_store(exp: Experiment, client: Client) -> UnitStore:
 
 def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_folder: bool) -> None:
     """Open the run's folder on the first rank, and print what is about to run (a collective)."""
-    exp, world, rows = federation.exp, federation.world, federation.rows
+    exp, world, rows = federation.exp, federation.world, federation.training.rows
     world.barrier()  # nothing is written before every rank has what it needs
     if world.rank != 0:
         return

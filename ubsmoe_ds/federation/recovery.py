@@ -57,11 +57,10 @@ def _shrink(federation: Federation) -> None:
     server.lora_ranks = [before.lora_ranks[client] for client in kept]
     _pass_on_monitor(federation, exp, world, names)
     training, taken = federation.training, federation.progress.steps_taken.get(federation.world.group, 0)
-    federation.exp = training.exp = training.roster.exp = exp
-    federation.world = training.world = world
+    training.roster.exp = exp
     training.current, federation.progress.steps_taken = world.group, {world.group: taken}
+    federation.aggregator.survive(exp, world, server, exchange_for)  # from here on exp and world are the new ones
     federation.checkpoints = federation.checkpoints.among(exp, world)
-    federation.aggregator.survive(exp, world, server, exchange_for)
     federation.stop.listen_on(world.comm)  # last, because it may meet another death
     if len(kept) < exp.min_clients:
         raise TooFewClients(

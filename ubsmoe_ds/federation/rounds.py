@@ -33,14 +33,12 @@ from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.generation import Prompts
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars, views_of
 from ubsmoe_ds.federation.metrics import complete_seconds
 from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.federation.round_scalars import round_scalars
 from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
-from ubsmoe_ds.federation.texts import Evaluators
 from ubsmoe_ds.federation.training import GroupTraining
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
@@ -54,32 +52,59 @@ if TYPE_CHECKING:
 class Federation:
     """One rank's part of a federation; every rank of the job calls `run`.
 
-    aggregator: merges the clients' updates.
-    training: trains this group's clients.
-    rows: numbers of rows.
-    monitor: writes and prints; None on all ranks but the first.
+    training: trains this group's clients; holds all that the stages of a round share.
     prompts: evaluation prompts to answer at each evaluation; None: nothing is generated.
-    progress: resumable progress of the run.
+    monitor: writes and prints; None on all ranks but the first.
     shows_schedule: whether to print who trains whom in a round.
     record: record of the latest round, kept on every rank in case the first rank dies before it is written.
     """
 
-    exp: Experiment
-    world: World
-    client: Client
-    aggregator: Aggregator
-    evaluators: Evaluators
-    prompts: Prompts | None
     training: GroupTraining
-    rows: RowReport
+    prompts: Prompts | None
     monitor: "Monitor | None"
     checkpoints: CheckpointManager
-    stop: StopRequests
-    hang_watch: HangWatch
-    stopwatch: Stopwatch
-    progress: Progress
     shows_schedule: bool = False
     record: Record | None = field(default=None)
+
+    @property
+    def exp(self) -> Experiment:
+        """Return the experiment, without lost clients."""
+        return self.training.exp
+
+    @property
+    def world(self) -> World:
+        """Return this rank's place in the job."""
+        return self.training.world
+
+    @property
+    def client(self) -> Client:
+        """Return this rank's engine."""
+        return self.training.client
+
+    @property
+    def aggregator(self) -> Aggregator:
+        """Return what merges the clients' updates."""
+        return self.training.aggregator
+
+    @property
+    def stop(self) -> StopRequests:
+        """Return the requests to stop."""
+        return self.training.stop
+
+    @property
+    def hang_watch(self) -> HangWatch:
+        """Return what is told of this rank's progress."""
+        return self.training.hang_watch
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """Return the watch that the stages of a round share."""
+        return self.training.stopwatch
+
+    @property
+    def progress(self) -> Progress:
+        """Return the resumable progress of the run."""
+        return self.training.progress
 
     def run(self) -> None:
         """Run all remaining rounds, then write the results.
@@ -178,10 +203,11 @@ class Federation:
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
         views = views_of(self.training)
-        part = evaluate_part(self.exp, self.world, self.client, self.evaluators, views, stop)
+        evaluators = self.training.texts.evaluators
+        part = evaluate_part(self.exp, self.world, self.client, evaluators, views, stop)
         answers = generate_samples(self.exp, self.client, self.prompts, views_of(self.training), stop)
         self._stop_if_asked()
-        scalars = view_scalars(self.exp, self.world, self.evaluators, self.aggregator.server.weights, part)
+        scalars = view_scalars(self.exp, self.world, evaluators, self.aggregator.server.weights, part)
         samples = gather_samples(self.exp, self.world, self.prompts, answers)
         self.stopwatch.lap("evaluation")
         return scalars, samples
@@ -228,7 +254,7 @@ class Federation:
     @property
     def _outputs(self) -> Outputs:
         """Return what writes the run's results."""
-        return Outputs(self.exp, self.world, self.client, self.aggregator, self.rows)
+        return Outputs(self.exp, self.world, self.client, self.aggregator, self.training.rows)
 
     @property
     def _names(self) -> list[str]:

@@ -29,7 +29,7 @@ from ubsmoe_ds.mpi.world import World
 class GroupTraining:
     """The clients that one group trains; every rank of the group has the same.
 
-    client: the engine that trains them. aggregator: holds what they start from.
+    aggregator: holds the engine that trains them, and what they start from.
     texts: rows of all clients as tokens. rows: their numbers.
     roster: says which clients the group trains in a round.
     progress: resumable progress of the run.
@@ -39,9 +39,6 @@ class GroupTraining:
     begin: goes on with a turn that a checkpoint holds, see `Resumed`.
     """
 
-    exp: Experiment
-    world: World
-    client: Client
     aggregator: Aggregator
     texts: Texts
     rows: RowReport
@@ -49,12 +46,31 @@ class GroupTraining:
     progress: Progress
     stop: StopRequests
     hang_watch: HangWatch
-    stopwatch: Stopwatch
     current: int
     own: int
     local: LocalProgress = field(default_factory=LocalProgress)
     turns: list[Turn] = field(default_factory=list)
     begin: Callable[[int], LocalProgress | None] = lambda number: None
+
+    @property
+    def exp(self) -> Experiment:
+        """Return the experiment, without lost clients."""
+        return self.aggregator.exp
+
+    @property
+    def world(self) -> World:
+        """Return this rank's place in the job."""
+        return self.aggregator.world
+
+    @property
+    def client(self) -> Client:
+        """Return this rank's engine."""
+        return self.aggregator.client
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """Return the watch that the stages of a round share."""
+        return self.aggregator.stopwatch
 
     def take_turns(self) -> None:
         """Train this group's clients of the round; a deadline or a request to stop cuts steps and turns."""

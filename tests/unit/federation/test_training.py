@@ -35,10 +35,10 @@ def group(monkeypatch):
     def turns_left(number: int, group: int, turns: Any) -> list[int]:
         return [client for client in (3, 1, 2) if client not in {turn.client for turn in turns}]
 
-    nothing: dict[str, Any] = dict.fromkeys(("client", "aggregator", "texts", "rows", "hang_watch", "stopwatch"))
+    exp = SimpleNamespace(takes_turns=True, train=SimpleNamespace(round_deadline_s=None))
+    nothing: dict[str, Any] = dict.fromkeys(("texts", "rows", "hang_watch"))
     made = Group(
-        exp=SimpleNamespace(takes_turns=True, train=SimpleNamespace(round_deadline_s=None)),
-        world=SimpleNamespace(group=0, any_of_group=bool),
+        aggregator=SimpleNamespace(exp=exp, world=SimpleNamespace(group=0, any_of_group=bool)),
         roster=SimpleNamespace(turns_left=turns_left),
         progress=SimpleNamespace(round=1),
         stop=SimpleNamespace(poll=lambda: False),
