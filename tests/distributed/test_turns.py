@@ -27,7 +27,8 @@ CLIENTS = (
 ONE, FOUR = ["groups=[{count: 1}]"], ["groups=[{count: 4}]"]
 PAIRS = ["groups=[{ranks: 2, expert_parallel: 2, count: 2}]"]
 METHODS = {name: [f"method={name}"] for name in PRESETS} | {
-    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"]
+    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"],
+    "kept": ["train.optimizer_state=keep"],  # Adam's moments and steps follow the client
 }
 # their results depend on the layout: a basis of no weight is arbitrary, and each rank balances its own load
 BY_LAYOUT = ("flexlora", "florist", "smoe_llb", "dropping")
@@ -105,12 +106,16 @@ def test_two_groups_of_two_ranks_with_expert_parallelism_equal_them_too(on_one, 
 
 POPULATION = ["clients=[{count: 6, budgets: [0.25, 0.5, 1.0]}]", "sampling={clients: 5}", "checkpoint.keep=9"]
 UNEQUAL = ["groups=[{ranks: 1}, {ranks: 2, expert_parallel: 2}]"]
+KEPT_IN_FILES = ["train.optimizer_state=keep", "train.kept_states_gb=0.0"]
 # overrides, then the polls of the last rank, of the group of two, at which the job is stopped
 STOPPED: dict[str, list] = {
     "ub_smoe": [["pseudo_gradient.tokens_per_expert=4"], 4, 12, 9, 7],
     "flame": [["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2"], 15, 8],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 22, 9],
     "flora": [["method=flora", "deepspeed.bf16.enabled=true"], 13, 9],
+    "kept": [["train.optimizer_state=keep"], 4, 12, 9, 7],
+    # all in files, which both groups read and write
+    "kept_zero": [[*KEPT_IN_FILES, "deepspeed.zero_optimization.stage=2"], 22, 9],
 }
 
 

@@ -13,6 +13,7 @@ from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, restored
 from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
 from ubsmoe_ds.checkpoint.turns import restore_turn, turn_pieces
@@ -79,12 +80,14 @@ class CheckpointManager:
         progress: Progress,
         local: LocalProgress,
         turns: Sequence[Turn] = (),
+        kept: KeptStates | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
 
         Args:
             client, store, server, progress, local: this rank's.
             turns: that this rank's group has completed in the current round.
+            kept: what clients keep between their rounds; None: nothing.
 
         Raises:
             UserError: if a rank could not write, for example on a full disk; earlier checkpoints are untouched.
@@ -92,7 +95,7 @@ class CheckpointManager:
         serial, failure = self._begin()
         file = None
         if not failure:
-            file, failure = self._write_file(serial, self._pieces(client, store, server, local, turns))
+            file, failure = self._write_files(serial, self._pieces(client, store, server, local, turns), kept)
         files = gather_json(self.world.comm, file)
         clients = self._clients(client, server, progress, local, turns)
         label = _label(progress, clients)
@@ -113,17 +116,25 @@ class CheckpointManager:
         self.world.barrier()
         return serial, failure
 
-    def _write_file(self, serial: int, pieces: list[storage.Piece]) -> tuple[list[Any] | None, str]:
-        """Write this rank's file; return ([bytes, SHA-256], "") or (None, the failure)."""
+    def _write_files(
+        self, serial: int, pieces: list[storage.Piece], kept: KeptStates | None
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Write this rank's files; return ([bytes, SHA-256] by name, "") or (None, the failure)."""
+        folder, name, files = storage.temporary(self.exp.run_dir, serial), storage.rank_file(self.world.rank), {}
         try:
-            size, digest = storage.write_pieces(storage.temporary(self.exp.run_dir, serial), self.world.rank, pieces)
+            size, digest = storage.write_pieces(folder / name, [*pieces, *(kept.pieces() if kept else ())])
+            files[name] = [size, digest.hex()]
+            for name, written in kept.files() if kept else ():
+                storage.add_file(written.path, folder / name)
+                files[name] = [written.size, written.digest.hex()]
         except (OSError, SafetensorError) as error:
             return None, str(error)
-        return [size, digest.hex()], ""
+        return files, ""
 
     def _commit(self, serial: int, label: str, files: list[Any], content: dict[str, Any]) -> str:
         """Complete the checkpoint on rank 0; return the failure or ""."""
-        by_name = {storage.rank_file(rank): (size, bytes.fromhex(digest)) for rank, (size, digest) in enumerate(files)}
+        every = {name: file for of_rank in files for name, file in of_rank.items()}
+        by_name = {name: (size, bytes.fromhex(digest)) for name, (size, digest) in every.items()}
         run_dir = self.exp.run_dir
         failure = _failure_of(partial(storage.commit, run_dir, serial, label, by_name, content))
         if failure:

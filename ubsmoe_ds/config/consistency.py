@@ -60,8 +60,6 @@ def _turn_problems(exp: Settings) -> list[str]:
     if not exp.takes_turns:
         return []
     found, why = [], "does not work with `groups` or `sampling`"
-    if exp.train.optimizer_state == "keep":
-        found.append(f"train.optimizer_state: 'keep' {why}, where each turn begins with a new optimiser; use reset")
     if exp.deepspeed.scheduler is not None:
         found.append(f"deepspeed.scheduler: {why}, where a client's steps are not in a row; use train.lr_schedule")
     if exp.fault_tolerance == "shrink":

@@ -20,6 +20,7 @@ MAY_CHANGE_ON_RESUME = (
     "hang_timeout_s",
     "train.rounds",
     "train.save_every",
+    "train.kept_states_gb",
     "train.save_best",
     "train.patience",
     "train.round_deadline_s",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ubsmoe_ds.config.messages import BelowKeyError
-from ubsmoe_ds.config.sections import Count, Positive, PositiveInt, Section
+from ubsmoe_ds.config.sections import Count, NotNegative, Positive, PositiveInt, Section
 
 
 class TrainConfig(Section):
@@ -29,6 +29,11 @@ class TrainConfig(Section):
     )
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="keep a client's optimiser moments between rounds, or reset them"
+    )
+    kept_states_gb: NotNegative = Field(
+        4.0,
+        description="GB of a host's memory for what clients keep between their rounds where they take turns (see "
+        "`optimizer_state`); what goes beyond is in files of the run's folder",
     )
     activation_checkpointing: bool = Field(
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"

@@ -14,6 +14,7 @@ from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint import storage
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.manager import CheckpointManager, Resumed
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.checkpoint.search import Checkpoint, CheckpointFinder
@@ -91,6 +92,8 @@ def build(
         resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server)
         aggregator.note_restored()
     training = _training(aggregator, texts, resumed, stop, hang_watch)
+    if exp.takes_turns and exp.train.optimizer_state == "keep":
+        training.kept = KeptStates(exp, world, None if checkpoint is None else checkpoint.reader)
     if client.moments is not None and checkpoint is None:
         aggregator.calibrated = training.calibrate(CALIBRATION_STEPS)
     progress = resumed.progress

@@ -137,6 +137,8 @@ class Federation:
             self.monitor.out_of_patience(self.progress)
         first = next(self.training.batches(self.exp.clients_for(self.world.group)[0], 0))
         self._outputs.write(first, self.progress, self.monitor, self.checkpoints.data_digest)
+        if self.training.kept is not None:
+            self.training.kept.remove()
         self.stop.close()
 
     def _stop_if_asked(self) -> None:
@@ -152,7 +154,7 @@ class Federation:
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
         local, turns = self.training.local, self.training.turns
         folder = self.checkpoints.save(
-            self.client, self.aggregator.store, self.aggregator.server, self.progress, local, turns
+            self.client, self.aggregator.store, self.aggregator.server, self.progress, local, turns, self.training.kept
         )
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
@@ -173,12 +175,15 @@ class Federation:
         scalars = round_scalars(training, merged)
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
+        ranks = self.aggregator.server.lora_ranks
         self.aggregator.apply(merged, number)
+        new = self.aggregator.server.lora_ranks
+        pruned = [client for client, (before, now) in enumerate(zip(ranks, new, strict=True)) if before != now]
         utilisation_LE = merged.statistics.usage.utilisation_LE.tolist()
         self.progress.note_merge(scalars.metrics, scalars.seconds, utilisation_LE)
         self.progress.steps_taken |= scalars.steps_taken
         self.progress.scales |= scalars.scales
-        training.next_round()
+        training.next_round(merged.statistics, pruned)
         if self.monitor is not None:
             names = [self.exp.clients[client].name for client in merged.statistics.cohort]
             self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))

@@ -4,14 +4,16 @@ Shapes: L layers.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from ubsmoe_ds.base.stopwatch import Stopwatch
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.state import optimizer_pieces, restore_optimizer
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.turn import Turn, moment_sums
 from ubsmoe_ds.config.experiment import Experiment
@@ -19,6 +21,7 @@ from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.texts import Texts
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
@@ -37,6 +40,7 @@ class GroupTraining:
         at the start of the job, which its rows go by.
     local: progress of its local steps. turns: what this rank has of the clients trained in the current round.
     begin: goes on with a turn that a checkpoint holds, see `Resumed`.
+    kept: what clients keep between their rounds where they take turns; None: nothing.
     """
 
     aggregator: Aggregator
@@ -51,6 +55,7 @@ class GroupTraining:
     local: LocalProgress = field(default_factory=LocalProgress)
     turns: list[Turn] = field(default_factory=list)
     begin: Callable[[int], LocalProgress | None] = lambda number: None
+    kept: KeptStates | None = field(default=None)
 
     @property
     def exp(self) -> Experiment:
@@ -81,6 +86,8 @@ class GroupTraining:
         if not self.exp.takes_turns:
             self._train()
             return  # the update is read when all have arrived: a stopped client is saved as it is
+        if self.kept is not None:
+            self.kept.hand_over(self.roster.schedule(number))
         for client in self.roster.turns_left(number, group, self.turns):
             if self.turns and self.world.any_of_group(time.monotonic() > deadline):
                 return
@@ -120,6 +127,9 @@ class GroupTraining:
         number, scales_L = self.progress.round, self.progress.scales.get(client)
         self.client.become(self.exp.trained_by(client, self.world.group), number, scales_L)
         self.aggregator.begin_turn(client, number)
+        state = None if self.kept is None else self.kept.reader(client)
+        if state is not None:
+            restore_optimizer(self.client, state)
         self.current = client
 
     def end_turn(self) -> None:
@@ -141,10 +151,22 @@ class GroupTraining:
                 slot=len(self.turns),
             )
         )
+        if self.kept is not None:
+            self.kept.keep(client, self.progress.round, optimizer_pieces(self.client, self.world.group_rank))
 
-    def next_round(self) -> None:
-        """Forget the round that has been merged."""
+    def next_round(self, statistics: RoundStatistics, pruned: Collection[int] = ()) -> None:
+        """Forget the round that has been merged.
+
+        Args:
+            statistics: of the round. A client that sat it out, or sent NaN or Inf, keeps nothing.
+            pruned: clients whose LoRA rank has fallen: kept moments would move the pruned ranks again.
+        """
         self.local, self.turns = LocalProgress(), []
+        if self.kept is not None:
+            out_C = statistics.nonfinite | (statistics.work_C == 0)
+            dropped = {client for client, out in zip(statistics.cohort, out_C, strict=True) if out} | set(pruned)
+            groups = statistics.place_C2[:, 0].tolist()
+            self.kept.settle(self.progress.round, zip(statistics.cohort, groups, strict=True), dropped)
 
     def batches(self, client: int, first: int) -> Iterator[StepBatch]:
         """Return this rank's batches of a client from the step of this number on."""
