@@ -1,7 +1,7 @@
 """Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -16,9 +16,9 @@ from ubsmoe_ds.checkpoint import shared_state, state, storage
 from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, restored
 from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
-from ubsmoe_ds.checkpoint.turns import restore_turn, turn_pieces
+from ubsmoe_ds.checkpoint.turns import add_sum, restore_turn, sum_pieces, turn_pieces
 from ubsmoe_ds.client.engine import Client, LocalProgress
-from ubsmoe_ds.client.turn import Turn
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
@@ -36,7 +36,7 @@ class Resumed(NamedTuple):
     progress: Progress
     local: LocalProgress
     done: Mapping[int, int]
-    turns: list[Turn]
+    turns: Turns
     begin: Callable[[int], LocalProgress | None]
 
 
@@ -79,7 +79,7 @@ class CheckpointManager:
         server: Server,
         progress: Progress,
         local: LocalProgress,
-        turns: Sequence[Turn] = (),
+        turns: Turns,
         kept: KeptStates | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
@@ -153,7 +153,7 @@ class CheckpointManager:
         )
 
     def _pieces(
-        self, client: Client, store: UnitStore, server: Server, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, store: UnitStore, server: Server, local: LocalProgress, turns: Turns
     ) -> list[storage.Piece]:
         """Collect the pieces that this rank writes."""
         rank, first_group, lora_rank = self.world.group_rank, self.world.group == 0, self._held_rank(server)
@@ -161,8 +161,9 @@ class CheckpointManager:
         pieces: list[storage.Piece] = []
         if local.steps > 0 or not self.exp.takes_turns:  # between turns a client's state is the shared one
             pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
-        for turn in turns:
+        for turn in turns.done:
             pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
+        pieces += sum_pieces(turns, self.world.group, store, lora_rank, rank)
         if first_group or not self._one_shared_state:
             pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_group)
         if first_group and rank < client.config.expert_parallel:
@@ -178,7 +179,7 @@ class CheckpointManager:
         return self.exp.lora.rank if self.exp.takes_turns else server.lora_ranks[self.world.group]
 
     def _clients(
-        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Turns
     ) -> dict[str, dict[str, Any]]:
         """Gather each client's manifest entry from its first rank, by client name (a collective)."""
         if self.exp.takes_turns:
@@ -201,24 +202,25 @@ class CheckpointManager:
         return entries
 
     def _clients_of_groups(
-        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Turns
     ) -> dict[str, dict[str, Any]]:
         """Do the same where clients take turns: the groups tell what they have trained in the round."""
         turned: list[list[Any]] = []
         if self.world.group_rank == 0:
             numbers = {config.name: number for number, config in enumerate(self.exp.clients)}
-            for turn in turns:
+            for turn in turns.done:
                 steps, bad = int(turn.stats.steps + turn.stats.bad_steps), int(turn.stats.bad_steps)
-                turned.append([turn.client, self.world.group, turn.slot, "done", steps, bad, turn.seconds])
+                added = turn.update is None
+                turned.append([turn.client, self.world.group, turn.slot, added, "done", steps, bad, turn.seconds])
             if local.steps:
                 begun = [local.steps, local.bad_steps, local.seconds]
-                turned.append([numbers[client.config.name], self.world.group, len(turns), "begun", *begun])
+                turned.append([numbers[client.config.name], self.world.group, len(turns.done), False, "begun", *begun])
             turned = [[*turn, progress.steps_taken.get(turn[0], 0)] for turn in turned]
         told = {turn[0]: turn[1:] for part in gather_json(self.world.comm, turned) for turn in part}
         entries = {}
         for number, config in enumerate(self.exp.clients):
-            nothing = [self.exp.allowed_groups(number)[0], 0, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
-            group, place, what, steps, bad, seconds, taken = told.get(number, nothing)
+            nothing = [self.exp.allowed_groups(number)[0], 0, False, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
+            group, place, added, what, steps, bad, seconds, taken = told.get(number, nothing)
             trained, scales_L = self.exp.trained_by(number, group), progress.scales.get(number)
             entries[config.name] = {
                 "layout": [trained.ranks, trained.expert_parallel],
@@ -230,6 +232,7 @@ class CheckpointManager:
                 "turn": what,
                 "group": group,
                 "place": place,
+                "added_up": added,
                 "scales": None if scales_L is None else scales_L.tolist(),
             }
         return entries
@@ -261,7 +264,7 @@ class CheckpointManager:
             store.load(lora_rank)
         else:
             local = self._begun(checkpoint, client, saved)
-        return Resumed(progress, local, {}, [], lambda number: None)
+        return Resumed(progress, local, {}, Turns(), lambda number: None)
 
     def _begun(self, checkpoint: Checkpoint, client: Client, saved: SavedClient) -> LocalProgress:
         """Restore the client that the engine trains; return the progress of its local steps."""
@@ -282,10 +285,13 @@ class CheckpointManager:
         done = {number: entry.group % groups for number, entry in enumerate(saved) if entry.turn == "done"}
         mine = [number for number, group in done.items() if group == self.world.group]
         mine.sort(key=lambda number: (saved[number].group, saved[number].place))
-        turns = []
+        rank, lora_rank, turns = self.world.group_rank, self.exp.lora.rank, Turns()
         for slot, number in enumerate(mine):
-            place = (self.world.group_rank, self.exp.lora.rank, slot)
-            turns.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
+            place = (rank, lora_rank, slot)
+            turns.done.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
+        sums = {saved[number].group: saved[number].layout for number in mine if saved[number].added_up}
+        for group, layout in sums.items():
+            add_sum(turns, client, store, checkpoint.reader, group, layout, (rank, lora_rank))
 
         def begin(number: int) -> LocalProgress | None:
             if saved[number].turn != "begun" or progress.round != checkpoint.manifest.progress.round:

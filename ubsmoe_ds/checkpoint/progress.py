@@ -54,7 +54,8 @@ class SavedClient(Section):
     steps_taken: local steps in the whole run.
     steps, bad_steps, seconds: local steps taken and skipped in the current round, and their wall time.
     turn: where clients take turns, whether its turn of the current round has begun or is done; group, place: the
-        group that gave it, and its place among that group's turns. scales: what its gates have learned for it alone.
+        group that gave it, and its place among that group's turns; added_up: whether it is in that group's sum.
+    scales: what its gates have learned for it alone.
     """
 
     layout: Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -66,6 +67,7 @@ class SavedClient(Section):
     turn: Literal["", "begun", "done"] = ""
     group: Count = 0
     place: Count = 0
+    added_up: bool = False
     scales: list[float] | None = None
 
 

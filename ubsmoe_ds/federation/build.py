@@ -22,6 +22,7 @@ from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.generation import Prompts, check_positions
 from ubsmoe_ds.client.packing_check import check_packing
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.client_rows import client_rows, merge_weights
 from ubsmoe_ds.federation.aggregator import Aggregator
@@ -87,7 +88,7 @@ def build(
     release_freed_memory()
     prompts = _prompts(exp, client, texts)
     aggregator = _aggregator(exp, world, client, texts)
-    resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, [], lambda number: None)
+    resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, Turns(), lambda number: None)
     if checkpoint is not None:
         resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server)
         aggregator.note_restored()

@@ -158,6 +158,8 @@ class Monitor:
         ):
             if is_out:
                 text = f"has an update of norm {norm:.3g}, {excess:.3g} times the others' median"
+                if excess <= (self.exp.merge.screen_factor or math.inf):
+                    text = "was added up with a client of its group whose update is out of proportion"
                 factor = f"merge.screen_factor {self.exp.merge.screen_factor:g}"
                 self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
                 self._tensorboard.text(f"left_out/{client}", text, number)

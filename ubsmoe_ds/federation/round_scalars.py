@@ -74,14 +74,14 @@ def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats
     world, stages, sums = training.world, training.stopwatch.seconds, len(LocalStats._fields)
     learned = len(training.client.model.layers) if training.exp.router.gate_rescale == "learned" else 0
     table = np.zeros((len(cohort), sums + len(RoundSeconds._fields) + 3 + learned))
-    for turn in training.turns:
+    for turn in training.turns.done:
         stats, rate, taken = turn.stats, turn.learning_rate, training.progress.steps_taken.get(turn.client, 0)
         seconds = RoundSeconds(turn.seconds, stages["wait"], stages["exchange"], stages["merge"])
         scales = np.zeros(learned) if turn.scales_L is None else turn.scales_L.numpy()
         if world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
             stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds, rate, taken, scales = RoundSeconds(*np.zeros(len(seconds))), 0.0, 0, np.zeros(learned)
-        sent = training.aggregator.exchange.bytes_sent / len(training.turns)  # a group's turns travel together
+        sent = training.aggregator.exchange.bytes_sent / len(training.turns.done)  # a group's turns travel together
         table[cohort.index(turn.client)] = [*stats, *seconds, sent, rate, taken, *scales]
     table = world.sum(table)
     return [LocalStats(*row) for row in table[:, :sums]], table[:, sums:]
@@ -92,6 +92,6 @@ def _group_seconds(training: GroupTraining) -> list[RoundSeconds]:
     world, stages = training.world, training.stopwatch.seconds
     table_G4 = np.zeros((len(training.exp.trainers), len(RoundSeconds._fields)))
     if world.group_rank == 0:
-        local = sum(turn.seconds for turn in training.turns)
+        local = sum(turn.seconds for turn in training.turns.done)
         table_G4[world.group] = [local, *(stages.get(stage, 0.0) for stage in ("wait", "exchange", "merge"))]
     return [RoundSeconds(*row) for row in world.sum(table_G4)]

@@ -32,6 +32,7 @@ from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.generation import Prompts
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars, views_of
@@ -166,7 +167,7 @@ class Federation:
         number, training = self.progress.round, self.training
         self.hang_watch.enter(f"round {number}, merge")
         if not self.exp.takes_turns:
-            training.turns = []
+            training.turns = Turns()
             training.end_turn()
         try:
             merged = self.aggregator.merge(training.turns, training.roster.cohort(number))

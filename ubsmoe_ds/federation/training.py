@@ -15,7 +15,7 @@ from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.checkpoint.state import optimizer_pieces, restore_optimizer
 from ubsmoe_ds.client.engine import Client, LocalProgress
-from ubsmoe_ds.client.turn import Turn, moment_sums
+from ubsmoe_ds.client.turn import Turn, Turns, moment_sums
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
@@ -53,7 +53,7 @@ class GroupTraining:
     current: int
     own: int
     local: LocalProgress = field(default_factory=LocalProgress)
-    turns: list[Turn] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
     begin: Callable[[int], LocalProgress | None] = lambda number: None
     kept: KeptStates | None = field(default=None)
 
@@ -88,8 +88,8 @@ class GroupTraining:
             return  # the update is read when all have arrived: a stopped client is saved as it is
         if self.kept is not None:
             self.kept.hand_over(self.roster.schedule(number))
-        for client in self.roster.turns_left(number, group, self.turns):
-            if self.turns and self.world.any_of_group(time.monotonic() > deadline):
+        for client in self.roster.turns_left(number, group, self.turns.done):
+            if self.turns.done and self.world.any_of_group(time.monotonic() > deadline):
                 return
             if client != self.current or self.local.steps == 0:
                 self.become(client)
@@ -136,7 +136,7 @@ class GroupTraining:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
         client, local = self.current, self.local
         update, part = self.aggregator.update_of(client, self._work_done())
-        self.turns.append(
+        self.turns.done.append(
             Turn(
                 client=client,
                 update=update,
@@ -148,9 +148,10 @@ class GroupTraining:
                 sums_LEX=moment_sums(self.client),
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,
-                slot=len(self.turns),
+                slot=len(self.turns.done),
             )
         )
+        self.aggregator.end_turn(self.turns)
         if self.kept is not None:
             self.kept.keep(client, self.progress.round, optimizer_pieces(self.client, self.world.group_rank))
 
@@ -161,7 +162,7 @@ class GroupTraining:
             statistics: of the round. A client that sat it out, or sent NaN or Inf, keeps nothing.
             pruned: clients whose LoRA rank has fallen: kept moments would move the pruned ranks again.
         """
-        self.local, self.turns = LocalProgress(), []
+        self.local, self.turns = LocalProgress(), Turns()
         if self.kept is not None:
             out_C = statistics.nonfinite | (statistics.work_C == 0)
             dropped = {client for client, out in zip(statistics.cohort, out_C, strict=True) if out} | set(pruned)

@@ -24,7 +24,7 @@ class Group(GroupTraining):
         self.clock[0] += STEPS
 
     def end_turn(self) -> None:
-        self.turns.append(SimpleNamespace(client=self.current, steps=self.local.steps))
+        self.turns.done.append(SimpleNamespace(client=self.current, steps=self.local.steps))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def group(monkeypatch):
 
 
 def trained(group: Group) -> list[tuple[int, int]]:
-    return [(turn.client, turn.steps) for turn in group.turns]
+    return [(turn.client, turn.steps) for turn in group.turns.done]
 
 
 def test_a_group_trains_its_clients_one_after_the_other(group):
@@ -83,7 +83,7 @@ def test_a_request_to_stop_leaves_the_turn_begun_and_it_goes_on(group):
 
 def test_a_turn_from_a_checkpoint_goes_on(group):
     """Client 1 had taken two steps when the job was stopped."""
-    group.turns = [SimpleNamespace(client=3, steps=4)]
+    group.turns.done = [SimpleNamespace(client=3, steps=4)]
     group.begin = lambda client: LocalProgress(steps=2) if client == 1 else None
     group.take_turns()
     assert trained(group) == [(3, 4), (1, 6), (2, 4)]
