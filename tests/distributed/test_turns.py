@@ -197,3 +197,29 @@ def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
     assert took_part == cohorts
     for key, value in expected.items():
         np.testing.assert_allclose(found[0][f"run/{key}"], value, atol=1e-6, rtol=0, err_msg=key)
+
+
+SLOW = "clients=[{name: a, budget: 0.5, groups: [g0]}, {name: b, budget: 1.0, groups: [g0]}, "
+SLOW += "{name: slow, budget: 0.5, groups: [g1], local_steps: 4000}]"
+
+
+def test_of_too_many_clients_the_first_that_finish_are_merged(tmp_path):
+    """Two of three drawn; the peer is a run in which the slow one is not there at all."""
+    (tmp_path / "there.json").write_text(json.dumps({"slow": [[9, 9]]}))
+    common = [SLOW, "groups=[{count: 2}]", "train.rounds=3"]
+    variants = {
+        "first": [*common, "sampling={clients: 2, over_sample: 1.5}"],
+        "without": [*common, f"sampling={{clients: 2, by: availability, availability: {tmp_path / 'there.json'}}}"],
+    }
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
+    for result in found:
+        for key in [key for key in result if key.startswith("first/")]:
+            np.testing.assert_array_equal(result[key], result[key.replace("first/", "without/", 1)], err_msg=key)
+    for record in records(tmp_path / "first")[1:]:
+        metrics = record["metrics"]
+        assert (metrics["clients/cohort"], metrics["clients/drawn"]) == (2, 3) and "steps/slow" not in metrics
+    rows = {
+        row["client"]: row["rounds"] for row in json.loads((tmp_path / "first/summary.json").read_text())["clients"]
+    }
+    assert rows == {"a": 3, "b": 3, "slow": 0}

@@ -42,6 +42,7 @@ from ubsmoe_ds.launching.run_folder import (
 )
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.mpi.collectives import gather_json
+from ubsmoe_ds.mpi.finished import FinishedTurns
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -95,6 +96,8 @@ def build(
     training = _training(aggregator, texts, resumed, stop, hang_watch)
     if exp.takes_turns and exp.train.optimizer_state == "keep":
         training.kept = KeptStates(exp, world, None if checkpoint is None else checkpoint.reader)
+    if exp.sampling is not None and exp.sampling.over_sample > 1:
+        training.finished = FinishedTurns(world, resumed.progress.round, len(resumed.done))
     if client.moments is not None and checkpoint is None:
         aggregator.calibrated = training.calibrate(CALIBRATION_STEPS)
     progress = resumed.progress

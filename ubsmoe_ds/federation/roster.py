@@ -33,6 +33,10 @@ class Roster:
             return list(range(len(self.exp.clients)))
         return self._cohorts.of_round(number)
 
+    def enough(self, number: int) -> int:
+        """Return how many clients must have finished for a round to be merged without the others."""
+        return self._cohorts.merged(number) if self.exp.takes_turns else len(self.exp.clients)
+
     def schedule(self, number: int) -> list[list[int]]:
         """Return for each group the clients that it trains in a round, in order."""
         if not self.exp.takes_turns:

@@ -57,6 +57,8 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
     groups = [trainer.name for trainer in exp.trainers]
     metrics |= {f"group/{name}": int(group) for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
     metrics["clients/cohort"] = len(names)
+    if training.finished is not None:
+        metrics["clients/drawn"] = len(training.roster.cohort(training.progress.round))
     metrics["schedule/idle_share"], metrics["schedule/over_bound"] = training.roster.idle(training.progress.round)
     local_C = [seconds.local for seconds in seconds_C]
     seconds = turn_seconds(names, stats_C, local_C, groups, _group_seconds(training))

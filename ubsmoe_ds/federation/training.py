@@ -24,6 +24,7 @@ from ubsmoe_ds.federation.roster import Roster
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.texts import Texts
 from ubsmoe_ds.launching.hang_watch import HangWatch
+from ubsmoe_ds.mpi.finished import FinishedTurns
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -39,7 +40,9 @@ class GroupTraining:
     current: number of the client that the engine trains. own: where each client has its own group, the client's number
         at the start of the job, which its rows go by.
     local: progress of its local steps. turns: what this rank has of the clients trained in the current round.
+    cut: whether the current turn has ended because enough others have finished.
     begin: goes on with a turn that a checkpoint holds, see `Resumed`.
+    finished: counts the turns that all groups have finished; None: every client of a round is waited for.
     kept: what clients keep between their rounds where they take turns; None: nothing.
     """
 
@@ -54,7 +57,9 @@ class GroupTraining:
     own: int
     local: LocalProgress = field(default_factory=LocalProgress)
     turns: Turns = field(default_factory=Turns)
+    cut: bool = False
     begin: Callable[[int], LocalProgress | None] = lambda number: None
+    finished: FinishedTurns | None = field(default=None)
     kept: KeptStates | None = field(default=None)
 
     @property
@@ -91,6 +96,8 @@ class GroupTraining:
         for client in self.roster.turns_left(number, group, self.turns.done):
             if self.turns.done and self.world.any_of_group(time.monotonic() > deadline):
                 return
+            if self.world.any_of_group(self._enough_have_finished()):
+                return
             if client != self.current or self.local.steps == 0:
                 self.become(client)
                 self.local = self.begin(client) or LocalProgress()
@@ -98,7 +105,12 @@ class GroupTraining:
             self._train()
             if self.world.any_of_group(self.stop.poll()):
                 return
+            if self.cut:
+                self._forget_turn()
+                return
             self.end_turn()
+            if self.finished is not None:
+                self.finished.tell(number)
             self.local = LocalProgress(deadline=deadline)
 
     def calibrate(self, count: int) -> list[tuple[int, Tensor]]:
@@ -155,6 +167,18 @@ class GroupTraining:
         if self.kept is not None:
             self.kept.keep(client, self.progress.round, optimizer_pieces(self.client, self.world.group_rank))
 
+    def _enough_have_finished(self) -> bool:
+        """Return whether the first rank of this group knows that the round can do without further turns."""
+        if self.finished is None or self.world.group_rank > 0:
+            return False
+        number = self.progress.round
+        return self.finished.count(number) >= self.roster.enough(number)
+
+    def _forget_turn(self) -> None:
+        """Forget a turn that the round does without; the client begins its next one where it began this one."""
+        self.progress.steps_taken[self.current] -= self.local.steps
+        self.local, self.cut = LocalProgress(), False
+
     def next_round(self, statistics: RoundStatistics, pruned: Collection[int] = ()) -> None:
         """Forget the round that has been merged.
 
@@ -163,6 +187,8 @@ class GroupTraining:
             pruned: clients whose LoRA rank has fallen: kept moments would move the pruned ranks again.
         """
         self.local, self.turns = LocalProgress(), Turns()
+        if self.finished is not None:
+            self.finished.settle(self.progress.round, len(statistics.cohort))
         if self.kept is not None:
             out_C = statistics.nonfinite | (statistics.work_C == 0)
             dropped = {client for client, out in zip(statistics.cohort, out_C, strict=True) if out} | set(pruned)
@@ -189,8 +215,10 @@ class GroupTraining:
         def stop() -> bool:
             late = self.local.steps > 0 and time.monotonic() > deadline
             stops = self.world.any_of_group(late or self.stop.poll())
+            if self.finished is not None and not stops:
+                self.cut = self.world.any_of_group(self._enough_have_finished())
             self.hang_watch.count()
-            return stops
+            return stops or self.cut
 
         self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
         taken = self.progress.steps_taken

@@ -44,6 +44,11 @@ class Cohorts:
             if empty is not None:
                 raise UserError(f"sampling.availability: no client is there in round {empty}; add one")
 
+    def merged(self, number: int) -> int:
+        """Return how many clients a round merges: all that are drawn, or the first that finish."""
+        drawn = len(self.of_round(number))
+        return drawn if self.sampling is None else min(drawn, self.sampling.size(len(self.names)))
+
     def of_round(self, number: int) -> list[int]:
         """Return the numbers of the clients of a round, rising; fewer than asked for where fewer are available.
 
@@ -53,7 +58,7 @@ class Cohorts:
         every = range(len(self.names))
         if self.sampling is None:
             return list(every)
-        count = self.sampling.size(len(every))
+        count = self.sampling.drawn(len(every))
         if self.sampling.by == "round_robin":
             return sorted((count * (number - 1) + place) % len(every) for place in range(count))
         rng = np.random.default_rng([self.seed, STREAM, number])

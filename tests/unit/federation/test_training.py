@@ -87,3 +87,20 @@ def test_a_turn_from_a_checkpoint_goes_on(group):
     group.begin = lambda client: LocalProgress(steps=2) if client == 1 else None
     group.take_turns()
     assert trained(group) == [(3, 4), (1, 6), (2, 4)]
+
+
+def test_a_round_that_has_enough_clients_cuts_the_turn_and_those_to_come(group):
+    """Of three, two are enough: the other group's turn finishes while client 1 has its second."""
+    told = []
+    group.finished = SimpleNamespace(tell=told.append, count=lambda number: 1 + (group.clock[0] >= 2 * STEPS))
+    group.roster.enough, group.world.group_rank = lambda number: 2, 0
+    group.progress.steps_taken = {3: 4, 1: 12}
+
+    def train() -> None:
+        Group._train(group)
+        group.cut = group._enough_have_finished()
+
+    group._train = train
+    group.take_turns()
+    assert trained(group) == [(3, 4)] and told == [1] and group.begun == [3, 1]
+    assert group.progress.steps_taken == {3: 4, 1: 8} and group.local.steps == 0 and not group.cut

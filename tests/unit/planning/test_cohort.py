@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.population import SamplingConfig
 from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
 
@@ -115,3 +116,10 @@ def test_ten_clients_of_four_budgets_leave_four_groups_little_idle():
         idle.append(1 - sum(busy) / (4 * max(busy)))
         over.append(max(busy) / lower_bound(costs, 4))
     assert np.mean(idle) < 0.15 and np.mean(over) < 1.18
+
+
+def test_more_clients_are_drawn_than_merged():
+    """1.1 times 10 are 11, not 12; never more than there are."""
+    for size, factor, drawn in [(10, 1.1, 11), (10, 1.3, 13), (10, 1.01, 11), (10, 9.0, 20), (3, 1.0, 3)]:
+        sampling = SamplingConfig(clients=size, over_sample=factor)
+        assert (sampling.size(20), sampling.drawn(20)) == (size, drawn)
