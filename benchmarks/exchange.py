@@ -126,13 +126,21 @@ def project(comm: MPI.Intracomm, figures: dict[int, dict[str, float]], options: 
         say(record | {"ms": 1e3 * predicted}, options.json)
 
 
-def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
-    """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back."""
+def flower_rounds(held: np.ndarray, actors: int, rounds: int, population: tuple[int, int] | None = None) -> np.ndarray:
+    """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back.
+
+    Args:
+        held: the payload.
+        actors: processes that act as clients.
+        rounds: how many to time.
+        population: (clients, those of a round); None: as many as actors, all in every round.
+    """
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import flwr
     from flwr.common import ndarrays_to_parameters
 
     arrays = np.array_split(held, UNITS)
+    clients, cohort = population or (actors, actors)
     marks: list[float] = []
 
     class Client(flwr.client.NumPyClient):
@@ -156,13 +164,14 @@ def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
         num_clients=clients,
         config=flwr.server.ServerConfig(num_rounds=rounds + 1),
         strategy=Timed(
-            min_fit_clients=clients,
+            fraction_fit=cohort / clients,
+            min_fit_clients=cohort,
             min_available_clients=clients,
             fraction_evaluate=0.0,
             initial_parameters=ndarrays_to_parameters(arrays),
         ),
         client_resources={"num_cpus": 1, "num_gpus": 0},
-        ray_init_args={"include_dashboard": False, "configure_logging": False},
+        ray_init_args={"num_cpus": actors, "include_dashboard": False, "configure_logging": False},
     )
     return np.diff(marks)[::2][1:]  # the first round starts ray's actors
 

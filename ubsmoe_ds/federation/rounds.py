@@ -115,22 +115,9 @@ class Federation:
             Diverged: if there is nothing to merge, or a merge or an evaluation is not finite.
             RanksLost: if a rank has died; call `run` again after recovery (see recovery.py).
         """
-        self.hang_watch.enter(f"round {self.progress.round}, start")
-        if not self.aggregator.started:
-            self.aggregator.start()
+        self.start()
         while not self.progress.is_over(self.exp.train):
-            if self.checkpoints.is_due(self.progress):
-                self._save()
-            if not self.progress.merged:
-                if self.shows_schedule and self.monitor is not None:
-                    self.monitor.say(self.training.roster.line(self.progress.round))
-                self.training.take_turns()
-                self._stop_if_asked()
-                self._merge()
-            evaluated, samples = self._evaluate()
-            self._record(evaluated, samples)
-            self._require_finite(evaluated)
-            self.progress.next_round()
+            self.round()
         if self.checkpoints.is_due(self.progress):
             self._save()
         self.hang_watch.enter("writing the results")
@@ -141,6 +128,27 @@ class Federation:
         if self.training.kept is not None:
             self.training.kept.remove()
         self.stop.close()
+
+    def start(self) -> None:
+        """Tell the owners what clients hold, unless they know (a collective)."""
+        self.hang_watch.enter(f"round {self.progress.round}, start")
+        if not self.aggregator.started:
+            self.aggregator.start()
+
+    def round(self) -> None:
+        """Run one round, or the rest of one that was stopped; see `run`."""
+        if self.checkpoints.is_due(self.progress):
+            self._save()
+        if not self.progress.merged:
+            if self.shows_schedule and self.monitor is not None:
+                self.monitor.say(self.training.roster.line(self.progress.round))
+            self.training.take_turns()
+            self._stop_if_asked()
+            self._merge()
+        evaluated, samples = self._evaluate()
+        self._record(evaluated, samples)
+        self._require_finite(evaluated)
+        self.progress.next_round()
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
