@@ -126,21 +126,21 @@ def project(comm: MPI.Intracomm, figures: dict[int, dict[str, float]], options: 
         say(record | {"ms": 1e3 * predicted}, options.json)
 
 
-def flower_rounds(held: np.ndarray, actors: int, rounds: int, population: tuple[int, int] | None = None) -> np.ndarray:
+def flower_rounds(held: np.ndarray, clients: int, rounds: int, cohort: int | None = None) -> np.ndarray:
     """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back.
 
     Args:
         held: the payload.
-        actors: processes that act as clients.
+        clients: how many there are; Flower runs as many at a time as there are cores.
         rounds: how many to time.
-        population: (clients, those of a round); None: as many as actors, all in every round.
+        cohort: clients of a round; None: all.
     """
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import flwr
     from flwr.common import ndarrays_to_parameters
 
     arrays = np.array_split(held, UNITS)
-    clients, cohort = population or (actors, actors)
+    cohort = cohort or clients
     marks: list[float] = []
 
     class Client(flwr.client.NumPyClient):
@@ -171,7 +171,7 @@ def flower_rounds(held: np.ndarray, actors: int, rounds: int, population: tuple[
             initial_parameters=ndarrays_to_parameters(arrays),
         ),
         client_resources={"num_cpus": 1, "num_gpus": 0},
-        ray_init_args={"num_cpus": actors, "include_dashboard": False, "configure_logging": False},
+        ray_init_args={"include_dashboard": False, "configure_logging": False},
     )
     return np.diff(marks)[::2][1:]  # the first round starts ray's actors
 

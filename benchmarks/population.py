@@ -12,8 +12,8 @@ turns in one job. `ms` is the median over repeats of the slowest rank's wall tim
     schedule   share of a round in which groups idle, and the round's length over what no schedule can beat, means over
                1,000 rounds as predicted
     memory     private megabytes of a rank after the rounds, of the first population alone
-    flower     the same round in Flower's simulation, 10 of 100 clients that send the payload back, an actor each, on four
-               actors; `ratio`: over our round. Only where flwr and ray are installed
+    flower     the same round in Flower's simulation: 10 of 100 clients, which only send the payload back; `ratio`: over
+               our round. Only where flwr and ray are installed
 """
 
 import argparse
@@ -143,7 +143,7 @@ def report(federations: dict[int, Any], measured: tuple, payload: np.ndarray, re
         say(common | {"impl": "schedule", "clients": size, "idle_share": share, "over_bound": over}, as_json)
     say(common | {"impl": "memory", "clients": next(iter(federations)), "mb": memory}, as_json)
     if all(map(importlib.util.find_spec, ("flwr", "ray"))):
-        seconds = statistics.median(flower_rounds(payload, GROUPS, repeats, population=(100, COHORT)).tolist())
+        seconds = statistics.median(flower_rounds(payload, 100, repeats, COHORT).tolist())
         ours = statistics.median(rounds[100 if 100 in rounds else smallest])
         say(common | {"impl": "flower", "clients": 100, "ms": 1e3 * seconds, "ratio": seconds / ours}, as_json)
 
