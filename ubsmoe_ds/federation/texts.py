@@ -68,7 +68,7 @@ class Texts:
     def steps(self, client: int, group: int, rank: int, first: int) -> Iterator[StepBatch]:
         """Yield a client's batches from a step on, as a rank of a group sees them."""
         config = self.exp.trained_by(client, group)
-        return self.encoder.steps(self.examples(client), client, config, rank, first)
+        yield from self.encoder.steps(self.examples(client), client, config, rank, first)
 
     def notes(self, group: int) -> list[str]:
         """Return what the user should know of how the rows were dealt and are written."""
