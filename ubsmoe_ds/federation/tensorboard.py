@@ -29,7 +29,7 @@ class TensorBoard:
         """Log values by their names."""
         # one event for all: hundreds of scalars a round take ten times as long one by one
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._log(lambda writer: writer.file_writer.add_summary(summary, step))
+        self._log(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text."""
