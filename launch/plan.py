@@ -140,11 +140,11 @@ def read_inputs(exp: Experiment) -> PlanInput:
 
 def schedule_lines(inputs: PlanInput) -> list[str]:
     """Return the schedules of the first rounds, and how long groups idle in the mean over all rounds."""
-    from ubsmoe_ds.federation.roster import Roster
+    from ubsmoe_ds.federation.roster import Amount, Roster
 
     exp, lengths = inputs.exp, inputs.row_lengths
-    rows = [of_client.rows for of_client in lengths]
-    roster = Roster(exp, inputs.shape, rows, [round(part.mean_length * part.rows) for part in lengths])
+    training = [Amount(part.rows, round(part.mean_length * part.rows)) for part in lengths]
+    roster = Roster(exp, inputs.shape, training, [Amount(0, 0)] * len(training))
     rounds = range(1, exp.train.rounds + 1)
     idle, over = zip(*(roster.idle(number) for number in rounds), strict=True)
     mean = f"all {len(rounds)} rounds: groups idle {100 * sum(idle) / len(idle):.0f} % in the mean, rounds take "

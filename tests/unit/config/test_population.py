@@ -100,10 +100,6 @@ REFUSED = {
         {"count": 2, "budget": 1.0},
         {"groups": [{}], "train": {"optimizer_state": "keep"}},
     ),
-    "'c0' has an `eval_source`, which does not work with `groups`": (
-        {"count": 2, "budget": 1.0, "eval_source": "dev.jsonl"},
-        {"groups": [{}]},
-    ),
     "fault_tolerance: 'shrink' does not work with `groups`": (
         {"count": 2, "budget": 1.0},
         {"sampling": {"clients": 1}, "fault_tolerance": "shrink"},
