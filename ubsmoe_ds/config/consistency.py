@@ -36,11 +36,6 @@ def problems(exp: Settings) -> list[str]:
             "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
             "may read, or each client an `eval_source`"
         )
-    if with_evaluation and exp.takes_turns:
-        found.append(
-            f"clients: {with_evaluation[0]!r} has an `eval_source`, which does not work with `groups` or `sampling`; "
-            "use data.eval_source"
-        )
     found += group_problems(exp.groups, exp.clients, exp.num_experts)
     found += _merge_problems(exp) + _rate_problems(exp) + _turn_problems(exp)
     for i, client in enumerate(exp.clients):

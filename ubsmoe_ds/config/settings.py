@@ -82,6 +82,11 @@ class Settings(Section):
         """Return whether a group may train several clients, or a client be out of a round."""
         return self.groups is not None or self.sampling is not None
 
+    @property
+    def cohort_size(self) -> int:
+        """Return the most clients of a round."""
+        return len(self.clients) if self.sampling is None else self.sampling.size(len(self.clients))
+
     def trained_by(self, client: int, group: int) -> ClientConfig:
         """Return a client's section with the ranks and expert parallelism of the group that trains it."""
         if self.groups is None:

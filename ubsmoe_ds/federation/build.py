@@ -28,7 +28,7 @@ from ubsmoe_ds.data.client_rows import client_rows, merge_weights
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
-from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.federation.roster import Amount, Roster
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.texts import Texts
 from ubsmoe_ds.federation.training import GroupTraining
@@ -139,7 +139,9 @@ def _training(
     """Return what trains this group's clients, in the round and turn that the run goes on from."""
     exp, world, client = aggregator.exp, aggregator.world, aggregator.client
     shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    roster = Roster(exp, shape, [lengths.kept for lengths in texts.lengths], texts.tokens)
+    kept, own = ([lengths.kept for lengths in part] for part in (texts.lengths, texts.own_lengths))
+    training, evaluation = (list(map(Amount, *part)) for part in ((kept, texts.tokens), (own, texts.own_tokens)))
+    roster = Roster(exp, shape, training, evaluation)
     roster.note_done(resumed.progress.round, resumed.done)
     current = exp.clients_for(world.group)[0]
     return GroupTraining(

@@ -255,6 +255,9 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
     title = f"mean loss of clients {_change(totals, 'loss')}, weighted {_change(totals, 'loss_weighted')}"
     title += f"\nutilisation CV {before:.3f} -> {after:.3f}"
+    if "fairness_variance_after" in totals:
+        worst = _change(totals, "fairness_worst_tenth")
+        title += f"\nown rows: loss of the worst tenth {worst}, variance {_change(totals, 'fairness_variance')}"
     # fits the 80 columns of a log file
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     choices = any("accuracy_after" in row for row in rows)

@@ -1,12 +1,21 @@
-"""Say who takes part in a round, and which group trains whom: the same answers on all ranks."""
+"""Say who takes part in a round, and which group trains and evaluates whom: the same answers on all ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ubsmoe_ds.client.turn import Turn
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.models.cost import ModelShape, step_flops
+from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
+from ubsmoe_ds.planning.turn_cost import on_groups, own_evaluation_flops, turn_flops
+
+
+class Amount(NamedTuple):
+    """Count some rows of a client, and their tokens."""
+
+    rows: int
+    tokens: int
 
 
 class Roster:
@@ -15,16 +24,19 @@ class Roster:
     Args:
         exp: the experiment.
         shape: of the model.
-        rows, tokens: training rows of each client, and their tokens.
+        training: rows of each client.
+        evaluation: each client's own evaluation rows.
     """
 
-    def __init__(self, exp: Experiment, shape: ModelShape, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    def __init__(
+        self, exp: Experiment, shape: ModelShape, training: Sequence[Amount], evaluation: Sequence[Amount]
+    ) -> None:
         self.exp = exp
-        self._cohorts = Cohorts(exp, rows)
-        self._flops = [
-            _round_flops(exp, shape, client, count, total)
-            for client, (count, total) in enumerate(zip(rows, tokens, strict=True))
-        ]
+        self._cohorts = Cohorts(exp, [amount.rows for amount in training])
+        self._flops_C = [turn_flops(exp, shape, client, *amount) for client, amount in enumerate(training)]
+        own_C = [own_evaluation_flops(exp, shape, client, *amount) for client, amount in enumerate(evaluation)]
+        evaluated = [client for client, amount in enumerate(evaluation) if amount.rows]
+        self._evaluated = assign(on_groups(exp, own_C, evaluated), len(exp.trainers))
         self._done: dict[int, set[int]] = {}  # of a resumed round: clients whose turns are done, if all are dealt anew
 
     def cohort(self, number: int) -> list[int]:
@@ -44,14 +56,15 @@ class Roster:
         left = [client for client in self.cohort(number) if client not in self._done.get(number, ())]
         return assign(self.costs(left), len(self.exp.trainers))
 
-    def costs(self, clients: Iterable[int]) -> dict[int, dict[int, float]]:
+    def evaluated_by(self, group: int) -> list[int]:
+        """Return the clients on whose own rows a group evaluates them: each group has about equal work."""
+        if not self.exp.takes_turns:
+            return [group]
+        return self._evaluated[group]
+
+    def costs(self, clients: Sequence[int]) -> dict[int, Mapping[int, float]]:
         """Return the FLOPs a rank of a client's round on each group that may train it."""
-        return {
-            client: {
-                group: self._flops[client] / self.exp.trainers[group].ranks for group in self.exp.allowed_groups(client)
-            }
-            for client in clients
-        }
+        return on_groups(self.exp, self._flops_C, clients)
 
     def turns_left(self, number: int, group: int, turns: Sequence[Turn]) -> list[int]:
         """Return the clients that a group has yet to train in a round."""
@@ -83,11 +96,3 @@ class Roster:
         )
         share, over = self.idle(number)
         return f"round {number}: {parts} (predicted: groups idle {100 * share:.0f} %, {over:.2f} x the lower bound)"
-
-
-def _round_flops(exp: Experiment, shape: ModelShape, client: int, rows: int, tokens: int) -> float:
-    """Return the FLOPs of a client's local steps in a round, by the mean length of its rows."""
-    config = exp.clients[client]
-    batch, length = exp.settings(config).train_batch_size, max(1, round(tokens / max(rows, 1)))
-    step = step_flops(shape, exp.active_experts(config), batch * length, length, batch, router=exp.router.trainable)
-    return step * exp.local_steps(config, rows)

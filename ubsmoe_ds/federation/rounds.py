@@ -216,9 +216,8 @@ class Federation:
             return stops
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
-        views = views_of(self.training)
         evaluators = self.training.texts.evaluators
-        part = evaluate_part(self.exp, self.world, self.client, evaluators, views, stop)
+        part = evaluate_part(self.training, stop)
         answers = generate_samples(self.exp, self.client, self.prompts, views_of(self.training), stop)
         self._stop_if_asked()
         scalars = view_scalars(self.exp, self.world, evaluators, self.aggregator.server.weights, part)

@@ -96,10 +96,6 @@ REFUSED = {
         {"groups": [{"count": 2}]},
     ),
     "groups: name 'c1' is a client's too": ({"count": 2, "budget": 1.0}, {"groups": [{"name": "c1"}]}),
-    "'c0' has an `eval_source`, which does not work with `groups`": (
-        {"count": 2, "budget": 1.0, "eval_source": "dev.jsonl"},
-        {"groups": [{}]},
-    ),
     "fault_tolerance: 'shrink' does not work with `groups`": (
         {"count": 2, "budget": 1.0},
         {"sampling": {"clients": 1}, "fault_tolerance": "shrink"},

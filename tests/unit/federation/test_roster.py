@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from tests.support import tiny
-from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.federation.roster import Amount, Roster
 from ubsmoe_ds.models.cost import ModelShape
 
 SHAPE = ModelShape(
@@ -12,10 +12,12 @@ SHAPE = ModelShape(
 )
 
 
-def roster(groups: list[dict], **sections) -> Roster:
-    clients = [{"budget": budget} for budget in (0.25, 1.0, 0.5, 0.75)]
+def roster(groups: list[dict], own: list[Amount] | None = None, groups_of: dict | None = None, **sections) -> Roster:
+    clients: list[dict] = [{"budget": budget} for budget in (0.25, 1.0, 0.5, 0.75)]
+    for client, names in (groups_of or {}).items():
+        clients[client]["groups"] = names
     exp = tiny.experiment("unused", clients, groups=groups, **sections)
-    return Roster(exp, SHAPE, [10] * 4, [100] * 4)
+    return Roster(exp, SHAPE, [Amount(10, 100)] * 4, own or [Amount(0, 0)] * 4)
 
 
 def test_the_largest_budgets_come_first():
@@ -48,5 +50,15 @@ def test_with_other_groups_the_rest_is_dealt_anew():
 
 def test_without_groups_each_client_has_its_own():
     exp = tiny.experiment("unused", [{"budget": 0.5}] * 3)
-    found = Roster(exp, replace(SHAPE), [10] * 3, [100] * 3)
+    found = Roster(exp, replace(SHAPE), [Amount(10, 100)] * 3, [Amount(0, 0)] * 3)
     assert found.cohort(1) == [0, 1, 2] and found.schedule(1) == [[0], [1], [2]]
+    assert [found.evaluated_by(group) for group in range(3)] == [[0], [1], [2]]
+
+
+def test_own_rows_are_evaluated_by_one_group_each_the_most_work_first():
+    """Rows of ten tokens: c0 has 90, c1 none, c2 3, c3 4. c0 is more work than the others together, at any K."""
+    own = [Amount(90, 900), Amount(0, 0), Amount(3, 30), Amount(4, 40)]
+    found = roster([{"count": 2}], own)
+    assert [found.evaluated_by(group) for group in range(2)] == [[0], [3, 2]]
+    bound = roster([{"name": "a"}, {"name": "b"}], own, groups_of={0: ["b"]})
+    assert [bound.evaluated_by(group) for group in range(2)] == [[3, 2], [0]]
