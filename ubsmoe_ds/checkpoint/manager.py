@@ -53,12 +53,14 @@ class CheckpointManager:
         self.config = exp.model_dump(mode="json")  # names all clients, also those that are lost later
         # under factor rules each client holds only its own LoRA ranks of the shared state
         self._one_shared_state = exp.merge.row.elementwise or exp.takes_turns
+        self._group_names = [trainer.name for trainer in exp.trainers]  # also those of groups that are lost later
         self._saved_round: int | None = None  # the latest complete round in a checkpoint
 
     def among(self, exp: Experiment, world: World) -> "CheckpointManager":
-        """Return a manager for the remaining clients."""
+        """Return a manager for the remaining clients and groups."""
         manager = CheckpointManager(exp, world, self.data_digest)
-        manager.config, manager._saved_round = self.config, self._saved_round
+        manager.config, manager._group_names = self.config, self._group_names
+        manager._saved_round = self._saved_round
         return manager
 
     def is_due(self, progress: Progress) -> bool:
@@ -206,7 +208,8 @@ class CheckpointManager:
         told = {turn[0]: turn[1:] for part in gather_json(self.world.comm, turned) for turn in part}
         entries = {}
         for number, config in enumerate(self.exp.clients):
-            nothing = [self.exp.allowed_groups(number)[0], 0, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
+            may_train = [*self.exp.allowed_groups(number), 0]  # none but any for a client that deaths have cut off
+            nothing = [may_train[0], 0, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
             group, place, what, steps, bad, seconds, taken = told.get(number, nothing)
             trained, scales_L = self.exp.trained_by(number, group), progress.scales.get(number)
             entries[config.name] = {
@@ -217,7 +220,7 @@ class CheckpointManager:
                 "bad_steps": bad,
                 "seconds": seconds,
                 "turn": what,
-                "group": group,
+                "group": self._group_names.index(self.exp.trainers[group].name),
                 "place": place,
                 "scales": None if scales_L is None else scales_L.tolist(),
             }

@@ -64,8 +64,6 @@ def _turn_problems(exp: Settings) -> list[str]:
         found.append(f"train.optimizer_state: 'keep' {why}, where each turn begins with a new optimiser; use reset")
     if exp.deepspeed.scheduler is not None:
         found.append(f"deepspeed.scheduler: {why}, where a client's steps are not in a row; use train.lr_schedule")
-    if exp.fault_tolerance == "shrink":
-        found.append(f"fault_tolerance: 'shrink' {why}; use abort, and --resume auto after a failure")
     steps = {exp.settings(client).gradient_accumulation_steps for client in exp.clients}
     if exp.groups is not None and len(steps) > 1 and exp.deepspeed.zero_stage > 0:
         found.append(

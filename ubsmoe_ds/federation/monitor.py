@@ -25,6 +25,7 @@ from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.budgets import CLIENT_RECORD, RECORD, OfClients, budget_rows, by_budget, read_records, sums_up
+from ubsmoe_ds.federation.roster import Lost
 from ubsmoe_ds.federation.samples import SAMPLES, Sample, SampleFile
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.tensorboard import TensorBoard
@@ -129,8 +130,7 @@ class Monitor:
         for client, names in units.items():
             if not names:
                 continue
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
+            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {_listed(names)}")
             self._tensorboard.text(f"refused/{client}", ", ".join(names), number)
 
     def bad_steps(
@@ -173,20 +173,30 @@ class Monitor:
                 self.say(f"warning: round {number}: client {client!r} {text} (median of its experts); {remedy}")
                 self._tensorboard.text(f"outweighed/{client}", text, number)
 
-    def lost(self, number: int, clients: Sequence[str], left: int) -> None:
-        """Warn of clients that are lost for the rest of the job.
+    def lost(self, number: int, exp: Experiment, lost: Lost) -> None:
+        """Warn of groups and clients that are lost for the rest of the job, and of clients that miss the round.
 
         Args:
             number: the current round.
-            clients: clients of which a rank died.
-            left: number of remaining clients.
+            exp: what is left of the experiment.
+            lost: what is not.
         """
-        for client in clients:
-            others = f"{left} clients continue"
-            self.say(f"warning: round {number}: client {client!r} is lost (one of its ranks died); {others}")
-            self._tensorboard.text(f"lost/{client}", f"in round {number}; {others}", number)
-        self._tensorboard.scalars({"clients/alive": left}, number)
+        left, names = len(exp.clients_left), {client.name for client in exp.clients}
+        for name in lost.trainers:
+            kind = "client" if exp.groups is None or name in names else "group"
+            others = f"{left if kind == 'client' else len(exp.trainers)} {kind}s continue"
+            self._lost(number, name, f"{kind} {name!r} is lost (one of its ranks died); {others}")
+        if lost.out:
+            self.say(f"warning: round {number}: {_listed(lost.out)} sit it out: their groups are lost")
+        for name in lost.clients:
+            self._lost(number, name, f"client {name!r} is lost (no group that is left may train it)")
+        alive = {"clients/alive": left} | ({} if exp.groups is None else {"groups/alive": len(exp.trainers)})
+        self._tensorboard.scalars(alive, number)
         self._tensorboard.flush()
+
+    def _lost(self, number: int, name: str, text: str) -> None:
+        self.say(f"warning: round {number}: {text}")
+        self._tensorboard.text(f"lost/{name}", f"in round {number}: {text}", number)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the record of every round so far, including earlier jobs of a resumed run."""
@@ -286,6 +296,11 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
 
 def _change(totals: Mapping[str, Any], name: str) -> str:
     return f"{totals[f'{name}_before']:.4f} -> {totals[f'{name}_after']:.4f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _clock(seconds: float) -> str:

@@ -1,12 +1,26 @@
 """Say who takes part in a round, and which group trains whom: the same answers on all ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from ubsmoe_ds.base.errors import TooFewClients
 from ubsmoe_ds.client.turn import Turn
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.models.cost import ModelShape, step_flops
 from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
+
+
+class Lost(NamedTuple):
+    """Hold the names of what deaths have cost.
+
+    trainers: groups of which a rank has died, or clients that had one of their own. clients: others that no group left
+    may train. out: clients that are out of the current round.
+    """
+
+    trainers: list[str]
+    clients: list[str]
+    out: list[str]
 
 
 class Roster:
@@ -25,20 +39,39 @@ class Roster:
             _round_flops(exp, shape, client, count, total)
             for client, (count, total) in enumerate(zip(rows, tokens, strict=True))
         ]
-        self._done: dict[int, set[int]] = {}  # of a resumed round: clients whose turns are done, if all are dealt anew
+        self.numbers = list(range(len(exp.trainers)))  # of the groups that are left, in the config
+        # a round that has gone on with other groups than it began with: each group's clients, those it has trained too
+        self._dealt: dict[int, list[list[int]]] = {}
+        self._out: dict[int, list[int]] = {}  # clients that are out of a round because their groups have died
 
     def cohort(self, number: int) -> list[int]:
-        """Return the numbers of the clients of a round, rising."""
+        """Return the numbers of the clients of a round, rising.
+
+        Raises:
+            TooFewClients: if no client that deaths have left is available in the round.
+        """
         if not self.exp.takes_turns:
             return list(range(len(self.exp.clients)))
-        return self._cohorts.of_round(number)
+        if number in self._dealt:
+            return sorted(client for clients in self._dealt[number] for client in clients)
+        found = self._cohorts.of_round(number)
+        if not found:
+            raise TooFewClients(
+                f"sampling.availability: no client that is left is there in round {number}; continue with --resume auto"
+            )
+        return found
 
     def schedule(self, number: int) -> list[list[int]]:
         """Return for each group the clients that it trains in a round, in order."""
         if not self.exp.takes_turns:
             return [[client] for client in range(len(self.exp.clients))]
-        left = [client for client in self.cohort(number) if client not in self._done.get(number, ())]
-        return assign(self.costs(left), len(self.exp.trainers))
+        if number in self._dealt:
+            return self._dealt[number]
+        return assign(self.costs(self.cohort(number)), len(self.exp.trainers))
+
+    def out(self, number: int) -> list[int]:
+        """Return the clients that are out of a round because the groups that had them have died."""
+        return self._out.get(number, [])
 
     def costs(self, clients: Iterable[int]) -> dict[int, dict[int, float]]:
         """Return the FLOPs a rank of a client's round on each group that may train it."""
@@ -61,7 +94,40 @@ class Roster:
         """
         turns = self.schedule(number) if done else []
         if any(client not in turns[group] for client, group in done.items()):
-            self._done = {number: set(done)}
+            anew = assign(self.costs(c for c in self.cohort(number) if c not in done), len(turns))
+            self._dealt = {number: [[c for c in done if done[c] == g] + clients for g, clients in enumerate(anew)]}
+
+    def lose(self, exp: Experiment, lost: Collection[int], number: int | None) -> Lost:
+        """Go on with the groups that are left.
+
+        The clients that the lost groups had in the current round, trained or not, are out of it; the other groups keep
+        theirs. If nobody is left in the round it is drawn and dealt anew. In later rounds all clients take part that
+        some group left may train.
+
+        Args:
+            exp: what is left of the experiment.
+            lost: numbers of the lost groups.
+            number: the current round; None: it is merged, or the run is over.
+        """
+        old, turns = self.exp, [] if number is None else self.schedule(number)
+        trainers = [trainer.name for group, trainer in enumerate(old.trainers) if group in lost]
+        self.exp = exp
+        self.numbers = [in_config for group, in_config in enumerate(self.numbers) if group not in lost]
+        if not exp.takes_turns:
+            return Lost(trainers, [], [])
+        gone = sorted(set(old.clients_left) - set(exp.clients_left))
+        out = sorted(client for group in lost for client in turns[group]) if turns else []
+        kept = [clients for group, clients in enumerate(turns) if group not in lost]
+        self._cohorts.lose(gone)
+        if number is not None and any(kept):
+            self._dealt, self._out = {number: kept}, {number: [*self.out(number), *out]}
+        else:
+            self._dealt, self._out, out = {}, {}, []
+
+        def others(clients: Iterable[int]) -> list[str]:
+            return [name for name in (exp.clients[client].name for client in clients) if name not in trainers]
+
+        return Lost(trainers, others(gone), others(out))
 
     def idle(self, number: int) -> tuple[float, float]:
         """Return (share of a round's time that groups idle, the round's length over the lower bound), as predicted."""

@@ -55,9 +55,13 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
     if not exp.takes_turns:
         return RoundScalars(stats_C, metrics, seconds_scalars(names, stats_C, seconds_C), {}, {})
     groups = [trainer.name for trainer in exp.trainers]
-    metrics |= {f"group/{name}": int(group) for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
+    roster = training.roster
+    numbers = roster.numbers
+    metrics |= {f"group/{name}": numbers[group] for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
     metrics["clients/cohort"] = len(names)
-    metrics["schedule/idle_share"], metrics["schedule/over_bound"] = training.roster.idle(training.progress.round)
+    if roster.out(training.progress.round):  # only after a death
+        metrics["clients/out"] = len(roster.out(training.progress.round))
+    metrics["schedule/idle_share"], metrics["schedule/over_bound"] = roster.idle(training.progress.round)
     local_C = [seconds.local for seconds in seconds_C]
     seconds = turn_seconds(names, stats_C, local_C, groups, _group_seconds(training))
     taken = dict(zip(statistics.cohort, own_C[:, 6].astype(int).tolist(), strict=True))

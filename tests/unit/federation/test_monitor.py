@@ -5,6 +5,7 @@ import json
 from tests.support import tiny
 from ubsmoe_ds.checkpoint.progress import Record
 from ubsmoe_ds.federation.monitor import Monitor
+from ubsmoe_ds.federation.roster import Lost
 from ubsmoe_ds.launching.run_folder import open_run_folder
 
 
@@ -35,4 +36,24 @@ def test_a_pseudo_gradient_that_outweighs_the_real_one_gets_one_line_a_client(tm
     assert capsys.readouterr().out.splitlines() == [
         "warning: round 4: client 'c0' has a pseudo-gradient 4.7 times its real gradient (median of its experts); "
         "lower pseudo_gradient.scale, now 0.5"
+    ]
+
+
+def test_what_deaths_cost_is_named(tmp_path, capsys):
+    """A group and its turns; a client that no other group may train; and a client with a group of its own."""
+    clients = [{"budget": 1.0, "groups": ["g1"]}, *[{"budget": 1.0}] * 9]
+    exp = tiny.experiment("unused", clients, groups=[{}, {}, {}]).model_copy(update={"output": str(tmp_path)})
+    monitor = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"))
+    out = [f"c{number}" for number in range(7)]
+    monitor.lost(3, exp.without([1]), Lost(["g1"], ["c0"], out))
+    own = tiny.experiment("unused", [{"budget": 1.0}] * 3)
+    monitor.lost(3, own.without([2]), Lost(["c2"], [], []))
+    sampled = tiny.experiment("unused", [{"budget": 1.0}] * 3, sampling={"clients": 2})
+    monitor.lost(4, sampled.without([1]), Lost(["c1"], [], []))
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: round 3: group 'g1' is lost (one of its ranks died); 2 groups continue",
+        "warning: round 3: c0, c1, c2, c3, c4 and 2 more sit it out: their groups are lost",
+        "warning: round 3: client 'c0' is lost (no group that is left may train it)",
+        "warning: round 3: client 'c2' is lost (one of its ranks died); 2 clients continue",
+        "warning: round 4: client 'c1' is lost (one of its ranks died); 2 clients continue",
     ]

@@ -1,10 +1,14 @@
 """Who trains whom in a round, on tiny numbers; and a round that goes on with other groups."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+
 from tests.support import tiny
-from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.base.errors import TooFewClients
+from ubsmoe_ds.federation.roster import Lost, Roster
 from ubsmoe_ds.models.cost import ModelShape
 
 SHAPE = ModelShape(
@@ -42,8 +46,80 @@ def test_with_other_groups_the_rest_is_dealt_anew():
     found = roster([{"count": 3}])
     done = {3: 2} if 3 not in found.schedule(1)[2] else {3: 0}
     found.note_done(1, done)
-    assert sorted(client for turns in found.schedule(1) for client in turns) == [0, 1, 2]
-    assert sorted(client for turns in found.schedule(2) for client in turns) == [0, 1, 2, 3]
+    group = done[3]
+    assert found.cohort(1) == [0, 1, 2, 3] and found.schedule(1)[group][0] == 3
+    assert sorted(client for turns in found.schedule(1) for client in turns) == [0, 1, 2, 3]
+    assert 3 not in found.turns_left(1, group, [SimpleNamespace(client=3)])
+    assert found.schedule(2)[group][0] != 3 and found.cohort(2) == [0, 1, 2, 3]
+
+
+def lose(found: Roster, lost: list[int], number: int | None) -> Lost:
+    return found.lose(found.exp.without(lost), lost, number)
+
+
+def test_the_clients_of_a_dead_group_are_out_of_the_round_alone():
+    """Three groups: c1; c3; c2 and c0. The second dies in round 1, then the third: c3, c0 and c2 are out of it."""
+    found = roster([{"count": 3}])
+    assert found.schedule(1) == [[1], [3], [2, 0]]
+    assert lose(found, [1], 1) == Lost(["g1"], [], ["c3"])
+    assert found.schedule(1) == [[1], [2, 0]] and found.cohort(1) == [0, 1, 2] and found.numbers == [0, 2]
+    assert found.out(1) == [3] and found.cohort(2) == [0, 1, 2, 3] and found.out(2) == []
+    assert found.turns_left(1, 1, [SimpleNamespace(client=2)]) == [0]
+    assert sorted(map(len, found.schedule(2))) == [2, 2]
+    assert lose(found, [1], 1) == Lost(["g2"], [], ["c0", "c2"])
+    assert found.schedule(1) == [[1]] and found.out(1) == [3, 0, 2] and found.numbers == [0]
+    assert "g0: c1 (" in found.line(1) and found.schedule(2)[0][0] == 1
+
+
+def test_after_the_merge_nobody_is_out():
+    found = roster([{"count": 2}])
+    assert lose(found, [0], None) == Lost(["g0"], [], []) and found.out(1) == []
+    assert sorted(found.schedule(2)[0]) == [0, 1, 2, 3] and found.numbers == [1]
+
+
+def test_a_round_of_which_nobody_is_left_is_dealt_anew():
+    """One client a round: whoever had it dies, and another group trains it."""
+    found = roster([{"count": 3}], sampling={"clients": 1})
+    (cohort,) = [found.cohort(4)]
+    group = next(g for g, clients in enumerate(found.schedule(4)) if clients)
+    assert lose(found, [group], 4).out == [] and found.cohort(4) == cohort
+    assert sum(found.schedule(4), []) == cohort and found.out(4) == []
+
+
+def test_a_client_of_one_group_is_lost_with_it():
+    """c1 may use g1 alone. It is out of round 1 and of all that follow; two of the three others are drawn."""
+    clients = [{"budget": 0.5}, {"budget": 0.5, "groups": ["g1"]}, {"budget": 0.5}, {"budget": 0.5}]
+    exp = tiny.experiment("unused", clients, groups=[{}, {}], sampling={"clients": 3})
+    found = Roster(exp, SHAPE, [10] * 4, [100] * 4)
+    number = next(n for n in range(1, 20) if 1 in found.cohort(n))
+    with_it = found.schedule(number)[1]
+    gone = lose(found, [1], number)
+    assert gone == Lost(["g1"], ["c1"], [f"c{client}" for client in sorted(with_it)])
+    assert all(found.cohort(n) == [0, 2, 3] for n in range(number + 1, number + 9))
+
+
+def test_a_sampled_client_with_a_group_of_its_own_is_lost_with_it():
+    exp = tiny.experiment("unused", [{"budget": 0.5}] * 4, sampling={"clients": 3})
+    found = Roster(exp, SHAPE, [10] * 4, [100] * 4)
+    lost = found.cohort(1)[0]
+    name, others = exp.clients[lost].name, found.cohort(1)[1:]
+    assert lose(found, [lost], 1) == Lost([name], [], [])
+    assert found.cohort(1) == others and found.out(1) == [lost]
+    assert found.cohort(2) == [client for client in range(4) if client != lost]
+
+
+def test_a_round_for_which_nobody_is_left_ends_the_job(tmp_path):
+    """Round 3 has c1 alone, whose only group dies in round 2."""
+    path = tmp_path / "there.json"
+    path.write_text(json.dumps({"c0": [[1, 2]]}))
+    clients = [{"budget": 0.5}, {"budget": 0.5, "groups": ["g1"]}]
+    sampling = {"clients": 2, "by": "availability", "availability": str(path)}
+    exp = tiny.experiment("unused", clients, groups=[{}, {}], sampling=sampling, train={"rounds": 3})
+    found = Roster(exp, SHAPE, [10] * 2, [100] * 2)
+    lose(found, [1], 2)
+    assert found.cohort(2) == [0]
+    with pytest.raises(TooFewClients, match=r"sampling\.availability: no client that is left is there in round 3"):
+        found.schedule(3)
 
 
 def test_without_groups_each_client_has_its_own():
