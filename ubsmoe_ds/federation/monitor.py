@@ -61,10 +61,11 @@ class Monitor:
         self.console = Console()
         self._tensorboard = TensorBoard(self.folder / "tensorboard", resume_at)
         kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
-        self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
+        self.latest = json.loads(kept[-1])["round"] if kept else -1  # round that an earlier monitor recorded last
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
         if sums_up(exp) or (self.folder / CLIENT_RECORD).exists():
-            of_clients = "".join(recorded_rounds(self.folder / CLIENT_RECORD, before=resume_at or 0))
+            # without lines of a round of which the first rank died before it wrote the record
+            of_clients = "".join(recorded_rounds(self.folder / CLIENT_RECORD, before=self.latest + 1))
             replace_files(self.folder, {CLIENT_RECORD: lambda path: path.write_text(of_clients, encoding="utf-8")})
         self._samples = SampleFile(self.folder, run_id, recorded_rounds(self.folder / SAMPLES, before=resume_at or 0))
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
@@ -225,7 +226,8 @@ class Monitor:
             self._start, self._first = time.perf_counter(), 1  # set-up does not count towards the ETA
             return f"before       {state}"
         elapsed = time.perf_counter() - self._start
-        left = elapsed / (number - self._first + 1) * (self.exp.train.rounds - number)
+        # the first rank may have died before it wrote the round before the first one of this monitor
+        left = elapsed / max(1, number - self._first + 1) * (self.exp.train.rounds - number)
         train_loss = metrics.get("train/loss", math.nan)
         return (
             f"round {number:3d}/{self.exp.train.rounds}  {state}  train loss {train_loss:.4f}  "

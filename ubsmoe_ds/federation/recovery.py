@@ -92,7 +92,7 @@ def _pass_on_monitor(federation: Federation, exp: Experiment, world: World, gone
         config, run_id = federation.checkpoints.config, federation.progress.run_id
         owner = open_run_folder(exp.run_dir, run_id, PASS_ON_SECONDS)
         federation.monitor = Monitor(exp, run_id, owner, resume_at=number, config=config)
-        if federation.record is not None and federation.monitor.rounds < number:
+        if federation.record is not None and federation.monitor.latest < federation.record.number:
             federation.monitor.round(federation.record)  # the old first rank died before it wrote this record
     if federation.monitor is not None:
         federation.monitor.lost(number, exp, gone)

@@ -28,6 +28,22 @@ def test_records_are_of_all_jobs_of_a_run(tmp_path):
     assert json.loads((exp.run_dir / "config.json").read_text())["run_id"] == "an id"
 
 
+def test_clients_of_a_round_without_a_record_are_written_again(tmp_path):
+    """The first rank died between the two files of round 2; another one goes on with round 3, and has the record."""
+    exp = tiny.experiment("unused", [{"budget": 1.0}] * 9, groups=[{}]).model_copy(update={"output": str(tmp_path)})
+    first = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"))
+    for number in range(3):
+        first.round(Record(number, {"exchange/megabytes": 1.0, "steps/c4": number}, {"seconds/round": 2.0}, None))
+    first.close()
+    lines = (exp.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (exp.run_dir / "metrics.jsonl").write_text("".join(lines[:2]))
+    other = Monitor(exp, "an id", open_run_folder(exp.run_dir, "an id"), resume_at=3)
+    assert other.latest == 1
+    other.round(Record(2, {"exchange/megabytes": 1.0, "steps/c4": 2}, {"seconds/round": 2.0}, None))
+    lines = [json.loads(line) for line in (exp.run_dir / "clients.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["metrics"]["steps"]) for line in lines] == [(0, 0), (1, 1), (2, 2)]
+
+
 def test_a_pseudo_gradient_that_outweighs_the_real_one_gets_one_line_a_client(tmp_path, capsys):
     exp = tiny.experiment("unused", [{"budget": 1.0}] * 3, pseudo_gradient={"estimator": "linearised", "scale": 0.5})
     exp = exp.model_copy(update={"output": str(tmp_path)})
