@@ -5,6 +5,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support import tiny
 from ubsmoe_ds.base.errors import TooFewClients
@@ -96,6 +98,37 @@ def test_a_client_of_one_group_is_lost_with_it():
     gone = lose(found, [1], number)
     assert gone == Lost(["g1"], ["c1"], [f"c{client}" for client in sorted(with_it)])
     assert all(found.cohort(n) == [0, 2, 3] for n in range(number + 1, number + 9))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_deaths_cost_turns_and_no_clients(data):
+    """Groups die one after the other in round 1, until one is left: nobody is trained twice, or where it may not be."""
+    names = [f"g{number}" for number in range(data.draw(st.integers(2, 4)))]
+    allowed = st.one_of(st.none(), st.lists(st.sampled_from(names), min_size=1, unique=True))
+    clients = [
+        {"budget": b, "groups": data.draw(allowed)}
+        for b in data.draw(st.lists(st.sampled_from([0.25, 1.0]), max_size=7))
+    ]
+    clients += [{"budget": 0.5}]  # so that nobody's group is without clients
+    found = Roster(
+        tiny.experiment("unused", clients, groups=[{}] * len(names)), SHAPE, [9] * len(clients), [9] * len(clients)
+    )
+    while len(found.exp.trainers) > 1:
+        lost = data.draw(st.integers(0, len(found.exp.trainers) - 1))
+        turns, missing = found.schedule(1), found.out(1)
+        kept = turns[:lost] + turns[lost + 1 :]
+        gone = lose(found, [lost], 1)
+        if any(kept):
+            assert found.schedule(1) == kept and sorted(found.out(1)) == sorted([*missing, *turns[lost]])
+            assert gone.out == [found.exp.clients[client].name for client in sorted(turns[lost])]
+        left = found.exp.clients_left
+        for number in (1, 2) if not any(kept) else (2,):
+            whole = found.schedule(number)
+            assert sorted(client for part in whole for client in part) == left == found.cohort(number)
+            assert all(group in found.exp.allowed_groups(c) for group, part in enumerate(whole) for c in part)
+        assert [names[number] for number in found.numbers] == [group.name for group in found.exp.trainers]
+    assert len(clients) - 1 in found.cohort(2)  # the last one may use any group
 
 
 def test_a_sampled_client_with_a_group_of_its_own_is_lost_with_it():
