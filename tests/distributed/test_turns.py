@@ -223,3 +223,30 @@ def test_of_too_many_clients_the_first_that_finish_are_merged(tmp_path):
         row["client"]: row["rounds"] for row in json.loads((tmp_path / "first/summary.json").read_text())["clients"]
     }
     assert rows == {"a": 3, "b": 3, "slow": 0}
+
+
+def test_clients_whose_turns_a_deadline_cuts_are_out_of_the_merge_and_come_back(tmp_path):
+    """Four of six clients a round on two groups, one turn each: c0 and c1 in rounds 1 and 2, c2 and c3 in round 3.
+
+    The peer are the same rounds of those that train alone; the others are not available.
+    """
+    there = {"c0": [[1, 2]], "c1": [[1, 2]], "c2": [[3, 3]], "c3": [[3, 3]], "c4": [], "c5": []}
+    (tmp_path / "there.json").write_text(json.dumps(there))
+    available = f"sampling={{clients: 4, by: availability, availability: {tmp_path / 'there.json'}}}"
+    variants = {
+        "cut": ["sampling={clients: 4, by: round_robin}", "train.round_deadline_s=0.001"],
+        "alone": [available],
+    }
+    common = ["clients={count: 6, budget: 0.5}", "groups=[{count: 2}]", "train.rounds=3", "train.local_steps=1"]
+    arguments = {"config": TINY, "overrides": [*SHORT, *common], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)[0]
+    cut, alone = ({k.partition("/")[2]: v for k, v in found.items() if k.startswith(f"{name}/")} for name in variants)
+    assert cut.keys() == alone.keys() and len(cut) > 10
+    for key, value in alone.items():
+        np.testing.assert_array_equal(cut[key], value, err_msg=key)
+    rounds = [record["metrics"] for record in records(tmp_path / "cut")][1:]
+    trained = [sorted(key for key in metrics if key.startswith("steps/")) for metrics in rounds]
+    assert trained == [["steps/c0", "steps/c1"], ["steps/c0", "steps/c1"], ["steps/c2", "steps/c3"]]
+    assert [metrics["clients/cohort"] for metrics in rounds] == [2, 2, 2]
+    for metrics in rounds:
+        assert sum(value for key, value in metrics.items() if key.startswith("merge_weight/")) == pytest.approx(1)

@@ -150,6 +150,19 @@ class KeptStates:
                 if client in dropped:
                     shutil.rmtree(self._folder(client, version), ignore_errors=True)
 
+    def survive(self, exp: Experiment, world: World, lost: Collection[int]) -> None:
+        """Go on with the groups that are left; what the others had in memory is gone, and its clients begin anew.
+
+        Args:
+            exp, world: those of the groups that are left.
+            lost: numbers of the lost groups.
+        """
+        left = [group for group in range(len(self.exp.trainers)) if group not in lost]
+        for client, place in self.places.items():
+            group = left.index(place.group) if place.group in left else NO_GROUP  # of files, if there are any
+            self.places[client] = place._replace(group=group)
+        self.exp, self.world = exp, world
+
     def pieces(self) -> Iterator[Piece]:
         """Yield what this rank has in memory and writes to a checkpoint."""
         for held in self.held.values():

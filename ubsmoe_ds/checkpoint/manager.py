@@ -54,13 +54,19 @@ class CheckpointManager:
         self.config = exp.model_dump(mode="json")  # names all clients, also those that are lost later
         # under factor rules each client holds only its own LoRA ranks of the shared state
         self._one_shared_state = exp.merge.row.elementwise or exp.takes_turns
+        self._group_names = [trainer.name for trainer in exp.trainers]  # also those of groups that are lost later
         self._saved_round: int | None = None  # the latest complete round in a checkpoint
 
     def among(self, exp: Experiment, world: World) -> "CheckpointManager":
-        """Return a manager for the remaining clients."""
+        """Return a manager for the remaining clients and groups."""
         manager = CheckpointManager(exp, world, self.data_digest)
-        manager.config, manager._saved_round = self.config, self._saved_round
+        manager.config, manager._group_names = self.config, self._group_names
+        manager._saved_round = self._saved_round
         return manager
+
+    def _number_of(self, group: int) -> int:
+        """Return the number in the config of a group that is left."""
+        return self._group_names.index(self.exp.trainers[group].name)
 
     def is_due(self, progress: Progress) -> bool:
         """Return whether the latest complete round should be saved and has not been."""
@@ -163,7 +169,7 @@ class CheckpointManager:
             pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
         for turn in turns.done:
             pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
-        pieces += sum_pieces(turns, self.world.group, store, lora_rank, rank)
+        pieces += sum_pieces(turns, self._number_of(self.world.group), store, lora_rank, rank)
         if first_group or not self._one_shared_state:
             pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_group)
         if first_group and rank < client.config.expert_parallel:
@@ -219,7 +225,8 @@ class CheckpointManager:
         told = {turn[0]: turn[1:] for part in gather_json(self.world.comm, turned) for turn in part}
         entries = {}
         for number, config in enumerate(self.exp.clients):
-            nothing = [self.exp.allowed_groups(number)[0], 0, False, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
+            may_train = [*self.exp.allowed_groups(number), 0]  # none but any for a client that deaths have cut off
+            nothing = [may_train[0], 0, False, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
             group, place, added, what, steps, bad, seconds, taken = told.get(number, nothing)
             trained, scales_L = self.exp.trained_by(number, group), progress.scales.get(number)
             entries[config.name] = {
@@ -230,7 +237,7 @@ class CheckpointManager:
                 "bad_steps": bad,
                 "seconds": seconds,
                 "turn": what,
-                "group": group,
+                "group": self._number_of(group),
                 "place": place,
                 "added_up": added,
                 "scales": None if scales_L is None else scales_L.tolist(),

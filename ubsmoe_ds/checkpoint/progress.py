@@ -39,6 +39,7 @@ class SavedProgress(Section):
     best_loss: float | None = None
     stale: Count = 0
     started_from: dict[str, str] = {}
+    measured: dict[str, Annotated[list[NotNegative], Field(min_length=2, max_length=2)]] = {}
 
     @property
     def is_sound(self) -> bool:
@@ -106,6 +107,7 @@ class Progress:
     best_round, best_loss: of the evaluation with the lowest weighted loss; -1 and None before the first.
     stale: evaluations since then.
     started_from: the earlier adapter that the run started from, see adapters/start.py; empty: none.
+    measured: see `Roster`.
     within: whether the run was resumed within the current round, which it then completes.
     """
 
@@ -123,6 +125,7 @@ class Progress:
     best_loss: float | None = None
     stale: int = 0
     started_from: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
     within: bool = False
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:

@@ -57,8 +57,6 @@ def _turn_problems(exp: Settings) -> list[str]:
     found, why = [], "does not work with `groups` or `sampling`"
     if exp.deepspeed.scheduler is not None:
         found.append(f"deepspeed.scheduler: {why}, where a client's steps are not in a row; use train.lr_schedule")
-    if exp.fault_tolerance == "shrink":
-        found.append(f"fault_tolerance: 'shrink' {why}; use abort, and --resume auto after a failure")
     if exp.fault_tolerance == "shrink" and exp.sampling is not None and exp.sampling.over_sample > 1:
         found.append(
             f"sampling.over_sample: {exp.sampling.over_sample} does not work with fault_tolerance 'shrink'; use 1, or "

@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.save_best",
     "train.patience",
     "train.round_deadline_s",
+    "train.schedule_by",
     "clients.*.ranks",
     "clients.*.expert_parallel",
     "clients.*.hosts",

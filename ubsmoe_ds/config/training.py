@@ -39,6 +39,11 @@ class TrainConfig(Section):
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
     )
     save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
+    schedule_by: Literal["flops", "measured"] = Field(
+        "flops",
+        description="what turns cost in the schedule of groups. flops: the model's count, so that a run repeats to the "
+        "bit; measured: that over each group's speed in the rounds before, for devices that are not alike",
+    )
     round_deadline_s: Positive | None = Field(
         None, description="seconds of local steps after which a client stops and merges what it has; null: none"
     )

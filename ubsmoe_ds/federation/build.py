@@ -141,7 +141,7 @@ def _training(
     shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     kept, own = ([lengths.kept for lengths in part] for part in (texts.lengths, texts.own_lengths))
     training, evaluation = (list(map(Amount, *part)) for part in ((kept, texts.tokens), (own, texts.own_tokens)))
-    roster = Roster(exp, shape, training, evaluation)
+    roster = Roster(exp, shape, training, evaluation, resumed.progress.measured)
     roster.note_done(resumed.progress.round, resumed.done)
     current = exp.clients_for(world.group)[0]
     return GroupTraining(

@@ -236,7 +236,8 @@ class Outputs:
         table_GR = np.zeros((len(trainers), max(trainer.ranks for trainer in trainers)))
         table_GR[self.world.group, self.world.group_rank] = peak_bytes(self.client.device)
         peak_G = self.world.sum(table_GR).max(axis=1)
-        return np.array([peak_G[self.exp.allowed_groups(client)].max() for client in range(len(self.exp.clients))])
+        of_clients = map(self.exp.allowed_groups, range(len(self.exp.clients)))
+        return np.array([peak_G[groups].max() if groups else math.nan for groups in of_clients])  # NaN: a lost client
 
     def _summary(
         self, progress: Progress, peak_C: np.ndarray, tokens: Tokens, records: Sequence[Mapping[str, Any]]

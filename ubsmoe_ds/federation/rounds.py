@@ -192,6 +192,9 @@ class Federation:
         self.progress.note_merge(scalars.metrics, scalars.seconds, utilisation_LE)
         self.progress.steps_taken |= scalars.steps_taken
         self.progress.scales |= scalars.scales
+        if self.exp.takes_turns:
+            statistics = merged.statistics
+            training.roster.note_seconds(statistics.cohort, statistics.place_C2[:, 0].tolist(), scalars.local_C)
         training.next_round(merged.statistics, pruned)
         if self.monitor is not None:
             names = [self.exp.clients[client].name for client in merged.statistics.cohort]

@@ -81,6 +81,16 @@ def test_a_client_that_moves_is_handed_over_and_its_old_files_go(tmp_path):
     assert files(tmp_path) == set() and value(second, 0) == 2
 
 
+def test_what_a_dead_group_had_in_memory_is_gone_and_its_files_are_not(tmp_path):
+    first, second = states(tmp_path, limit=1)
+    for client, kept in [(0, first), (1, first), (2, second)]:
+        kept.keep(client, 1, pieces(client, client))
+    second.settle(1, [(0, 0), (1, 0), (2, 1)], [])
+    second.survive(second.exp, second.world, [0])
+    assert second.places == {0: Place(NO_GROUP, 1, 1), 1: Place(NO_GROUP, 1, 1), 2: Place(0, 1, 1)}
+    assert [value(second, client) for client in range(3)] == [None, 1, 2]
+
+
 @pytest.mark.parametrize("limit", [0, 9])
 def test_a_dropped_client_begins_anew(limit, tmp_path):
     both = states(tmp_path, limit)
