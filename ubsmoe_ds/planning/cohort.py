@@ -38,6 +38,7 @@ class Cohorts:
         self.names = [client.name for client in exp.clients]
         self.sampling, self.seed, self.rows = exp.sampling, exp.seed, np.array(rows, dtype=np.float64)
         self._left = list(range(len(self.names)))
+        self._drawn: dict[int, list[int]] = {}  # of the latest round: it is asked for several times
         self._there: Mapping[str, Ranges] = {}
         if self.sampling is not None and self.sampling.availability is not None:
             self._there = _read_availability(Path(self.sampling.availability), self.names)
@@ -56,6 +57,11 @@ class Cohorts:
         uniform and availability: without replacement, all sets alike. by_rows: without replacement, each draw in
         proportion to the rows of the clients that are left. round_robin: the next ones, in the order of the config.
         """
+        if number not in self._drawn:
+            self._drawn = {number: self._draw(number)}
+        return list(self._drawn[number])
+
+    def _draw(self, number: int) -> list[int]:
         pool = self._available(number)
         if self.sampling is None:
             return pool
@@ -68,7 +74,7 @@ class Cohorts:
 
     def lose(self, clients: Collection[int]) -> None:
         """Draw no cohort with these clients from now on."""
-        self._left = [client for client in self._left if client not in clients]
+        self._left, self._drawn = [client for client in self._left if client not in clients], {}
 
     def _available(self, number: int) -> list[int]:
         """Return the clients that are there in a round, and not lost."""
