@@ -100,3 +100,23 @@ def test_a_refused_plan_ends_with_code_2_and_one_line(name, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["plan.py", "accelerator=cpu", "train.rounds=1", *arguments])
     code, errors = main(), capsys.readouterr().err
     assert code == 2 and errors.startswith(expected) and errors.count("\n") == 1, errors
+
+
+POPULATION = ["clients=[{count: 6, budgets: [0.25, 1.0]}]", "groups=[{count: 2}]", "sampling={clients: 3}"]
+
+
+@pytest.mark.parametrize("memory", ["8G", "0.1G"])
+def test_a_population_is_planned_and_told_which_groups_suit_its_devices(memory, monkeypatch, capsys):
+    """Two hosts of two devices: groups of one or two ranks. Nothing fits in 0.1 GB, less than a process needs."""
+    options = ["--hosts", "2", "--devices", "2", "--device-memory", memory, "data.rows=400", *POPULATION]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "accelerator=cpu", "train.rounds=3", *options])
+    code, (output, errors) = main(), capsys.readouterr()
+    assert output.startswith("round 1: g0: ") and "all 3 rounds: groups idle " in output
+    assert output.count("yes" if memory == "8G" else " no ") == 2  # g0 and g1 have different numbers of turns
+    if memory == "8G":
+        assert code == 0 and errors == "" and "groups for 4 devices, by the schedules of 3 rounds" in output
+        assert "shortest rounds, if all devices are equally fast: groups=[{ranks: " in output
+        assert "placement: host1: g0 1, g1 1" in output
+    else:
+        assert code == 2 and errors.count("\n") == 1
+        assert errors.startswith("error: --device-memory: no shape of groups fits in 0.1 GB; the least, of ")
