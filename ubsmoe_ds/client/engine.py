@@ -150,9 +150,10 @@ class Client:
         if self.collector is not None:
             self.collector.rho = self.exp.rho(config)
         settings = self.exp.settings(config)
-        micro = settings.train_batch_size // (config.ranks * settings.gradient_accumulation_steps)
-        self.engine.set_train_micro_batch_size(micro)
-        self.engine.set_train_batch_size(settings.train_batch_size)
+        micro, rest = divmod(settings.train_batch_size, config.ranks * settings.gradient_accumulation_steps)
+        if not rest:  # a group that may not train the client evaluates its view, whatever its batch
+            self.engine.set_train_micro_batch_size(micro)
+            self.engine.set_train_batch_size(settings.train_batch_size)
         self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
         self.reset_optimizer()
