@@ -85,7 +85,7 @@ class Exchange:
             held: fp32, as in `collect`.
         """
         parts = (torch.from_numpy(held[span.start : span.start + span.length]) for span in self._to_owners.pack)
-        return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
+        return sum(float(torch.dot(part, part)) for part in (part.double() for part in parts))
 
     def distribute(self, replies: Sequence[np.ndarray]) -> np.ndarray:
         """Send each client its values of the owned units (a collective over the job).

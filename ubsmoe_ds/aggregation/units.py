@@ -54,11 +54,12 @@ class Block:
             return sum(p.numel() for p in self.parameters.values())
         return self.rows * lora_rank * sum(self.base.shape[-2:])
 
-    def join(self, values: Sequence[Tensor], lora_rank: int) -> Tensor:
-        """Lay values of the parameters' shapes out as in the held buffer."""
+    def join(self, values: Sequence[Tensor], lora_rank: int, out: Tensor | None = None) -> Tensor:
+        """Lay values of the parameters' shapes out as in the held buffer, if given in `out`, the block's part of it."""
         if self.base is not None:
             values = [values[0][..., :lora_rank, :], values[1][..., :lora_rank]]
-        return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1).reshape(-1)
+        rows = None if out is None else out.view(self.rows, -1)
+        return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1, out=rows).reshape(-1)
 
     def split(self, flat: Tensor, lora_rank: int) -> dict[str, Tensor]:
         """Return the values of each parameter, LoRA factors at the buffer's LoRA rank; the inverse of `join`."""
@@ -111,6 +112,7 @@ class UnitStore:
         self.blocks: list[Block] = []
         self.remainders: dict[str, Tensor] = {}  # by block: the part of FLoRA's merges that bf16 weights cannot hold
         self._moe_layers = 0
+        self._device = next(model.parameters()).device
         adapters = list(model.adapters())
         for index, decoder in enumerate(model.decoders):
             of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
@@ -129,7 +131,7 @@ class UnitStore:
 
     def updates(self, lora_rank: int) -> Tensor:
         """Return local state minus what was loaded (a collective over the client under ZeRO)."""
-        return self._current(lora_rank) - self.loaded
+        return self._current(lora_rank).sub_(self.loaded)
 
     def begin_turn(self, lora_rank: int, full_rank: int, factor: float, round_number: int) -> None:
         """Load the first LoRA ranks of the shared state into the model of a client that takes its turn.
@@ -167,7 +169,7 @@ class UnitStore:
             pieces.append(block.join([F.pad(A, (0, 0, 0, more)), F.pad(B * factor, (0, more))], new_rank))
         return torch.cat(pieces)
 
-    def apply(self, difference: Tensor, old_rank: int, new_rank: int, round_number: int) -> None:
+    def apply(self, difference: Tensor, old_rank: int, new_rank: int, round_number: int, *, load: bool = True) -> None:
         """Add a reply to the shared state, and load it into the model.
 
         Args:
@@ -175,6 +177,7 @@ class UnitStore:
             old_rank: LoRA rank that the client had.
             new_rank: LoRA rank from now on (LoRA ranks beyond it become zero); under FLoRA the LoRA rank of the stack.
             round_number: round for which FLoRA's new adapters are drawn.
+            load: False where clients take turns: each loads what it needs.
         """
         parts, self._turn = [], None
         for (block, shared), (_, change) in zip(
@@ -190,6 +193,8 @@ class UnitStore:
                 shared = block.join(list(block.split(shared, old_rank).values()), new_rank)
             parts.append(shared + change)
         self.shared = torch.cat(parts)
+        if not load:
+            return
         if self.stacking:
             self._write(self._with_fresh_adapters(self.shared, old_rank, round_number), old_rank)
         else:
@@ -263,12 +268,14 @@ class UnitStore:
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
-        read = self.masters.read
-        return to_host(torch.cat([b.join([read(p) for p in b.parameters.values()], lora_rank) for b in self.blocks]))
+        flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device=self._device)
+        for block, part in self.parts(flat, lora_rank):
+            block.join([self.masters.view(p) for p in block.parameters.values()], lora_rank, out=part)
+        return to_host(flat)
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
-        on_device = to_device(flat, next(self.model.parameters()).device)
+        on_device = to_device(flat, self._device)
         for block, part in self.parts(on_device, lora_rank):
             for name, value in block.split(part, lora_rank).items():
                 parameter = block.parameters[name]

@@ -46,11 +46,15 @@ class MasterWeights:
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """Return the whole fp32 value (a collective over the parameter's data-parallel group under ZeRO)."""
+        return self.view(parameter).clone()
+
+    def view(self, parameter: nn.Parameter) -> Tensor:
+        """Return the same to be read at once: it may be the live value."""
         if hasattr(parameter, "_hp_mapping"):
             return safe_get_full_fp32_param(parameter)
         fragment = self._fragments[id(parameter)]
         assert fragment is not None
-        return fragment.master.detach().float().clone()
+        return fragment.master.detach().float()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the model's weight and this rank's part of its master; call it on every rank that holds the weight."""

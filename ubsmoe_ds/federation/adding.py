@@ -91,8 +91,10 @@ def weighted_sum(
         weight_CU: see `Server.unit_weights`.
         whole: sum of the weights that those are divided by; turns are added up without that.
     """
-    share_CU = rules.shares(weight_CU)
     apart = [turn for turn in turns.done if turn.update is not None]
+    if len(turns.done) > 1 and bool((weight_CU == weight_CU[:, :1]).all()):
+        weight_CU = weight_CU[:, :1]  # one number for all units, which sums of equal columns are not to the last bit
+    share_CU = rules.shares(weight_CU)
     parts = [(turn.update, held.elements(share_CU[cohort.index(turn.client)])) for turn in apart]
     if turns.total is not None:
         sum_U = weight_CU.sum(dim=0) * whole

@@ -190,7 +190,8 @@ class Aggregator:
         for client, rank in zip(statistics.cohort, statistics.lora_ranks, strict=True):
             new[client] = rank
         held = self.held_rank
-        self.store.apply(merged.difference, held, self._reply_ranks(new)[self.world.group], round_number)
+        load, reply_rank = not self.exp.takes_turns, self._reply_ranks(new)[self.world.group]
+        self.store.apply(merged.difference, held, reply_rank, round_number, load=load)
         self.server.lora_ranks = new
         self._take_moments(statistics.moments_LEX)
         if not self.exp.takes_turns:

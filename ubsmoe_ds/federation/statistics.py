@@ -17,6 +17,8 @@ from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.mpi.world import World
 
+OWN_COLUMNS = len(OwnPart._fields) + 4  # of a table that sums what ranks know of turns; see `_table`
+
 
 class RoundStatistics(NamedTuple):
     """Statistics of a round, the same on all ranks.
@@ -74,15 +76,16 @@ def gather(
         weights: w_c of all clients.
         screen_factor: excess from which a client is left out; None: nobody is.
     """
-    shape_LX = client.routed_counts().shape
-    table = _table(world, turns.done, cohort, shape_LX.numel())
+    empty_LE2, shape_LX = client.gradient_squares(), client.routed_counts().shape
+    table = _table(world, turns.done, cohort, shape_LX.numel() + (0 if empty_LE2 is None else empty_LE2.numel()))
     taken_C = table[:, -4] > 0
     cohort, table = [number for number, taken in zip(cohort, taken_C, strict=True) if taken], table[taken_C]
-    counts_CLX = torch.from_numpy(table[:, : shape_LX.numel()]).view(len(cohort), *shape_LX)
+    counts, of_experts, own = np.split(table, [shape_LX.numel(), -OWN_COLUMNS], axis=1)
+    counts_CLX = torch.from_numpy(counts).view(len(cohort), *shape_LX)
     routed_CLE = counts_CLX[..., :-1]
     share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
-    squares_C, rank_C, work_C = table[:, shape_LX.numel() : -4].T
-    place_C2, added_C = table[:, -3:-1].astype(int), table[:, -1] > 0
+    squares_C, rank_C, work_C = own[:, :-4].T
+    place_C2, added_C = own[:, -3:-1].astype(int), own[:, -1] > 0
     norm_C = np.sqrt(squares_C)
     excess_C = excess(norm_C, work_C)
     left_out_C = excess_C > (np.inf if screen_factor is None else screen_factor)
@@ -109,19 +112,21 @@ def gather(
         added_C=added_C,
         moments_LEX=sum_moments(world, client, parts),
         routed_CLE=routed_CLE,
-        squares_CLE2=sum_squares(world, client, turns.done, cohort),
+        squares_CLE2=None if empty_LE2 is None else torch.from_numpy(of_experts).view(-1, *empty_LE2.shape),
     )
 
 
 def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], numel: int) -> np.ndarray:
-    """Return [C, ...]: counts, `OwnPart`, then whether it took steps, its group and place there, whether added up."""
+    """Return [C, ...]: counts, squares, `OwnPart`, whether it took steps, its group and place, whether added up."""
     # one table carries everything: each rank adds its counts to the rows of the clients that it has trained
-    table = np.zeros((len(cohort), numel + len(OwnPart._fields) + 4))
+    table = np.zeros((len(cohort), numel + OWN_COLUMNS))
     for turn in turns:
         part, place = turn.part, [1.0, world.group, turn.slot, turn.update is None]
         if world.group_rank > 0:  # these are the client's: count them once
             part, place = part._replace(lora_rank=0, work=0.0), [0.0, 0.0, 0.0, 0.0]
-        table[cohort.index(turn.client)] = [*turn.routed_LX.double().reshape(-1).tolist(), *part, *place]
+        squares = [] if turn.squares_LE2 is None else [turn.squares_LE2.reshape(-1).numpy()]
+        counts = [turn.routed_LX.reshape(-1).numpy(), *squares, np.array([*part, *place])]
+        np.concatenate(counts, out=table[cohort.index(turn.client)], casting="unsafe")
     return world.sum(table)
 
 
@@ -147,22 +152,6 @@ def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor, floa
     for sums_LEX, weight in parts:
         total_LEX += weight * sums_LEX
     return torch.from_numpy(world.sum(total_LEX.numpy()))
-
-
-def sum_squares(world: World, client: Client, turns: Sequence[Turn], cohort: Sequence[int]) -> Tensor | None:
-    """Return the squared norms of each client's expert gradients, summed over its ranks (a collective).
-
-    Returns:
-        [C, L, E, 2] like `Client.gradient_squares`; None without pseudo-gradients.
-    """
-    empty_LE2 = client.gradient_squares()
-    if empty_LE2 is None:
-        return None
-    table = np.zeros((len(cohort), *empty_LE2.shape))
-    for turn in turns:
-        assert turn.squares_LE2 is not None
-        table[cohort.index(turn.client)] = turn.squares_LE2.numpy()
-    return torch.from_numpy(world.sum(table))
 
 
 def count_refused(world: World, refused: Sequence[tuple[int, int]], clients: int, units: int) -> list[tuple[int, int]]:
