@@ -208,8 +208,12 @@ def test_of_too_many_clients_the_first_that_finish_are_merged(tmp_path):
     (tmp_path / "there.json").write_text(json.dumps({"slow": [[9, 9]]}))
     common = [SLOW, "groups=[{count: 2}]", "train.rounds=3"]
     variants = {
-        "first": [*common, "sampling={clients: 2, over_sample: 1.5}"],
-        "without": [*common, f"sampling={{clients: 2, by: availability, availability: {tmp_path / 'there.json'}}}"],
+        "first": [*common, "method=topk", "sampling={clients: 2, over_sample: 1.5}"],
+        "without": [
+            *common,
+            "method=topk",
+            f"sampling={{clients: 2, by: availability, availability: {tmp_path / 'there.json'}}}",
+        ],
     }
     arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
     found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
