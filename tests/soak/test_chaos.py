@@ -23,6 +23,12 @@ def test_a_difference_would_be_found(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(text)
     with pytest.raises(chaos.Failure, match="rounds \\[0\\]"):
         chaos.compare(tmp_path / "whole", tmp_path / "broken")
+    lines = "".join(f'{{"round": {number}, "metrics": {{}}}}\n' for number in range(chaos.ROUNDS + 1))
+    for name in ("whole", "broken"):
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    (tmp_path / "whole" / "clients.jsonl").write_text('{"round": 1, "client": "c0", "metrics": {}}\n')
+    with pytest.raises(chaos.Failure, match="other figures of clients"):
+        chaos.compare(tmp_path / "whole", tmp_path / "broken")
     for name in ("000001-round-3", "000002-within-round-5"):
         (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
         assert chaos.last_saved(tmp_path / "run") == {"000001-round-3": 3, "000002-within-round-5": 4}[name]

@@ -87,14 +87,14 @@ class Job:
             assert time.monotonic() < deadline, f"{text!r} does not come: {self.output}"
             time.sleep(0.02)
 
-    def end(self, seconds: float = 240) -> int:
-        """Its exit code; nothing of it may be left behind."""
+    def end(self, seconds: float = 240, leaving: float = 20) -> int:
+        """Its exit code; after so many seconds more nothing of it may be left behind."""
         try:
             code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + leaving
         while left := list(self.pids()):
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.1)
