@@ -235,7 +235,9 @@ def three_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     there = {"c0": [[1, 2]], "c1": [[1, 2]], "c2": [[3, 3]], "c3": [[3, 3]], "c4": [], "c5": []}
     (folder / "there.json").write_text(json.dumps(there))
-    six = ["clients={count: 6, budget: 0.5}", "groups=[{}, {ranks: 2, expert_parallel: 2}]", "train.local_steps=1"]
+    # by budget, so that it is known who comes first; without moments, which all that are drawn calibrate
+    six = ["clients={count: 6, budgets: [1.0, 1.0, 0.75, 0.75, 0.25, 0.25]}", "train.local_steps=1", "method=topk"]
+    six += ["groups=[{}, {ranks: 2, expert_parallel: 2}]"]
     available = f"sampling={{clients: 4, by: availability, availability: {folder / 'there.json'}}}"
     variants = {
         "cut": [*six, "sampling={clients: 4, by: round_robin}", "train.round_deadline_s=0.001"],
