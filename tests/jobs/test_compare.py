@@ -59,25 +59,25 @@ POPULATION = [
 
 @pytest.mark.extended
 def test_an_interrupted_comparison_over_a_population_goes_on_to_the_same_results(tmp_path):
-    """Three methods; the second one is stopped after its first round. A run of it alone is the peer."""
+    """The first method is stopped after its first round. A run of it alone is the peer."""
     command = [sys.executable, "launch/compare.py", "--config", CONFIG, "--seeds", "0", "--methods"]
-    whole = [*command, "topk", "flexlora", "ub_smoe", "--out", str(tmp_path / "out"), *POPULATION]
+    whole = [*command, "flexlora", "topk", "--out", str(tmp_path / "out"), *POPULATION]
     job, log = Job(whole, tmp_path / "log"), tmp_path / "out" / "runs" / "flexlora-seed0.log"
-    await_output(job.process, log, text="round   1/3")
+    await_output(job.process, log, seconds=240, text="round   1/3")
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.end(60) == 130
-    code, output = run(*whole)
-    assert code == 0 and output.count("done before") == 1 and "resumed from" in log.read_text(), output
-    code, alone = run(*command, "flexlora", "--out", str(tmp_path / "alone"), *POPULATION)
+    code, output = run(*whole, timeout=600)
+    assert code == 0 and "resumed from" in log.read_text(), output
+    code, alone = run(*command, "flexlora", "--out", str(tmp_path / "alone"), *POPULATION, timeout=600)
     assert code == 0, alone
     found, peer = (records(tmp_path / folder / "runs" / "flexlora-seed0") for folder in ("out", "alone"))
     assert [record["metrics"] for record in found] == [record["metrics"] for record in peer] and len(found) == 4
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert len(rows) == 3 * 10 and all(float(row["loss"]) > 0 for row in rows)
+    assert len(rows) == 2 * 10 and all(float(row["loss"]) > 0 for row in rows)
     text = (tmp_path / "out" / "results.md").read_text()
     assert "the clients of each round are the same for all methods of a seed" in text
     table = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(table) == 3 + 3 + 2 + 2 and not any(cell in line for line in table for cell in (" - ", "nan"))
+    assert len(table) == 2 + 2 + 1 and not any(cell in line for line in table for cell in (" - ", "nan"))
 
 
 def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0, text: str = "\n") -> None:
