@@ -108,7 +108,11 @@ UNEQUAL = ["groups=[{ranks: 1}, {ranks: 2, expert_parallel: 2}]"]
 # overrides, then the polls of the last rank, of the group of two, at which the job is stopped
 STOPPED: dict[str, list] = {
     "ub_smoe": [["pseudo_gradient.tokens_per_expert=4"], 4, 12, 9, 7],
-    "flame": [["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2"], 15, 8],
+    "flame": [
+        ["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2", "train.prox_mu=0.5"],
+        15,
+        8,
+    ],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 22, 9],
     "flora": [["method=flora", "deepspeed.bf16.enabled=true"], 13, 9],
 }

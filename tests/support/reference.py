@@ -34,6 +34,7 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
     """
     model = whole_model(exp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    begun = {name: p.detach().clone() for name, p in trained.items()}
     options = exp.deepspeed.optimizer["params"]
     optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.0, eps=options["eps"])
     batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
@@ -62,6 +63,9 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
                     squares_LE2[i, e, 1] += of[id(p)][e].square().sum()
         for parameter, _ in pseudo:
             parameter.grad.add_(of[id(parameter)])
+        for name, p in trained.items():
+            if not name.endswith("scale"):  # FedProx's term; the learned scale is not shared
+                p.grad.add_(exp.train.prox_mu * (p.detach() - begun[name]))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -150,6 +150,8 @@ class CheckpointManager:
         pieces: list[storage.Piece] = []
         if local.steps > 0 or not self.exp.takes_turns:  # between turns a client's state is the shared one
             pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
+        if local.steps > 0:
+            pieces += state.drift_pieces(client, rank)
         for turn in turns:
             pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
         if first_group or not self._one_shared_state:
@@ -257,6 +259,8 @@ class CheckpointManager:
         state.restore_client(client, checkpoint.reader)
         local = LocalProgress(saved.steps, saved.bad_steps, seconds=saved.seconds)
         state.restore_rank(client, self.world.group_rank, local, checkpoint.reader, saved.layout)
+        if saved.steps > 0:
+            state.restore_drift(client, checkpoint.reader)
         return local
 
     def _turns(self, checkpoint: Checkpoint, client: Client, store: UnitStore, progress: Progress) -> Resumed:

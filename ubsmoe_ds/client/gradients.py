@@ -6,6 +6,7 @@ there, in every form, do the reduced and unscaled fp32 gradients sit at their ma
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,8 @@ class GradientHook:
         layers: its UB-SMoE layers.
         max_norm: clipping threshold; 0 means none.
         collector: source of the pseudo-gradients; None: there are none.
+
+    `correct`, if set, is called last with the base optimiser; see drift.py.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class GradientHook:
         self.masters = MasterWeights(engine)
         self.norms = (0.0, 0.0)  # latest step: norm of the real gradient before clipping, norm of the pseudo-gradient
         self.skipped = False  # whether the latest step was skipped
+        self.correct: Callable[[torch.optim.Optimizer], None] | None = None
         self._undecided = True
         self._additions: list[Addition] = []
         self._zero = engine.zero_optimization_stage() > 0
@@ -183,6 +187,8 @@ class GradientHook:
                 real = master.grad.view(-1)[start : start + numel]
                 self.squares.add_real(parameter, offset, real)
                 real.add_(piece, alpha=factor)
+        if self.correct is not None:
+            self.correct(optimizer)
 
     def _factor(self) -> float:
         """Return the step's clipping factor min(1, max_norm / ||g||); 1e-6 as in torch and DeepSpeed."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ubsmoe_ds.config.messages import BelowKeyError
-from ubsmoe_ds.config.sections import Count, Positive, PositiveInt, Section
+from ubsmoe_ds.config.sections import Count, NotNegative, Positive, PositiveInt, Section
 
 
 class TrainConfig(Section):
@@ -29,6 +29,9 @@ class TrainConfig(Section):
     )
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="keep a client's optimiser moments between rounds, or reset them"
+    )
+    prox_mu: NotNegative = Field(
+        0.0, description="mu of FedProx: local steps add mu / 2 ||w - w_t||^2 to the loss; docs/training.md; 0: none"
     )
     activation_checkpointing: bool = Field(
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"

@@ -92,7 +92,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
         zero_stage=settings.zero_stage,
-        moments=settings.moments,
+        moments=settings.moments + bool(exp.train.prox_mu),  # FedProx's w_t lies beside the masters like a moment
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
         router=exp.router.trainable,
         modulated=exp.dmr.enabled,

@@ -33,7 +33,7 @@ class RankSetup:
 
     shape: with the client's own LoRA rank; k: active experts.
     capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
-    moments: values that the optimiser keeps for a weight; reduce_bucket: elements, of ZeRO.
+    moments: values kept for a weight, the optimiser's and FedProx's; reduce_bucket: elements, of ZeRO.
     router, modulated: whether the router and phi are trained.
     pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
     mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
