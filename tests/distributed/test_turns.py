@@ -196,3 +196,28 @@ def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
     assert took_part == cohorts
     for key, value in expected.items():
         np.testing.assert_allclose(found[0][f"run/{key}"], value, atol=1e-6, rtol=0, err_msg=key)
+
+
+PAIR = ["method=topk", "clients=[{budget: 0.25, name: a}, {budget: 1.0, name: b}]", "train.rounds=3"]
+DRIFT = ["train.scaffold=true", "train.prox_mu=0.1"]
+KINDS = {
+    "own": {"own": []},
+    "turns": {
+        "experts": ["groups=[{ranks: 2, expert_parallel: 2}]"],
+        "zero2": ["groups=[{ranks: 2}]", "deepspeed.zero_optimization.stage=2"],
+    },
+}
+
+
+@pytest.mark.parametrize("kinds", ["own", pytest.param("turns", marks=pytest.mark.extended)])
+def test_corrections_against_drift_equal_a_plain_loop(kinds, tmp_path):
+    """FedProx and SCAFFOLD over three rounds of two clients, with a group each or in turn on one of two ranks."""
+    variants = {name: [*PAIR, *DRIFT, *changes] for name, changes in KINDS[kinds].items()}
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
+    _, expected = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *PAIR, *DRIFT]))
+    _, pulled = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *PAIR, DRIFT[1]]))
+    for key, value in expected.items():
+        assert np.abs(value - pulled[key]).max() > 1e-4, "SCAFFOLD does nothing"
+        for name, result in ((name, result) for name in variants for result in found):
+            np.testing.assert_allclose(result[f"{name}/{key}"], value, atol=2e-5, rtol=0, err_msg=key)

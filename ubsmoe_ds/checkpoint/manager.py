@@ -1,7 +1,7 @@
 """Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors import SafetensorError
 
+from ubsmoe_ds.aggregation.controls import Controls
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
@@ -79,12 +80,14 @@ class CheckpointManager:
         progress: Progress,
         local: LocalProgress,
         turns: Sequence[Turn] = (),
+        controls: Controls | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
 
         Args:
             client, store, server, progress, local: this rank's.
             turns: that this rank's group has completed in the current round.
+            controls: SCAFFOLD's; None without.
 
         Raises:
             UserError: if a rank could not write, for example on a full disk; earlier checkpoints are untouched.
@@ -92,7 +95,9 @@ class CheckpointManager:
         serial, failure = self._begin()
         file = None
         if not failure:
-            file, failure = self._write_file(serial, self._pieces(client, store, server, local, turns))
+            file, failure = self._write_file(
+                serial, [*self._pieces(client, store, server, local, turns), *self._control_pieces(controls)]
+            )
         files = gather_json(self.world.comm, file)
         clients = self._clients(client, server, progress, local, turns)
         label = _label(progress, clients)
@@ -160,6 +165,13 @@ class CheckpointManager:
             pieces += shared_state.moment_pieces(client)
         return [*pieces, *shared_state.server_pieces(server, store.units)]
 
+    def _control_pieces(self, controls: Controls | None) -> Iterable[storage.Piece]:
+        """Return what this rank writes of SCAFFOLD's control variates."""
+        if controls is None:
+            return ()
+        names = [config.name for config in self.exp.clients]
+        return shared_state.control_pieces(controls, names, self.world.group_rank, with_common=self.world.group == 0)
+
     def _owner(self, client: Client) -> str:
         """Return the name under which a checkpoint holds this client's shared state."""
         return shared_state.ALL if self._one_shared_state else client.config.name
@@ -225,7 +237,14 @@ class CheckpointManager:
             }
         return entries
 
-    def restore(self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server) -> Resumed:
+    def restore(
+        self,
+        checkpoint: Checkpoint,
+        client: Client,
+        store: UnitStore,
+        server: Server,
+        controls: Controls | None = None,
+    ) -> Resumed:
         """Restore this rank's state from the checkpoint.
 
         Raises:
@@ -243,6 +262,9 @@ class CheckpointManager:
         self.note_saved(progress)
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)
+        if controls is not None:
+            mine = {number: self.exp.clients[number].name for number in self.exp.clients_for(self.world.group)}
+            shared_state.restore_controls(controls, mine, reader)
         shared_state.restore_server(server, store.units, reader)
         client.reset_counts()
         if self.exp.takes_turns:

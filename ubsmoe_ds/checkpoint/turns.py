@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.checkpoint.held import held_pieces, read_held
 from ubsmoe_ds.checkpoint.progress import SavedClient
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client, LocalStats
@@ -24,9 +25,9 @@ def turn_pieces(turn: Turn, owner: str, store: UnitStore, lora_rank: int, group_
         lora_rank: of the update.
         group_rank: this rank in its group; the first ranks that hold a block write the update of it.
     """
-    for block, value in store.parts(turn.update, lora_rank):
-        if group_rank < block.holders:
-            yield Piece("turn.update", owner, block.name, block.first * (len(value) // block.rows), value)
+    yield from held_pieces("turn.update", owner, turn.update, store, lora_rank, group_rank)
+    if turn.control is not None:
+        yield from held_pieces("turn.control", owner, turn.control, store, lora_rank, group_rank)
     own = [*turn.part, turn.seconds, turn.learning_rate]
     values = {"own": torch.tensor(own, dtype=torch.float64), "stats": torch.tensor(turn.stats, dtype=torch.float64)}
     optional = {"moments": turn.sums_LEX, "squares": turn.squares_LE2, "scales": turn.scales_L}
@@ -50,10 +51,6 @@ def restore_turn(
     """
     exp, (group_rank, lora_rank, slot) = client.exp, place
     owner = exp.clients[number].name
-    parts = []
-    for block in store.blocks:
-        numel = block.numel(lora_rank)
-        parts.append(reader.read("turn.update", owner, block.name, block.first * (numel // block.rows), numel))
     sources = [group_rank]
     if saved.layout != [client.config.ranks, client.config.expert_parallel]:
         sources = list(range(saved.layout[0])) if group_rank == 0 else []
@@ -72,7 +69,7 @@ def restore_turn(
         scales_L = reader.read(f"turn.{first}", owner, "scales")
     return Turn(
         client=number,
-        update=torch.cat(parts),
+        update=read_held("turn.update", owner, reader, store, lora_rank),
         part=OwnPart(own[0], int(own[1]), own[2]),
         stats=LocalStats(*stats),
         seconds=own[3],
@@ -82,4 +79,5 @@ def restore_turn(
         squares_LE2=None if squares_LE2 is None else total("squares", squares_LE2),
         scales_L=scales_L,
         slot=slot,
+        control=read_held("turn.control", owner, reader, store, lora_rank) if exp.train.scaffold else None,
     )

@@ -127,14 +127,15 @@ class Client:
                 self.moments = ExpertMoments(layers, pg.moment_share)
         self._tail = self._tail_of(None)
         self.gradient_hook = GradientHook(self.engine, layers, exp.deepspeed.gradient_clipping, self.collector)
-        self.drift = self._drift() if exp.train.prox_mu else None
+        self.drift = self._drift() if exp.train.prox_mu or exp.train.scaffold else None
 
     def _drift(self) -> DriftCorrection:
         """Let the gradients of local steps be corrected against drift."""
         hook, scales = self.gradient_hook, [layer.gate.scale for layer in self.model.layers]
         own = [hook.masters.fragment(scale) for scale in scales if scale is not None]
         here = [fragment for fragment in own if fragment is not None]
-        drift = DriftCorrection(self.engine.basic_optimizer, self.exp.train.prox_mu, here)
+        train, optimizer = self.exp.train, self.engine.basic_optimizer
+        drift = DriftCorrection(optimizer, mu=train.prox_mu, scaffold=train.scaffold, own=here)
         hook.correct = drift.correct
         return drift
 

@@ -6,7 +6,7 @@ there, in every form, do the reduced and unscaled fp32 gradients sit at their ma
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,29 @@ class MasterWeights:
         if fragment is not None and fragment.master is not parameter:
             master, start, offset, numel = fragment
             master.data.view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
+
+    def read_beside(self, parameter: nn.Parameter, buffers: Mapping[Tensor, Tensor]) -> Tensor:
+        """Return a parameter's whole part of buffers that lie beside the masters (a collective like `read`).
+
+        Args:
+            parameter: the parameter.
+            buffers: by master a tensor of its shape.
+        """
+        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        fragment = self._fragments[id(parameter)]
+        if fragment is not None:
+            master, start, offset, numel = fragment
+            whole[offset : offset + numel] = buffers[master].view(-1)[start : start + numel]
+        if hasattr(parameter, "_dp_group"):  # set with `_hp_mapping`
+            dist.all_reduce(whole, group=parameter._dp_group)
+        return whole.view(parameter.shape)
+
+    def write_beside(self, parameter: nn.Parameter, buffers: Mapping[Tensor, Tensor], value: Tensor) -> None:
+        """Set this rank's part of such buffers."""
+        fragment = self._fragments[id(parameter)]
+        if fragment is not None:
+            master, start, offset, numel = fragment
+            buffers[master].view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
 
     def _locate(self, parameter: nn.Parameter, per_parameter: dict[int, Tensor]) -> Fragment | None:
         """Return where the master lies. `_hp_mapping` is DeepSpeed's record of it where masters are flat partitions."""

@@ -33,6 +33,7 @@ class Turn:
     rank's local steps. seconds: of the local steps. learning_rate: of the last. routed_LX: see `Client.routed_counts`.
     sums_LEX: see `moment_sums`; None without. squares_LE2: see `Client.gradient_squares`; None without. scales_L: what
     the gates have learned for the client alone; None without. slot: its place among its group's turns in the round.
+    control: change of SCAFFOLD's c_i, laid out like the update; None without.
     """
 
     client: int
@@ -46,6 +47,7 @@ class Turn:
     squares_LE2: Tensor | None = field(default=None)
     scales_L: Tensor | None = field(default=None)
     slot: int = 0
+    control: Tensor | None = field(default=None)
 
 
 def moment_sums(client: Client) -> Tensor | None:

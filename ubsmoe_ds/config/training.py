@@ -33,6 +33,9 @@ class TrainConfig(Section):
     prox_mu: NotNegative = Field(
         0.0, description="mu of FedProx: local steps add mu / 2 ||w - w_t||^2 to the loss; docs/training.md; 0: none"
     )
+    scaffold: bool = Field(
+        False, description="correct local gradients by SCAFFOLD's control variates; docs/training.md"
+    )
     activation_checkpointing: bool = Field(
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
     )

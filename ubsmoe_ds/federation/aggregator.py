@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.controls import ControlChange, Controls
 from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Server, Usage
@@ -34,12 +35,14 @@ class Merged(NamedTuple):
     statistics: the round's statistics, the same on all ranks.
     refused: for each client the names of its units that owners refused, the same on all ranks.
     replica: see `replicate`; empty unless the job survives deaths.
+    controls: change of SCAFFOLD's control variates; None without.
     """
 
     difference: Tensor
     statistics: RoundStatistics
     refused: list[list[str]]
     replica: dict[str, Tensor]
+    controls: ControlChange | None = None
 
 
 class Aggregator:
@@ -70,6 +73,10 @@ class Aggregator:
         self.exp, self.world, self.client, self.store, self.server = exp, world, client, store, server
         self.exchange_for, self.stopwatch, self.calibrated = exchange_for, stopwatch, calibrated
         self.exchange = self._exchange_of(server.lora_ranks)
+        self.controls: Controls | None = None
+        if exp.train.scaffold:
+            assert client.drift is not None
+            self.controls = Controls(store, client.drift, self.held_rank, len(exp.clients))
         self.started = False  # whether owners know what clients hold
         self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
         self.replica: dict[str, Tensor] = {}
@@ -78,6 +85,11 @@ class Aggregator:
     def held_rank(self) -> int:
         """Return the LoRA rank of what this rank holds: its client's, or the full one where clients take turns."""
         return self.exp.lora.rank if self.exp.takes_turns else self.server.lora_ranks[self.world.group]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Return what this rank sends to others in a round; SCAFFOLD's changes of c take as much as updates."""
+        return self.exchange.bytes_sent * (1 if self.controls is None else 2)
 
     def note_restored(self) -> None:
         """Call this after a restore: LoRA ranks may be others, the moments are shared, the optimiser has state.
@@ -157,10 +169,10 @@ class Aggregator:
         difference = self._exchange(turns, statistics)
         if self.world.any(not bool(torch.isfinite(difference).all())):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
-        refused = self._refused(statistics)
+        refused, controls = self._refused(statistics), self._merge_controls(turns, statistics)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.stopwatch.lap("exchange")
-        return Merged(difference, statistics, refused, replica)
+        return Merged(difference, statistics, refused, replica, controls)
 
     def apply(self, merged: Merged, round_number: int) -> None:
         """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
@@ -171,6 +183,8 @@ class Aggregator:
         held = self.held_rank
         self.store.apply(merged.difference, held, self._reply_ranks(new)[self.world.group], round_number)
         self.server.lora_ranks = new
+        if self.controls is not None and merged.controls is not None:
+            self.controls.apply(merged.controls)
         self._take_moments(statistics.moments_LEX)
         if not self.exp.takes_turns:
             self._settle(statistics, old, new)
@@ -259,6 +273,14 @@ class Aggregator:
         delta = self.server.merge_sum(total, usage)
         self.stopwatch.lap("merge")
         return torch.from_numpy(self.exchange.distribute([delta] * len(self.exp.trainers)))
+
+    def _merge_controls(self, turns: Sequence[Turn], statistics: RoundStatistics) -> ControlChange | None:
+        """Sum what the clients that count change of SCAFFOLD's control variates (a collective); None without."""
+        if self.controls is None:
+            return None
+        counts = dict(zip(statistics.cohort, (statistics.work_C > 0) & ~statistics.nonfinite, strict=True))
+        own = {turn.client: turn.control for turn in turns if turn.control is not None and counts[turn.client]}
+        return self.controls.merge(own, self.exchange)
 
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""

@@ -88,7 +88,7 @@ def build(
     aggregator = _aggregator(exp, world, client, texts)
     resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, [], lambda number: None)
     if checkpoint is not None:
-        resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server)
+        resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server, aggregator.controls)
         aggregator.note_restored()
     training = _training(aggregator, texts, resumed, stop, hang_watch)
     if client.moments is not None and checkpoint is None:

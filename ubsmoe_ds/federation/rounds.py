@@ -151,9 +151,8 @@ class Federation:
         """Save a checkpoint; return its folder (a collective)."""
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
         local, turns = self.training.local, self.training.turns
-        folder = self.checkpoints.save(
-            self.client, self.aggregator.store, self.aggregator.server, self.progress, local, turns
-        )
+        store, server, controls = self.aggregator.store, self.aggregator.server, self.aggregator.controls
+        folder = self.checkpoints.save(self.client, store, server, self.progress, local, turns, controls)
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
         return folder

@@ -126,6 +126,7 @@ class GroupTraining:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
         client, local = self.current, self.local
         update, part = self.aggregator.update_of(client, self._work_done())
+        controls = self.aggregator.controls
         self.turns.append(
             Turn(
                 client=client,
@@ -139,6 +140,7 @@ class GroupTraining:
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,
                 slot=len(self.turns),
+                control=None if controls is None else controls.change_of(client, local.steps - local.bad_steps),
             )
         )
 
@@ -161,6 +163,8 @@ class GroupTraining:
         if self.local.steps == 0:
             self.local = self.client.begin_round()
             self.local.deadline = deadline
+            if self.aggregator.controls is not None:
+                self.aggregator.controls.begin_round(self.current)
         begun = self.local.steps
 
         def stop() -> bool:

@@ -92,7 +92,8 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
         zero_stage=settings.zero_stage,
-        moments=settings.moments + bool(exp.train.prox_mu),  # FedProx's w_t lies beside the masters like a moment
+        # what corrects drift lies beside the masters like moments, see client/drift.py
+        moments=settings.moments + bool(exp.train.prox_mu) + 2 * exp.train.scaffold,
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
         router=exp.router.trainable,
         modulated=exp.dmr.enabled,
@@ -109,6 +110,7 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         text_bytes=lengths.text_bytes,
         on_cpu=inputs.on_cpu,
         recomputing=exp.train.activation_checkpointing,
+        controls=exp.train.scaffold,
     )
     reply = with_lora_rank(setup, setup.reply_rank)
     return replace(setup, receivers=sum(copies(reply, other) for other in exp.clients))

@@ -33,7 +33,7 @@ class RankSetup:
 
     shape: with the client's own LoRA rank; k: active experts.
     capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
-    moments: values kept for a weight, the optimiser's and FedProx's; reduce_bucket: elements, of ZeRO.
+    moments: values kept for a weight, the optimiser's, FedProx's and SCAFFOLD's; reduce_bucket: elements, of ZeRO.
     router, modulated: whether the router and phi are trained.
     pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
     mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
@@ -41,7 +41,7 @@ class RankSetup:
     batch of rows with their options.
     clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
     whose LoRA rank is then reply_rank: FLoRA's stack of all.
-    recomputing: whether backward computes the layers again.
+    recomputing: whether backward computes the layers again. controls: whether there are SCAFFOLD's control variates.
     reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
     """
 
@@ -73,6 +73,7 @@ class RankSetup:
     text_bytes: float
     on_cpu: bool
     recomputing: bool
+    controls: bool
 
     @property
     def width(self) -> int:

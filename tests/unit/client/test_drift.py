@@ -11,7 +11,7 @@ from ubsmoe_ds.client.gradients import Fragment
 def stepper(weights: list[nn.Parameter], lr: float, **options) -> tuple[torch.optim.Optimizer, DriftCorrection]:
     """SGD whose gradients are corrected as `GradientHook` does it."""
     optimizer = torch.optim.SGD(weights, lr=lr)
-    drift = DriftCorrection(optimizer, **{"mu": 0.0, "own": []} | options)
+    drift = DriftCorrection(optimizer, **{"mu": 0.0, "scaffold": False, "own": []} | options)
     optimizer.register_step_pre_hook(lambda stepped, args, kwargs: drift.correct(stepped))
     return optimizer, drift
 
@@ -66,7 +66,7 @@ def test_one_parameter_group_at_a_time(group):
     """ZeRO steps its groups one after the other; another group's gradient is not touched."""
     weights = [nn.Parameter(torch.tensor([2.0])) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [w]} for w in weights], lr=1.0)
-    drift = DriftCorrection(optimizer, mu=1.0, own=[])
+    drift = DriftCorrection(optimizer, mu=1.0, scaffold=False, own=[])
     for w in weights:
         w.data += 1
         w.grad = torch.tensor([5.0])

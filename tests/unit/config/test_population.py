@@ -108,6 +108,10 @@ REFUSED = {
         {"count": 2, "budget": 1.0},
         {"sampling": {"clients": 1}, "fault_tolerance": "shrink"},
     ),
+    "train.scaffold: true needs one group for each client": (
+        {"count": 2, "budget": 1.0},
+        {"groups": [{"count": 2}], "train": {"scaffold": True}},
+    ),
     "train_batch_size: 8 is not a multiple of ranks 3": ({"count": 2, "budget": 1.0}, {"groups": [{"ranks": 3}]}),
     "gradient_accumulation_steps 1 2 differ": (
         {"count": 2, "budget": 1.0, "gradient_accumulation_steps": [1, 2]},
