@@ -126,13 +126,21 @@ def project(comm: MPI.Intracomm, figures: dict[int, dict[str, float]], options: 
         say(record | {"ms": 1e3 * predicted}, options.json)
 
 
-def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
-    """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back."""
+def flower_rounds(held: np.ndarray, clients: int, rounds: int, cohort: int | None = None) -> np.ndarray:
+    """Return seconds of rounds of Flower's simulation with FedAvg; its clients only send the payload back.
+
+    Args:
+        held: the payload.
+        clients: how many there are; Flower runs as many at a time as there are cores.
+        rounds: how many to time.
+        cohort: clients of a round; None: all.
+    """
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import flwr
     from flwr.common import ndarrays_to_parameters
 
     arrays = np.array_split(held, UNITS)
+    cohort = cohort or clients
     marks: list[float] = []
 
     class Client(flwr.client.NumPyClient):
@@ -156,7 +164,8 @@ def flower_rounds(held: np.ndarray, clients: int, rounds: int) -> np.ndarray:
         num_clients=clients,
         config=flwr.server.ServerConfig(num_rounds=rounds + 1),
         strategy=Timed(
-            min_fit_clients=clients,
+            fraction_fit=cohort / clients,
+            min_fit_clients=cohort,
             min_available_clients=clients,
             fraction_evaluate=0.0,
             initial_parameters=ndarrays_to_parameters(arrays),

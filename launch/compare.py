@@ -30,6 +30,7 @@ from ubsmoe_ds.base.errors import EXIT_INTERRUPTED, UserError
 from ubsmoe_ds.base.files import replace_files
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
+from ubsmoe_ds.studies.comparison_cohorts import cohort_notes
 from ubsmoe_ds.studies.comparison_earlier import earlier_runs
 from ubsmoe_ds.studies.comparison_jobs import Job, Runner, make_jobs, notes, run_job, run_jobs, settings_by_label
 from ubsmoe_ds.studies.comparison_picture import picture
@@ -126,7 +127,7 @@ def finish(options: argparse.Namespace, asked: Sequence[Run], command: str) -> N
     tell(remarks)
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     headline = f"`{command}`; {machines(runs)}; seeds {seeds}"
-    write_results(runs, Path(options.out), "\n\n".join([headline, *notes(runs), *remarks]))
+    write_results(runs, Path(options.out), "\n\n".join([headline, *notes(runs), *cohort_notes(runs), *remarks]))
 
 
 def read_seeds(texts: Sequence[str]) -> list[int]:
@@ -167,7 +168,7 @@ def write_results(runs: Sequence[Run], out: Path, headline: str) -> None:
     files: dict[str, Callable[[Path], object]] = {
         "results.csv": lambda path: clients.to_csv(path, index=False),
         "rounds.csv": lambda path: rounds.to_csv(path, index=False),
-        "results.md": lambda path: path.write_text(markdown(clients, headline), encoding="utf-8"),
+        "results.md": lambda path: path.write_text(markdown(clients, rounds, headline), encoding="utf-8"),
     }
     labels = list(dict.fromkeys(run.method for run in runs))
     pictures = {}

@@ -7,7 +7,10 @@
 Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there, and of those that are
 only the names are read. Memory is the largest phase of a run on the fullest rank of each client. On hosts without
 accelerators device memory means the memory of a rank; accelerator=cpu or accelerator=cuda plans for hosts that differ
-from this one. Where clients take turns (`groups`, `sampling`), the schedule is planned, and memory is not.
+from this one. Where clients take turns (`groups`, `sampling`) it plans the schedule and each group's memory, and says
+for --devices which groups give the shortest rounds:
+
+    python launch/plan.py --config ds_configs/population_tiny.yaml --devices 4
 
 Exit codes: 0 it fits, 2 it does not, or a mistake in options, config or files.
 """
@@ -19,9 +22,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -34,11 +38,25 @@ from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.launching.hostfile import read_hostfile
 from ubsmoe_ds.launching.placement import describe, place
 from ubsmoe_ds.planning.fitting import Fit, check_fits, fit, parse_bytes
+from ubsmoe_ds.planning.group_plan import plan_group, shapes
+from ubsmoe_ds.planning.group_report import (
+    as_config,
+    check_groups_fit,
+    gigabytes,
+    group_table,
+    layout,
+    shape_table,
+    that_fit,
+)
 from ubsmoe_ds.planning.inputs import PlanInput
 from ubsmoe_ds.planning.memory_model import largest_phase
 from ubsmoe_ds.planning.plan import ClientPlan, plan, straggler
 
+if TYPE_CHECKING:
+    from ubsmoe_ds.federation.roster import Roster
+
 SHOWN_ROUNDS = 3
+ADVISED_ROUNDS = 20  # whose schedules shapes of groups are compared by
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "tiny.yaml"
 
 
@@ -52,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the experiment")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="experiment (YAML); default ds_configs/tiny.yaml")
-    parser.add_argument("--hosts", type=whole(1, 10_000), help="number of hosts")
+    parser.add_argument("--hosts", type=whole(1, 10_000), help="number of hosts; 1 if --devices alone is given")
     parser.add_argument("--devices", type=whole(1, 1024), help="accelerators of each host, or its ranks if it has none")
     parser.add_argument("--hostfile", type=Path, help="instead of both: lines `host slots=N`")
     parser.add_argument("--device-memory", metavar="80G", help="memory of one device; G is 10^9 bytes, GiB 2^30")
@@ -68,21 +86,15 @@ def show(options: argparse.Namespace) -> None:
     """
     exp = load_experiment(options.config, options.overrides)
     memory = None if options.device_memory is None else parse_bytes(options.device_memory)
-    if exp.takes_turns and memory is not None:
-        raise UserError(
-            f"--device-memory: {options.device_memory} cannot be compared where clients take turns, as memory is "
-            "planned only for clients with groups of their own; leave it out"
-        )
     slots = read_slots(options, [name for trainer in exp.trainers for name in trainer.hosts or []])
-    line = None if slots is None else describe(exp.trainers, place(exp.trainers, slots))
+    line = None if slots is None or exp.takes_turns else describe(exp.trainers, place(exp.trainers, slots))
     with quoting_rows(options.show_rows):
         inputs = read_inputs(exp)
-    if exp.takes_turns:
-        for text in (*schedule_lines(inputs), *([] if line is None else [f"placement: {line}"])):
-            say(text)
-        return
     if inputs.on_cpu and exp.accelerator == "auto":
         say("note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", error=True)
+    if exp.takes_turns:
+        show_groups(inputs, slots, memory)
+        return
     plans = plan(inputs)
     fits = [] if memory is None else [fit(inputs, n, memory, slots) for n in range(len(exp.clients))]
     console = Console()
@@ -99,6 +111,38 @@ def show(options: argparse.Namespace) -> None:
         check_fits(inputs, fits, memory)
 
 
+def show_groups(inputs: PlanInput, slots: Mapping[str, int] | None, memory: float | None) -> None:
+    """Print the plan of groups that train clients in turn, and with `slots` which groups suit these devices best.
+
+    Raises:
+        UserError: if a group does not fit, or has no place on the hosts.
+    """
+    from ubsmoe_ds.federation.roster import Amount, Roster
+
+    exp, console = inputs.exp, Console()
+    training = [Amount(part.rows, round(part.mean_length * part.rows)) for part in inputs.row_lengths]
+    roster = Roster(exp, inputs.shape, training, [Amount(0, 0)] * len(training))
+    numbers = range(1, exp.train.rounds + 1)
+    for text in schedule_lines(roster, numbers):
+        say(text)
+    rounds = [roster.schedule(number) for number in numbers]
+    plans = [plan_group(inputs, group, rounds) for group in range(len(exp.trainers))]
+    console.print(group_table(inputs, plans, memory))
+    best = None
+    if slots is not None and any(client.groups for client in exp.clients):
+        say("note: --devices: no other groups are tried, as clients name the `groups` that may train them", error=True)
+    elif slots is not None:
+        count = min(exp.train.rounds, ADVISED_ROUNDS)
+        found = that_fit(shapes(inputs, list(slots.values()), count), memory)
+        console.print(shape_table(found, sum(slots.values()), count))
+        best = found[0]
+        say(f"shortest rounds, if all devices are equally fast: {as_config(best)}")
+    if memory is not None:
+        check_groups_fit(inputs, plans, memory, best)
+    if slots is not None:
+        say(f"placement: {describe(exp.trainers, place(exp.trainers, slots))}")
+
+
 def read_slots(options: argparse.Namespace, named: Sequence[str]) -> dict[str, int] | None:
     """Return how many ranks each host has room for; None if no option names hosts.
 
@@ -113,12 +157,13 @@ def read_slots(options: argparse.Namespace, named: Sequence[str]) -> dict[str, i
         if options.hosts is not None or options.devices is not None:
             raise UserError("--hostfile: says what --hosts and --devices say; give one or the other")
         return read_hostfile(options.hostfile)
-    if (options.hosts is None) != (options.devices is None):
-        raise UserError("--hosts: goes with --devices, the number of accelerators of each host; give both or neither")
-    if options.hosts is None:
+    if options.devices is None:
+        if options.hosts is not None:
+            raise UserError("--hosts: goes with --devices, the number of accelerators of each host; give both")
         return None
-    names = [*dict.fromkeys(named), *(f"host{n}" for n in range(1, options.hosts + 1))]
-    return dict.fromkeys(names[: options.hosts], options.devices)
+    hosts = options.hosts or 1
+    names = [*dict.fromkeys(named), *(f"host{n}" for n in range(1, hosts + 1))]
+    return dict.fromkeys(names[:hosts], options.devices)
 
 
 def read_inputs(exp: Experiment) -> PlanInput:
@@ -138,14 +183,8 @@ def read_inputs(exp: Experiment) -> PlanInput:
     return PlanInput(exp, replace(shape, tied_embeddings=tied), read_row_lengths(exp), on_cpu)
 
 
-def schedule_lines(inputs: PlanInput) -> list[str]:
+def schedule_lines(roster: "Roster", rounds: Sequence[int]) -> list[str]:
     """Return the schedules of the first rounds, and how long groups idle in the mean over all rounds."""
-    from ubsmoe_ds.federation.roster import Roster
-
-    exp, lengths = inputs.exp, inputs.row_lengths
-    rows = [of_client.rows for of_client in lengths]
-    roster = Roster(exp, inputs.shape, rows, [round(part.mean_length * part.rows) for part in lengths])
-    rounds = range(1, exp.train.rounds + 1)
     idle, over = zip(*(roster.idle(number) for number in rounds), strict=True)
     mean = f"all {len(rounds)} rounds: groups idle {100 * sum(idle) / len(idle):.0f} % in the mean, rounds take "
     return [
@@ -166,7 +205,7 @@ def cost_table(inputs: PlanInput, plans: Sequence[ClientPlan]) -> Table:
         table.add_row(
             client.name,
             str(exp.active_experts(client)),
-            _layout(client.ranks, client.expert_parallel),
+            layout(client.ranks, client.expert_parallel),
             f"{cost.step_flops / scale:.2f}",
             f"{cost.round_flops / scale:.1f}",
             f"{cost.step_bytes / 1e6:.1f}",
@@ -185,24 +224,16 @@ def memory_table(inputs: PlanInput, plans: Sequence[ClientPlan], fits: Sequence[
         table.add_column(heading, justify="left" if heading == "client" else "right")
     for number, (client, cost) in enumerate(zip(inputs.exp.clients, plans, strict=True)):
         phase, most = largest_phase(cost.phases)
-        rest = _fit_cells(fits[number]) if fits else [_gigabytes(cost.phases[key]) for key in ("train", "evaluate")]
-        table.add_row(client.name, _gigabytes(most), phase, *rest)
+        rest = _fit_cells(fits[number]) if fits else [gigabytes(cost.phases[key]) for key in ("train", "evaluate")]
+        table.add_row(client.name, gigabytes(most), phase, *rest)
     return table
 
 
 def _fit_cells(result: Fit) -> list[str]:
     capacity = "all kept" if math.isinf(result.capacity) else f"{result.capacity:g}" if result.capacity else "none"
-    layout = "none" if result.layout is None else _layout(result.layout.ranks, result.layout.expert_parallel)
-    layout += "" if result.has_room else ", no room"
-    return ["yes" if result.fits_now else "no", str(result.k or "none"), capacity, layout]
-
-
-def _layout(ranks: int, expert_parallel: int) -> str:
-    return f"{ranks} (EP {expert_parallel})" if expert_parallel > 1 else str(ranks)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f}"
+    ranks = "none" if result.layout is None else layout(result.layout.ranks, result.layout.expert_parallel)
+    ranks += "" if result.has_room else ", no room"
+    return ["yes" if result.fits_now else "no", str(result.k or "none"), capacity, ranks]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ in none after, and nothing of an interrupted stage may show.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,14 @@ CLIENTS = (
     "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}, {name: c, budget: 0.25}]"
 )
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
-SHRINK = [*SHORT, CLIENTS, "fault_tolerance=shrink", "overwrite=false"]
+SHRINK = [*SHORT, "fault_tolerance=shrink", "overwrite=false"]
 
 
-def survive(folder: Path, fault: str | None, *changes: str, code: int = 0) -> str:
+def survive(folder: Path, fault: str | None, *changes: str, code: int = 0, clients: str = CLIENTS) -> str:
     """Run a job in which a rank is killed; check its exit code; return its output."""
     script = "tests/support/failing_train.py" if fault else "launch/train.py"
     environment = {"PATH": os.pathsep.join([str(PYTHON.parent), os.environ["PATH"]])}
-    command = [str(PYTHON), script, *SHRINK, f"output={folder}", *changes]
+    command = [str(PYTHON), script, *SHRINK, clients, f"output={folder}", *changes]
     job = Job(
         command, folder.parent / f"{folder.name}.log", **environment, **({"UBSMOE_DS_FAULT": fault} if fault else {})
     )
@@ -151,9 +152,98 @@ def test_a_stopped_rank_costs_its_client_only(tmp_path):
     assert [r["round"] for r in records(tmp_path / "out" / "tiny")] == [0, 1, 2, 3]
 
 
+# a population: site may use g1 alone; the others any group
+SITE = "clients=[{name: site, budget: 0.5, groups: [g1]}, {count: 6, budgets: [0.5, 1.0]}]"
+GROUPS = ["groups=[{}, {ranks: 2, expert_parallel: 2}, {}]", "train.local_steps=2", "deepspeed.train_batch_size=8"]
+# without draws, which depend on the layout; eps, so that Adam does not turn rounding into steps; owners keep moments
+SAME = ["pseudo_gradient.tokens_per_expert=null", "pseudo_gradient.moment_share=1.0"]
+SAME += ["deepspeed.optimizer={type: AdamW, params: {lr: 0.003, eps: 0.0001}}", "merge.server_optimizer=momentum"]
+GIVEN = {"site", "c2", "c6"}  # the clients of g1 in rounds 1 and 2, three turns of two local steps
+IN_ITS_SECOND_TURN, IN_THE_MERGE = "kill-local@1:10", "kill-exchange@1:2"  # both in round 2
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("population") / "out"
+    return folder, survive(folder, IN_ITS_SECOND_TURN, *GROUPS, *SAME, clients=SITE)
+
+
+def test_the_clients_of_a_dead_group_sit_the_round_out_and_come_back(population):
+    folder, output = population
+    rounds = [record["metrics"] for record in records(folder / "tiny")]
+    took_part = [{key.removeprefix("steps/") for key in metrics if key.startswith("steps/")} for metrics in rounds]
+    others = {f"c{number}" for number in range(1, 7)}
+    assert {key for key, group in rounds[1].items() if key.startswith("group/") and group == 1} == {
+        f"group/{name}" for name in GIVEN
+    }
+    assert took_part == [set(), others | {"site"}, others - GIVEN, others]
+    assert [metrics.get("clients/out") for metrics in rounds] == [None, None, 3, None]
+    assert {rounds[3][f"group/{name}"] for name in others} == {0, 2}  # as the config numbers them
+    assert sum(rounds[2][f"merge_weight/{name}"] for name in others - GIVEN) == pytest.approx(1)
+    for line in (
+        "warning: round 2: group 'g1' is lost (one of its ranks died); 2 groups continue",
+        "warning: round 2: site, c2, c6 sit it out: their groups are lost",
+        "warning: round 2: client 'site' is lost (no group that is left may train it)",
+    ):
+        assert line in output
+    summary = json.loads((folder / "tiny" / "summary.json").read_text())
+    assert summary["lost_in_round"] == {"g1": 2, "site": 2}
+    assert {row["client"]: row["rounds"] for row in summary["clients"]} == {
+        name: {"site": 1, "c2": 2, "c6": 2}.get(name, 3) for name in ["site", *others]
+    }
+
+
+def test_the_rest_is_as_if_they_had_not_been_there(population, tmp_path):
+    """The peer is one group of one rank under another MPI; the lost clients are not available when they were lost."""
+    from tests.support.jobs import train
+
+    there = {"site": [[1, 1]], "c2": [[1, 1], [3, 3]], "c6": [[1, 1], [3, 3]]}
+    (tmp_path / "there.json").write_text(json.dumps(there))
+    sampling = f"sampling={{clients: 7, by: availability, availability: {tmp_path / 'there.json'}}}"
+    changes = [*SHORT, *GROUPS, *SAME, "groups=[{}]", SITE.replace(", groups: [g1]", ""), sampling]
+    code, output = train(*changes, f"output={tmp_path}")
+    assert code == 0, output
+    found, expected = adapter(population[0]), adapter(tmp_path)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=2e-5, rtol=0, msg=key)
+    sides = [[record["metrics"] for record in records(folder / "tiny")] for folder in (population[0], tmp_path)]
+    for one, other in zip(*sides, strict=True):
+        for key in ("train/loss", "eval/loss", "eval/loss_weighted", "clients/cohort", "utilisation/cv"):
+            assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), key
+
+
+@pytest.mark.extended
+def test_a_group_that_dies_in_the_merge_is_as_if_it_had_died_in_its_turns(population, tmp_path):
+    survive(tmp_path / "out", IN_THE_MERGE, *GROUPS, *SAME, clients=SITE)
+    found, expected = adapter(tmp_path / "out"), adapter(population[0])
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    metrics = [
+        [record["metrics"] for record in records(folder / "tiny")] for folder in (tmp_path / "out", population[0])
+    ]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.extended
+def test_a_population_goes_on_with_all_groups_when_it_is_resumed(population, tmp_path):
+    """From the checkpoint of the two groups that were left after round 3."""
+    shutil.copytree(population[0], tmp_path / "out")
+    output = survive(tmp_path / "out", None, *GROUPS, *SAME, "train.rounds=4", "--resume", "auto", clients=SITE)
+    assert "resumed from" in output and "lost" not in output
+    last = records(tmp_path / "out" / "tiny")[-1]["metrics"]
+    assert last["clients/cohort"] == 7 and {last[f"group/{name}"] for name in GIVEN} == {1}
+
+
+@pytest.mark.extended
+def test_too_few_clients_of_a_population_end_the_job(tmp_path):
+    output = survive(tmp_path / "out", IN_ITS_SECOND_TURN, *GROUPS, "min_clients=7", code=1, clients=SITE)
+    assert "error: min_clients: 6 clients are left, fewer than the 7 required" in output
+
+
 def test_an_mpi_that_does_not_survive_deaths_is_refused(tmp_path):
     from tests.support.jobs import train
 
-    code, output = train(*SHRINK, f"output={tmp_path}/new")
+    code, output = train(*SHRINK, CLIENTS, f"output={tmp_path}/new")
     assert code == 2 and "error: fault_tolerance: shrink needs Open MPI" in output
     assert list(tmp_path.iterdir()) == []

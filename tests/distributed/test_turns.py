@@ -27,7 +27,8 @@ CLIENTS = (
 ONE, FOUR = ["groups=[{count: 1}]"], ["groups=[{count: 4}]"]
 PAIRS = ["groups=[{ranks: 2, expert_parallel: 2, count: 2}]"]
 METHODS = {name: [f"method={name}"] for name in PRESETS} | {
-    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"]
+    "dropping": ["method=topk", "clients.3.capacity_factor=0.5"],
+    "kept": ["train.optimizer_state=keep"],  # Adam's moments and steps follow the client
 }
 # their results depend on the layout: a basis of no weight is arbitrary, and each rank balances its own load
 BY_LAYOUT = ("flexlora", "florist", "smoe_llb", "dropping")
@@ -105,6 +106,7 @@ def test_two_groups_of_two_ranks_with_expert_parallelism_equal_them_too(on_one, 
 
 POPULATION = ["clients=[{count: 6, budgets: [0.25, 0.5, 1.0]}]", "sampling={clients: 5}", "checkpoint.keep=9"]
 UNEQUAL = ["groups=[{ranks: 1}, {ranks: 2, expert_parallel: 2}]"]
+KEPT_IN_FILES = ["train.optimizer_state=keep", "train.kept_states_gb=0.0"]
 # overrides, then the polls of the last rank, of the group of two, at which the job is stopped
 STOPPED: dict[str, list] = {
     "ub_smoe": [["pseudo_gradient.tokens_per_expert=4"], 4, 12, 9, 7],
@@ -115,6 +117,9 @@ STOPPED: dict[str, list] = {
     ],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 22, 9],
     "flora": [["method=flora", "deepspeed.bf16.enabled=true"], 13, 9],
+    "kept": [["train.optimizer_state=keep", "train.scaffold=true"], 4, 12, 9, 7],
+    # all in files, which both groups read and write
+    "kept_zero": [[*KEPT_IN_FILES, "train.scaffold=true", "deepspeed.zero_optimization.stage=2"], 22, 9],
 }
 
 
@@ -160,6 +165,7 @@ def test_a_round_goes_on_with_other_groups(looks, tmp_path):
         *POPULATION,
         "train.local_steps=3",
         "method=flame",
+        "train.scaffold=true",
         f"output={tmp_path}",
         "checkpoint.every=1",
     ]
@@ -180,26 +186,33 @@ def test_a_round_goes_on_with_other_groups(looks, tmp_path):
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), key
 
 
+DRIFT = ["train.scaffold=true", "train.prox_mu=0.1"]
+
+
 @pytest.mark.extended
 def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
-    """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed."""
+    """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed.
+
+    Once more with FedProx and SCAFFOLD, whose c_i moves with its client between groups.
+    """
     changes = ["method=topk", *POPULATION[:1], "sampling={clients: 3}", "groups=[{count: 2}]", "train.rounds=3"]
-    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": {"run": changes}, "folder": str(tmp_path)}
+    variants = {"run": changes, "drift": [*changes, *DRIFT, "train.rounds=4"]}
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
     found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
-    exp = load_experiment(TINY, [*SHORT, *SAME, *changes])
-    cohorts, expected = reference.federate(exp)
-    assert len({tuple(cohort) for cohort in cohorts}) > 1
-    took_part = [
-        [int(key.removeprefix("steps/c")) for key in record["metrics"] if key.startswith("steps/")]
-        for record in records(tmp_path / "run")[1:]
-    ]
-    assert took_part == cohorts
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[0][f"run/{key}"], value, atol=1e-6, rtol=0, err_msg=key)
+    for name, overrides in variants.items():
+        cohorts, expected = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *overrides]))
+        assert len({tuple(cohort) for cohort in cohorts}) > 1
+        took_part = [
+            [int(key.removeprefix("steps/c")) for key in record["metrics"] if key.startswith("steps/")]
+            for record in records(tmp_path / name)[1:]
+        ]
+        assert took_part == cohorts
+        for key, value in expected.items():
+            atol = 1e-6 if name == "run" else 1e-5
+            np.testing.assert_allclose(found[0][f"{name}/{key}"], value, atol=atol, rtol=0, err_msg=key)
 
 
 PAIR = ["method=topk", "clients=[{budget: 0.25, name: a}, {budget: 1.0, name: b}]", "train.rounds=3"]
-DRIFT = ["train.scaffold=true", "train.prox_mu=0.1"]
 KINDS = {
     "own": {"own": []},
     "turns": {
@@ -221,3 +234,56 @@ def test_corrections_against_drift_equal_a_plain_loop(kinds, tmp_path):
         assert np.abs(value - pulled[key]).max() > 1e-4, "SCAFFOLD does nothing"
         for name, result in ((name, result) for name in variants for result in found):
             np.testing.assert_allclose(result[f"{name}/{key}"], value, atol=2e-5, rtol=0, err_msg=key)
+
+
+SLOW = "clients=[{name: a, budget: 0.5, groups: [g0]}, {name: b, budget: 1.0, groups: [g0]}, "
+SLOW += "{name: slow, budget: 0.5, groups: [g1], local_steps: 4000}]"
+
+
+def test_of_too_many_clients_the_first_that_finish_are_merged(tmp_path):
+    """Two of three drawn; the peer is a run in which the slow one is not there at all."""
+    (tmp_path / "there.json").write_text(json.dumps({"slow": [[9, 9]]}))
+    common = [SLOW, "groups=[{count: 2}]", "train.rounds=3"]
+    variants = {
+        "first": [*common, "sampling={clients: 2, over_sample: 1.5}"],
+        "without": [*common, f"sampling={{clients: 2, by: availability, availability: {tmp_path / 'there.json'}}}"],
+    }
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
+    for result in found:
+        for key in [key for key in result if key.startswith("first/")]:
+            np.testing.assert_array_equal(result[key], result[key.replace("first/", "without/", 1)], err_msg=key)
+    for record in records(tmp_path / "first")[1:]:
+        metrics = record["metrics"]
+        assert (metrics["clients/cohort"], metrics["clients/drawn"]) == (2, 3) and "steps/slow" not in metrics
+    rows = {
+        row["client"]: row["rounds"] for row in json.loads((tmp_path / "first/summary.json").read_text())["clients"]
+    }
+    assert rows == {"a": 3, "b": 3, "slow": 0}
+
+
+def test_clients_whose_turns_a_deadline_cuts_are_out_of_the_merge_and_come_back(tmp_path):
+    """Four of six clients a round on two groups, one turn each: c0 and c1 in rounds 1 and 2, c2 and c3 in round 3.
+
+    The peer are the same rounds of those that train alone; the others are not available.
+    """
+    there = {"c0": [[1, 2]], "c1": [[1, 2]], "c2": [[3, 3]], "c3": [[3, 3]], "c4": [], "c5": []}
+    (tmp_path / "there.json").write_text(json.dumps(there))
+    available = f"sampling={{clients: 4, by: availability, availability: {tmp_path / 'there.json'}}}"
+    variants = {
+        "cut": ["sampling={clients: 4, by: round_robin}", "train.round_deadline_s=0.001"],
+        "alone": [available],
+    }
+    common = ["clients={count: 6, budget: 0.5}", "groups=[{count: 2}]", "train.rounds=3", "train.local_steps=1"]
+    arguments = {"config": TINY, "overrides": [*SHORT, *common], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)[0]
+    cut, alone = ({k.partition("/")[2]: v for k, v in found.items() if k.startswith(f"{name}/")} for name in variants)
+    assert cut.keys() == alone.keys() and len(cut) > 10
+    for key, value in alone.items():
+        np.testing.assert_array_equal(cut[key], value, err_msg=key)
+    rounds = [record["metrics"] for record in records(tmp_path / "cut")][1:]
+    trained = [sorted(key for key in metrics if key.startswith("steps/")) for metrics in rounds]
+    assert trained == [["steps/c0", "steps/c1"], ["steps/c0", "steps/c1"], ["steps/c2", "steps/c3"]]
+    assert [metrics["clients/cohort"] for metrics in rounds] == [2, 2, 2]
+    for metrics in rounds:
+        assert sum(value for key, value in metrics.items() if key.startswith("merge_weight/")) == pytest.approx(1)

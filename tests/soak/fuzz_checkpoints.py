@@ -51,7 +51,8 @@ def _written() -> Path:
     for serial in (1, 2):
         folder = storage.begin(run_dir, serial)
         pieces = [[Piece("weight", "c0", "w", 20 * rank, WEIGHT[20 * rank :][:20])] for rank in range(2)]
-        files = {storage.rank_file(rank): storage.write_pieces(folder, rank, part) for rank, part in enumerate(pieces)}
+        by_name = {storage.rank_file(rank): part for rank, part in enumerate(pieces)}
+        files = {name: storage.write_pieces(folder / name, part) for name, part in by_name.items()}
         storage.commit(run_dir, serial, f"round-{serial}", files, content)
     return run_dir
 

@@ -148,6 +148,6 @@ def train(*arguments: str, timeout: float = 240, **environment: str) -> tuple[in
     return run(sys.executable, TRAIN, *arguments, timeout=timeout, **environment)
 
 
-def records(folder: Path) -> list[dict]:
-    """A run's record, a round each."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """A run's record, a round each; or another file of lines."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]

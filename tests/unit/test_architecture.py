@@ -28,6 +28,7 @@ KNOWS_MPI = {
     "mpi.start",
     "mpi.collectives",
     "mpi.exits",
+    "mpi.finished",
     "mpi.join",
     "mpi.world",
     "mpi.preemption",

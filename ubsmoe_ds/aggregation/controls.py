@@ -36,7 +36,7 @@ class ControlChange(NamedTuple):
 
 
 class Controls:
-    """c, and c_i of the clients that this rank's group has trained so far, for the units that this rank holds.
+    """c for the units that this rank holds, and the arithmetic of c_i, which the caller keeps for each client.
 
     Args:
         store: the units.
@@ -48,21 +48,23 @@ class Controls:
     def __init__(self, store: UnitStore, drift: DriftCorrection, lora_rank: int, clients: int) -> None:
         self.store, self.drift, self.lora_rank, self.clients = store, drift, lora_rank, clients
         self.common = torch.zeros_like(store.shared)
-        self.own: dict[int, Tensor] = {}
 
-    def begin_round(self, client: int) -> None:
-        """Let the local steps of a client be corrected by c - c_i."""
-        own = self.own.get(client)
+    def begin_round(self, own: Tensor | None) -> None:
+        """Let the local steps of a client be corrected by c - c_i.
+
+        Args:
+            own: c_i; None: it is zero.
+        """
         shift = self.common if own is None else self.common - own
         for block, part in self.store.parts(shift, self.lora_rank):
             for name, value in block.split(part, self.lora_rank).items():
                 self.store.masters.write_beside(block.parameters[name], self.drift.buffers["shift"], value)
 
-    def change_of(self, client: int, steps: int) -> Tensor:
+    def change_of(self, own: Tensor | None, steps: int) -> Tensor:
         """Return c_i+ - c_i of a client after its local steps (a collective over the group under ZeRO).
 
         Args:
-            client: its number.
+            own: c_i; None: it is zero.
             steps: that it has taken in the round; 0: nothing changes.
         """
         if steps == 0:
@@ -72,7 +74,7 @@ class Controls:
             block.join([read(parameter, sums).cpu() for parameter in block.parameters.values()], self.lora_rank)
             for block in self.store.blocks
         ]
-        mean, own = torch.cat(values) / steps, self.own.get(client)
+        mean = torch.cat(values) / steps
         return mean if own is None else mean - own
 
     def merge(self, own: Mapping[int, Tensor], exchange: Exchange) -> ControlChange:
@@ -88,7 +90,5 @@ class Controls:
         return ControlChange(torch.from_numpy(exchange.total(held.numpy())) / self.clients, own)
 
     def apply(self, change: ControlChange) -> None:
-        """Renew c and c_i for good."""
+        """Renew c for good."""
         self.common += change.common
-        for client, value in change.own.items():
-            self.own[client] = self.own[client] + value if client in self.own else value

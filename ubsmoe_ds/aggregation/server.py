@@ -23,6 +23,8 @@ from ubsmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import MergeConfig
 
+Refused = tuple[int, Unit]  # a client's place in the cohort, and a unit of which it sent NaN or Inf
+
 
 class Usage(NamedTuple):
     """How much clients used experts in a round.
@@ -71,7 +73,7 @@ class Server:
         self._scaling = [exp.lora_alpha(rank) / rank for rank in ranks]  # of the holders' modules: pruning keeps it
         self.optimizers = [ServerOptimizer(exp.merge) for _ in self.segments]
         self._held: list[list[Tensor]] = []  # per segment, what each client holds; empty where that is not needed
-        self.refused: list[tuple[int, Unit]] = []  # (client, unit) of the latest merge
+        self.refused: list[Refused] = []  # of the latest merge
 
     def weigh(self, cohort: Sequence[int], work: Sequence[float], nonfinite: Sequence[bool]) -> None:
         """Set the clients of the round and their weights, and u* over those whose utilisation counts.
@@ -84,7 +86,7 @@ class Server:
         self.cohort = list(cohort)
         weights = [self.weights[client] for client in cohort]
         weight_C = torch.tensor(weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
-        self.weight_C = rules.shares(weight_C)
+        self.weight_C, self.weight = rules.shares(weight_C), float(weight_C.sum())
         counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
         active = [self.exp.active_experts(self.exp.clients[client]) for client in cohort]
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
@@ -124,32 +126,39 @@ class Server:
             return [_joined(pieces[0])] * holders
         return [_joined(piece) for piece in pieces]
 
-    def shares(self, units: Sequence[Unit], usage: Usage, client: int) -> Tensor:
-        """Return the factor of a client's update of each unit under a linear rule, [U] fp32.
+    def unit_weights(self, units: Sequence[Unit], usage: Usage, refused: Sequence[Refused] = ()) -> Tensor:
+        """Return the weight of each client of the round for each unit under a linear rule, [C, U] fp64.
 
         Args:
             units: the units.
             usage: how much clients used experts in this round.
-            client: its place in the cohort.
+            refused: what counts for nothing.
         """
-        return rules.shares(unit_weights(self.config, self.weight_C, units, usage))[client].float()
+        weight_CU = unit_weights(self.config, self.weight_C, units, usage)
+        place = {unit.name: u for u, unit in enumerate(units)} if refused else {}
+        for client, unit in refused:
+            if unit.name in place:
+                weight_CU[client, place[unit.name]] = 0
+        return weight_CU
 
-    def merge_sum(self, sum_N: np.ndarray, usage: Usage) -> np.ndarray:
+    def merge_sum(self, sum_N: np.ndarray, usage: Usage, refused: Sequence[Refused] = ()) -> np.ndarray:
         """Finish one round of a linear rule whose weighted sum was formed in transit.
 
         Args:
-            sum_N: sum over clients of shares times updates of the owned units, fp32; see `shares`.
+            sum_N: sum over clients of shares times updates of the owned units, fp32; shares are `unit_weights` over
+                their sum over the clients.
             usage: how much clients used experts in this round.
+            refused: updates that the sum leaves out.
 
         Returns:
             The difference that every client adds to what it holds.
         """
-        self.refused = []
+        self.refused = list(refused)
         rank = self._held_ranks[0]
         parts = torch.from_numpy(sum_N).split([segment.numel(rank) for segment in self.segments])
         deltas = []
         for number, (segment, merged_N) in enumerate(zip(self.segments, parts, strict=True)):
-            weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
+            weight_CU = self.unit_weights(segment.units, usage, refused)
             deltas.append(self._finish(number, merged_N, weight_CU, usage))
         return _joined(deltas)
 

@@ -9,10 +9,10 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 
 
-def held_pieces(
+def held_parts(
     kind: str, owner: str, held: Tensor, store: UnitStore, lora_rank: int, group_rank: int
-) -> Iterator[Piece]:
-    """Yield this rank's part of a buffer; the first ranks of the group that hold a block write it.
+) -> Iterator[tuple[Piece, bool]]:
+    """Yield the pieces of a buffer, and whether this rank writes each: the first of its group that hold a block do.
 
     Args:
         kind, owner: of the pieces.
@@ -22,8 +22,17 @@ def held_pieces(
         group_rank: this rank in its group.
     """
     for block, value in store.parts(held, lora_rank):
-        if group_rank < block.holders:
-            yield Piece(kind, owner, block.name, block.first * (len(value) // block.rows), value)
+        yield (
+            Piece(kind, owner, block.name, block.first * (len(value) // block.rows), value),
+            group_rank < block.holders,
+        )
+
+
+def held_pieces(
+    kind: str, owner: str, held: Tensor, store: UnitStore, lora_rank: int, group_rank: int
+) -> Iterator[Piece]:
+    """Yield the pieces of a buffer that this rank writes, see `held_parts`."""
+    return (piece for piece, own in held_parts(kind, owner, held, store, lora_rank, group_rank) if own)
 
 
 def read_held(kind: str, owner: str, reader: Reader, store: UnitStore, lora_rank: int) -> Tensor:
@@ -37,8 +46,3 @@ def read_held(kind: str, owner: str, reader: Reader, store: UnitStore, lora_rank
         numel = block.numel(lora_rank)
         parts.append(reader.read(kind, owner, block.name, block.first * (numel // block.rows), numel))
     return torch.cat(parts)
-
-
-def has_held(kind: str, owner: str, reader: Reader, store: UnitStore) -> bool:
-    """Return whether there is such a buffer."""
-    return reader.has(kind, owner, store.blocks[0].name)

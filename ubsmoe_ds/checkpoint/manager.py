@@ -1,7 +1,7 @@
 """Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -14,11 +14,12 @@ from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint import shared_state, state, storage
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress, SavedClient, restored
 from ubsmoe_ds.checkpoint.search import Checkpoint, newest_sound
-from ubsmoe_ds.checkpoint.turns import restore_turn, turn_pieces
+from ubsmoe_ds.checkpoint.turns import add_sum, restore_turn, sum_pieces, turn_pieces
 from ubsmoe_ds.client.engine import Client, LocalProgress
-from ubsmoe_ds.client.turn import Turn
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.collectives import gather_json
 from ubsmoe_ds.mpi.world import World
@@ -36,7 +37,7 @@ class Resumed(NamedTuple):
     progress: Progress
     local: LocalProgress
     done: Mapping[int, int]
-    turns: list[Turn]
+    turns: Turns
     begin: Callable[[int], LocalProgress | None]
 
 
@@ -54,13 +55,19 @@ class CheckpointManager:
         self.config = exp.model_dump(mode="json")  # names all clients, also those that are lost later
         # under factor rules each client holds only its own LoRA ranks of the shared state
         self._one_shared_state = exp.merge.row.elementwise or exp.takes_turns
+        self._group_names = [trainer.name for trainer in exp.trainers]  # also those of groups that are lost later
         self._saved_round: int | None = None  # the latest complete round in a checkpoint
 
     def among(self, exp: Experiment, world: World) -> "CheckpointManager":
-        """Return a manager for the remaining clients."""
+        """Return a manager for the remaining clients and groups."""
         manager = CheckpointManager(exp, world, self.data_digest)
-        manager.config, manager._saved_round = self.config, self._saved_round
+        manager.config, manager._group_names = self.config, self._group_names
+        manager._saved_round = self._saved_round
         return manager
+
+    def _number_of(self, group: int) -> int:
+        """Return the number in the config of a group that is left."""
+        return self._group_names.index(self.exp.trainers[group].name)
 
     def is_due(self, progress: Progress) -> bool:
         """Return whether the latest complete round should be saved and has not been."""
@@ -79,7 +86,8 @@ class CheckpointManager:
         server: Server,
         progress: Progress,
         local: LocalProgress,
-        turns: Sequence[Turn] = (),
+        turns: Turns,
+        kept: Sequence[KeptStates] = (),
         controls: Controls | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
@@ -87,6 +95,7 @@ class CheckpointManager:
         Args:
             client, store, server, progress, local: this rank's.
             turns: that this rank's group has completed in the current round.
+            kept: what clients keep between their rounds.
             controls: SCAFFOLD's; None without.
 
         Raises:
@@ -95,9 +104,10 @@ class CheckpointManager:
         serial, failure = self._begin()
         file = None
         if not failure:
-            file, failure = self._write_file(
-                serial, [*self._pieces(client, store, server, local, turns), *self._control_pieces(controls)]
-            )
+            pieces = self._pieces(client, store, server, local, turns)
+            if controls is not None and self.world.group == 0:
+                pieces += shared_state.control_pieces(controls, self.world.group_rank)
+            file, failure = self._write_files(serial, pieces, kept)
         files = gather_json(self.world.comm, file)
         clients = self._clients(client, server, progress, local, turns)
         label = _label(progress, clients)
@@ -118,17 +128,27 @@ class CheckpointManager:
         self.world.barrier()
         return serial, failure
 
-    def _write_file(self, serial: int, pieces: list[storage.Piece]) -> tuple[list[Any] | None, str]:
-        """Write this rank's file; return ([bytes, SHA-256], "") or (None, the failure)."""
+    def _write_files(
+        self, serial: int, pieces: list[storage.Piece], kept: Sequence[KeptStates]
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Write this rank's files; return ([bytes, SHA-256] by name, "") or (None, the failure)."""
+        folder, name, files = storage.temporary(self.exp.run_dir, serial), storage.rank_file(self.world.rank), {}
         try:
-            size, digest = storage.write_pieces(storage.temporary(self.exp.run_dir, serial), self.world.rank, pieces)
+            size, digest = storage.write_pieces(
+                folder / name, [*pieces, *(piece for states in kept for piece in states.pieces())]
+            )
+            files[name] = [size, digest.hex()]
+            for name, written in (file for states in kept for file in states.files()):
+                storage.add_file(written.path, folder / name)
+                files[name] = [written.size, written.digest.hex()]
         except (OSError, SafetensorError) as error:
             return None, str(error)
-        return [size, digest.hex()], ""
+        return files, ""
 
     def _commit(self, serial: int, label: str, files: list[Any], content: dict[str, Any]) -> str:
         """Complete the checkpoint on rank 0; return the failure or ""."""
-        by_name = {storage.rank_file(rank): (size, bytes.fromhex(digest)) for rank, (size, digest) in enumerate(files)}
+        every = {name: file for of_rank in files for name, file in of_rank.items()}
+        by_name = {name: (size, bytes.fromhex(digest)) for name, (size, digest) in every.items()}
         run_dir = self.exp.run_dir
         failure = _failure_of(partial(storage.commit, run_dir, serial, label, by_name, content))
         if failure:
@@ -147,7 +167,7 @@ class CheckpointManager:
         )
 
     def _pieces(
-        self, client: Client, store: UnitStore, server: Server, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, store: UnitStore, server: Server, local: LocalProgress, turns: Turns
     ) -> list[storage.Piece]:
         """Collect the pieces that this rank writes."""
         rank, first_group, lora_rank = self.world.group_rank, self.world.group == 0, self._held_rank(server)
@@ -157,20 +177,14 @@ class CheckpointManager:
             pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
         if local.steps > 0:
             pieces += state.drift_pieces(client, rank)
-        for turn in turns:
+        for turn in turns.done:
             pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
+        pieces += sum_pieces(turns, self._number_of(self.world.group), store, lora_rank, rank)
         if first_group or not self._one_shared_state:
             pieces += shared_state.shared_pieces(store, lora_rank, self._owner(client), rank, with_base=first_group)
         if first_group and rank < client.config.expert_parallel:
             pieces += shared_state.moment_pieces(client)
         return [*pieces, *shared_state.server_pieces(server, store.units)]
-
-    def _control_pieces(self, controls: Controls | None) -> Iterable[storage.Piece]:
-        """Return what this rank writes of SCAFFOLD's control variates."""
-        if controls is None:
-            return ()
-        names = [config.name for config in self.exp.clients]
-        return shared_state.control_pieces(controls, names, self.world.group_rank, with_common=self.world.group == 0)
 
     def _owner(self, client: Client) -> str:
         """Return the name under which a checkpoint holds this client's shared state."""
@@ -181,7 +195,7 @@ class CheckpointManager:
         return self.exp.lora.rank if self.exp.takes_turns else server.lora_ranks[self.world.group]
 
     def _clients(
-        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Turns
     ) -> dict[str, dict[str, Any]]:
         """Gather each client's manifest entry from its first rank, by client name (a collective)."""
         if self.exp.takes_turns:
@@ -204,24 +218,26 @@ class CheckpointManager:
         return entries
 
     def _clients_of_groups(
-        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Sequence[Turn]
+        self, client: Client, server: Server, progress: Progress, local: LocalProgress, turns: Turns
     ) -> dict[str, dict[str, Any]]:
         """Do the same where clients take turns: the groups tell what they have trained in the round."""
         turned: list[list[Any]] = []
         if self.world.group_rank == 0:
             numbers = {config.name: number for number, config in enumerate(self.exp.clients)}
-            for turn in turns:
+            for turn in turns.done:
                 steps, bad = int(turn.stats.steps + turn.stats.bad_steps), int(turn.stats.bad_steps)
-                turned.append([turn.client, self.world.group, turn.slot, "done", steps, bad, turn.seconds])
+                added = turn.update is None
+                turned.append([turn.client, self.world.group, turn.slot, added, "done", steps, bad, turn.seconds])
             if local.steps:
                 begun = [local.steps, local.bad_steps, local.seconds]
-                turned.append([numbers[client.config.name], self.world.group, len(turns), "begun", *begun])
+                turned.append([numbers[client.config.name], self.world.group, len(turns.done), False, "begun", *begun])
             turned = [[*turn, progress.steps_taken.get(turn[0], 0)] for turn in turned]
         told = {turn[0]: turn[1:] for part in gather_json(self.world.comm, turned) for turn in part}
         entries = {}
         for number, config in enumerate(self.exp.clients):
-            nothing = [self.exp.allowed_groups(number)[0], 0, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
-            group, place, what, steps, bad, seconds, taken = told.get(number, nothing)
+            may_train = [*self.exp.allowed_groups(number), 0]  # none but any for a client that deaths have cut off
+            nothing = [may_train[0], 0, False, "", 0, 0, 0.0, progress.steps_taken.get(number, 0)]
+            group, place, added, what, steps, bad, seconds, taken = told.get(number, nothing)
             trained, scales_L = self.exp.trained_by(number, group), progress.scales.get(number)
             entries[config.name] = {
                 "layout": [trained.ranks, trained.expert_parallel],
@@ -231,8 +247,9 @@ class CheckpointManager:
                 "bad_steps": bad,
                 "seconds": seconds,
                 "turn": what,
-                "group": group,
+                "group": self._number_of(group),
                 "place": place,
+                "added_up": added,
                 "scales": None if scales_L is None else scales_L.tolist(),
             }
         return entries
@@ -263,8 +280,7 @@ class CheckpointManager:
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)
         if controls is not None:
-            mine = {number: self.exp.clients[number].name for number in self.exp.clients_for(self.world.group)}
-            shared_state.restore_controls(controls, mine, reader)
+            shared_state.restore_controls(controls, reader)
         shared_state.restore_server(server, store.units, reader)
         client.reset_counts()
         if self.exp.takes_turns:
@@ -274,7 +290,7 @@ class CheckpointManager:
             store.load(lora_rank)
         else:
             local = self._begun(checkpoint, client, saved)
-        return Resumed(progress, local, {}, [], lambda number: None)
+        return Resumed(progress, local, {}, Turns(), lambda number: None)
 
     def _begun(self, checkpoint: Checkpoint, client: Client, saved: SavedClient) -> LocalProgress:
         """Restore the client that the engine trains; return the progress of its local steps."""
@@ -297,10 +313,13 @@ class CheckpointManager:
         done = {number: entry.group % groups for number, entry in enumerate(saved) if entry.turn == "done"}
         mine = [number for number, group in done.items() if group == self.world.group]
         mine.sort(key=lambda number: (saved[number].group, saved[number].place))
-        turns = []
+        rank, lora_rank, turns = self.world.group_rank, self.exp.lora.rank, Turns()
         for slot, number in enumerate(mine):
-            place = (self.world.group_rank, self.exp.lora.rank, slot)
-            turns.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
+            place = (rank, lora_rank, slot)
+            turns.done.append(restore_turn(client, store, checkpoint.reader, number, saved[number], place))
+        sums = {saved[number].group: saved[number].layout for number in mine if saved[number].added_up}
+        for group, layout in sums.items():
+            add_sum(turns, client, store, checkpoint.reader, group, layout, (rank, lora_rank))
 
         def begin(number: int) -> LocalProgress | None:
             if saved[number].turn != "begun" or progress.round != checkpoint.manifest.progress.round:

@@ -39,6 +39,7 @@ class SavedProgress(Section):
     best_loss: float | None = None
     stale: Count = 0
     started_from: dict[str, str] = {}
+    measured: dict[str, Annotated[list[NotNegative], Field(min_length=2, max_length=2)]] = {}
 
     @property
     def is_sound(self) -> bool:
@@ -54,7 +55,8 @@ class SavedClient(Section):
     steps_taken: local steps in the whole run.
     steps, bad_steps, seconds: local steps taken and skipped in the current round, and their wall time.
     turn: where clients take turns, whether its turn of the current round has begun or is done; group, place: the
-        group that gave it, and its place among that group's turns. scales: what its gates have learned for it alone.
+        group that gave it, and its place among that group's turns; added_up: whether it is in that group's sum.
+    scales: what its gates have learned for it alone.
     """
 
     layout: Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -66,6 +68,7 @@ class SavedClient(Section):
     turn: Literal["", "begun", "done"] = ""
     group: Count = 0
     place: Count = 0
+    added_up: bool = False
     scales: list[float] | None = None
 
 
@@ -104,6 +107,7 @@ class Progress:
     best_round, best_loss: of the evaluation with the lowest weighted loss; -1 and None before the first.
     stale: evaluations since then.
     started_from: the earlier adapter that the run started from, see adapters/start.py; empty: none.
+    measured: see `Roster`.
     within: whether the run was resumed within the current round, which it then completes.
     """
 
@@ -121,6 +125,7 @@ class Progress:
     best_loss: float | None = None
     stale: int = 0
     started_from: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
     within: bool = False
 
     def note_merge(self, metrics: dict[str, float], seconds: dict[str, float], utilisation_LE: list) -> None:

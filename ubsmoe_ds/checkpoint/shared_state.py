@@ -1,6 +1,6 @@
 """Turn what clients share into pieces of a checkpoint, restore it, and replicate the server optimiser's state.
 
-These are the shared state, the moments of `linearised`, SCAFFOLD's control variates and the server optimiser's state;
+These are the shared state, the moments of `linearised`, SCAFFOLD's c and the server optimiser's state;
 state.py has the rest.
 """
 
@@ -13,7 +13,7 @@ from ubsmoe_ds.aggregation.controls import Controls
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
-from ubsmoe_ds.checkpoint.held import has_held, held_pieces, read_held
+from ubsmoe_ds.checkpoint.held import held_pieces, read_held
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.moe.pseudo_gradient import Moments
@@ -90,28 +90,14 @@ def restore_moments(client: Client, reader: Reader) -> None:
             layer.experts.moments = Moments(*values)
 
 
-def control_pieces(controls: Controls, clients: Sequence[str], group_rank: int, with_common: bool) -> Iterator[Piece]:
-    """Yield SCAFFOLD's control variates: c_i of the clients that this rank's group has trained, and c.
-
-    Args:
-        controls: this rank's.
-        clients: names of all clients.
-        group_rank: this rank in its group.
-        with_common: whether this group writes c, which is the same for all.
-    """
-    place = (controls.store, controls.lora_rank, group_rank)
-    for number, value in controls.own.items():
-        yield from held_pieces("control", clients[number], value, *place)
-    if with_common:
-        yield from held_pieces("control.common", ALL, controls.common, *place)
+def control_pieces(controls: Controls, group_rank: int) -> Iterator[Piece]:
+    """Yield SCAFFOLD's c, which is the same for all; one group writes it."""
+    return held_pieces("control", ALL, controls.common, controls.store, controls.lora_rank, group_rank)
 
 
-def restore_controls(controls: Controls, clients: Mapping[int, str], reader: Reader) -> None:
-    """Restore c, and c_i of the clients that this rank's group trains, by number and name."""
-    place = (reader, controls.store, controls.lora_rank)
-    controls.common = read_held("control.common", ALL, *place)
-    kept = {number: owner for number, owner in clients.items() if has_held("control", owner, *place[:2])}
-    controls.own = {number: read_held("control", owner, *place) for number, owner in kept.items()}
+def restore_controls(controls: Controls, reader: Reader) -> None:
+    """Restore SCAFFOLD's c."""
+    controls.common = read_held("control", ALL, reader, controls.store, controls.lora_rank)
 
 
 def server_pieces(server: Server, units: Sequence[Unit]) -> Iterator[Piece]:

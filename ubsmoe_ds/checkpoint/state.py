@@ -37,18 +37,8 @@ def client_pieces(client: Client, group_rank: int, with_optimizer: bool) -> Iter
         master, start, offset, numel = fragment
         place = _offset(client, parameter) + offset
         yield Piece("weight", owner, name, place, master.view(-1)[start : start + numel])
-        if not with_optimizer:
-            continue
-        for key, value in client.engine.basic_optimizer.state.get(master, {}).items():
-            if isinstance(value, Tensor) and value.numel() == master.numel() and value.ndim == master.ndim:
-                yield Piece(f"optimizer.{key}", owner, name, place, value.view(-1)[start : start + numel])
-            elif torch.as_tensor(value).numel() != 1:
-                raise UserError(
-                    f"checkpoint: the optimizer's {key!r} of shape {list(value.shape)} cannot be saved for any layout; "
-                    "use an optimizer that keeps one value per weight, such as AdamW"
-                )
-            elif place == 0:  # a number shared by all elements, such as the step
-                yield Piece(f"scalar.{key}", owner, name, 0, torch.as_tensor(value))
+        if with_optimizer:
+            yield from (piece for piece, own in _optimizer_pieces(client, name, parameter, fragment) if own)
     if group_rank == 0:
         for key, values in _schedule(client).items():
             yield Piece(f"schedule.{key}", owner, "state", 0, torch.tensor(values, dtype=torch.float64))
@@ -78,6 +68,46 @@ def restore_drift(client: Client, reader: Reader) -> None:
             held.copy_(reader.read(f"drift.{key}", client.config.name, name, first, numel))
 
 
+def optimizer_pieces(client: Client, group_rank: int) -> Iterator[tuple[Piece, bool]]:
+    """Yield the optimiser state that this rank has, and whether it is the rank that writes each piece of it.
+
+    Raises:
+        UserError: see `client_pieces`.
+    """
+    written = {name for name, *_ in _written_here(client, group_rank)}
+    for name, parameter in _trained(client):
+        fragment = client.gradient_hook.masters.fragment(parameter)
+        if fragment is not None:
+            for piece, own in _optimizer_pieces(client, name, parameter, fragment):
+                yield piece, own and name in written
+
+
+def restore_optimizer(client: Client, reader: Reader) -> None:
+    """Restore this rank's optimiser state."""
+    for name, parameter in _trained(client):
+        fragment = client.gradient_hook.masters.fragment(parameter)
+        if fragment is not None:
+            _restore_optimizer(client, reader, name, fragment, _offset(client, parameter))
+
+
+def _optimizer_pieces(
+    client: Client, name: str, parameter: nn.Parameter, fragment: Fragment
+) -> Iterator[tuple[Piece, bool]]:
+    """Yield a parameter's optimiser state, and whether it is to be written by the rank that writes this fragment."""
+    (master, start, offset, numel), owner = fragment, client.config.name
+    place = _offset(client, parameter) + offset
+    for key, value in client.engine.basic_optimizer.state.get(master, {}).items():
+        if isinstance(value, Tensor) and value.numel() == master.numel() and value.ndim == master.ndim:
+            yield Piece(f"optimizer.{key}", owner, name, place, value.view(-1)[start : start + numel]), True
+        elif torch.as_tensor(value).numel() == 1:  # a number shared by all elements, such as the step
+            yield Piece(f"scalar.{key}", owner, name, 0, torch.as_tensor(value)), place == 0
+        else:
+            raise UserError(
+                f"checkpoint: the optimizer's {key!r} of shape {list(value.shape)} cannot be saved for any layout; "
+                "use an optimizer that keeps one value per weight, such as AdamW"
+            )
+
+
 def restore_client(client: Client, reader: Reader) -> None:
     """Restore this rank's weights and optimiser state."""
     owner, masters = client.config.name, client.gradient_hook.masters
@@ -85,9 +115,7 @@ def restore_client(client: Client, reader: Reader) -> None:
         first = _offset(client, parameter)
         value = reader.read("weight", owner, name, first, parameter.numel())
         masters.write(parameter, value.view(parameter.shape).to(parameter.device))
-        fragment = masters.fragment(parameter)
-        if fragment is not None:
-            _restore_optimizer(client, reader, name, fragment, first)
+    restore_optimizer(client, reader)
     if client.engine.lr_scheduler is not None:
         kinds = [kind for kind in reader.kinds("schedule.") if reader.has(kind, owner, "state")]
         _restore_schedule(client, {kind.removeprefix("schedule."): reader.read(kind, owner, "state") for kind in kinds})

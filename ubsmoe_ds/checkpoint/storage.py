@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ FORMATS = "ubsmoe_ds.checkpoint."
 FORMAT = f"{FORMATS}2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
 MOST_MANIFEST = 16 * 2**20  # bytes; 10,000 ranks and clients take 5 MB
-RANK_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+OUR_FILE = re.compile(r"(rank|(kept|controls)-[0-9]{6}-[0-9]{6,})-[0-9]{5,}\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -105,8 +107,13 @@ def temporary(run_dir: Path, serial: int) -> Path:
     return run_dir / FOLDER / f"{TEMPORARY}{serial:06d}"
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[int, bytes]:
-    """Write and sync a rank's file.
+def kept_file(name: str, client: int, version: int, rank: int) -> str:
+    """Return the name in a checkpoint of a file of kept_states.py: whose states, client number, round, rank."""
+    return f"{name}-{client:06d}-{version:06d}-{rank:05d}.safetensors"
+
+
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> tuple[int, bytes]:
+    """Write and sync a file.
 
     Returns:
         (size in bytes, SHA-256).
@@ -118,10 +125,22 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> tuple[int,
         f"{piece.kind}|{piece.owner}|{piece.name}|{piece.offset}": piece.value.detach().reshape(-1).cpu().clone()
         for piece in pieces
     }
-    path = folder / rank_file(rank)
     save_file(tensors, path)
     _sync(path)
     return path.stat().st_size, sha256(path)
+
+
+def add_file(source: Path, target: Path) -> None:
+    """Put a file that never changes into a checkpoint: as another name of it, or copied where that cannot be.
+
+    Raises:
+        OSError: if it cannot be written, for example on a full disk.
+    """
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync(target)
 
 
 def commit(
@@ -193,9 +212,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
-        RANK_FILE.fullmatch(name) and isinstance(files[name], dict) for name in files
+        OUR_FILE.fullmatch(name) and isinstance(files[name], dict) for name in files
     ):
-        raise Damaged(f"{MANIFEST} does not list the files of ranks")  # a name must not lead outside the folder
+        raise Damaged(f"{MANIFEST} lists files that are not ours")  # a name must not lead outside the folder
     return manifest
 
 
@@ -217,11 +236,11 @@ def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
 
 
 class Reader:
-    """Read ranges of tensors from a verified checkpoint.
+    """Read ranges of tensors from the files of a verified checkpoint, or from pieces in memory (`of`).
 
     Args:
-        folder: the checkpoint's folder.
-        names: names of its files.
+        folder: the folder of the files.
+        names: their names.
 
     Raises:
         UserError: if a file is not one of ours in spite of its checksum.
@@ -229,17 +248,41 @@ class Reader:
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
-        self._files = {}
-        self._index: dict[tuple[str, str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        # by kind, owner, tensor: (offset, elements, what gives them when it is sliced)
+        self._index: dict[tuple[str, str, str], list[tuple[int, int, Any]]] = defaultdict(list)
         for name in names:
             try:
-                file = self._files[name] = open_tensors(folder / name)
+                file = open_tensors(folder / name)
                 for key in file.keys():  # noqa: SIM118  # a safetensors file is not a mapping
                     kind, owner, tensor, offset = key.split("|")
-                    numel = file.get_slice(key).get_shape()[0]
-                    self._index[kind, owner, tensor].append((int(offset), numel, name, key))
+                    part = file.get_slice(key)
+                    self._index[kind, owner, tensor].append((int(offset), part.get_shape()[0], part))
             except (OSError, SafetensorError, ValueError, IndexError) as error:
                 raise UserError(f"checkpoint: {folder / name} cannot be read ({error}); use an older one") from error
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> "Reader":
+        """Return a reader of pieces that are in memory."""
+        reader = cls(Path(), [])
+        for piece in pieces:
+            part = (piece.offset, piece.value.numel(), piece.value.reshape(-1))
+            reader._index[piece.kind, piece.owner, piece.name].append(part)
+        return reader
+
+    def within(self, prefix: str) -> "Reader":
+        """Return a reader of the pieces whose kind begins with `prefix`, without it."""
+        reader = Reader(self.folder, [])
+        for (kind, owner, name), parts in self._index.items():
+            if kind.startswith(prefix):
+                reader._index[kind.removeprefix(prefix), owner, name] = parts
+        return reader
+
+    def pieces(self, prefix: str) -> Iterator[tuple[Piece, Callable[[], Tensor]]]:
+        """Yield every piece whose kind begins with `prefix`, without its value, and what reads that."""
+        for (kind, owner, name), parts in self._index.items():
+            if kind.startswith(prefix):
+                for offset, _, part in parts:
+                    yield Piece(kind, owner, name, offset, torch.empty(0)), partial(part.__getitem__, slice(None))
 
     def has(self, kind: str, owner: str, name: str) -> bool:
         """Return whether there is any piece of this tensor."""
@@ -257,7 +300,7 @@ class Reader:
         """
         if numel is None:
             pieces = self._index.get((kind, owner, name), [])
-            numel = max((offset + size for offset, size, *_ in pieces), default=start) - start
+            numel = max((offset + size for offset, size, _ in pieces), default=start) - start
         parts, reached = [], start
         for offset, value in self.overlaps(kind, owner, name, start, numel):
             if offset <= reached < offset + len(value):
@@ -272,10 +315,10 @@ class Reader:
 
     def overlaps(self, kind: str, owner: str, name: str, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (offset, values) of every stored part of elements [start, start + numel), in order."""
-        for offset, size, file, key in sorted(self._index.get((kind, owner, name), [])):
+        for offset, size, part in sorted(self._index.get((kind, owner, name), []), key=itemgetter(0, 1)):
             first, end = max(offset, start), min(offset + size, start + numel)
             if first < end:
-                yield first, self._files[file].get_slice(key)[first - offset : end - offset]
+                yield first, part[first - offset : end - offset]
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -168,7 +168,10 @@ class Client:
         self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
         self.reset_optimizer()
-        torch.manual_seed(hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63)
+        seed = hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 4 ms on a host without accelerator
+        if self.device.type != "cpu":
+            get_accelerator().manual_seed_all(seed)
 
     def learned_scales(self) -> Tensor | None:
         """Return the scales that the gates have learned for this client alone, [L] fp32 on the CPU; None without.

@@ -60,7 +60,7 @@ class Evaluator:
     there, so in raw scoring an option that begins another is never the less likely one.
 
     A row of which some option does not fit is not scored: a cut option would decide nothing. `rows` are those that are
-    scored, `dropped` the ids of the others, `lengths` their numbers.
+    scored, `dropped` the ids of the others, `lengths` their numbers; `tokens` those to run, prompt and all options.
 
     Args:
         rows: evaluation rows.
@@ -92,6 +92,7 @@ class Evaluator:
             raise nothing_fits("max_length", max_length, f"{len(rows)} evaluation rows")
         self.lengths = Lengths(len(self.rows), sum(row.cut for row in self.packed), len(self.dropped))
         self.longest = max(row.longest for row in self.packed)  # tokens of a question with its answer
+        self.tokens = sum(map(len, self.packed))
         self.tasks = sorted({row["task"] for row in self.rows})
         # rows of about equal length share a batch: less padding
         self._order = sorted(range(len(self.rows)), key=lambda n: len(self.packed[n]))

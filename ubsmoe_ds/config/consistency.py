@@ -36,11 +36,6 @@ def problems(exp: Settings) -> list[str]:
             "data.eval_source: must be set if each client has its own `source`; give evaluation rows that all clients "
             "may read, or each client an `eval_source`"
         )
-    if with_evaluation and exp.takes_turns:
-        found.append(
-            f"clients: {with_evaluation[0]!r} has an `eval_source`, which does not work with `groups` or `sampling`; "
-            "use data.eval_source"
-        )
     found += group_problems(exp.groups, exp.clients, exp.num_experts)
     found += _merge_problems(exp) + _rate_problems(exp) + _turn_problems(exp)
     found += _scaffold_problems(exp)
@@ -61,12 +56,13 @@ def _turn_problems(exp: Settings) -> list[str]:
     if not exp.takes_turns:
         return []
     found, why = [], "does not work with `groups` or `sampling`"
-    if exp.train.optimizer_state == "keep":
-        found.append(f"train.optimizer_state: 'keep' {why}, where each turn begins with a new optimiser; use reset")
     if exp.deepspeed.scheduler is not None:
         found.append(f"deepspeed.scheduler: {why}, where a client's steps are not in a row; use train.lr_schedule")
-    if exp.fault_tolerance == "shrink":
-        found.append(f"fault_tolerance: 'shrink' {why}; use abort, and --resume auto after a failure")
+    if exp.fault_tolerance == "shrink" and exp.sampling is not None and exp.sampling.over_sample > 1:
+        found.append(
+            f"sampling.over_sample: {exp.sampling.over_sample} does not work with fault_tolerance 'shrink'; use 1, or "
+            "abort"
+        )
     steps = {exp.settings(client).gradient_accumulation_steps for client in exp.clients}
     if exp.groups is not None and len(steps) > 1 and exp.deepspeed.zero_stage > 0:
         found.append(
@@ -77,7 +73,7 @@ def _turn_problems(exp: Settings) -> list[str]:
 
 
 def _scaffold_problems(exp: Settings) -> list[str]:
-    """Check that SCAFFOLD's control variates mean the same for all clients, and stay with theirs."""
+    """Check that SCAFFOLD's control variates mean the same for all clients, and for the same clients in all rounds."""
     if not exp.train.scaffold:
         return []
     found, row = [], exp.merge.row
@@ -91,12 +87,6 @@ def _scaffold_problems(exp: Settings) -> list[str]:
     if exp.fault_tolerance == "shrink":
         found.append(
             "train.scaffold: true does not work with fault_tolerance: shrink, which changes the clients; use abort"
-        )
-    moving = [client.name for n, client in enumerate(exp.clients) if len(exp.allowed_groups(n)) > 1]
-    if moving:
-        found.append(
-            f"train.scaffold: true needs one group for each client, which keeps what SCAFFOLD knows of it; give "
-            f"{moving[0]!r} a `groups: [NAME]`"
         )
     return found
 

@@ -5,6 +5,7 @@ A client is who takes part; a group is a DeepSpeed world that trains one client 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -43,6 +44,11 @@ class SamplingConfig(Section):
 
     clients: PositiveInt | None = Field(None, description="clients of a round; or give `fraction`")
     fraction: Fraction | None = Field(None, description="part of all clients, rounded, at least one")
+    over_sample: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="draw this many times as many clients, and merge the first that finish (arXiv 1902.01046 has 1.3); "
+        "who that is depends on the machines, so such a run cannot be repeated",
+    )
     by: Literal["uniform", "by_rows", "round_robin", "availability"] = Field(
         "uniform",
         description="by_rows: likelier in proportion to training rows; round_robin: in the config's order; "
@@ -65,11 +71,16 @@ class SamplingConfig(Section):
         return self
 
     def size(self, population: int) -> int:
-        """Return the clients of a cohort."""
+        """Return the clients that a round merges."""
         if self.clients is not None:
             return self.clients
         assert self.fraction is not None  # `_one_size` asks for it
         return max(1, round(self.fraction * population))
+
+    def drawn(self, population: int) -> int:
+        """Return the clients that are drawn for a round: a cohort, or more with `over_sample`."""
+        # the small term undoes binary rounding: 1.1 times 10 clients are 11
+        return min(population, math.ceil(self.size(population) * self.over_sample - 1e-9))
 
 
 Trainer = ClientConfig | GroupConfig  # what a DeepSpeed world is made for: a group, or a client that has its own

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -53,7 +53,8 @@ class Settings(Section):
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     fault_tolerance: Literal["abort", "shrink"] = Field(
-        "abort", description="when a rank dies: abort ends the job; shrink continues without its client (Open MPI)"
+        "abort",
+        description="when a rank dies: abort ends the job; shrink continues without its client, or group (Open MPI)",
     )
     min_clients: PositiveInt = Field(1, description="with shrink: end the job when fewer clients are left")
     host_timeout_s: Annotated[float, Field(ge=1)] = Field(
@@ -82,6 +83,11 @@ class Settings(Section):
         """Return whether a group may train several clients, or a client be out of a round."""
         return self.groups is not None or self.sampling is not None
 
+    @property
+    def cohort_size(self) -> int:
+        """Return the most clients of a round."""
+        return len(self.clients) if self.sampling is None else self.sampling.size(len(self.clients))
+
     def trained_by(self, client: int, group: int) -> ClientConfig:
         """Return a client's section with the ranks and expert parallelism of the group that trains it."""
         if self.groups is None:
@@ -96,6 +102,11 @@ class Settings(Section):
         names = self.clients[client].groups
         return [number for number, group in enumerate(self.groups) if names is None or group.name in names]
 
+    @property
+    def clients_left(self) -> list[int]:
+        """Return the clients that some group may train: all, but for those that deaths have cut off (`without`)."""
+        return [client for client in range(len(self.clients)) if self.allowed_groups(client)]
+
     def clients_for(self, group: int) -> list[int]:
         """Return the clients that a group may train."""
         return [client for client in range(len(self.clients)) if group in self.allowed_groups(client)]
@@ -104,6 +115,23 @@ class Settings(Section):
         """Return the clients for whose rows a group answers before the first round: each client has one such group."""
         allowed = (self.allowed_groups(client) for client in range(len(self.clients)))
         return [client for client, groups in enumerate(allowed) if groups[client % len(groups)] == group]
+
+    def without(self, lost: Collection[int]) -> Self:
+        """Return what is left of the experiment when groups of these numbers have died (`fault_tolerance: shrink`).
+
+        Where all clients take part in every round, each with a group of its own, they go with their groups. Where
+        clients take turns all of them stay, under the numbers that rows, cohorts and checkpoints know them by; one that
+        no group left may train has no `allowed_groups`.
+        """
+        left = [trainer for number, trainer in enumerate(self.trainers) if number not in lost]
+        if not self.takes_turns:
+            return self.model_copy(update={"clients": left})
+        if self.groups is not None:
+            return self.model_copy(update={"groups": left})
+        keys = ("name", "ranks", "expert_parallel", "hosts")
+        groups = [GroupConfig(**{key: getattr(client, key) for key in keys}) for client in left]
+        clients = [client.model_copy(update={"groups": [client.name]}) for client in self.clients]
+        return self.model_copy(update={"groups": groups, "clients": clients})
 
     @property
     def world_size(self) -> int:

@@ -30,6 +30,11 @@ class TrainConfig(Section):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="keep a client's optimiser moments between rounds, or reset them"
     )
+    kept_states_gb: NotNegative = Field(
+        4.0,
+        description="GB of a host's memory for what clients keep between their rounds where they take turns (see "
+        "`optimizer_state`), and for SCAFFOLD; what goes beyond is in files of the run's folder",
+    )
     prox_mu: NotNegative = Field(
         0.0, description="mu of FedProx: local steps add mu / 2 ||w - w_t||^2 to the loss; docs/training.md; 0: none"
     )
@@ -40,6 +45,11 @@ class TrainConfig(Section):
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
     )
     save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
+    schedule_by: Literal["flops", "measured"] = Field(
+        "flops",
+        description="what turns cost in the schedule of groups. flops: the model's count, so that a run repeats to the "
+        "bit; measured: that over each group's speed in the rounds before, for devices that are not alike",
+    )
     round_deadline_s: Positive | None = Field(
         None, description="seconds of local steps after which a client stops and merges what it has; null: none"
     )

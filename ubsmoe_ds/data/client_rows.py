@@ -32,7 +32,7 @@ class ClientRows:
     of_client: returns the training rows of a client that this rank's group may train.
     counts: training rows of each client.
     evaluation: rows, the same for all clients; none if each client has its own.
-    own_evaluation: this client's own evaluation rows, if it has some; where clients take turns none has.
+    own_evaluation: returns the same client's own evaluation rows; none if it is scored on the common ones.
     unused: numbers of other rows, of the common source (one item) or of each client's.
     left_out: of each client, numbers of rows that it alone leaves out.
     digest: differs when any rows differ, and is the same on all ranks. It is kept with the run, which others may read;
@@ -43,7 +43,7 @@ class ClientRows:
     of_client: Callable[[int], Sequence[Row]]
     counts: list[int]
     evaluation: Sequence[Row]
-    own_evaluation: Sequence[Row]
+    own_evaluation: Callable[[int], Sequence[Row]]
     unused: list[Unused]
     left_out: list[LeftOut]
     digest: str
@@ -71,13 +71,13 @@ def client_rows(exp: Experiment, world: World) -> ClientRows:
     for client in exp.clients_of(world.group):
         own, chosen = of_site(client)
         spoken.append(_site(exp, client, own, chosen.evaluation, template) + [list(chosen.unused)])
-    own, chosen = of_site(exp.clients_for(world.group)[0])
+    _, chosen = of_site(exp.clients_for(world.group)[0])
     sites = _spoken(world, spoken)
     return ClientRows(
         of_client=lambda client: of_site(client)[0].training,
         counts=[count for _, count, *_ in sites],
         evaluation=chosen.evaluation,
-        own_evaluation=own.evaluation,
+        own_evaluation=lambda client: of_site(client)[0].evaluation,
         unused=[Unused(*numbers) for *_, numbers in sites],
         left_out=[LeftOut(*numbers) for _, _, numbers, *_ in sites],
         digest=digest([list(bytes.fromhex(of)) for _, _, _, of, _ in sites]),
@@ -94,12 +94,11 @@ def _dealt_rows(exp: Experiment, world: World) -> ClientRows:
     def of_client(client: int) -> OwnRows:
         return own_rows(exp, client, common.training.select(common.shares[client]), sharing)
 
-    first = of_client(exp.clients_for(world.group)[0])
     rows = ClientRows(
         of_client=lambda client: of_client(client).training,
         counts=[len(share[: client.max_rows]) for client, share in zip(exp.clients, common.shares, strict=True)],
         evaluation=common.evaluation,
-        own_evaluation=first.evaluation,
+        own_evaluation=lambda client: of_client(client).evaluation,
         unused=[common.unused],
         left_out=[
             LeftOut(0, len(share[client.max_rows :]) if client.max_rows else 0)

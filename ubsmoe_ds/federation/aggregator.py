@@ -5,7 +5,9 @@ nothing that a second call could not redo. `apply` changes this rank for good an
 ranks agree, so that a job that survives deaths completes a merge on all ranks or on none.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,16 +17,17 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.controls import ControlChange, Controls
 from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
-from ubsmoe_ds.aggregation.server import Server, Usage
+from ubsmoe_ds.aggregation.server import Refused, Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import Diverged
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
-from ubsmoe_ds.client.turn import OwnPart, Turn
+from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.federation.adding import HeldUnits, add_up, length, weighted_sum
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, is_left_out, sum_moments
 from ubsmoe_ds.mpi.world import World
 
 
@@ -80,6 +83,11 @@ class Aggregator:
         self.started = False  # whether owners know what clients hold
         self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
         self.replica: dict[str, Tensor] = {}
+
+    @property
+    def _adds_up(self) -> bool:
+        """Return whether a group adds its clients up while it trains them."""
+        return self.exp.takes_turns and self.exp.merge.is_linear
 
     @property
     def held_rank(self) -> int:
@@ -148,11 +156,22 @@ class Aggregator:
         factor = (self.exp.lora_alpha(full) / full) / (self.exp.lora_alpha(rank) / rank)
         self.store.begin_turn(self.server.lora_ranks[number], self.held_rank, factor, round_number)
 
-    def merge(self, turns: Sequence[Turn], cohort: Sequence[int]) -> Merged:
+    def end_turn(self, turns: Turns) -> None:
+        """Add up what can be of a group's turns, after each of them (a collective over the group)."""
+        if not self._adds_up:
+            return
+        turn = turns.done[-1]
+        assert turn.update is not None
+        turn.length = length(self.world, turn)
+        if not math.isfinite(turn.length):
+            turn.refused = self.held.refuse(turn.update)
+        add_up(self.world, self.server, self.held, turns)
+
+    def merge(self, turns: Turns, cohort: Sequence[int]) -> Merged:
         """Merge what local steps have changed (a collective).
 
         Args:
-            turns: of the clients that this rank's group has trained in the round.
+            turns: what this rank's group has of the clients that it has trained in the round.
             cohort: numbers of the clients of the round, rising.
 
         Raises:
@@ -163,9 +182,11 @@ class Aggregator:
         statistics = gather(self.world, self.client, turns, cohort, weights, factor)
         self.stopwatch.lap("wait")
         self._require_updates(statistics)
-        for turn in turns:
-            if statistics.left_out_C[statistics.cohort.index(turn.client)]:
+        for turn in turns.done:
+            if turn.update is not None and statistics.left_out_C[statistics.cohort.index(turn.client)]:
                 turn.update.zero_()
+        if turns.total is not None and is_left_out(turns, statistics.cohort, statistics.left_out_C):
+            turns.total.zero_()
         difference = self._exchange(turns, statistics)
         if self.world.any(not bool(torch.isfinite(difference).all())):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
@@ -211,7 +232,7 @@ class Aggregator:
         ]
         raise Diverged(f"no client has a finite update to merge ({', '.join(reasons)})")
 
-    def _exchange(self, turns: Sequence[Turn], statistics: RoundStatistics) -> Tensor:
+    def _exchange(self, turns: Turns, statistics: RoundStatistics) -> Tensor:
         """Send updates to the owners, merge there, and return the change of this rank's units."""
         old, new = self.server.lora_ranks, list(self.server.lora_ranks)
         for client, rank in zip(statistics.cohort, statistics.lora_ranks, strict=True):
@@ -219,10 +240,10 @@ class Aggregator:
         self.server.weigh(statistics.cohort, statistics.work_C.tolist(), statistics.nonfinite.tolist())
         if self._reply_ranks(new) != self.exchange.reply_ranks:
             self.exchange = self.exchange_for(self._sent_ranks(old), self._reply_ranks(new))
-        may_add = self.exchange.is_reducible or self.exp.takes_turns
-        if may_add and self.exp.merge.is_linear and not statistics.nonfinite.any():
+        in_transit = self.exchange.is_reducible and self.exp.merge.is_linear and not statistics.nonfinite.any()
+        if self._adds_up or in_transit:
             return self._add(turns, statistics)
-        received = self._collect(turns, statistics)
+        received = self._collect(turns.done, statistics)
         self.stopwatch.lap("exchange")
         replies = self.server.merge(received, statistics.usage, statistics.lora_ranks)
         self.stopwatch.lap("merge")
@@ -235,52 +256,51 @@ class Aggregator:
         received: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(statistics.cohort)
         nothing = torch.zeros_like(self.store.shared)
         for slot in range(1 + int(statistics.place_C2[:, 1].max())):
-            arrays = self.exchange.collect((turns[slot].update if slot < len(turns) else nothing).numpy())
+            update = turns[slot].update if slot < len(turns) else nothing
+            assert update is not None  # only linear rules add turns up
+            arrays = self.exchange.collect(update.numpy())
             for place, (group, of_slot) in enumerate(statistics.place_C2.tolist()):
                 if of_slot == slot:
                     received[place] = arrays[group]
         return received
 
-    def _add(self, turns: Sequence[Turn], statistics: RoundStatistics) -> Tensor:
+    def _add(self, turns: Turns, statistics: RoundStatistics) -> Tensor:
         """Do the same for linear rules at less cost: a group adds its clients up, and sums are formed on the way."""
         self.stopwatch.lap("exchange")
-        usage, layout = statistics.usage, self.exchange.layouts[self.world.group]
-        units = [u for u in self.store.units if self.world.rank in layout.holders(u, self.exp.num_experts)]
-        sizes = torch.tensor([unit.size(self.held_rank) for unit in units])
-        shares: list[np.ndarray | float] = []
-        for turn in turns:
-            share_U = self.server.shares(units, usage, statistics.cohort.index(turn.client))
-            alike = bool((share_U == share_U[0]).all())
-            shares.append(float(share_U[0]) if alike else share_U.repeat_interleave(sizes).numpy())
+        usage, refused = statistics.usage, self._refused_here(turns, statistics)
+        weight_CU = self.server.unit_weights(self.held.units, usage, refused)
+        held, share = weighted_sum(turns, statistics.cohort, self.held, weight_CU, self.server.weight)
         self.stopwatch.lap("merge")
-        if not self.exchange.is_reducible:
-            return self._add_at_owners(turns, shares, usage)
-        held, share = _sum_of(turns, shares, len(self.store.shared))
-        total = self.exchange.reduce(held, share)
+        if self.exchange.is_reducible:
+            total = self.exchange.reduce(held.numpy(), share.numpy() if isinstance(share, Tensor) else share)
+        else:  # groups of several ranks: the owners add the groups up
+            of_group = self.exchange.collect((held * share).numpy())
+            total = np.zeros_like(of_group[0])
+            for part in of_group:
+                total += part
         self.stopwatch.lap("exchange")
-        delta = self.server.merge_sum(total, usage)
+        delta = self.server.merge_sum(total, usage, refused)
         self.stopwatch.lap("merge")
-        return torch.from_numpy(self.exchange.gather(delta))
-
-    def _add_at_owners(self, turns: Sequence[Turn], shares: Sequence[np.ndarray | float], usage: Usage) -> Tensor:
-        """Send each group's sum to the owners, which add the groups up; groups may have several ranks."""
-        held, share = _sum_of(turns, shares, len(self.store.shared))
-        of_group = self.exchange.collect(np.ascontiguousarray(held * np.float32(share)))
-        self.stopwatch.lap("exchange")
-        total = np.zeros_like(of_group[0])
-        for part in of_group:
-            total += part
-        delta = self.server.merge_sum(total, usage)
-        self.stopwatch.lap("merge")
+        if self.exchange.is_reducible:
+            return torch.from_numpy(self.exchange.gather(delta))
         return torch.from_numpy(self.exchange.distribute([delta] * len(self.exp.trainers)))
 
-    def _merge_controls(self, turns: Sequence[Turn], statistics: RoundStatistics) -> ControlChange | None:
-        """Sum what the clients that count change of SCAFFOLD's control variates (a collective); None without."""
+    def _merge_controls(self, turns: Turns, statistics: RoundStatistics) -> ControlChange | None:
+        """Sum what the merged clients change of SCAFFOLD's control variates (a collective); None without."""
         if self.controls is None:
             return None
-        counts = dict(zip(statistics.cohort, (statistics.work_C > 0) & ~statistics.nonfinite, strict=True))
-        own = {turn.client: turn.control for turn in turns if turn.control is not None and counts[turn.client]}
+        merged = statistics.merged
+        own = {t.client: t.control for t in turns.done if t.control is not None and t.client in merged}
         return self.controls.merge(own, self.exchange)
+
+    def _refused_here(self, turns: Turns, statistics: RoundStatistics) -> list[Refused]:
+        """Return what groups have refused of their clients' updates (a collective if a client sent NaN or Inf)."""
+        if not statistics.nonfinite.any():
+            return []
+        refused = [(statistics.cohort.index(turn.client), number) for turn in turns.done for number in turn.refused]
+        units = self.store.units
+        found = count_refused(self.world, refused, len(statistics.cohort), len(units))
+        return [(client, units[number]) for client, number in found]
 
     def _refused(self, statistics: RoundStatistics) -> list[list[str]]:
         """Return for each client the names of its refused units (a collective if a client sent NaN or Inf)."""
@@ -295,7 +315,11 @@ class Aggregator:
     def _exchange_of(self, ranks: Sequence[int]) -> Exchange:
         """Return the exchange for clients of these LoRA ranks; FLoRA's reply to a cohort is planned in a merge."""
         sent = self._sent_ranks(ranks)
-        return self.exchange_for(sent, sent if self.exp.takes_turns else self._reply_ranks(ranks))
+        exchange = self.exchange_for(sent, sent if self.exp.takes_turns else self._reply_ranks(ranks))
+        holders = partial(exchange.layouts[self.world.group].holders, num_experts=self.exp.num_experts)
+        numbers = [u for u, unit in enumerate(self.store.units) if self.world.rank in holders(unit)]
+        self.held = HeldUnits(self.store.units, numbers, sent[self.world.group])
+        return exchange
 
     def _sent_ranks(self, ranks: Sequence[int]) -> list[int]:
         """Return the LoRA rank at which each group sends updates."""
@@ -313,15 +337,3 @@ class Aggregator:
         if moments_LEX is not None:
             assert self.client.moments is not None
             self.client.moments.update(moments_LEX)
-
-
-def _sum_of(
-    turns: Sequence[Turn], shares: Sequence[np.ndarray | float], numel: int
-) -> tuple[np.ndarray, np.ndarray | float]:
-    """Return (buffer, factor) whose product is the sum of the turns' updates times their shares."""
-    if len(turns) == 1:
-        return turns[0].update.numpy(), shares[0]
-    total = np.zeros(numel, dtype=np.float32)
-    for turn, share in zip(turns, shares, strict=True):
-        total += turn.update.numpy() * np.asarray(share, dtype=np.float32)
-    return total, 1.0

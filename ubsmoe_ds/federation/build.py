@@ -14,6 +14,7 @@ from ubsmoe_ds.base.malloc import release_freed_memory
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint import storage
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.manager import CheckpointManager, Resumed
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.checkpoint.search import Checkpoint, CheckpointFinder
@@ -21,12 +22,13 @@ from ubsmoe_ds.client.deepspeed_setup import start_deepspeed
 from ubsmoe_ds.client.engine import Client, LocalProgress
 from ubsmoe_ds.client.generation import Prompts, check_positions
 from ubsmoe_ds.client.packing_check import check_packing
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.client_rows import client_rows, merge_weights
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.announcement import headline, placement, row_counts, warnings
 from ubsmoe_ds.federation.exchanges import plan_exchanges
-from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.federation.roster import Amount, Roster
 from ubsmoe_ds.federation.rounds import Federation
 from ubsmoe_ds.federation.texts import Texts
 from ubsmoe_ds.federation.training import GroupTraining
@@ -40,6 +42,7 @@ from ubsmoe_ds.launching.run_folder import (
 )
 from ubsmoe_ds.models.hf_config import model_shape
 from ubsmoe_ds.mpi.collectives import gather_json
+from ubsmoe_ds.mpi.finished import FinishedTurns
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -86,11 +89,18 @@ def build(
     release_freed_memory()
     prompts = _prompts(exp, client, texts)
     aggregator = _aggregator(exp, world, client, texts)
-    resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, [], lambda number: None)
+    resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, Turns(), lambda number: None)
     if checkpoint is not None:
         resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server, aggregator.controls)
         aggregator.note_restored()
     training = _training(aggregator, texts, resumed, stop, hang_watch)
+    saved = None if checkpoint is None else checkpoint.reader
+    keeps = exp.takes_turns and exp.train.optimizer_state == "keep"
+    share = 1 / max(1, keeps + exp.train.scaffold)
+    training.kept = KeptStates(exp, world, saved, share=share) if keeps else None
+    training.kept_controls = KeptStates(exp, world, saved, "controls", share) if exp.train.scaffold else None
+    if exp.sampling is not None and exp.sampling.over_sample > 1:
+        training.finished = FinishedTurns(world, resumed.progress.round, len(resumed.done))
     if client.moments is not None and checkpoint is None:
         aggregator.calibrated = training.calibrate(CALIBRATION_STEPS)
     progress = resumed.progress
@@ -132,7 +142,9 @@ def _training(
     """Return what trains this group's clients, in the round and turn that the run goes on from."""
     exp, world, client = aggregator.exp, aggregator.world, aggregator.client
     shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
-    roster = Roster(exp, shape, [lengths.kept for lengths in texts.lengths], texts.tokens)
+    kept, own = ([lengths.kept for lengths in part] for part in (texts.lengths, texts.own_lengths))
+    training, evaluation = (list(map(Amount, *part)) for part in ((kept, texts.tokens), (own, texts.own_tokens)))
+    roster = Roster(exp, shape, training, evaluation, resumed.progress.measured)
     roster.note_done(resumed.progress.round, resumed.done)
     current = exp.clients_for(world.group)[0]
     return GroupTraining(

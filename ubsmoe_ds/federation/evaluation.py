@@ -1,19 +1,19 @@
 """Evaluate the models of all clients; clients that hold the same model share a view and divide its rows.
 
-Where clients take turns, every group becomes a client of each view in turn, and all ranks divide its rows.
+Where clients take turns, every group becomes a client of each view in turn, and all ranks divide its rows. A client's
+own rows are evaluated by one group.
 
 Shapes: C clients, G views, L layers, E experts, X = E + 1.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
-from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.client.evaluation import FIELDS
+from ubsmoe_ds.client.evaluation import FIELDS, Evaluator
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.metrics import evaluation_scalars
 from ubsmoe_ds.federation.texts import Evaluators
@@ -44,6 +44,13 @@ class View(NamedTuple):
     place: tuple[int, int]
 
 
+class OwnRows(NamedTuple):
+    """The own evaluation rows of a client that this rank's group holds: its number, and its rows."""
+
+    client: int
+    evaluator: Evaluator
+
+
 def views_of(training: GroupTraining) -> Iterator[View]:
     """Yield each view that this rank evaluates a part of; its group holds it until the next one is asked for."""
     exp, world = training.exp, training.world
@@ -57,38 +64,42 @@ def views_of(training: GroupTraining) -> Iterator[View]:
         yield View(number, client, (world.rank, world.comm.size))
 
 
-def evaluate_part(
-    exp: Experiment,
-    world: World,
-    client: Client,
-    evaluators: Evaluators,
-    parts: Iterable[View],
-    stop: Callable[[], bool],
-) -> Part:
+def own_rows_of(training: GroupTraining) -> Iterator[OwnRows]:
+    """Yield the clients whose own rows this rank's group evaluates; it holds each until the next one is asked for."""
+    exp, evaluators = training.exp, training.texts.evaluators
+    for client in training.roster.evaluated_by(training.world.group):
+        evaluator = evaluators.own(client if exp.takes_turns else training.own)
+        if evaluator is None:
+            continue
+        if exp.takes_turns:
+            training.become(client)
+        yield OwnRows(client, evaluator)
+
+
+def evaluate_part(training: GroupTraining, stop: Callable[[], bool]) -> Part:
     """Evaluate this rank's share of the rows on its group's views (a collective over the group).
 
     Args:
-        exp: the experiment.
-        world: this rank's place in the job.
-        client: this rank's engine.
-        evaluators: hold the evaluation rows.
-        parts: the result of `views_of`.
+        training: this rank's group.
         stop: see `Evaluator.sums`.
     """
-    views = list(dict.fromkeys(exp.views))
-    sums_G = np.zeros((len(views), len(evaluators.tasks), len(FIELDS)))
+    exp, client, world = training.exp, training.client, training.world
+    of_clients, common = exp.views, training.texts.evaluators.common
+    views, tasks = list(dict.fromkeys(of_clients)), training.texts.evaluators.tasks
+    sums_G = np.zeros((len(views), len(tasks), len(FIELDS)))
     routed_GLX = np.zeros((len(views), len(client.model.layers), exp.num_experts + 1))
     own_C = np.zeros((len(exp.clients), len(FIELDS)))
-    for view in parts:
+    if common is not None:
+        for view in views_of(training):
+            client.reset_counts()
+            sums_G[view.number] = common.sums(client, client.k, *view.place, stop)
+            routed_GLX[view.number] = client.routed_counts().numpy()
+    for of_client, own in own_rows_of(training):
         client.reset_counts()
-        if evaluators.common is not None:
-            sums_G[view.number] = evaluators.common.sums(client, client.k, *view.place, stop)
-            routed_GLX[view.number] = client.routed_counts().numpy()
-        if evaluators.own is not None:
-            ranks = exp.trainers[world.group].ranks
-            own_C[view.client] = evaluators.own.sums(client, client.k, world.group_rank, ranks, stop).sum(0)
-        if evaluators.common is None:
-            routed_GLX[view.number] = client.routed_counts().numpy()
+        ranks = exp.trainers[world.group].ranks
+        own_C[of_client] = own.sums(client, client.k, world.group_rank, ranks, stop).sum(0)
+        if common is None:
+            routed_GLX[views.index(of_clients[of_client])] += client.routed_counts().numpy()
     return Part(sums_G, own_C, routed_GLX)
 
 

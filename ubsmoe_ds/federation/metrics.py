@@ -15,6 +15,7 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.dmr import coefficient_of_variation
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.client.evaluation import scores
+from ubsmoe_ds.federation.fairness import fairness_scalars
 
 LEAST_TOKENS = (
     8  # tokens in a round from which an expert's real gradient says something; with fewer it is starved [ours]
@@ -41,7 +42,8 @@ def evaluation_scalars(
 ) -> dict[str, float]:
     """Return the scores of each view, per task, per client, and overall: plain and weighted mean over clients.
 
-    There is no accuracy where no row has choices, and no overall one where a client has none.
+    There is no accuracy where no row has choices, and no overall one where a client has none. Fairness is that of the
+    clients with evaluation rows of their own.
 
     Args:
         clients: names of the clients.
@@ -61,7 +63,9 @@ def evaluation_scalars(
             scalars |= {f"eval_{view}/{field}_{name}": value for field, value in scores(part).items()}
     of_clients = [of_views[view] for view in views]
     if own_CF is not None:
-        of_clients = [scores(own) or common for own, common in zip(own_CF, of_clients, strict=True)]
+        of_own = [scores(own) for own in own_CF]
+        scalars |= fairness_scalars([own["loss"] for own in of_own if own])
+        of_clients = [own or common for own, common in zip(of_own, of_clients, strict=True)]
     for field in ("loss", "perplexity", "accuracy"):
         found = {name: part[field] for name, part in zip(clients, of_clients, strict=True) if field in part}
         scalars |= {f"eval_{field}/{name}": value for name, value in found.items()}

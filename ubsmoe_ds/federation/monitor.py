@@ -25,6 +25,7 @@ from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.budgets import CLIENT_RECORD, RECORD, OfClients, budget_rows, by_budget, read_records, sums_up
+from ubsmoe_ds.federation.roster import Lost
 from ubsmoe_ds.federation.samples import SAMPLES, Sample, SampleFile
 from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.tensorboard import TensorBoard
@@ -60,10 +61,11 @@ class Monitor:
         self.console = Console()
         self._tensorboard = TensorBoard(self.folder / "tensorboard", resume_at)
         kept = recorded_rounds(self.folder / RECORD, before=resume_at or 0)
-        self.rounds = len(kept)  # number of rounds recorded by an earlier monitor
+        self.latest = json.loads(kept[-1])["round"] if kept else -1  # round that an earlier monitor recorded last
         replace_files(self.folder, {RECORD: lambda path: path.write_text("".join(kept), encoding="utf-8")})
         if sums_up(exp) or (self.folder / CLIENT_RECORD).exists():
-            of_clients = "".join(recorded_rounds(self.folder / CLIENT_RECORD, before=resume_at or 0))
+            # without lines of a round of which the first rank died before it wrote the record
+            of_clients = "".join(recorded_rounds(self.folder / CLIENT_RECORD, before=self.latest + 1))
             replace_files(self.folder, {CLIENT_RECORD: lambda path: path.write_text(of_clients, encoding="utf-8")})
         self._samples = SampleFile(self.folder, run_id, recorded_rounds(self.folder / SAMPLES, before=resume_at or 0))
         self._record = (self.folder / RECORD).open("a", encoding="utf-8")
@@ -129,8 +131,7 @@ class Monitor:
         for client, names in units.items():
             if not names:
                 continue
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {shown}")
+            self.say(f"warning: round {number}: NaN or Inf from client {client!r} refused in {_listed(names)}")
             self._tensorboard.text(f"refused/{client}", ", ".join(names), number)
 
     def bad_steps(
@@ -158,6 +159,8 @@ class Monitor:
         ):
             if is_out:
                 text = f"has an update of norm {norm:.3g}, {excess:.3g} times the others' median"
+                if excess <= (self.exp.merge.screen_factor or math.inf):
+                    text = "was added up with a client of its group whose update is out of proportion"
                 factor = f"merge.screen_factor {self.exp.merge.screen_factor:g}"
                 self.say(f"warning: round {number}: client {client!r} {text}; it sits the round out ({factor})")
                 self._tensorboard.text(f"left_out/{client}", text, number)
@@ -173,20 +176,30 @@ class Monitor:
                 self.say(f"warning: round {number}: client {client!r} {text} (median of its experts); {remedy}")
                 self._tensorboard.text(f"outweighed/{client}", text, number)
 
-    def lost(self, number: int, clients: Sequence[str], left: int) -> None:
-        """Warn of clients that are lost for the rest of the job.
+    def lost(self, number: int, exp: Experiment, lost: Lost) -> None:
+        """Warn of groups and clients that are lost for the rest of the job, and of clients that miss the round.
 
         Args:
             number: the current round.
-            clients: clients of which a rank died.
-            left: number of remaining clients.
+            exp: what is left of the experiment.
+            lost: what is not.
         """
-        for client in clients:
-            others = f"{left} clients continue"
-            self.say(f"warning: round {number}: client {client!r} is lost (one of its ranks died); {others}")
-            self._tensorboard.text(f"lost/{client}", f"in round {number}; {others}", number)
-        self._tensorboard.scalars({"clients/alive": left}, number)
+        left, names = len(exp.clients_left), {client.name for client in exp.clients}
+        for name in lost.trainers:
+            kind = "client" if exp.groups is None or name in names else "group"
+            others = f"{left if kind == 'client' else len(exp.trainers)} {kind}s continue"
+            self._lost(number, name, f"{kind} {name!r} is lost (one of its ranks died); {others}")
+        if lost.out:
+            self.say(f"warning: round {number}: {_listed(lost.out)} sit it out: their groups are lost")
+        for name in lost.clients:
+            self._lost(number, name, f"client {name!r} is lost (no group that is left may train it)")
+        alive = {"clients/alive": left} | ({} if exp.groups is None else {"groups/alive": len(exp.trainers)})
+        self._tensorboard.scalars(alive, number)
         self._tensorboard.flush()
+
+    def _lost(self, number: int, name: str, text: str) -> None:
+        self.say(f"warning: round {number}: {text}")
+        self._tensorboard.text(f"lost/{name}", f"in round {number}: {text}", number)
 
     def records(self) -> list[dict[str, Any]]:
         """Return the record of every round so far, including earlier jobs of a resumed run."""
@@ -215,7 +228,8 @@ class Monitor:
             self._start, self._first = time.perf_counter(), 1  # set-up does not count towards the ETA
             return f"before       {state}"
         elapsed = time.perf_counter() - self._start
-        left = elapsed / (number - self._first + 1) * (self.exp.train.rounds - number)
+        # the first rank may have died before it wrote the round before the first one of this monitor
+        left = elapsed / max(1, number - self._first + 1) * (self.exp.train.rounds - number)
         train_loss = metrics.get("train/loss", math.nan)
         return (
             f"round {number:3d}/{self.exp.train.rounds}  {state}  train loss {train_loss:.4f}  "
@@ -253,6 +267,9 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
     before, after = totals["utilisation_cv_before"], totals["utilisation_cv_after"]
     title = f"mean loss of clients {_change(totals, 'loss')}, weighted {_change(totals, 'loss_weighted')}"
     title += f"\nutilisation CV {before:.3f} -> {after:.3f}"
+    if "fairness_variance_after" in totals:
+        worst = _change(totals, "fairness_worst_tenth")
+        title += f"\nown rows: loss of the worst tenth {worst}, variance {_change(totals, 'fairness_variance')}"
     # fits the 80 columns of a log file
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     choices = any("accuracy_after" in row for row in rows)
@@ -286,6 +303,11 @@ def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Tabl
 
 def _change(totals: Mapping[str, Any], name: str) -> str:
     return f"{totals[f'{name}_before']:.4f} -> {totals[f'{name}_after']:.4f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _clock(seconds: float) -> str:

@@ -32,6 +32,7 @@ from ubsmoe_ds.mpi.world import World
 if TYPE_CHECKING:
     from ubsmoe_ds.federation.monitor import Monitor
 
+FAIRNESS = ("fairness/worst_tenth", "fairness/variance")  # over the clients with evaluation rows of their own
 OVERALL = ("loss", "loss_weighted", "accuracy", "accuracy_weighted")  # plain and weighted means over the clients
 ACCURACY = "eval_accuracy/"  # begins the names of the clients' accuracies, which rows without choices have none of
 
@@ -39,6 +40,20 @@ ACCURACY = "eval_accuracy/"  # begins the names of the clients' accuracies, whic
 def _has_choices(progress: Progress) -> bool:
     """Return whether some client was evaluated on rows with choices."""
     return any(name.startswith(ACCURACY) for scalars in (progress.before, progress.after) for name in scalars)
+
+
+def _overall(progress: Progress) -> dict[str, float]:
+    """Return the figures of all clients together, before the first round and after the last."""
+    names = [f"eval/{name}" for name in OVERALL if not name.startswith("accuracy") or _has_choices(progress)]
+    names += [name for name in FAIRNESS if name in progress.after]
+    evaluations = (("before", progress.before), ("after", progress.after))
+    found = {f"{_key(name)}_{when}": part.get(name, math.nan) for name in names for when, part in evaluations}
+    return found | {f"utilisation_cv_{when}": part["eval/utilisation_cv"] for when, part in evaluations}
+
+
+def _key(name: str) -> str:
+    """Return a scalar's key in `summary.json`: "eval/loss" is "loss", "fairness/variance" is "fairness_variance"."""
+    return name.removeprefix("eval/").replace("/", "_")
 
 
 def best_folder(run_dir: Path, number: int) -> Path:
@@ -96,14 +111,6 @@ class Outputs:
                     f"note: {best} is not there: the best round was before this run's folder or train.save_best"
                 )
             rows = self._summary(progress, peak_C, batch.micro[0], records=monitor.records())
-            evaluations = (("before", progress.before), ("after", progress.after))
-            cv = {f"utilisation_cv_{when}": scalars["eval/utilisation_cv"] for when, scalars in evaluations}
-            overall = {
-                f"{name}_{when}": scalars.get(f"eval/{name}", math.nan)
-                for name in OVERALL
-                if not name.startswith("accuracy") or _has_choices(progress)
-                for when, scalars in evaluations
-            }
             inputs = {
                 "model_digest": model_digest(self.exp.weights_dir),
                 "data_digest": data_digest,
@@ -111,7 +118,7 @@ class Outputs:
                 "machine": machine(),
             }
             course = {"lost_in_round": progress.lost, **self._course(progress)}
-            monitor.finish(rows, overall | cv | course | inputs)
+            monitor.finish(rows, _overall(progress) | course | inputs)
         self.world.agree()  # if the first rank dies while it writes, another rank writes again
 
     def _course(self, progress: Progress) -> dict[str, Any]:
@@ -229,7 +236,8 @@ class Outputs:
         table_GR = np.zeros((len(trainers), max(trainer.ranks for trainer in trainers)))
         table_GR[self.world.group, self.world.group_rank] = peak_bytes(self.client.device)
         peak_G = self.world.sum(table_GR).max(axis=1)
-        return np.array([peak_G[self.exp.allowed_groups(client)].max() for client in range(len(self.exp.clients))])
+        of_clients = map(self.exp.allowed_groups, range(len(self.exp.clients)))
+        return np.array([peak_G[groups].max() if groups else math.nan for groups in of_clients])  # NaN: a lost client
 
     def _summary(
         self, progress: Progress, peak_C: np.ndarray, tokens: Tokens, records: Sequence[Mapping[str, Any]]

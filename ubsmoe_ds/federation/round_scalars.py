@@ -26,7 +26,8 @@ class RoundScalars(NamedTuple):
     """Hold the figures of a round that are recorded.
 
     stats: sums of the local steps of each client of the round. metrics: scalars by name. seconds: wall times.
-    steps_taken, scales: see `Progress`, of the clients of the round, where clients take turns.
+    steps_taken, scales: see `Progress`, of the clients of the round, where clients take turns. local_C: seconds of the
+    local steps of each.
     """
 
     stats: list[LocalStats]
@@ -34,6 +35,7 @@ class RoundScalars(NamedTuple):
     seconds: dict[str, float]
     steps_taken: dict[int, int]
     scales: dict[int, Tensor]
+    local_C: list[float]
 
 
 def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
@@ -53,11 +55,17 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
     metrics |= expert_scalars(names, statistics.routed_CLE, statistics.squares_CLE2)
     metrics |= merge_scalars(names, stats_C, training.rows.kept, weights, norms, rates)
     if not exp.takes_turns:
-        return RoundScalars(stats_C, metrics, seconds_scalars(names, stats_C, seconds_C), {}, {})
+        return RoundScalars(stats_C, metrics, seconds_scalars(names, stats_C, seconds_C), {}, {}, [])
     groups = [trainer.name for trainer in exp.trainers]
-    metrics |= {f"group/{name}": int(group) for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
+    roster = training.roster
+    numbers = roster.numbers
+    metrics |= {f"group/{name}": numbers[group] for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
     metrics["clients/cohort"] = len(names)
-    metrics["schedule/idle_share"], metrics["schedule/over_bound"] = training.roster.idle(training.progress.round)
+    if training.finished is not None:
+        metrics["clients/drawn"] = len(roster.cohort(training.progress.round))
+    if roster.out(training.progress.round):  # only after a death
+        metrics["clients/out"] = len(roster.out(training.progress.round))
+    metrics["schedule/idle_share"], metrics["schedule/over_bound"] = roster.idle(training.progress.round)
     local_C = [seconds.local for seconds in seconds_C]
     seconds = turn_seconds(names, stats_C, local_C, groups, _group_seconds(training))
     taken = dict(zip(statistics.cohort, own_C[:, 6].astype(int).tolist(), strict=True))
@@ -66,7 +74,7 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
         scales_CL = torch.from_numpy(own_C[:, 7:]).float()
         scales_CL = torch.where(torch.isfinite(scales_CL), scales_CL, 1.0)  # of a client whose steps went wrong
         scales = dict(zip(statistics.cohort, scales_CL, strict=True))
-    return RoundScalars(stats_C, metrics, seconds, taken, scales)
+    return RoundScalars(stats_C, metrics, seconds, taken, scales, local_C)
 
 
 def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats], np.ndarray]:
@@ -74,14 +82,14 @@ def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats
     world, stages, sums = training.world, training.stopwatch.seconds, len(LocalStats._fields)
     learned = len(training.client.model.layers) if training.exp.router.gate_rescale == "learned" else 0
     table = np.zeros((len(cohort), sums + len(RoundSeconds._fields) + 3 + learned))
-    for turn in training.turns:
+    for turn in training.turns.done:
         stats, rate, taken = turn.stats, turn.learning_rate, training.progress.steps_taken.get(turn.client, 0)
         seconds = RoundSeconds(turn.seconds, stages["wait"], stages["exchange"], stages["merge"])
         scales = np.zeros(learned) if turn.scales_L is None else turn.scales_L.numpy()
         if world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
             stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds, rate, taken, scales = RoundSeconds(*np.zeros(len(seconds))), 0.0, 0, np.zeros(learned)
-        sent = training.aggregator.bytes_sent / len(training.turns)  # a group's turns travel together
+        sent = training.aggregator.bytes_sent / len(training.turns.done)  # a group's turns travel together
         table[cohort.index(turn.client)] = [*stats, *seconds, sent, rate, taken, *scales]
     table = world.sum(table)
     return [LocalStats(*row) for row in table[:, :sums]], table[:, sums:]
@@ -92,6 +100,6 @@ def _group_seconds(training: GroupTraining) -> list[RoundSeconds]:
     world, stages = training.world, training.stopwatch.seconds
     table_G4 = np.zeros((len(training.exp.trainers), len(RoundSeconds._fields)))
     if world.group_rank == 0:
-        local = sum(turn.seconds for turn in training.turns)
+        local = sum(turn.seconds for turn in training.turns.done)
         table_G4[world.group] = [local, *(stages.get(stage, 0.0) for stage in ("wait", "exchange", "merge"))]
     return [RoundSeconds(*row) for row in world.sum(table_G4)]

@@ -32,6 +32,7 @@ from ubsmoe_ds.checkpoint.manager import CheckpointManager
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.generation import Prompts
+from ubsmoe_ds.client.turn import Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.evaluation import evaluate_part, view_scalars, views_of
@@ -114,22 +115,9 @@ class Federation:
             Diverged: if there is nothing to merge, or a merge or an evaluation is not finite.
             RanksLost: if a rank has died; call `run` again after recovery (see recovery.py).
         """
-        self.hang_watch.enter(f"round {self.progress.round}, start")
-        if not self.aggregator.started:
-            self.aggregator.start()
+        self.start()
         while not self.progress.is_over(self.exp.train):
-            if self.checkpoints.is_due(self.progress):
-                self._save()
-            if not self.progress.merged:
-                if self.shows_schedule and self.monitor is not None:
-                    self.monitor.say(self.training.roster.line(self.progress.round))
-                self.training.take_turns()
-                self._stop_if_asked()
-                self._merge()
-            evaluated, samples = self._evaluate()
-            self._record(evaluated, samples)
-            self._require_finite(evaluated)
-            self.progress.next_round()
+            self.round()
         if self.checkpoints.is_due(self.progress):
             self._save()
         self.hang_watch.enter("writing the results")
@@ -137,7 +125,30 @@ class Federation:
             self.monitor.out_of_patience(self.progress)
         first = next(self.training.batches(self.exp.clients_for(self.world.group)[0], 0))
         self._outputs.write(first, self.progress, self.monitor, self.checkpoints.data_digest)
+        for kept in self.training.kept_states:
+            kept.remove()
         self.stop.close()
+
+    def start(self) -> None:
+        """Tell the owners what clients hold, unless they know (a collective)."""
+        self.hang_watch.enter(f"round {self.progress.round}, start")
+        if not self.aggregator.started:
+            self.aggregator.start()
+
+    def round(self) -> None:
+        """Run one round, or the rest of one that was stopped; see `run`."""
+        if self.checkpoints.is_due(self.progress):
+            self._save()
+        if not self.progress.merged:
+            if self.shows_schedule and self.monitor is not None:
+                self.monitor.say(self.training.roster.line(self.progress.round))
+            self.training.take_turns()
+            self._stop_if_asked()
+            self._merge()
+        evaluated, samples = self._evaluate()
+        self._record(evaluated, samples)
+        self._require_finite(evaluated)
+        self.progress.next_round()
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
@@ -152,7 +163,8 @@ class Federation:
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
         local, turns = self.training.local, self.training.turns
         store, server, controls = self.aggregator.store, self.aggregator.server, self.aggregator.controls
-        folder = self.checkpoints.save(self.client, store, server, self.progress, local, turns, controls)
+        kept = self.training.kept_states
+        folder = self.checkpoints.save(self.client, store, server, self.progress, local, turns, kept, controls)
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
         return folder
@@ -163,7 +175,7 @@ class Federation:
         number, training = self.progress.round, self.training
         self.hang_watch.enter(f"round {number}, merge")
         if not self.exp.takes_turns:
-            training.turns = []
+            training.turns = Turns()
             training.end_turn()
         try:
             merged = self.aggregator.merge(training.turns, training.roster.cohort(number))
@@ -172,12 +184,18 @@ class Federation:
         scalars = round_scalars(training, merged)
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
+        ranks = self.aggregator.server.lora_ranks
         self.aggregator.apply(merged, number)
+        new = self.aggregator.server.lora_ranks
+        pruned = [client for client, (before, now) in enumerate(zip(ranks, new, strict=True)) if before != now]
         utilisation_LE = merged.statistics.usage.utilisation_LE.tolist()
         self.progress.note_merge(scalars.metrics, scalars.seconds, utilisation_LE)
         self.progress.steps_taken |= scalars.steps_taken
         self.progress.scales |= scalars.scales
-        training.next_round()
+        if self.exp.takes_turns:
+            statistics = merged.statistics
+            training.roster.note_seconds(statistics.cohort, statistics.place_C2[:, 0].tolist(), scalars.local_C)
+        training.next_round(merged.statistics, pruned, merged.controls)
         if self.monitor is not None:
             names = [self.exp.clients[client].name for client in merged.statistics.cohort]
             self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))
@@ -201,9 +219,8 @@ class Federation:
             return stops
 
         self.hang_watch.enter(f"round {number}, evaluation batch", counted_from=0)
-        views = views_of(self.training)
         evaluators = self.training.texts.evaluators
-        part = evaluate_part(self.exp, self.world, self.client, evaluators, views, stop)
+        part = evaluate_part(self.training, stop)
         answers = generate_samples(self.exp, self.client, self.prompts, views_of(self.training), stop)
         self._stop_if_asked()
         scalars = view_scalars(self.exp, self.world, evaluators, self.aggregator.server.weights, part)

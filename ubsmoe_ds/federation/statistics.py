@@ -14,7 +14,7 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.screening import excess
 from ubsmoe_ds.aggregation.server import Usage
 from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.client.turn import OwnPart, Turn
+from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.mpi.world import World
 
 
@@ -28,7 +28,8 @@ class RoundStatistics(NamedTuple):
     work_C: part of the round's work that each client did, 0 to 1; 0 as well for a client that is left out.
     norm_C: L2 norm of each client's update; NaN or Inf if the update holds such a value.
     excess_C: see `screening.excess`.
-    left_out_C: whether a client is left out because of its excess.
+    left_out_C: whether a client is left out because of its excess, or that of one with which it is added up.
+    added_C: whether a client's update is in the sum of its group's.
     moments_LEX: see `sum_moments`.
     routed_CLE: tokens that each client routed to each expert.
     squares_CLE2: squared norms of each client's (real, pseudo) gradients of each expert; None without pseudo-gradients.
@@ -42,6 +43,7 @@ class RoundStatistics(NamedTuple):
     norm_C: np.ndarray
     excess_C: np.ndarray
     left_out_C: np.ndarray
+    added_C: np.ndarray
     moments_LEX: Tensor | None
     routed_CLE: Tensor
     squares_CLE2: Tensor | None
@@ -51,11 +53,17 @@ class RoundStatistics(NamedTuple):
         """Return whether each client's update holds NaN or Inf."""
         return ~np.isfinite(self.norm_C)
 
+    @property
+    def merged(self) -> list[int]:
+        """Return the numbers of the clients that are merged: they did some work, are not left out, and sent no NaN."""
+        counts_C = (self.work_C > 0) & ~self.nonfinite
+        return [client for client, counts in zip(self.cohort, counts_C, strict=True) if counts]
+
 
 def gather(
     world: World,
     client: Client,
-    turns: Sequence[Turn],
+    turns: Turns,
     cohort: Sequence[int],
     weights: Sequence[float],
     screen_factor: float | None,
@@ -73,50 +81,62 @@ def gather(
         screen_factor: excess from which a client is left out; None: nobody is.
     """
     shape_LX = client.routed_counts().shape
-    table = _table(world, turns, cohort, shape_LX.numel())
-    taken_C = table[:, -3] > 0
+    table = _table(world, turns.done, cohort, shape_LX.numel())
+    taken_C = table[:, -4] > 0
     cohort, table = [number for number, taken in zip(cohort, taken_C, strict=True) if taken], table[taken_C]
     counts_CLX = torch.from_numpy(table[:, : shape_LX.numel()]).view(len(cohort), *shape_LX)
     routed_CLE = counts_CLX[..., :-1]
     share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
-    squares_C, rank_C, work_C = table[:, shape_LX.numel() : -3].T
+    squares_C, rank_C, work_C = table[:, shape_LX.numel() : -4].T
+    place_C2, added_C = table[:, -3:-1].astype(int), table[:, -1] > 0
     norm_C = np.sqrt(squares_C)
     excess_C = excess(norm_C, work_C)
     left_out_C = excess_C > (np.inf if screen_factor is None else screen_factor)
+    # a sum cannot be taken apart again
+    left_out_C |= added_C & np.isin(place_C2[:, 0], place_C2[left_out_C & added_C, 0])
     work_C = np.where(left_out_C, 0.0, work_C)
     counted_C = np.where(np.isfinite(norm_C), work_C, 0.0)
     own_C = np.array([weights[number] for number in cohort])
     weight_C = torch.from_numpy(own_C) * torch.from_numpy(counted_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), share_CLE)
     counted = dict(zip(cohort, np.where(counted_C > 0, own_C, 0.0).tolist(), strict=True))
+    parts = [(turn.sums_LEX, counted[turn.client]) for turn in turns.done if turn.sums_LEX is not None]
+    if turns.total_LEX is not None:
+        parts.append((turns.total_LEX, 0.0 if is_left_out(turns, cohort, left_out_C) else 1.0))
     return RoundStatistics(
         cohort=cohort,
-        place_C2=table[:, -2:].astype(int),
+        place_C2=place_C2,
         usage=Usage(share_CLE, utilisation_LE.float()),
         lora_ranks=[int(rank) for rank in rank_C],
         work_C=work_C,
         norm_C=norm_C,
         excess_C=excess_C,
         left_out_C=left_out_C,
-        moments_LEX=sum_moments(world, client, [(turn.sums_LEX, counted[turn.client]) for turn in turns]),
+        added_C=added_C,
+        moments_LEX=sum_moments(world, client, parts),
         routed_CLE=routed_CLE,
-        squares_CLE2=sum_squares(world, client, turns, cohort),
+        squares_CLE2=sum_squares(world, client, turns.done, cohort),
     )
 
 
 def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], numel: int) -> np.ndarray:
-    """Return [C, ...]: counts, the fields of `OwnPart`, whether the client took steps, its group, its place there."""
+    """Return [C, ...]: counts, `OwnPart`, then whether it took steps, its group and place there, whether added up."""
     # one table carries everything: each rank adds its counts to the rows of the clients that it has trained
-    table = np.zeros((len(cohort), numel + len(OwnPart._fields) + 3))
+    table = np.zeros((len(cohort), numel + len(OwnPart._fields) + 4))
     for turn in turns:
-        part, place = turn.part, [1.0, world.group, turn.slot]
+        part, place = turn.part, [1.0, world.group, turn.slot, turn.update is None]
         if world.group_rank > 0:  # these are the client's: count them once
-            part, place = part._replace(lora_rank=0, work=0.0), [0.0, 0.0, 0.0]
+            part, place = part._replace(lora_rank=0, work=0.0), [0.0, 0.0, 0.0, 0.0]
         table[cohort.index(turn.client)] = [*turn.routed_LX.double().reshape(-1).tolist(), *part, *place]
     return world.sum(table)
 
 
-def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
+def is_left_out(turns: Turns, cohort: Sequence[int], left_out_C: np.ndarray) -> bool:
+    """Return whether the sum of this group's clients is left out: all that are added up are, or none."""
+    return any(left_out_C[cohort.index(turn.client)] for turn in turns.done if turn.update is None)
+
+
+def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tensor | None:
     """Sum the experts' moments over the active tokens of all clients, weighted like their utilisation (a collective).
 
     Args:
@@ -131,7 +151,6 @@ def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor | Non
         return None
     total_LEX = torch.zeros_like(client.moments.sums())
     for sums_LEX, weight in parts:
-        assert sums_LEX is not None
         total_LEX += weight * sums_LEX
     return torch.from_numpy(world.sum(total_LEX.numpy()))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,12 +27,9 @@ class TensorBoard:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by their names."""
-
-        def write(writer: SummaryWriter) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-        self._log(write)
+        # one event for all: hundreds of scalars a round take ten times as long one by one
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._log(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log a text."""

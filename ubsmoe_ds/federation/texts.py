@@ -1,6 +1,6 @@
 """The rows of all clients as tokens: each client's are encoded when its group needs them, and counted before that."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from ubsmoe_ds.data.encoding import read_encoder
 from ubsmoe_ds.data.lengths import NO_ROWS, Lengths
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.data.schema import Row
+from ubsmoe_ds.data.shares import has_sites
 from ubsmoe_ds.models.hf_config import check_window
 from ubsmoe_ds.mpi.world import World
 
@@ -23,10 +24,14 @@ LOOKED_AT = 256  # rows of a client, for the mean length that schedules go by
 
 
 class Evaluators(NamedTuple):
-    """Hold the evaluation rows: those common to all clients, and this client's own; None where there are none."""
+    """Hold the evaluation rows: those common to all clients, and each client's own; None where there are none.
+
+    own: takes the number of a client that this rank's group may train. Its rows are read when they are first asked for,
+        and then kept as tokens.
+    """
 
     common: Evaluator | None
-    own: Evaluator | None
+    own: Callable[[int], Evaluator | None]
 
     @property
     def tasks(self) -> list[str]:
@@ -39,7 +44,8 @@ class Texts:
 
     evaluators: hold the evaluation rows. lengths, own_lengths: numbers of training rows, and of own evaluation rows, of
     each client by what length did to them. answer_tokens: of each client's training rows; 0 where weights do not go by
-    them. tokens: of its training rows, by the mean of the first ones; 0 where no schedule needs them.
+    them. tokens: of its training rows, by the mean of the first ones; 0 where no schedule needs them. own_tokens: of
+    its own evaluation rows with all their options.
 
     Raises:
         UserError: for a client of whose rows none fits.
@@ -47,11 +53,12 @@ class Texts:
 
     def __init__(self, exp: Experiment, world: World, rows: ClientRows) -> None:
         self.exp, self.rows, self.encoder = exp, rows, read_encoder(exp)
-        self.evaluators = Evaluators(self._evaluator(rows.evaluation), self._evaluator(rows.own_evaluation))
+        own = lru_cache(maxsize=None)(lambda client: self._evaluator(rows.own_evaluation(client)))
+        self.evaluators = Evaluators(self._evaluator(rows.evaluation), own)
         self._encoded = lru_cache(maxsize=KEPT_CLIENTS if exp.takes_turns else None)(self._encode)
         counts_C = self._count(world)
         self.lengths, self.own_lengths = ([Lengths(*c[part]) for c in counts_C] for part in (slice(3), slice(3, 6)))
-        self.answer_tokens, self.tokens = ([counts[n] for counts in counts_C] for n in (-2, -1))
+        self.answer_tokens, self.tokens, self.own_tokens = ([counts[n] for counts in counts_C] for n in (-3, -2, -1))
 
     def _evaluator(self, rows: Sequence[Row]) -> Evaluator | None:
         if not rows:
@@ -68,12 +75,12 @@ class Texts:
     def steps(self, client: int, group: int, rank: int, first: int) -> Iterator[StepBatch]:
         """Yield a client's batches from a step on, as a rank of a group sees them."""
         config = self.exp.trained_by(client, group)
-        return self.encoder.steps(self.examples(client), client, config, rank, first)
+        yield from self.encoder.steps(self.examples(client), client, config, rank, first)
 
     def notes(self, group: int) -> list[str]:
         """Return what the user should know of how the rows were dealt and are written."""
-        rows = self.rows
-        parts = (rows.of_client(self.exp.clients_for(group)[0]), rows.evaluation, rows.own_evaluation)
+        rows, first = self.rows, self.exp.clients_for(group)[0]
+        parts = (rows.of_client(first), rows.evaluation, rows.own_evaluation(first))
         return [*rows.notes, *([PLAINLY] if self.encoder.writes_plainly(*parts) else [])]
 
     def report(self) -> RowReport:
@@ -94,14 +101,17 @@ class Texts:
 
     def _count(self, world: World) -> list[list[int]]:
         """Return the numbers of each client; every group counts those of some clients (a collective)."""
-        table = np.zeros((len(self.exp.clients), 2 * len(Lengths._fields) + 2))
-        mine = self.exp.clients_of(world.group)
-        ranks = self.exp.trainers[world.group].ranks if self.exp.takes_turns else 1
-        own = self.evaluators.own.lengths if self.evaluators.own else NO_ROWS
+        table = np.zeros((len(self.exp.clients), 2 * len(Lengths._fields) + 3))
+        mine, own_rows = self.exp.clients_of(world.group), self.exp.takes_turns and has_sites(self.exp.clients)
+        # rows of its own are read by all ranks of a group together
+        ranks = self.exp.trainers[world.group].ranks if self.exp.takes_turns and not own_rows else 1
         for client in mine[world.group_rank % ranks :: ranks]:
             examples, lengths = self._encoded(client)
-            if self.exp.takes_turns or world.group_rank == 0:
-                table[client] = [*lengths, *own, *self._tokens(examples)]
+            # not kept where clients take turns: another group may evaluate this one
+            own = self._evaluator(self.rows.own_evaluation(client)) if own_rows else self.evaluators.own(client)
+            if ranks > 1 or world.group_rank == 0:
+                own_lengths, own_tokens = (own.lengths, own.tokens) if own else (NO_ROWS, 0)
+                table[client] = [*lengths, *own_lengths, *self._tokens(examples), own_tokens]
         return world.sum(table).astype(int).tolist()
 
     def _tokens(self, examples: Sequence[Example]) -> tuple[int, int]:

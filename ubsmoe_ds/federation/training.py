@@ -4,23 +4,29 @@ Shapes: L layers.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.controls import ControlChange
 from ubsmoe_ds.base.stopwatch import Stopwatch
+from ubsmoe_ds.checkpoint.held import held_parts, read_held
+from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress
+from ubsmoe_ds.checkpoint.state import optimizer_pieces, restore_optimizer
 from ubsmoe_ds.client.engine import Client, LocalProgress
-from ubsmoe_ds.client.turn import Turn, moment_sums
+from ubsmoe_ds.client.turn import Turn, Turns, moment_sums
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.data.batches import StepBatch
 from ubsmoe_ds.data.row_report import RowReport
 from ubsmoe_ds.federation.aggregator import Aggregator
 from ubsmoe_ds.federation.roster import Roster
+from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.texts import Texts
 from ubsmoe_ds.launching.hang_watch import HangWatch
+from ubsmoe_ds.mpi.finished import FinishedTurns
 from ubsmoe_ds.mpi.preemption import StopRequests
 from ubsmoe_ds.mpi.world import World
 
@@ -36,7 +42,10 @@ class GroupTraining:
     current: number of the client that the engine trains. own: where each client has its own group, the client's number
         at the start of the job, which its rows go by.
     local: progress of its local steps. turns: what this rank has of the clients trained in the current round.
+    cut: whether the current turn has ended because enough others have finished.
     begin: goes on with a turn that a checkpoint holds, see `Resumed`.
+    finished: counts the turns that all groups have finished; None: every client of a round is waited for.
+    kept: what clients keep between their rounds where they take turns; None: nothing. kept_controls: SCAFFOLD's c_i.
     """
 
     aggregator: Aggregator
@@ -49,8 +58,12 @@ class GroupTraining:
     current: int
     own: int
     local: LocalProgress = field(default_factory=LocalProgress)
-    turns: list[Turn] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
+    cut: bool = False
     begin: Callable[[int], LocalProgress | None] = lambda number: None
+    finished: FinishedTurns | None = field(default=None)
+    kept: KeptStates | None = field(default=None)
+    kept_controls: KeptStates | None = field(default=None)
 
     @property
     def exp(self) -> Experiment:
@@ -72,6 +85,11 @@ class GroupTraining:
         """Return the watch that the stages of a round share."""
         return self.aggregator.stopwatch
 
+    @property
+    def kept_states(self) -> list[KeptStates]:
+        """Return all that clients keep."""
+        return [kept for kept in (self.kept, self.kept_controls) if kept is not None]
+
     def take_turns(self) -> None:
         """Train this group's clients of the round; a deadline or a request to stop cuts steps and turns."""
         number, group = self.progress.round, self.world.group
@@ -81,8 +99,12 @@ class GroupTraining:
         if not self.exp.takes_turns:
             self._train()
             return  # the update is read when all have arrived: a stopped client is saved as it is
-        for client in self.roster.turns_left(number, group, self.turns):
-            if self.turns and self.world.any_of_group(time.monotonic() > deadline):
+        for kept in self.kept_states:
+            kept.hand_over(self.roster.schedule(number))
+        for client in self.roster.turns_left(number, group, self.turns.done):
+            if self.turns.done and self.world.any_of_group(time.monotonic() > deadline):
+                return
+            if self.world.any_of_group(self._enough_have_finished()):
                 return
             if client != self.current or self.local.steps == 0:
                 self.become(client)
@@ -91,7 +113,12 @@ class GroupTraining:
             self._train()
             if self.world.any_of_group(self.stop.poll()):
                 return
+            if self.cut:
+                self._forget_turn()
+                return
             self.end_turn()
+            if self.finished is not None:
+                self.finished.tell(number)
             self.local = LocalProgress(deadline=deadline)
 
     def calibrate(self, count: int) -> list[tuple[int, Tensor]]:
@@ -120,14 +147,16 @@ class GroupTraining:
         number, scales_L = self.progress.round, self.progress.scales.get(client)
         self.client.become(self.exp.trained_by(client, self.world.group), number, scales_L)
         self.aggregator.begin_turn(client, number)
+        state = None if self.kept is None else self.kept.reader(client)
+        if state is not None:
+            restore_optimizer(self.client, state)
         self.current = client
 
     def end_turn(self) -> None:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
         client, local = self.current, self.local
         update, part = self.aggregator.update_of(client, self._work_done())
-        controls = self.aggregator.controls
-        self.turns.append(
+        self.turns.done.append(
             Turn(
                 client=client,
                 update=update,
@@ -139,14 +168,70 @@ class GroupTraining:
                 sums_LEX=moment_sums(self.client),
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,
-                slot=len(self.turns),
-                control=None if controls is None else controls.change_of(client, local.steps - local.bad_steps),
+                slot=len(self.turns.done),
+                control=self._control_change(),
             )
         )
+        self.aggregator.end_turn(self.turns)
+        if self.kept is not None:
+            self.kept.keep(client, self.progress.round, optimizer_pieces(self.client, self.world.group_rank))
 
-    def next_round(self) -> None:
-        """Forget the round that has been merged."""
-        self.local, self.turns = LocalProgress(), []
+    def _enough_have_finished(self) -> bool:
+        """Return whether the first rank of this group knows that the round can do without further turns."""
+        if self.finished is None or self.world.group_rank > 0:
+            return False
+        number = self.progress.round
+        return self.finished.count(number) >= self.roster.enough(number)
+
+    def _forget_turn(self) -> None:
+        """Forget a turn that the round does without; the client begins its next one where it began this one."""
+        self.progress.steps_taken[self.current] -= self.local.steps
+        self.local, self.cut = LocalProgress(), False
+
+    def _own_control(self, client: int) -> Tensor | None:
+        """Return SCAFFOLD's c_i of a client; None: it is zero."""
+        assert self.kept_controls is not None
+        state, name = self.kept_controls.reader(client), self.exp.clients[client].name
+        store, rank = self.aggregator.store, self.aggregator.held_rank
+        return None if state is None else read_held("control", name, state, store, rank)
+
+    def _control_change(self) -> Tensor | None:
+        """Return what the current client's steps change of its c_i (a collective under ZeRO); None without SCAFFOLD."""
+        controls, local = self.aggregator.controls, self.local
+        if controls is None:
+            return None
+        return controls.change_of(self._own_control(self.current), local.steps - local.bad_steps)
+
+    def _keep_controls(self, kept: KeptStates, statistics: RoundStatistics, changes: Mapping[int, Tensor]) -> None:
+        """Renew c_i of the clients that are merged."""
+        number, store, rank = self.progress.round, self.aggregator.store, self.aggregator.held_rank
+        for client, change in changes.items():
+            own, name = self._own_control(client), self.exp.clients[client].name
+            control = change if own is None else own + change
+            kept.keep(client, number, held_parts("control", name, control, store, rank, self.world.group_rank))
+        groups = dict(zip(statistics.cohort, statistics.place_C2[:, 0].tolist(), strict=True))
+        kept.settle(number, [(client, groups[client]) for client in statistics.merged], ())
+
+    def next_round(
+        self, statistics: RoundStatistics, pruned: Collection[int] = (), controls: ControlChange | None = None
+    ) -> None:
+        """Forget the round that has been merged.
+
+        Args:
+            statistics: of the round. A client that sat it out, or sent NaN or Inf, keeps nothing.
+            pruned: clients whose LoRA rank has fallen: kept moments would move the pruned ranks again.
+            controls: what the round changes of SCAFFOLD's control variates; None without.
+        """
+        if self.kept_controls is not None and controls is not None:
+            self._keep_controls(self.kept_controls, statistics, controls.own)
+        self.local, self.turns = LocalProgress(), Turns()
+        if self.finished is not None:
+            self.finished.settle(self.progress.round, len(statistics.cohort))
+        if self.kept is not None:
+            out_C = statistics.nonfinite | (statistics.work_C == 0)
+            dropped = {client for client, out in zip(statistics.cohort, out_C, strict=True) if out} | set(pruned)
+            groups = statistics.place_C2[:, 0].tolist()
+            self.kept.settle(self.progress.round, zip(statistics.cohort, groups, strict=True), dropped)
 
     def batches(self, client: int, first: int) -> Iterator[StepBatch]:
         """Return this rank's batches of a client from the step of this number on."""
@@ -164,14 +249,16 @@ class GroupTraining:
             self.local = self.client.begin_round()
             self.local.deadline = deadline
             if self.aggregator.controls is not None:
-                self.aggregator.controls.begin_round(self.current)
+                self.aggregator.controls.begin_round(self._own_control(self.current))
         begun = self.local.steps
 
         def stop() -> bool:
             late = self.local.steps > 0 and time.monotonic() > deadline
             stops = self.world.any_of_group(late or self.stop.poll())
+            if self.finished is not None and not stops:
+                self.cut = self.world.any_of_group(self._enough_have_finished())
             self.hang_watch.count()
-            return stops
+            return stops or self.cut
 
         self.hang_watch.enter(f"round {self.progress.round}, local step", counted_from=begun)
         taken = self.progress.steps_taken

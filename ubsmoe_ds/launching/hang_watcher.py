@@ -237,7 +237,8 @@ class Watcher:
 
     def _end(self, line: str, stacks: str) -> None:
         """Say why the rank is ended, and end it."""
-        follows = "its client is given up" if self.survives else "continue with --resume auto"
+        kind = "group" if self.description.startswith("group ") else "client"
+        follows = f"its {kind} is given up" if self.survives else "continue with --resume auto"
         # in a thread: whoever reads the output may hang too
         say = threading.Thread(target=os.write, args=[sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode()])
         say.daemon = True

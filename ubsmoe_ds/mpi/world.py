@@ -47,12 +47,11 @@ class World:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of float64 arrays over all ranks, the same bits on every rank (a collective)."""
-        total = np.zeros_like(values, dtype=np.float64)
-        mine = np.ascontiguousarray(values, dtype=np.float64)
-        move(self.comm, lambda: self.comm.Iallreduce(mine, total))
-        # ranks may sum in different orders; rank 0's result is everybody's
-        wait_quietly(self.comm.Ibcast(total, root=0), MOVE_SECONDS)
-        return total
+        return _sum(self.comm, values)
+
+    def sum_of_group(self, values: np.ndarray) -> np.ndarray:
+        """Do the same over the ranks of this group (a collective over the group)."""
+        return np.asarray(values, dtype=np.float64) if self.group_comm.size == 1 else _sum(self.group_comm, values)
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is true on some rank of the job (a collective)."""
@@ -73,3 +72,12 @@ class World:
             wait_quietly(self.comm.Iagree(word))
             if word[0] != STAGE_DONE:
                 raise RanksLost("another rank has seen a death")
+
+
+def _sum(comm: MPI.Comm, values: np.ndarray) -> np.ndarray:
+    total = np.zeros_like(values, dtype=np.float64)
+    mine = np.ascontiguousarray(values, dtype=np.float64)
+    move(comm, lambda: comm.Iallreduce(mine, total))
+    # ranks may sum in different orders; rank 0's result is everybody's
+    wait_quietly(comm.Ibcast(total, root=0), MOVE_SECONDS)
+    return total

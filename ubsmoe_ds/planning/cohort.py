@@ -1,6 +1,6 @@
 """Draw the cohort of a round: the clients that take part. Pure functions of seed and round, the same on all ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +37,8 @@ class Cohorts:
     def __init__(self, exp: Experiment, rows: Sequence[int]) -> None:
         self.names = [client.name for client in exp.clients]
         self.sampling, self.seed, self.rows = exp.sampling, exp.seed, np.array(rows, dtype=np.float64)
+        self._left = list(range(len(self.names)))
+        self._drawn: dict[int, list[int]] = {}  # of the latest round: it is asked for several times
         self._there: Mapping[str, Ranges] = {}
         if self.sampling is not None and self.sampling.availability is not None:
             self._there = _read_availability(Path(self.sampling.availability), self.names)
@@ -44,26 +46,39 @@ class Cohorts:
             if empty is not None:
                 raise UserError(f"sampling.availability: no client is there in round {empty}; add one")
 
+    def merged(self, number: int) -> int:
+        """Return how many clients a round merges: all that are drawn, or the first that finish."""
+        drawn = len(self.of_round(number))
+        return drawn if self.sampling is None else min(drawn, self.sampling.size(len(self.names)))
+
     def of_round(self, number: int) -> list[int]:
         """Return the numbers of the clients of a round, rising; fewer than asked for where fewer are available.
 
         uniform and availability: without replacement, all sets alike. by_rows: without replacement, each draw in
         proportion to the rows of the clients that are left. round_robin: the next ones, in the order of the config.
         """
-        every = range(len(self.names))
-        if self.sampling is None:
-            return list(every)
-        count = self.sampling.size(len(every))
-        if self.sampling.by == "round_robin":
-            return sorted((count * (number - 1) + place) % len(every) for place in range(count))
-        rng = np.random.default_rng([self.seed, STREAM, number])
+        if number not in self._drawn:
+            self._drawn = {number: self._draw(number)}
+        return list(self._drawn[number])
+
+    def _draw(self, number: int) -> list[int]:
         pool = self._available(number)
+        if self.sampling is None:
+            return pool
+        count = min(self.sampling.drawn(len(self.names)), len(pool))
+        if self.sampling.by == "round_robin":
+            return sorted(pool[(count * (number - 1) + place) % len(pool)] for place in range(count))
+        rng = np.random.default_rng([self.seed, STREAM, number])
         share = self.rows[pool] / self.rows[pool].sum() if self.sampling.by == "by_rows" else None
-        return sorted(rng.choice(pool, size=min(count, len(pool)), replace=False, p=share).tolist())
+        return sorted(rng.choice(pool, size=count, replace=False, p=share).tolist())
+
+    def lose(self, clients: Collection[int]) -> None:
+        """Draw no cohort with these clients from now on."""
+        self._left, self._drawn = [client for client in self._left if client not in clients], {}
 
     def _available(self, number: int) -> list[int]:
-        """Return the clients that are there in a round."""
-        return [c for c, name in enumerate(self.names) if _is_there(self._there.get(name), number)]
+        """Return the clients that are there in a round, and not lost."""
+        return [client for client in self._left if _is_there(self._there.get(self.names[client]), number)]
 
 
 def _is_there(ranges: Ranges | None, number: int) -> bool:

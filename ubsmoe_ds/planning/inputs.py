@@ -4,11 +4,13 @@ Pure functions; nothing is read here.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.planning.rank_setup import Batch, RankSetup, copies, with_lora_rank
@@ -71,20 +73,26 @@ class PlanInput:
         return replace(self, exp=self.exp.model_copy(update={"evaluation": evaluation}))
 
 
-def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
-    """Return the setup of a client's ranks."""
+def rank_setup(inputs: PlanInput, number: int, group: int | None = None, turns: int = 1) -> RankSetup:
+    """Return the setup of a client's ranks.
+
+    Args:
+        inputs: of the plan.
+        number: of the client.
+        group: that trains it, where clients take turns; None: its own.
+        turns: most turns of a group in a round.
+    """
     exp, lengths = inputs.exp, inputs.row_lengths[number]
-    client = exp.clients[number]
+    client = exp.trained_by(number, number if group is None else group)
     settings = exp.settings(client)
     micro = settings.gradient_accumulation_steps
     rows = max(1, settings.train_batch_size // (client.ranks * micro))
-    # all ranks with the same view share its evaluation rows
-    workers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
-    eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / workers))
+    eval_rows = min(exp.evaluation.batch_size, math.ceil(lengths.eval_rows / _sharers(exp, number, client)))
+    held_rank = exp.lora.rank if exp.takes_turns else exp.lora_rank(client)
     sequences = max(1, round(rows * lengths.sequences))
     training = Batch(sequences, lengths.length, math.ceil(sequences * lengths.answers))
     setup = RankSetup(
-        shape=replace(inputs.shape, lora_rank=exp.lora_rank(client)),
+        shape=replace(inputs.shape, lora_rank=held_rank),
         k=exp.active_experts(client),
         ranks=client.ranks,
         expert_parallel=client.expert_parallel,
@@ -102,10 +110,11 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         packed=exp.data.packing,
         micro_batches=micro,
         evaluation=Batch(eval_rows, lengths.eval_length, math.ceil(eval_rows * lengths.eval_answers)),
-        clients=len(exp.clients),
+        kept_updates=_kept_updates(exp, turns),
+        clients=len(exp.trainers) if exp.takes_turns and exp.merge.is_linear else exp.cohort_size,
         world=exp.world_size,
         receivers=0.0,
-        reply_rank=sum(exp.lora_ranks) if exp.merge.row.stacking else exp.lora_rank(client),
+        reply_rank=sum(sorted(exp.lora_ranks)[-exp.cohort_size :]) if exp.merge.row.stacking else held_rank,
         reducible=_is_reducible(exp),
         text_bytes=lengths.text_bytes,
         on_cpu=inputs.on_cpu,
@@ -113,7 +122,23 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         controls=exp.train.scaffold,
     )
     reply = with_lora_rank(setup, setup.reply_rank)
-    return replace(setup, receivers=sum(copies(reply, other) for other in exp.clients))
+    layouts = Counter((other.ranks, other.expert_parallel) for other in exp.trainers)
+    return replace(setup, receivers=sum(count * copies(reply, *layout) for layout, count in layouts.items()))
+
+
+def _sharers(exp: Experiment, number: int, client: ClientConfig) -> int:
+    """Return how many ranks share the evaluation rows of a client's view: all that hold it."""
+    if exp.takes_turns:  # every group becomes each view, but a client's own rows are one group's
+        return exp.world_size if client.eval_source is None else client.ranks
+    views = exp.views
+    return sum(other.ranks for other, view in zip(exp.clients, views, strict=True) if view == views[number])
+
+
+def _kept_updates(exp: Experiment, turns: int) -> int:
+    """Return how many updates a group keeps until the merge: their sum under linear rules, else one of each turn."""
+    if not exp.takes_turns:
+        return 0
+    return 1 if exp.merge.is_linear else turns
 
 
 def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:
@@ -133,5 +158,6 @@ def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:
 
 def _is_reducible(exp: Experiment) -> bool:
     """Return whether updates are summed on the way to the owners, see `Exchange.is_reducible`."""
-    alike = all(client.ranks == 1 for client in exp.clients) and len(set(exp.lora_ranks)) == 1
+    alike = all(trainer.ranks == 1 for trainer in exp.trainers)
+    alike = alike and (exp.takes_turns or len(set(exp.lora_ranks)) == 1)  # turns have one shared LoRA rank
     return alike and exp.merge.is_linear and exp.merge.payload == "fp32"

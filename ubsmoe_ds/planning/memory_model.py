@@ -36,6 +36,7 @@ def memory_by_phase(setup: RankSetup) -> dict[str, float]:
     if setup.on_cpu:
         # the shared state of the last merge, SCAFFOLD's c, c_i and their change, and what ranks exchange through
         held += CPU_KERNELS + FP32 * (1 + 3 * setup.controls) * trained.total + _shared_memory_bytes(setup)
+        held += FP32 * trained.total * setup.kept_updates
     training = training_bytes(setup)
     token_slack, row_slack = (CPU_TOKEN_SLACK, CPU_ROW_SLACK) if setup.on_cpu else (CUDA_SLACK, CUDA_SLACK)
     phases = {
@@ -221,7 +222,8 @@ def exchange_bytes(setup: RankSetup) -> float:
     owned, merged = (model_elements(at) / setup.world for at in (setup, reply))
     if setup.reducible:
         return FP32 * (4 * held + owned)
-    return FP32 * (2 * held + got + setup.clients * (2 * owned + merged))
+    replies = 1 if setup.kept_updates else setup.clients  # groups hold one shared state
+    return FP32 * (2 * held + got + setup.clients * 2 * owned + replies * merged)
 
 
 def checkpoint_bytes(setup: RankSetup) -> float:

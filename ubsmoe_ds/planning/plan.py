@@ -108,7 +108,7 @@ def _exchange_bytes(inputs: PlanInput, number: int, setups: Sequence[RankSetup])
     width = (2 if exp.merge.payload == "bf16" else FP32) * (1 + exp.train.scaffold)  # as much again for its variates
     replies = [with_lora_rank(setup, setup.reply_rank) for setup in setups]
     updates = [model_elements(setup) for setup in setups]
-    back = [model_elements(reply) * copies(reply, client) for reply, client in zip(replies, exp.clients, strict=True)]
+    back = [model_elements(reply) * copies(reply, reply.ranks, reply.expert_parallel) for reply in replies]
     update, ranks = updates[number], exp.clients[number].ranks
     kept = back[number] / world  # what its ranks own and hold themselves
     sent = update * (1 - 1 / world) + ranks / world * sum(back) - kept

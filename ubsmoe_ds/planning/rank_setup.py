@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.models.cost import ModelShape
 
 FP32 = 4  # bytes
@@ -39,8 +38,10 @@ class RankSetup:
     mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
     training: a micro-batch; packed: whether its sequences hold several rows; micro_batches: of a step; evaluation: a
     batch of rows with their options.
-    clients, world: number of clients and of ranks in the job; receivers: ranks that get a copy of an average unit back,
-    whose LoRA rank is then reply_rank: FLoRA's stack of all.
+    kept_updates: that a group keeps until the merge, where clients take turns; else 0.
+    clients: whose updates of a unit its owner holds in a merge, or groups whose sums; world: number of ranks in the
+    job; receivers: ranks that get a copy of an average unit back, whose LoRA rank is then reply_rank: FLoRA's stack of
+    all.
     recomputing: whether backward computes the layers again. controls: whether there are SCAFFOLD's control variates.
     reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
     """
@@ -65,6 +66,7 @@ class RankSetup:
     packed: bool
     micro_batches: int
     evaluation: Batch
+    kept_updates: int
     clients: int
     world: int
     receivers: float
@@ -119,10 +121,10 @@ def model_elements(setup: RankSetup) -> float:
     return dense + experts * setup.expert_parallel
 
 
-def copies(setup: RankSetup, client: ClientConfig) -> float:
-    """Return how many ranks of a client hold an average trainable element of the model."""
+def copies(setup: RankSetup, ranks: int, expert_parallel: int) -> float:
+    """Return how many ranks of a client or group with this layout hold an average trainable element of the model."""
     dense, experts = trained_elements(replace(setup, expert_parallel=1, ranks=1))
-    return (dense * client.ranks + experts * client.ranks / client.expert_parallel) / (dense + experts)
+    return (dense * ranks + experts * ranks / expert_parallel) / (dense + experts)
 
 
 def with_lora_rank(setup: RankSetup, rank: int) -> RankSetup:

@@ -26,6 +26,8 @@ ROUND_COLUMNS = {
     "utilisation_cv": "eval/utilisation_cv",
     "training_utilisation_cv": "utilisation/cv",
 }
+# the same, where clients have evaluation rows of their own
+FAIRNESS_COLUMNS = {"worst_tenth": "fairness/worst_tenth", "variance": "fairness/variance"}
 
 
 class Run(NamedTuple):
@@ -122,7 +124,9 @@ def collect(runs: Iterable[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read finished runs.
 
     Returns:
-        clients: a row per method, seed and client; NaN for a client that was lost for good.
+        clients: a row per method, seed and client; NaN for a client that was lost for good, and for the speed of one
+            that took part in no round. `busy_seconds` are the local seconds of the busiest group where groups train
+            clients in turn, else the client's.
         rounds: a row per method, seed and round. Loss, accuracy and utilisation_cv are measured on the evaluation rows,
             NaN where a round was not evaluated; training_utilisation_cv on the round's local steps, NaN in round 0,
             the state before them.
@@ -150,6 +154,7 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
     ends = {row["client"]: row for row in summary["clients"]}
     trained = [record for record in records if record["round"] > 0]  # round 0 is the state before training
     last_metrics = records[-1]["metrics"]
+    busiest = max((_local_seconds(trained, group.name) for group in run.exp.groups or []), default=None)
     rows = []
     for client, view in zip(run.exp.clients, run.exp.views, strict=True):
         row = {
@@ -175,17 +180,24 @@ def _client_rows(run: Run, summary: Mapping[str, Any], records: Sequence[Mapping
             "seconds_per_step": _number(end.get("seconds_per_step")),
             # a client that was lost for some rounds and rejoined sent nothing in these
             "megabytes_sent": sum(record["metrics"].get(f"megabytes_sent/{client.name}", 0.0) for record in trained),
-            "local_seconds": sum(record["seconds"].get(f"seconds_local/{client.name}", 0.0) for record in trained),
+            "local_seconds": _local_seconds(trained, client.name),
         }
+        row["busy_seconds"] = row["local_seconds"] if busiest is None else busiest
         if "accuracy_after" in end and client.eval_source is None:  # rows without choices have none
             row["accuracy_norm"] = _number(last_metrics[f"eval_{view}/accuracy_norm_all"])
     return rows
+
+
+def _local_seconds(trained: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Return the seconds of local steps of a client or group in all rounds."""
+    return sum(record["seconds"].get(f"seconds_local/{name}", 0.0) for record in trained)
 
 
 def _round_rows(run: Run, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"method": run.method, "seed": run.seed, "round": record["round"]}
         | {column: _number(record["metrics"].get(name)) for column, name in ROUND_COLUMNS.items()}
+        | {column: record["metrics"][name] for column, name in FAIRNESS_COLUMNS.items() if name in record["metrics"]}
         for record in records
     ]
 

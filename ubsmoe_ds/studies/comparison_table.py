@@ -1,7 +1,7 @@
 """Statistics over the seeds of a comparison, and its Markdown report. Imports no torch.
 
 Clients of equal budget are averaged within a run, before mean and sample standard deviation are taken over the seeds.
-`clients` is the first frame of `comparison_runs.collect` throughout.
+`clients` and `rounds` are the frames of `comparison_runs.collect` throughout.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ import pandas as pd
 from ubsmoe_ds.studies.markdown import markdown_table
 
 BASELINES = ("topk", "ub_smoe")  # methods that paired differences are taken against
-AVERAGED = ["loss", "accuracy", "accuracy_norm", "flops_ratio", "tokens_per_second", "seconds_per_step"]
+SPEED = ["tokens_per_second", "seconds_per_step"]
+AVERAGED = ["loss", "accuracy", "accuracy_norm", "flops_ratio", *SPEED]
+FAIRNESS = {"worst_tenth": "loss of the worst tenth", "variance": "variance of losses"}
 READING_NOTE = (
     "Mean ± sample standard deviation over the seeds, after the last round. Each seed has evaluation rows of its own, "
     "so the spread is in large part theirs; differences of methods are taken seed by seed, below. FLOPs % are those of "
@@ -44,22 +46,28 @@ def paired_differences(clients: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def _by_seed(clients: pd.DataFrame) -> pd.DataFrame:
     """Return a row per method, seed and budget.
 
-    It is NaN if a client of the budget was lost: the mean over those left is not comparable with the other seeds.
+    It is NaN if a client of the budget was lost: the mean over those left is not comparable with the other seeds. Speed
+    is that of the clients that took part in some round.
     """
     groups = clients.groupby(["method", "seed", "budget"])[AVERAGED]
-    return groups.mean().where(groups.count() == groups.size().to_numpy()[:, None])
+    whole = groups.count() == groups.size().to_numpy()[:, None]
+    whole[SPEED] = whole[["loss"] * len(SPEED)].to_numpy()
+    return groups.mean().where(whole)
 
 
-def markdown(clients: pd.DataFrame, headline: str) -> str:
+def markdown(clients: pd.DataFrame, rounds: pd.DataFrame, headline: str) -> str:
     """Return the report.
 
     Args:
-        clients: results.
+        clients, rounds: results.
         headline: the first line: command, machine, seeds.
     """
     parts = [headline, READING_NOTE, _results(clients)]
-    if _has_choices(clients):
+    if clients["accuracy_norm"].notna().any():
         parts += ["Accuracy % by log-likelihood normalised by length:", _normalised(clients)]
+    if "variance" in rounds:
+        parts += ["Fairness: losses of the clients with evaluation rows of their own, after the last round:"]
+        parts += [_fairness(rounds)]
     for baseline in BASELINES:
         if baseline in set(clients["method"]) and clients["method"].nunique() > 1:
             parts += [
@@ -72,14 +80,14 @@ def markdown(clients: pd.DataFrame, headline: str) -> str:
 def _results(clients: pd.DataFrame) -> str:
     table = by_budget(clients)
     budgets, seeds = sorted(set(clients["budget"])), clients["seed"].nunique()
-    by_run = clients.groupby(["method", "seed"]).agg({"megabytes_sent": "sum", "local_seconds": "max"})
+    by_run = clients.groupby(["method", "seed"]).agg({"megabytes_sent": "sum", "busy_seconds": "max"})
     totals = by_run.groupby("method").mean()
     headings = ["method"]
     fields = ("loss", "accuracy %") if _has_choices(clients) else ("loss",)
     headings += [f"{field} β={budget:g}" for budget in budgets for field in fields]
     costs = ("FLOPs %", "tokens/s (shared cores)", "s/step (shared cores)")
     headings += [f"{cost} β={budgets[0]:g}" for cost in costs]
-    headings += ["MB sent", "local seconds, slowest client"]
+    headings += ["MB sent", "local seconds, slowest client or group"]
     rows = []
     for method in dict.fromkeys(clients["method"]):
         row = [f"`{method}`"]
@@ -91,7 +99,7 @@ def _results(clients: pd.DataFrame) -> str:
         poorest = table.loc[(method, budgets[0])]
         row.append(_mean(poorest["flops_ratio"], digits=1, scale=100))
         row += [_mean(poorest["tokens_per_second"], digits=0), _mean(poorest["seconds_per_step"], digits=3)]
-        row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'local_seconds']:.1f}"]
+        row += [f"{totals.loc[method, 'megabytes_sent']:.1f}", f"{totals.loc[method, 'busy_seconds']:.1f}"]
         rows.append(row)
     return markdown_table(headings, rows)
 
@@ -112,6 +120,18 @@ def _normalised(clients: pd.DataFrame) -> str:
         for method in dict.fromkeys(clients["method"])
     ]
     return markdown_table(["method", *(f"β={budget:g}" for budget in budgets)], rows)
+
+
+def _fairness(rounds: pd.DataFrame) -> str:
+    """Return the last evaluation's fairness of each method, mean and spread over the seeds."""
+    last = rounds.dropna(subset=["variance"]).groupby(["method", "seed"])[list(FAIRNESS)].last()
+    table, seeds = last.groupby("method").agg(["mean", "std", "count"]), rounds["seed"].nunique()
+    rows = [
+        [f"`{method}`", *(_plus_minus(table.loc[method, column], digits=4, of=seeds) for column in FAIRNESS)]
+        for method in dict.fromkeys(rounds["method"])
+        if method in table.index
+    ]
+    return markdown_table(["method", *FAIRNESS.values()], rows)
 
 
 def _differences(clients: pd.DataFrame, baseline: str) -> str:

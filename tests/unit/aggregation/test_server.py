@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import tiny
+from ubsmoe_ds.aggregation import rules
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.config.experiment import Experiment
@@ -257,9 +258,8 @@ def test_summing_in_transit_equals_merging_at_the_owner(options):
     sizes = torch.tensor([unit.size(3) for unit in listed])
     for round_number in range(2):
         updates = arrays(ranks, 1 + round_number, listed)
-        total = sum(
-            torch.from_numpy(u) * other.shares(listed, use, c).repeat_interleave(sizes) for c, u in enumerate(updates)
-        )
+        share_CU = rules.shares(other.unit_weights(listed, use)).float()
+        total = sum(torch.from_numpy(u) * share_CU[c].repeat_interleave(sizes) for c, u in enumerate(updates))
         replies = owner.merge(updates, use, ranks)
         np.testing.assert_allclose(other.merge_sum(total.numpy(), use), replies[0], atol=1e-6)
         assert (replies[0][21:42] == 0).all() == (options.get("rule") == "activation")

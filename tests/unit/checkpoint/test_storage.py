@@ -25,7 +25,8 @@ def write(run_dir: Path, pieces: list[list[Piece]], keep: int = 2, label: str = 
     """Write a checkpoint with one file for each list of pieces; return its folder."""
     serial = next(iter(serials(run_dir)), 0) + 1
     folder = storage.begin(run_dir, serial)
-    files = {storage.rank_file(rank): storage.write_pieces(folder, rank, part) for rank, part in enumerate(pieces)}
+    by_name = {storage.rank_file(rank): part for rank, part in enumerate(pieces)}
+    files = {name: storage.write_pieces(folder / name, part) for name, part in by_name.items()}
     done = storage.commit(run_dir, serial, label, files, {"round": serial})
     storage.remove_old(run_dir, keep, None)
     return done
@@ -86,7 +87,7 @@ def test_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path):
         write(tmp_path, two_pieces())
     assert serials(tmp_path) == [3, 2]
     leftover = storage.begin(tmp_path, 4)
-    storage.write_pieces(leftover, 0, two_pieces()[0])  # and then the job was killed
+    storage.write_pieces(leftover / storage.rank_file(0), two_pieces()[0])  # and then the job was killed
     assert serials(tmp_path) == [3, 2]
     write(tmp_path, two_pieces(), label="within-round-3")
     assert serials(tmp_path) == [4, 3]

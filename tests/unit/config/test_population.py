@@ -69,6 +69,23 @@ def test_groups_of_clients_by_hand():
     assert (trained.name, trained.ranks, trained.expert_parallel) == ("c1", 2, 2)
 
 
+def test_what_deaths_leave_by_hand():
+    """Without g1 nobody may train c0; the others keep their numbers. Clients that are sampled lose their own group."""
+    clients = [{"name": "c0", "budget": 0.5, "groups": ["g1"]}, {"count": 3, "budget": 1.0}]
+    left = population(clients, groups=[{"ranks": 2, "expert_parallel": 2}, {}, {}]).without([1])
+    assert [group.name for group in left.trainers] == ["g0", "g2"] and left.world_size == 3
+    assert [left.allowed_groups(client) for client in range(4)] == [[], [0, 1], [0, 1], [0, 1]]
+    assert left.clients_left == [1, 2, 3] and left.clients_for(0) == [1, 2, 3]
+    assert left.without([0]).clients_left == [1, 2, 3] and left.without([0, 1]).clients_left == []
+    clients = [{"name": "a", "budget": 0.5}, {"name": "b", "budget": 1.0, "ranks": 2}, {"name": "c", "budget": 1.0}]
+    sampled = population(clients, sampling={"clients": 2}).without([0])
+    assert sampled.takes_turns and [sampled.allowed_groups(client) for client in range(3)] == [[], [0], [1]]
+    assert (sampled.trained_by(1, 0).name, sampled.trained_by(1, 0).ranks, sampled.world_size) == ("b", 2, 3)
+    assert sampled.views == population(clients, sampling={"clients": 2}).views
+    whole = population(clients).without([1])
+    assert [client.name for client in whole.trainers] == ["a", "c"] and whole.clients_left == [0, 1]
+
+
 def test_views_where_clients_take_turns():
     """Two LoRA ranks and two K: clients with both alike share a view; with self-pruning each has its own."""
     clients = [{"count": 4, "budgets": [0.5, 1.0], "lora_rank": [2, 2, 4, 4]}]
@@ -96,21 +113,9 @@ REFUSED = {
         {"groups": [{"count": 2}]},
     ),
     "groups: name 'c1' is a client's too": ({"count": 2, "budget": 1.0}, {"groups": [{"name": "c1"}]}),
-    "train.optimizer_state: 'keep' does not work with `groups`": (
+    "sampling.over_sample: 1.5 does not work with fault_tolerance 'shrink'": (
         {"count": 2, "budget": 1.0},
-        {"groups": [{}], "train": {"optimizer_state": "keep"}},
-    ),
-    "'c0' has an `eval_source`, which does not work with `groups`": (
-        {"count": 2, "budget": 1.0, "eval_source": "dev.jsonl"},
-        {"groups": [{}]},
-    ),
-    "fault_tolerance: 'shrink' does not work with `groups`": (
-        {"count": 2, "budget": 1.0},
-        {"sampling": {"clients": 1}, "fault_tolerance": "shrink"},
-    ),
-    "train.scaffold: true needs one group for each client": (
-        {"count": 2, "budget": 1.0},
-        {"groups": [{"count": 2}], "train": {"scaffold": True}},
+        {"sampling": {"clients": 1, "over_sample": 1.5}, "fault_tolerance": "shrink"},
     ),
     "train_batch_size: 8 is not a multiple of ranks 3": ({"count": 2, "budget": 1.0}, {"groups": [{"ranks": 3}]}),
     "gradient_accumulation_steps 1 2 differ": (

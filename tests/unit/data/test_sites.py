@@ -97,16 +97,16 @@ def test_a_client_is_evaluated_on_rows_of_its_own(files, tmp_path):
     both = {"source": files["a"], "eval_source": own, "max_rows": 7}
     exp = tiny.experiment("unused", [{"budget": 1.0} | both], data={"eval_source": files["eval"], "eval_rows": 20})
     found = of_client(exp, 0)
-    assert len(found.evaluation) == 20 and len(found.own_evaluation) == 8
-    asked = {(row["instruction"], row["answer"]) for row in found.own_evaluation}
+    assert len(found.evaluation) == 20 and len(found.own_evaluation(0)) == 8
+    asked = {(row["instruction"], row["answer"]) for row in found.own_evaluation(0)}
     assert not asked & {(row["instruction"], row["answer"]) for row in found.of_client(0)}
     assert len(found.of_client(0)) == found.counts[0] == 7 and found.left_out == [(5, len(rows) - 5 - 7)]
     alone = of_client(tiny.experiment("unused", [{"budget": 1.0} | both]), 0)
-    assert alone.evaluation == [] and alone.own_evaluation == found.own_evaluation
+    assert alone.evaluation == [] and alone.own_evaluation(0) == found.own_evaluation(0)
     assert alone.digest != found.digest, "other evaluation rows are other data"
     common = {"budget": 1.0, "eval_source": own}
     dealt = of_client(tiny.experiment("unused", [common], data={"source": files["a"]}), 0)
-    assert dealt.left_out[0].evaluated > 0 and len(dealt.own_evaluation) == 8 and dealt.evaluation
+    assert dealt.left_out[0].evaluated > 0 and len(dealt.own_evaluation(0)) == 8 and dealt.evaluation
 
 
 def test_the_plan_is_for_the_longest_evaluation_rows(files, tmp_path):

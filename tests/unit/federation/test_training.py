@@ -24,7 +24,7 @@ class Group(GroupTraining):
         self.clock[0] += STEPS
 
     def end_turn(self) -> None:
-        self.turns.append(SimpleNamespace(client=self.current, steps=self.local.steps))
+        self.turns.done.append(SimpleNamespace(client=self.current, steps=self.local.steps))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def group(monkeypatch):
 
 
 def trained(group: Group) -> list[tuple[int, int]]:
-    return [(turn.client, turn.steps) for turn in group.turns]
+    return [(turn.client, turn.steps) for turn in group.turns.done]
 
 
 def test_a_group_trains_its_clients_one_after_the_other(group):
@@ -83,7 +83,24 @@ def test_a_request_to_stop_leaves_the_turn_begun_and_it_goes_on(group):
 
 def test_a_turn_from_a_checkpoint_goes_on(group):
     """Client 1 had taken two steps when the job was stopped."""
-    group.turns = [SimpleNamespace(client=3, steps=4)]
+    group.turns.done = [SimpleNamespace(client=3, steps=4)]
     group.begin = lambda client: LocalProgress(steps=2) if client == 1 else None
     group.take_turns()
     assert trained(group) == [(3, 4), (1, 6), (2, 4)]
+
+
+def test_a_round_that_has_enough_clients_cuts_the_turn_and_those_to_come(group):
+    """Of three, two are enough: the other group's turn finishes while client 1 has its second."""
+    told = []
+    group.finished = SimpleNamespace(tell=told.append, count=lambda number: 1 + (group.clock[0] >= 2 * STEPS))
+    group.roster.enough, group.world.group_rank = lambda number: 2, 0
+    group.progress.steps_taken = {3: 4, 1: 12}
+
+    def train() -> None:
+        Group._train(group)
+        group.cut = group._enough_have_finished()
+
+    group._train = train
+    group.take_turns()
+    assert trained(group) == [(3, 4)] and told == [1] and group.begun == [3, 1]
+    assert group.progress.steps_taken == {3: 4, 1: 8} and group.local.steps == 0 and not group.cut

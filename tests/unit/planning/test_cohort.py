@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support import tiny
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.experiment import Experiment
+from ubsmoe_ds.config.population import SamplingConfig
 from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
 
@@ -78,6 +79,27 @@ def test_everybody_without_sampling():
     assert draws(population(3, None), [1] * 3, 2) == [[0, 1, 2], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("by", ["uniform", "by_rows", "round_robin"])
+def test_cohorts_of_those_that_are_left(by):
+    """Of six clients c1 and c4 are lost: a cohort has three of the other four, and five if five are asked for."""
+    cohorts = Cohorts(population(6, {"clients": 3, "by": by}), [1, 2, 3, 4, 5, 6])
+    cohorts.lose([1])
+    cohorts.lose([4])
+    found = [cohorts.of_round(number) for number in range(1, 9)]
+    assert all(len(set(cohort)) == 3 and cohort == sorted(cohort) for cohort in found)
+    assert {client for cohort in found for client in cohort} == {0, 2, 3, 5}
+    everybody = Cohorts(population(6, {"clients": 5, "by": by}), [1] * 6)
+    everybody.lose([1, 4])
+    assert everybody.of_round(3) == [0, 2, 3, 5]
+
+
+def test_round_robin_goes_on_with_those_that_are_left():
+    """Two of c0, c2, c3, c4 a round; by hand."""
+    cohorts = Cohorts(population(5, {"clients": 2, "by": "round_robin"}), [1] * 5)
+    cohorts.lose([1])
+    assert [cohorts.of_round(number) for number in (2, 3, 4)] == [[3, 4], [0, 2], [3, 4]]
+
+
 def test_schedule_by_hand():
     """5, 4, 3, 3 on two equal groups: 5 | 4, then 3 to the one with 4, then 3 to the one with 5."""
     costs = {client: {0: cost, 1: cost} for client, cost in {7: 3.0, 2: 5.0, 4: 3.0, 1: 4.0}.items()}
@@ -115,3 +137,10 @@ def test_ten_clients_of_four_budgets_leave_four_groups_little_idle():
         idle.append(1 - sum(busy) / (4 * max(busy)))
         over.append(max(busy) / lower_bound(costs, 4))
     assert np.mean(idle) < 0.15 and np.mean(over) < 1.18
+
+
+def test_more_clients_are_drawn_than_merged():
+    """1.1 times 10 are 11, not 12; never more than there are."""
+    for size, factor, drawn in [(10, 1.1, 11), (10, 1.3, 13), (10, 1.01, 11), (10, 9.0, 20), (3, 1.0, 3)]:
+        sampling = SamplingConfig(clients=size, over_sample=factor)
+        assert (sampling.size(20), sampling.drawn(20)) == (size, drawn)

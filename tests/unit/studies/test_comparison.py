@@ -12,6 +12,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.config.methods import ABLATIONS, PRESETS
 from ubsmoe_ds.data.fingerprint import data_digest, machine, model_digest
+from ubsmoe_ds.studies.comparison_cohorts import cohort_notes
 from ubsmoe_ds.studies.comparison_picture import picture
 from ubsmoe_ds.studies.comparison_runs import ROUND_COLUMNS, Run, check_inputs, collect, departures, machines
 from ubsmoe_ds.studies.comparison_table import by_budget, markdown, paired_differences
@@ -86,6 +87,7 @@ def test_one_row_per_client_with_sums_over_rounds(tmp_path):
         "seconds_per_step": 0.1,
         "megabytes_sent": 9.0,  # 3 rounds x 3.0
         "local_seconds": 12.0,  # 3 rounds x 4.0
+        "busy_seconds": 12.0,
     }
     # a budget cuts down experts or LoRA ranks
     assert clients[["k", "lora_rank"]].values.tolist()[::6] == [[4, 8], [8, 4]]
@@ -123,7 +125,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 def test_markdown(tmp_path):
-    lines = markdown(collect(made_up(tmp_path))[0], "headline").splitlines()
+    lines = markdown(*collect(made_up(tmp_path)), "headline").splitlines()
     assert lines[0] == "headline"
     results = [line for line in lines if line.startswith("| `")]
     costs = "25.0 | 300 | 0.050 | 13.5 | 12.0 |"
@@ -139,8 +141,7 @@ def test_markdown(tmp_path):
 
 
 def test_markdown_of_one_seed_or_without_the_baseline(tmp_path):
-    clients, _ = collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1))
-    text = markdown(clients, "headline")
+    text = markdown(*collect(made_up(tmp_path, methods=("flora", "flexlora"), seeds=1)), "headline")
     assert "| `flora` | 0.6000 | 40.0 | 0.5000 | 50.0 |" in text and "nan" not in text and "paired" not in text
 
 
@@ -235,9 +236,9 @@ def lose_the_last(run: Run) -> None:
 def test_a_lost_client_has_no_final_figures(tmp_path):
     runs = made_up(tmp_path, methods=("topk",), seeds=1)
     lose_the_last(runs[0])
-    clients, _ = collect(runs)
+    clients, rounds = collect(runs)
     assert clients.set_index("client").loss.isna().to_dict() == {"poor": False, "rich": True}
-    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in markdown(clients, "headline")
+    assert "| `topk` | 0.3000 | 70.0 | - | - | 25.0 | 300 | 0.050 |" in markdown(clients, rounds, "headline")
 
 
 def test_a_budget_that_lost_a_client_is_left_out_and_the_other_seeds_are_counted(tmp_path):
@@ -245,11 +246,11 @@ def test_a_budget_that_lost_a_client_is_left_out_and_the_other_seeds_are_counted
     three = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}, {name: c, budget: 0.5}]"
     runs = made_up(tmp_path, three)
     lose_the_last(next(run for run in runs if (run.method, run.seed) == ("topk", 1)))
-    clients, _ = collect(runs)
+    clients, rounds = collect(runs)
     table = by_budget(clients)
     assert tuple(table.loc[("topk", 0.5), "loss"]) == pytest.approx((0.30, math.sqrt(0.02), 2))  # of 0.2 0.4
     assert tuple(table.loc[("topk", 1.0), "loss"]) == pytest.approx((0.30, 0.10, 3))
-    text = markdown(clients, "headline")
+    text = markdown(clients, rounds, "headline")
     assert "| `topk` | 0.3000 ± 0.1414 (n = 2) | 70.0 ± 14.1 (n = 2) | 0.3000 ± 0.1000 | 70.0 ± 10.0 |" in text
     assert "| `ub_smoe` | -0.0300 ± 0.0283 (n = 2) | -0.0300 ± 0.0200 |" in text  # of -0.01 -0.05
 
@@ -274,3 +275,68 @@ def test_keys_that_depart_from_the_label_are_named(tmp_path):
     exp = load_experiment(CONFIG, ["method=ub_smoe", "dmr.enabled=false", "pseudo_gradient.tokens_per_expert=8"])
     changes = departures(Run("ub_smoe-no_dmr", 0, exp))
     assert changes == ["pseudo_gradient.tokens_per_expert=8 (not 4)"]
+
+
+POPULATION = ["groups=[{count: 2}]", "sampling={clients: 2}"]
+THREE = "clients=[{name: a, budget: 0.5}, {name: b, budget: 0.5}, {name: c, budget: 1.0}]"
+
+
+def population(folder: Path, cohorts: dict[str, list[list[str]]]) -> list[Run]:
+    """Return finished runs of three clients and two groups; g0 is busy 2 s in a round, g1 3 s, each client 1 s."""
+    runs = []
+    for method, of_rounds in cohorts.items():
+        exp = load_experiment(
+            CONFIG, [THREE, *POPULATION, f"method={method}", f"name={method}-0", f"output={folder}", "train.rounds=2"]
+        )
+        finish(exp, 0.5)
+        path = exp.run_dir / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record, cohort in zip(records, [[], *of_rounds], strict=True):
+            record["metrics"] |= {f"steps/{name}": 4 for name in cohort}
+            record["seconds"] = {f"seconds_local/{name}": 1.0 for name in cohort}
+            record["seconds"] |= {"seconds_local/g0": 2.0, "seconds_local/g1": 3.0} if cohort else {}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        summary = json.loads((exp.run_dir / "summary.json").read_text())
+        for row in summary["clients"]:
+            if not any(row["client"] in cohort for cohort in of_rounds):
+                row["tokens_per_second"] = row["seconds_per_step"] = None
+        (exp.run_dir / "summary.json").write_text(json.dumps(summary))
+        runs.append(Run(method, 0, exp))
+    return runs
+
+
+def test_a_client_that_was_never_drawn_has_no_speed_and_hides_no_other(tmp_path):
+    """b took part in no round: it has a loss like everybody, and the speed of its budget is a's alone."""
+    runs = population(tmp_path, {"topk": [["a", "c"], ["a", "c"]]})
+    clients, rounds = collect(runs)
+    assert list(clients["local_seconds"]) == [2.0, 0.0, 2.0] and set(clients["busy_seconds"]) == {6.0}
+    table = by_budget(clients)
+    assert tuple(table.loc[("topk", 0.5)]["tokens_per_second"])[::2] == (300.0, 1)
+    assert tuple(table.loc[("topk", 0.5)]["loss"])[::2] == pytest.approx((0.45, 1))  # of 0.5 and 0.4
+    lines = [line for line in markdown(clients, rounds, "headline").splitlines() if line.startswith("| `topk`")]
+    assert lines[0].endswith("| 300 | 0.050 | 18.0 | 6.0 |")  # MB: 2 rounds x (1.5 + 3.0 + 4.5); g1: 2 x 3.0
+
+
+def test_cohorts_of_a_seed_are_compared_over_methods(tmp_path):
+    same = population(tmp_path / "same", {"topk": [["a", "c"], ["b", "c"]], "flexlora": [["c", "a"], ["b", "c"]]})
+    assert cohort_notes(same) == ["the clients of each round are the same for all methods of a seed"]
+    cut = population(tmp_path / "cut", {"topk": [["a", "c"], ["b", "c"]], "flexlora": [["a", "c"], ["b"]]})
+    (note,) = cohort_notes(cut)
+    assert note.startswith("seed 0: the clients of some rounds are others for flexlora than for topk")
+    assert cohort_notes(same[:1]) == cohort_notes(made_up(tmp_path / "alone", seeds=1)) == []
+
+
+def test_fairness_is_of_the_last_evaluation_and_shown_only_where_it_was_measured(tmp_path):
+    """Worst tenths 0.6 and 0.8 of two seeds: mean 0.7, sample standard deviation sqrt(0.02); the third has none."""
+    runs = made_up(tmp_path, methods=("topk",))
+    assert "Fairness" not in markdown(*collect(runs), "headline")
+    for run, worst in zip(runs[:2], (0.6, 0.8), strict=True):
+        path = run.exp.run_dir / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in (records[0], records[-1]):
+            last = record is records[-1]
+            record["metrics"] |= {"fairness/worst_tenth": worst if last else 9.0, "fairness/variance": 0.01}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = markdown(*collect(runs), "headline")
+    assert "| method | loss of the worst tenth | variance of losses |" in text
+    assert "| `topk` | 0.7000 ± 0.1414 (n = 2) | 0.0100 ± 0.0000 (n = 2) |" in text
