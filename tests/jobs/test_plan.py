@@ -11,6 +11,7 @@ from launch.plan import main, read_inputs
 from tests.support.jobs import NOT_FORKED, SHORT, TRAIN, TWO_CLIENTS, records, run
 from tests.support.ranks import REPO, clean_environment
 from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.planning.group_plan import plan_group
 from ubsmoe_ds.planning.memory_model import CPU_KERNELS, CPU_PROCESS, largest_phase
 from ubsmoe_ds.planning.plan import plan
 
@@ -100,3 +101,41 @@ def test_a_refused_plan_ends_with_code_2_and_one_line(name, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["plan.py", "accelerator=cpu", "train.rounds=1", *arguments])
     code, errors = main(), capsys.readouterr().err
     assert code == 2 and errors.startswith(expected) and errors.count("\n") == 1, errors
+
+
+POPULATION = ["clients=[{count: 6, budgets: [0.25, 1.0]}]", "groups=[{count: 2}]", "sampling={clients: 3}"]
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("method", ["topk", "hetlora"])
+def test_memory_of_groups_is_as_measured(method, tmp_path):
+    """Three turns each on two groups: one keeps a sum of its turns, the other each of them."""
+    clients = "clients=[{count: 6, budgets: [0.25, 0.5, 1.0]}]"
+    overrides = ["train.rounds=1", "train.local_steps=1", "data.rows=1600", "data.eval_rows=24", f"method={method}"]
+    overrides += [clients, "groups=[{}, {ranks: 2, expert_parallel: 2}]", "deepspeed.train_batch_size=64"]
+    code, output = run("deepspeed", TRAIN, *overrides, f"output={tmp_path}", timeout=600, **NOT_FORKED)
+    assert code == 0, output
+    inputs = read_inputs(load_experiment(TINY, [*overrides, "accelerator=cpu"]))
+    metrics = records(tmp_path / "tiny")[-1]["metrics"]
+    groups = [int(metrics[f"group/c{client}"]) for client in range(6)]
+    rounds = [[[client for client in range(6) if groups[client] == group] for group in (0, 1)]]
+    planned_bytes = max(largest_phase(plan_group(inputs, group, rounds).phases)[1] for group in (0, 1))
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())["clients"]
+    assert planned_bytes == pytest.approx(1e9 * max(row["peak_memory_gb"] for row in summary), rel=WITHIN)
+
+
+@pytest.mark.parametrize("memory", ["8G", "0.1G"])
+def test_a_population_is_planned_and_told_which_groups_suit_its_devices(memory, monkeypatch, capsys):
+    """Two hosts of two devices: groups of one or two ranks. Nothing fits in 0.1 GB, less than a process needs."""
+    options = ["--hosts", "2", "--devices", "2", "--device-memory", memory, "data.rows=400", *POPULATION]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "accelerator=cpu", "train.rounds=3", *options])
+    code, (output, errors) = main(), capsys.readouterr()
+    assert output.startswith("round 1: g0: ") and "all 3 rounds: groups idle " in output
+    assert output.count("yes" if memory == "8G" else " no ") == 2  # g0 and g1 have different numbers of turns
+    if memory == "8G":
+        assert code == 0 and errors == "" and "groups for 4 devices, by the schedules of 3 rounds" in output
+        assert "shortest rounds, if all devices are equally fast: groups=[{ranks: " in output
+        assert "placement: host1: g0 1, g1 1" in output
+    else:
+        assert code == 2 and errors.count("\n") == 1
+        assert errors.startswith("error: --device-memory: no shape of groups fits in 0.1 GB; the least, of ")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.host_copies import to_device, to_host
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.client.drift import DriftCorrection
 
@@ -56,9 +57,11 @@ class Controls:
             own: c_i; None: it is zero.
         """
         shift = self.common if own is None else self.common - own
-        for block, part in self.store.parts(shift, self.lora_rank):
+        buffers = self.drift.buffers["shift"]
+        on_device = to_device(shift, next(iter(buffers)).device)
+        for block, part in self.store.parts(on_device, self.lora_rank):
             for name, value in block.split(part, self.lora_rank).items():
-                self.store.masters.write_beside(block.parameters[name], self.drift.buffers["shift"], value)
+                self.store.masters.write_beside(block.parameters[name], buffers, value)
 
     def change_of(self, own: Tensor | None, steps: int) -> Tensor:
         """Return c_i+ - c_i of a client after its local steps (a collective over the group under ZeRO).
@@ -71,10 +74,10 @@ class Controls:
             return torch.zeros_like(self.common)
         read, sums = self.store.masters.read_beside, self.drift.buffers["sum"]
         values = [
-            block.join([read(parameter, sums).cpu() for parameter in block.parameters.values()], self.lora_rank)
+            block.join([read(parameter, sums) for parameter in block.parameters.values()], self.lora_rank)
             for block in self.store.blocks
         ]
-        mean = torch.cat(values) / steps
+        mean = to_host(torch.cat(values) / steps)
         return mean if own is None else mean - own
 
     def merge(self, own: Mapping[int, Tensor], exchange: Exchange) -> ControlChange:

@@ -90,10 +90,11 @@ class Settings(Section):
 
     def trained_by(self, client: int, group: int) -> ClientConfig:
         """Return a client's section with the ranks and expert parallelism of the group that trains it."""
-        if self.groups is None:
+        if not self.takes_turns:
             return self.clients[client]
-        ranks, parallel = self.groups[group].ranks, self.groups[group].expert_parallel
-        return self.clients[client].model_copy(update={"ranks": ranks, "expert_parallel": parallel})
+        trainer = self.trainers[group]
+        changes = {"ranks": trainer.ranks, "expert_parallel": trainer.expert_parallel}
+        return self.clients[client].model_copy(update=changes)
 
     def allowed_groups(self, client: int) -> list[int]:
         """Return the numbers of the groups that may train a client."""

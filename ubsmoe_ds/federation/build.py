@@ -218,7 +218,7 @@ def _announce(federation: Federation, checkpoint: Checkpoint | None, in_own_fold
     federation.monitor = _open_monitor(exp, checkpoint, federation.progress.run_id, in_own_folder)
     shares = row_counts(rows.kept, federation.aggregator.server.weights, exp.train.weights)
     lines = (headline(exp, federation.client), placement(exp, world), shares, *warnings(exp, federation.client))
-    for line in (*lines, *federation.training.texts.notes(world.group), *rows.lines(exp.data)):
+    for line in (*lines, *federation.training.texts.notes(), *rows.lines(exp.data)):
         federation.monitor.say(line)
 
 

@@ -1,6 +1,6 @@
 """Measure how evenly a model serves clients, by their losses on evaluation rows of their own. Pure functions.
 
-The worst tenth and the variance over clients are the measures of q-FFL (Li et al., arXiv 1905.10497, section 4), which
+The worst tenth and the variance over clients are the measures of q-FFL (Li et al., arXiv 1905.10497), which
 takes them of accuracies. Losses are used here, as rows may have no accuracy [ours]. Every client counts alike.
 """
 

@@ -55,6 +55,10 @@ class Texts:
         self.exp, self.rows, self.encoder = exp, rows, read_encoder(exp)
         own = lru_cache(maxsize=None)(lambda client: self._evaluator(rows.own_evaluation(client)))
         self.evaluators = Evaluators(self._evaluator(rows.evaluation), own)
+        first = exp.clients_for(world.group)[0]
+        self._plainly = self.encoder.writes_plainly(
+            rows.of_client(first), rows.evaluation, rows.own_evaluation(first)
+        )  # here, where all ranks of a group are: they may read a client's rows together
         self._encoded = lru_cache(maxsize=KEPT_CLIENTS if exp.takes_turns else None)(self._encode)
         counts_C = self._count(world)
         self.lengths, self.own_lengths = ([Lengths(*c[part]) for c in counts_C] for part in (slice(3), slice(3, 6)))
@@ -77,11 +81,9 @@ class Texts:
         config = self.exp.trained_by(client, group)
         yield from self.encoder.steps(self.examples(client), client, config, rank, first)
 
-    def notes(self, group: int) -> list[str]:
+    def notes(self) -> list[str]:
         """Return what the user should know of how the rows were dealt and are written."""
-        rows, first = self.rows, self.exp.clients_for(group)[0]
-        parts = (rows.of_client(first), rows.evaluation, rows.own_evaluation(first))
-        return [*rows.notes, *([PLAINLY] if self.encoder.writes_plainly(*parts) else [])]
+        return [*self.rows.notes, *([PLAINLY] if self._plainly else [])]
 
     def report(self) -> RowReport:
         """Return the numbers of rows by client."""

@@ -53,7 +53,7 @@ def group_table(inputs: PlanInput, plans: Sequence[GroupPlan], memory: float | N
 
 def shape_table(found: Sequence[GroupShape], devices: int, rounds: int) -> Table:
     """Return the best shapes, the first one the best of all."""
-    title = f"groups for {devices} devices, by the schedules of {rounds} rounds"
+    title = f"groups for {devices} devices, by the schedules of {rounds} round{'s' if rounds > 1 else ''}"
     table = Table(title=title, title_justify="left")
     for heading in ("groups", "ranks", "time", "idle %", "MB/step", "GB", "fullest in"):
         table.add_column(heading, justify="right")

@@ -46,8 +46,8 @@ def test_after_a_death_groups_keep_their_numbers_in_checkpoints(monkeypatch):
     monkeypatch.setattr(module, "gather_json", lambda comm, value: [[], value])
     world = mock.Mock(group=1, group_rank=0)
     left = CheckpointManager(exp, mock.Mock(), "").among(exp.without([1]), world)
-    turn = SimpleNamespace(client=2, slot=0, stats=LocalStats(0, 0, 0, 0, 0, 0, 3, 1), seconds=2.0)
+    turn = SimpleNamespace(client=2, slot=0, update=0, stats=LocalStats(0, 0, 0, 0, 0, 0, 3, 1), seconds=2.0)
     server, progress = mock.Mock(lora_ranks=[3, 3, 3]), Progress(round=2, steps_taken={0: 4, 1: 4, 2: 8})
-    entries = left._clients(mock.Mock(), server, progress, LocalProgress(), [turn])
+    entries = left._clients(mock.Mock(), server, progress, LocalProgress(), SimpleNamespace(done=[turn]))
     found = {name: (e["group"], e["turn"], e["layout"], e["steps_taken"]) for name, e in entries.items()}
     assert found == {"c0": (0, "", [1, 1], 4), "c1": (0, "", [1, 1], 4), "c2": (2, "done", [2, 2], 8)}

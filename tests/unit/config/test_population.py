@@ -80,6 +80,7 @@ def test_what_deaths_leave_by_hand():
     clients = [{"name": "a", "budget": 0.5}, {"name": "b", "budget": 1.0, "ranks": 2}, {"name": "c", "budget": 1.0}]
     sampled = population(clients, sampling={"clients": 2}).without([0])
     assert sampled.takes_turns and [sampled.allowed_groups(client) for client in range(3)] == [[], [0], [1]]
+    assert population(clients, sampling={"clients": 2}).trained_by(0, 1).ranks == 2
     assert (sampled.trained_by(1, 0).name, sampled.trained_by(1, 0).ranks, sampled.world_size) == ("b", 2, 3)
     assert sampled.views == population(clients, sampling={"clients": 2}).views
     whole = population(clients).without([1])

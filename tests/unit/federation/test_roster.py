@@ -94,7 +94,7 @@ def test_a_client_of_one_group_is_lost_with_it():
     """c1 may use g1 alone. It is out of round 1 and of all that follow; two of the three others are drawn."""
     clients = [{"budget": 0.5}, {"budget": 0.5, "groups": ["g1"]}, {"budget": 0.5}, {"budget": 0.5}]
     exp = tiny.experiment("unused", clients, groups=[{}, {}], sampling={"clients": 3})
-    found = Roster(exp, SHAPE, [10] * 4, [100] * 4)
+    found = Roster(exp, SHAPE, [Amount(10, 100)] * 4, [Amount(0, 0)] * 4)
     number = next(n for n in range(1, 20) if 1 in found.cohort(n))
     with_it = found.schedule(number)[1]
     gone = lose(found, [1], number)
@@ -113,9 +113,8 @@ def test_deaths_cost_turns_and_no_clients(data):
         for b in data.draw(st.lists(st.sampled_from([0.25, 1.0]), max_size=7))
     ]
     clients += [{"budget": 0.5}]  # so that nobody's group is without clients
-    found = Roster(
-        tiny.experiment("unused", clients, groups=[{}] * len(names)), SHAPE, [9] * len(clients), [9] * len(clients)
-    )
+    exp = tiny.experiment("unused", clients, groups=[{}] * len(names))
+    found = Roster(exp, SHAPE, [Amount(9, 9)] * len(clients), [Amount(0, 0)] * len(clients))
     while len(found.exp.trainers) > 1:
         lost = data.draw(st.integers(0, len(found.exp.trainers) - 1))
         turns, missing = found.schedule(1), found.out(1)
@@ -135,7 +134,7 @@ def test_deaths_cost_turns_and_no_clients(data):
 
 def test_a_sampled_client_with_a_group_of_its_own_is_lost_with_it():
     exp = tiny.experiment("unused", [{"budget": 0.5}] * 4, sampling={"clients": 3})
-    found = Roster(exp, SHAPE, [10] * 4, [100] * 4)
+    found = Roster(exp, SHAPE, [Amount(10, 100)] * 4, [Amount(0, 0)] * 4)
     lost = found.cohort(1)[0]
     name, others = exp.clients[lost].name, found.cohort(1)[1:]
     assert lose(found, [lost], 1) == Lost([name], [], [])
@@ -150,7 +149,7 @@ def test_a_round_for_which_nobody_is_left_ends_the_job(tmp_path):
     clients = [{"budget": 0.5}, {"budget": 0.5, "groups": ["g1"]}]
     sampling = {"clients": 2, "by": "availability", "availability": str(path)}
     exp = tiny.experiment("unused", clients, groups=[{}, {}], sampling=sampling, train={"rounds": 3})
-    found = Roster(exp, SHAPE, [10] * 2, [100] * 2)
+    found = Roster(exp, SHAPE, [Amount(10, 100)] * 2, [Amount(0, 0)] * 2)
     lose(found, [1], 2)
     assert found.cohort(2) == [0]
     with pytest.raises(TooFewClients, match=r"sampling\.availability: no client that is left is there in round 3"):

@@ -51,7 +51,7 @@ def test_shapes_by_hand():
     3/4 of the devices' time is used. 1 rank: W on three devices of four; a fourth group would have nobody. The experts
     of a group may be divided too. The fewer bytes a step sends the better.
     """
-    found = shapes(population([{"budget": 0.5}] * 3), [4], rounds=2)
+    found = shapes(population([{"budget": 0.5}] * 3), [4], rounds=2, flops_per_byte=0)
     work = found[-1].time
     assert [(s.ranks, s.groups) for s in found] == [(4, 1)] * 3 + [(1, 3)] + [(2, 2)] * 2
     assert [s.time / work for s in found] == pytest.approx([0.75] * 3 + [1.0] * 3)
@@ -60,7 +60,20 @@ def test_shapes_by_hand():
     assert [s.plan.turns for s in found] == [3, 3, 3, 1, 2, 2]
     sent = [s.plan.step_bytes for s in found]
     assert sent[:3] == sorted(sent[:3]) and sent[4] <= sent[5]
-    assert found == shapes(population([{"budget": 0.5}] * 3, [{"count": 2}]), [4], rounds=2), "groups do not count"
+    assert found == shapes(population([{"budget": 0.5}] * 3, [{"count": 2}]), [4], 2, 0), "groups do not count"
+
+
+def test_bytes_inside_a_group_take_time_too():
+    """Two equal clients on two devices. One rank each: W. A pair: twice W / 2 and its bytes, so it is never better.
+
+    The time of its 10 steps a turn is told by the bytes of a step. Without a word, CPUs do 20 FLOPs a byte.
+    """
+    inputs = population([{"budget": 0.5}] * 2)
+    alone, pair = shapes(inputs, [2], rounds=1, flops_per_byte=5.0)[:2]
+    assert (alone.ranks, alone.groups, pair.ranks, pair.groups) == (1, 2, 2, 1) and alone.idle == 0
+    assert pair.time == pytest.approx(alone.time + 2 * 10 * 5.0 * pair.plan.step_bytes)
+    assert shapes(inputs, [2], rounds=1) == shapes(inputs, [2], 1, 20.0)
+    assert shapes(replace(inputs, on_cpu=False), [2], rounds=1)[1].time > pair.time
 
 
 def test_a_group_is_on_one_host():
@@ -72,7 +85,7 @@ def test_a_group_is_on_one_host():
 
 def test_the_cohort_counts_and_not_the_population():
     """Of 10 clients one takes part in a round: only larger groups make rounds shorter."""
-    found = shapes(population([{"budget": 1.0}] * 10, sampling={"clients": 1}), [4], rounds=5)
+    found = shapes(population([{"budget": 1.0}] * 10, sampling={"clients": 1}), [4], rounds=5, flops_per_byte=0)
     assert [(s.ranks, s.groups) for s in found] == [(4, 1)] * 3 + [(2, 1)] * 2 + [(1, 1)]
     assert [s.time / found[0].time for s in found] == pytest.approx([1] * 3 + [2] * 2 + [4])
     assert [s.idle for s in found] == pytest.approx([0] * 3 + [0.5] * 2 + [0.75])
@@ -138,6 +151,7 @@ def test_tables_show_alike_groups_once_and_times_over_the_best():
     assert text.count("yes") == 3 and "g0 g1 g2" in text and "pair" in text
     found = shapes(inputs, [4], rounds=1)
     text = shown(shape_table(found, 4, 1))
-    assert "groups for 4 devices, by the schedules of 1 rounds" in text and "1.00" in text and "1.33" in text
-    parallel = {1: "", 2: ", expert_parallel: 2", 4: ", expert_parallel: 4"}[found[0].expert_parallel]
-    assert as_config(found[0]) == f"groups=[{{ranks: 4{parallel}, count: 1}}]"
+    assert "groups for 4 devices, by the schedules of 1 round" in text and "1.00" in text
+    assert as_config(found[0]) == "groups=[{ranks: 1, count: 3}]"
+    (pair,) = (shape for shape in found if (shape.ranks, shape.expert_parallel) == (2, 2))
+    assert as_config(pair) == "groups=[{ranks: 2, expert_parallel: 2, count: 2}]"
