@@ -7,6 +7,7 @@ from tests.support import reference, tiny
 from tests.support.ranks import run_ranks
 
 STEPS = 10
+DRIFT = {"train": {"prox_mu": 0.1, "scaffold": True}}  # FedProx's and SCAFFOLD's corrections
 VARIANTS = {
     "plain": {},
     "clip": {"deepspeed": {"clip": 0.2}},
@@ -41,6 +42,15 @@ VARIANTS = {
         "deepspeed": {"zero": 2},
         "sections": {"lora": {"prune_penalty": 0.5}, "merge": {"rule": "hetlora"}},
     },
+    "drift": {"deepspeed": {"clip": 0.2}, "sections": DRIFT},
+    "drift_learned_scale_zero1": {"rescale": "learned", "deepspeed": {"zero": 1}, "sections": DRIFT},
+    "drift_token_zero2_accumulate": {
+        "pg": "token_weighted",
+        "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2},
+        "sections": DRIFT,
+    },
+    "bf16_drift": {"deepspeed": {"clip": 0.2, "bf16": True}, "sections": DRIFT},
+    "bf16_drift_zero2": {"deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}, "sections": DRIFT},
     "bf16": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True}},
     "bf16_zero1": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1}},
     "bf16_linearised_zero2": {"pg": "linearised", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
@@ -134,7 +144,7 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
     learned = np.concatenate([v.ravel() for k, v in result.items() if k.startswith(f"{name}/value/")])
     fine = (learned.astype(np.float32).view(np.uint32) & 0xFFFF != 0).mean()  # bits that bf16 does not have
     assert fine > 0.5, "masters keep what bf16 weights cannot hold"
-    # bf16 is too coarse to compare weights one by one; they must be clearly nearer to those with PG than without
+    # bf16 is too coarse to compare weights one by one; they must be clearly nearer to those with PG or corrections
     assert not bf16 or distance < 0.5 * without_pg, (distance, without_pg)
 
 

@@ -15,20 +15,22 @@ SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_ro
 SHORT += ["checkpoint.keep=9"]
 CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
 ZERO2 = ["deepspeed.zero_optimization.stage=2"]
+SCAFFOLD = ["train.scaffold=true"]
+PROX = ["train.prox_mu=0.5"]
 BF16 = ["deepspeed.bf16.enabled=true"]
 WARMUP = ["deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 8, warmup_max_lr: 0.01}}"]
 # overrides, then the polls of the last rank at which the job is stopped: 0 is before the first evaluation, 3 + 3 r
 # between rounds; evaluation polls too
 VARIANTS: dict[str, list] = {
     "ub_smoe": [[], 0, 1, 9, 4],
-    "zero2": [[*ZERO2, *WARMUP], 8],
+    "zero2": [[*ZERO2, *WARMUP, *PROX], 8],
     "bf16": [BF16, 8],
-    "bf16_zero2": [[*BF16, *ZERO2], 8],
+    "bf16_zero2": [[*BF16, *ZERO2, *PROX, *SCAFFOLD], 8],
     "fedadam": [["merge.server_optimizer=adam", "merge.server_lr=0.01", "lora.attention=true"], 8, 6],
-    "momentum_sgd": [["deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
+    "momentum_sgd": [[*SCAFFOLD, "deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
     "flame": [["method=flame"], 8],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8, 6],
-    "flora_bf16": [["method=flora", *BF16], 8, 6],
+    "flora_bf16": [["method=flora", *BF16, *PROX], 8, 6],
     "packed": [
         [
             "data.packing=true",

@@ -110,12 +110,16 @@ KEPT_IN_FILES = ["train.optimizer_state=keep", "train.kept_states_gb=0.0"]
 # overrides, then the polls of the last rank, of the group of two, at which the job is stopped
 STOPPED: dict[str, list] = {
     "ub_smoe": [["pseudo_gradient.tokens_per_expert=4"], 4, 12, 9, 7],
-    "flame": [["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2"], 15, 8],
+    "flame": [
+        ["method=flame", "deepspeed.zero_optimization.stage=2", "evaluation.generate=2", "train.prox_mu=0.5"],
+        15,
+        8,
+    ],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 22, 9],
     "flora": [["method=flora", "deepspeed.bf16.enabled=true"], 13, 9],
-    "kept": [["train.optimizer_state=keep"], 4, 12, 9, 7],
+    "kept": [["train.optimizer_state=keep", "train.scaffold=true"], 4, 12, 9, 7],
     # all in files, which both groups read and write
-    "kept_zero": [[*KEPT_IN_FILES, "deepspeed.zero_optimization.stage=2"], 22, 9],
+    "kept_zero": [[*KEPT_IN_FILES, "train.scaffold=true", "deepspeed.zero_optimization.stage=2"], 22, 9],
 }
 
 
@@ -161,6 +165,7 @@ def test_a_round_goes_on_with_other_groups(looks, tmp_path):
         *POPULATION,
         "train.local_steps=3",
         "method=flame",
+        "train.scaffold=true",
         f"output={tmp_path}",
         "checkpoint.every=1",
     ]
@@ -181,22 +186,54 @@ def test_a_round_goes_on_with_other_groups(looks, tmp_path):
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), key
 
 
+DRIFT = ["train.scaffold=true", "train.prox_mu=0.1"]
+
+
 @pytest.mark.extended
 def test_a_sampled_run_equals_a_plain_loop_in_one_process(tmp_path):
-    """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed."""
+    """Three of six clients a round, on two groups: the same cohorts, one after the other, without DeepSpeed.
+
+    Once more with FedProx and SCAFFOLD, whose c_i moves with its client between groups.
+    """
     changes = ["method=topk", *POPULATION[:1], "sampling={clients: 3}", "groups=[{count: 2}]", "train.rounds=3"]
-    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": {"run": changes}, "folder": str(tmp_path)}
+    variants = {"run": changes, "drift": [*changes, *DRIFT, "train.rounds=4"]}
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
     found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
-    exp = load_experiment(TINY, [*SHORT, *SAME, *changes])
-    cohorts, expected = reference.federate(exp)
-    assert len({tuple(cohort) for cohort in cohorts}) > 1
-    took_part = [
-        [int(key.removeprefix("steps/c")) for key in record["metrics"] if key.startswith("steps/")]
-        for record in records(tmp_path / "run")[1:]
-    ]
-    assert took_part == cohorts
+    for name, overrides in variants.items():
+        cohorts, expected = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *overrides]))
+        assert len({tuple(cohort) for cohort in cohorts}) > 1
+        took_part = [
+            [int(key.removeprefix("steps/c")) for key in record["metrics"] if key.startswith("steps/")]
+            for record in records(tmp_path / name)[1:]
+        ]
+        assert took_part == cohorts
+        for key, value in expected.items():
+            atol = 1e-6 if name == "run" else 1e-5
+            np.testing.assert_allclose(found[0][f"{name}/{key}"], value, atol=atol, rtol=0, err_msg=key)
+
+
+PAIR = ["method=topk", "clients=[{budget: 0.25, name: a}, {budget: 1.0, name: b}]", "train.rounds=3"]
+KINDS = {
+    "own": {"own": []},
+    "turns": {
+        "experts": ["groups=[{ranks: 2, expert_parallel: 2}]"],
+        "zero2": ["groups=[{ranks: 2}]", "deepspeed.zero_optimization.stage=2"],
+    },
+}
+
+
+@pytest.mark.parametrize("kinds", ["own", pytest.param("turns", marks=pytest.mark.extended)])
+def test_corrections_against_drift_equal_a_plain_loop(kinds, tmp_path):
+    """FedProx and SCAFFOLD over three rounds of two clients, with a group each or in turn on one of two ranks."""
+    variants = {name: [*PAIR, *DRIFT, *changes] for name, changes in KINDS[kinds].items()}
+    arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
+    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
+    _, expected = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *PAIR, *DRIFT]))
+    _, pulled = reference.federate(load_experiment(TINY, [*SHORT, *SAME, *PAIR, DRIFT[1]]))
     for key, value in expected.items():
-        np.testing.assert_allclose(found[0][f"run/{key}"], value, atol=1e-6, rtol=0, err_msg=key)
+        assert np.abs(value - pulled[key]).max() > 1e-4, "SCAFFOLD does nothing"
+        for name, result in ((name, result) for name in variants for result in found):
+            np.testing.assert_allclose(result[f"{name}/{key}"], value, atol=2e-5, rtol=0, err_msg=key)
 
 
 SLOW = "clients=[{name: a, budget: 0.5, groups: [g0]}, {name: b, budget: 1.0, groups: [g0]}, "

@@ -34,6 +34,7 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
     """
     model = whole_model(exp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    begun = {name: p.detach().clone() for name, p in trained.items()}
     options = exp.deepspeed.optimizer["params"]
     optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], weight_decay=0.0, eps=options["eps"])
     batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(exp.seed, 0))
@@ -62,6 +63,10 @@ def train(exp: Experiment, count: int) -> tuple[list[float], list[float], UBSMoE
                     squares_LE2[i, e, 1] += of[id(p)][e].square().sum()
         for parameter, _ in pseudo:
             parameter.grad.add_(of[id(parameter)])
+        for name, p in trained.items():
+            if not name.endswith("scale"):  # FedProx's and SCAFFOLD's terms; the learned scale is not shared
+                p.grad.add_(exp.train.prox_mu * (p.detach() - begun[name]))
+                p.grad.add_(torch.from_numpy(tiny.known_shift(name, tuple(p.shape))), alpha=float(exp.train.scaffold))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -284,18 +289,26 @@ def dense_oracle(layer: UBSMoE, record: dict[str, Tensor], rho: float) -> dict[i
 
 
 def federate(exp: Experiment) -> tuple[list[list[int]], dict[str, np.ndarray]]:
-    """Run a sampled Top-K experiment under FedAvg in one process; return (cohorts, the shared state at the end)."""
+    """Run a Top-K experiment under FedAvg in one process; return (cohorts, the shared state at the end).
+
+    With sampling, and with FedProx's or SCAFFOLD's corrections, if it has them.
+    """
     encoder, model, rows = read_encoder(exp), whole_model(exp), common_rows(exp)
     examples = [encoder.encode(rows.of_client(c), client.name)[0] for c, client in enumerate(exp.clients)]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shared = {name: p.detach().clone() for name, p in trained.items()}
+    c_of = [{name: torch.zeros_like(value) for name, value in shared.items()} for _ in exp.clients]  # SCAFFOLD's c_i
+    c_all = {name: torch.zeros_like(value) for name, value in shared.items()}
     cohorts, taken = [], [0] * len(exp.clients)
     weights = np.array([len(of_client) for of_client in examples], dtype=np.float64)
     options = exp.deepspeed.optimizer["params"]
     for number in range(1, exp.train.rounds + 1):
-        count = exp.sampling.size(len(exp.clients))
-        draw = np.random.default_rng([exp.seed, 3, number]).choice(len(exp.clients), count, replace=False)
-        cohorts.append(sorted(int(client) for client in draw))
+        cohorts.append(list(range(len(exp.clients))))
+        if exp.sampling is not None:
+            count = exp.sampling.size(len(exp.clients))
+            draw = np.random.default_rng([exp.seed, 3, number]).choice(len(exp.clients), count, replace=False)
+            cohorts[-1] = sorted(int(client) for client in draw)
+        c_change = {name: torch.zeros_like(value) for name, value in shared.items()}
         change = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in shared.items()}
         for c in cohorts[-1]:
             for name, p in trained.items():
@@ -303,16 +316,24 @@ def federate(exp: Experiment) -> tuple[list[list[int]], dict[str, np.ndarray]]:
             model.set_active_experts(exp.active_experts(exp.clients[c]))
             optimizer = torch.optim.AdamW(trained.values(), lr=options["lr"], eps=options["eps"], weight_decay=0.0)
             steps_of = encoder.steps(examples[c], c, exp.clients[c], first=taken[c])
+            sums = {name: torch.zeros_like(value) for name, value in shared.items()}
             for _ in range(exp.train.local_steps):
                 tokens = next(steps_of).micro[0]
                 logits = model(tokens.input_ids, tokens.used, tokens.position_A, None, tokens.position_BS)
                 F.cross_entropy(logits, tokens.target_A).backward()
                 torch.nn.utils.clip_grad_norm_(list(trained.values()), exp.deepspeed.gradient_clipping)
+                for name, p in trained.items():
+                    p.grad += exp.train.prox_mu * (p.detach() - shared[name])
+                    sums[name] += p.grad
+                    p.grad += exp.train.scaffold * (c_all[name] - c_of[c][name])
                 optimizer.step()
                 optimizer.zero_grad()
                 taken[c] += 1
             for name, p in trained.items():
                 change[name] += weights[c] / weights[cohorts[-1]].sum() * (p.detach() - shared[name]).double()
+                c_change[name] += sums[name] / exp.train.local_steps - c_of[c][name]
+                c_of[c][name] = sums[name] / exp.train.local_steps
+        c_all = {name: value + c_change[name] / len(exp.clients) for name, value in c_all.items()}
         shared = {name: (value + change[name]).float() for name, value in shared.items()}
     for name, p in trained.items():
         p.data.copy_(shared[name])

@@ -4,6 +4,7 @@ Each imports what it needs: importing transformers and DeepSpeed takes every ran
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
         exp = tiny.variant(base, variant)
         client = Client(exp, exp.clients[0], world.group_rank)
         client.engine.train()
+        _shift_gradients(client, world.group_rank)
         all_batches = partial(
             steps,
             tiny.examples(),
@@ -78,6 +80,14 @@ def train(model_path: str, ranks: int, expert_parallel: int, variants: dict[str,
         client.engine.destroy()
     torch.distributed.destroy_process_group()
     return results
+
+
+def _shift_gradients(client: Any, rank: int) -> None:
+    """Under SCAFFOLD correct gradients by known values."""
+    for key, parameter in client.model.named_parameters() if client.exp.train.scaffold else ():
+        if parameter.requires_grad and not key.endswith("scale"):
+            value = _cut(key, parameter, client.config, rank, tiny.known_shift)
+            client.gradient_hook.masters.write_beside(parameter, client.drift.buffers["shift"], value)
 
 
 def _masters(client: Any) -> dict[str, np.ndarray]:
@@ -196,9 +206,14 @@ def _write_known_values(client: Any, world: World, broken: list | None) -> None:
 
 def _local_value(key: str, client: int, parameter: torch.Tensor, config: Any, rank: int) -> torch.Tensor:
     """Return a parameter's known value at a client, cut to the experts of a rank of its group."""
+    return _cut(key, parameter, config, rank, lambda name, shape: tiny.federated_value(name, client, shape))
+
+
+def _cut(key: str, parameter: torch.Tensor, config: Any, rank: int, values: Callable) -> torch.Tensor:
+    """Return known values of a parameter, `values(name, shape)`, cut to the experts of a rank of its group."""
     if ".experts." not in key:
-        return torch.from_numpy(tiny.federated_value(key, client, tuple(parameter.shape)))
-    whole = tiny.federated_value(key, client, (8, *parameter.shape[1:]))
+        return torch.from_numpy(values(key, tuple(parameter.shape)))
+    whole = values(key, (8, *parameter.shape[1:]))
     first = rank % config.expert_parallel * len(parameter)
     return torch.from_numpy(whole[first : first + len(parameter)].copy())
 

@@ -127,6 +127,11 @@ def usage(client: int) -> Tensor:
     return used
 
 
+def known_shift(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return what stands in for SCAFFOLD's c - c_i of a parameter where one client trains alone."""
+    return (0.003 * federated_value(f"{name} shift", 0, shape)).astype(np.float32)
+
+
 def federated_value(name: str, client: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return known weights: a draw that depends on the parameter's name and the client alone."""
     return np.random.default_rng([client, *name.encode()]).normal(size=shape).astype(np.float32)

@@ -108,6 +108,20 @@ class Exchange:
             return self._read_owners(self.memory, replies[0])
         return self._carry_out(self._to_holders, replies, exact=False)[0]
 
+    def total(self, held: np.ndarray) -> np.ndarray:
+        """Return the sum over clients of the units that this rank holds (a collective over the job).
+
+        Args:
+            held: fp32, as in `collect`; all clients have the same LoRA rank.
+        """
+        if self.is_reducible:
+            return self.gather(self.reduce(held, 1.0))
+        first, *others = self.collect(held)
+        total = first.copy()
+        for other in others:
+            total += other
+        return self.distribute([total] * len(self.layouts))
+
     @property
     def is_reducible(self) -> bool:
         """Whether every client is one rank and holds the same units, so that MPI can sum in transit."""

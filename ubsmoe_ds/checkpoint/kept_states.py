@@ -18,8 +18,6 @@ from ubsmoe_ds.checkpoint.storage import Piece, Reader, kept_file, rank_file, wr
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.mpi.world import World
 
-FOLDER = "kept_states"
-KIND = "kept."  # kinds of pieces in a checkpoint begin with this and the version
 NO_GROUP = -1
 
 
@@ -59,11 +57,15 @@ class KeptStates:
         exp: the experiment.
         world: this rank's place in the job.
         saved: reads the checkpoint that the run goes on from; None: it starts anew. Files of earlier jobs are removed.
+        name: tells states of several sorts apart, in files and in a checkpoint, where kinds of pieces begin with it.
+        share: of the memory of all states together.
     """
 
-    def __init__(self, exp: Experiment, world: World, saved: Reader | None = None) -> None:
-        self.exp, self.world = exp, world
-        self.limit = exp.train.kept_states_gb * 1e9 / world.host_comm.size
+    def __init__(
+        self, exp: Experiment, world: World, saved: Reader | None = None, name: str = "kept", share: float = 1.0
+    ) -> None:
+        self.exp, self.world, self.name = exp, world, name
+        self.limit = share * exp.train.kept_states_gb * 1e9 / world.host_comm.size
         self.held: dict[int, Held] = {}
         self.written: dict[int, Written] = {}
         self.places: dict[int, Place] = {}  # the same on all ranks
@@ -77,12 +79,12 @@ class KeptStates:
         """Return what reads a client's state, as far as this rank needs it; None if it has none yet."""
         held, place = self.held.get(client), self.places.get(client)
         if held is not None:
-            return Reader.of(piece for piece, _ in held.pieces).within(_prefix(held.version))
+            return Reader.of(piece for piece, _ in held.pieces).within(self._prefix(held.version))
         if place is None:
             return None
         folder = self._folder(client, place.version)
         names = [name for name in map(rank_file, range(place.ranks)) if (folder / name).exists()]
-        return Reader(folder, names).within(_prefix(place.version)) if names else None
+        return Reader(folder, names).within(self._prefix(place.version)) if names else None
 
     def keep(self, client: int, version: int, pieces: Iterable[tuple[Piece, bool]]) -> None:
         """Keep a client's state after its turn.
@@ -92,7 +94,7 @@ class KeptStates:
             version: the round.
             pieces: all that this rank needs of it, and whether this rank is the one that writes each of them.
         """
-        prefix = _prefix(version)
+        prefix = self._prefix(version)
         held = Held(
             version,
             [
@@ -171,19 +173,19 @@ class KeptStates:
     def files(self) -> Iterator[tuple[str, Written]]:
         """Yield the files that belong into a checkpoint, each with its name there."""
         for client, file in self.written.items():
-            yield kept_file(client, file.version, self.world.rank), file
+            yield kept_file(self.name, client, file.version, self.world.rank), file
 
     def remove(self) -> None:
         """Remove all files; rank 0 does it."""
         if self.world.rank == 0:
-            shutil.rmtree(self.exp.run_dir / FOLDER, ignore_errors=True)
+            shutil.rmtree(self.exp.run_dir / f"{self.name}_states", ignore_errors=True)
 
     def _restore(self, saved: Reader) -> None:
         """Write what a checkpoint holds to files; the ranks share the work."""
         numbers = {config.name: number for number, config in enumerate(self.exp.clients)}
         found: dict[tuple[int, int], list[tuple[Piece, Callable[[], Tensor]]]] = {}
-        for piece, read in saved.pieces(KIND):
-            version = int(piece.kind.removeprefix(KIND).partition(".")[0])
+        for piece, read in saved.pieces(f"{self.name}."):
+            version = int(piece.kind.removeprefix(f"{self.name}.").partition(".")[0])
             found.setdefault((numbers[piece.owner], version), []).append((piece, read))
         for client, version in sorted(found):  # the newest last: a turn of the round in which the job was stopped
             self.places[client] = Place(NO_GROUP, version, 1)
@@ -214,9 +216,8 @@ class KeptStates:
 
     def _folder(self, client: int, version: int) -> Path:
         """Return the folder of a state's files."""
-        return self.exp.run_dir / FOLDER / f"{client:06d}-{version:06d}"
+        return self.exp.run_dir / f"{self.name}_states" / f"{client:06d}-{version:06d}"
 
-
-def _prefix(version: int) -> str:
-    """Return what the kinds of pieces of this version begin with."""
-    return f"{KIND}{version}."
+    def _prefix(self, version: int) -> str:
+        """Return what the kinds of pieces of this version begin with."""
+        return f"{self.name}.{version}."

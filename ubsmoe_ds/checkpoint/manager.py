@@ -1,7 +1,7 @@
 """Write the checkpoints of a run and restore from one (search.py finds it); all ranks of the job work together."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors import SafetensorError
 
+from ubsmoe_ds.aggregation.controls import Controls
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import UserError
@@ -86,14 +87,16 @@ class CheckpointManager:
         progress: Progress,
         local: LocalProgress,
         turns: Turns,
-        kept: KeptStates | None = None,
+        kept: Sequence[KeptStates] = (),
+        controls: Controls | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder (a collective).
 
         Args:
             client, store, server, progress, local: this rank's.
             turns: that this rank's group has completed in the current round.
-            kept: what clients keep between their rounds; None: nothing.
+            kept: what clients keep between their rounds.
+            controls: SCAFFOLD's; None without.
 
         Raises:
             UserError: if a rank could not write, for example on a full disk; earlier checkpoints are untouched.
@@ -101,7 +104,10 @@ class CheckpointManager:
         serial, failure = self._begin()
         file = None
         if not failure:
-            file, failure = self._write_files(serial, self._pieces(client, store, server, local, turns), kept)
+            pieces = self._pieces(client, store, server, local, turns)
+            if controls is not None and self.world.group == 0:
+                pieces += shared_state.control_pieces(controls, self.world.group_rank)
+            file, failure = self._write_files(serial, pieces, kept)
         files = gather_json(self.world.comm, file)
         clients = self._clients(client, server, progress, local, turns)
         label = _label(progress, clients)
@@ -123,14 +129,16 @@ class CheckpointManager:
         return serial, failure
 
     def _write_files(
-        self, serial: int, pieces: list[storage.Piece], kept: KeptStates | None
+        self, serial: int, pieces: list[storage.Piece], kept: Sequence[KeptStates]
     ) -> tuple[dict[str, Any] | None, str]:
         """Write this rank's files; return ([bytes, SHA-256] by name, "") or (None, the failure)."""
         folder, name, files = storage.temporary(self.exp.run_dir, serial), storage.rank_file(self.world.rank), {}
         try:
-            size, digest = storage.write_pieces(folder / name, [*pieces, *(kept.pieces() if kept else ())])
+            size, digest = storage.write_pieces(
+                folder / name, [*pieces, *(piece for states in kept for piece in states.pieces())]
+            )
             files[name] = [size, digest.hex()]
-            for name, written in kept.files() if kept else ():
+            for name, written in (file for states in kept for file in states.files()):
                 storage.add_file(written.path, folder / name)
                 files[name] = [written.size, written.digest.hex()]
         except (OSError, SafetensorError) as error:
@@ -167,6 +175,8 @@ class CheckpointManager:
         pieces: list[storage.Piece] = []
         if local.steps > 0 or not self.exp.takes_turns:  # between turns a client's state is the shared one
             pieces += [*state.client_pieces(client, rank, keeps), *state.rank_pieces(client, rank, local)]
+        if local.steps > 0:
+            pieces += state.drift_pieces(client, rank)
         for turn in turns.done:
             pieces += turn_pieces(turn, self.exp.clients[turn.client].name, store, lora_rank, rank)
         pieces += sum_pieces(turns, self._number_of(self.world.group), store, lora_rank, rank)
@@ -244,7 +254,14 @@ class CheckpointManager:
             }
         return entries
 
-    def restore(self, checkpoint: Checkpoint, client: Client, store: UnitStore, server: Server) -> Resumed:
+    def restore(
+        self,
+        checkpoint: Checkpoint,
+        client: Client,
+        store: UnitStore,
+        server: Server,
+        controls: Controls | None = None,
+    ) -> Resumed:
         """Restore this rank's state from the checkpoint.
 
         Raises:
@@ -262,6 +279,8 @@ class CheckpointManager:
         self.note_saved(progress)
         shared_state.restore_shared(store, reader, self._owner(client), lora_rank)
         shared_state.restore_moments(client, reader)
+        if controls is not None:
+            shared_state.restore_controls(controls, reader)
         shared_state.restore_server(server, store.units, reader)
         client.reset_counts()
         if self.exp.takes_turns:
@@ -278,6 +297,8 @@ class CheckpointManager:
         state.restore_client(client, checkpoint.reader)
         local = LocalProgress(saved.steps, saved.bad_steps, seconds=saved.seconds)
         state.restore_rank(client, self.world.group_rank, local, checkpoint.reader, saved.layout)
+        if saved.steps > 0:
+            state.restore_drift(client, checkpoint.reader)
         return local
 
     def _turns(self, checkpoint: Checkpoint, client: Client, store: UnitStore, progress: Progress) -> Resumed:

@@ -1,6 +1,7 @@
 """Turn what clients share into pieces of a checkpoint, restore it, and replicate the server optimiser's state.
 
-This is the shared state, the moments of `linearised` and the server optimiser's state; state.py has the rest.
+These are the shared state, the moments of `linearised`, SCAFFOLD's c and the server optimiser's state;
+state.py has the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.controls import Controls
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server
 from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.checkpoint.held import held_pieces, read_held
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.moe.pseudo_gradient import Moments
@@ -85,6 +88,16 @@ def restore_moments(client: Client, reader: Reader) -> None:
                 value = reader.read(f"moments.{key}", ALL, f"layers.{index}", start, old_EF.numel())
                 values.append(value.view(old_EF.shape).to(old_EF.device))
             layer.experts.moments = Moments(*values)
+
+
+def control_pieces(controls: Controls, group_rank: int) -> Iterator[Piece]:
+    """Yield SCAFFOLD's c, which is the same for all; one group writes it."""
+    return held_pieces("control", ALL, controls.common, controls.store, controls.lora_rank, group_rank)
+
+
+def restore_controls(controls: Controls, reader: Reader) -> None:
+    """Restore SCAFFOLD's c."""
+    controls.common = read_held("control", ALL, reader, controls.store, controls.lora_rank)
 
 
 def server_pieces(server: Server, units: Sequence[Unit]) -> Iterator[Piece]:

@@ -44,6 +44,30 @@ def client_pieces(client: Client, group_rank: int, with_optimizer: bool) -> Iter
             yield Piece(f"schedule.{key}", owner, "state", 0, torch.tensor(values, dtype=torch.float64))
 
 
+def drift_pieces(client: Client, group_rank: int) -> Iterator[Piece]:
+    """Yield this rank's part of what corrects the gradients of a round that has begun."""
+    kept = {} if client.drift is None else client.drift.buffers
+    for name, parameter, fragment in _written_here(client, group_rank):
+        master, start, offset, numel = fragment
+        for key, buffers in kept.items():
+            value = buffers[master].view(-1)[start : start + numel]
+            yield Piece(f"drift.{key}", client.config.name, name, _offset(client, parameter) + offset, value)
+
+
+def restore_drift(client: Client, reader: Reader) -> None:
+    """Restore what corrects the gradients of a round that has begun."""
+    kept = {} if client.drift is None else client.drift.buffers
+    for name, parameter in _trained(client):
+        fragment = client.gradient_hook.masters.fragment(parameter)
+        if fragment is None:
+            continue
+        master, start, offset, numel = fragment
+        for key, buffers in kept.items():
+            held = buffers[master].view(-1)[start : start + numel]
+            first = _offset(client, parameter) + offset
+            held.copy_(reader.read(f"drift.{key}", client.config.name, name, first, numel))
+
+
 def optimizer_pieces(client: Client, group_rank: int) -> Iterator[tuple[Piece, bool]]:
     """Yield the optimiser state that this rank has, and whether it is the rank that writes each piece of it.
 

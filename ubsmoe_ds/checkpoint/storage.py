@@ -35,7 +35,7 @@ FORMATS = "ubsmoe_ds.checkpoint."
 FORMAT = f"{FORMATS}2"
 FOLDER, MANIFEST, TEMPORARY, LEFT = "checkpoints", "manifest.json", ".tmp-", "left-"
 MOST_MANIFEST = 16 * 2**20  # bytes; 10,000 ranks and clients take 5 MB
-OUR_FILE = re.compile(r"(rank|kept-[0-9]{6}-[0-9]{6,})-[0-9]{5,}\.safetensors")
+OUR_FILE = re.compile(r"(rank|(kept|controls)-[0-9]{6}-[0-9]{6,})-[0-9]{5,}\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -107,9 +107,9 @@ def temporary(run_dir: Path, serial: int) -> Path:
     return run_dir / FOLDER / f"{TEMPORARY}{serial:06d}"
 
 
-def kept_file(client: int, version: int, rank: int) -> str:
-    """Return the name of a file in a checkpoint that kept_states.py wrote: a client's number, a round, a rank."""
-    return f"kept-{client:06d}-{version:06d}-{rank:05d}.safetensors"
+def kept_file(name: str, client: int, version: int, rank: int) -> str:
+    """Return the name in a checkpoint of a file of kept_states.py: whose states, client number, round, rank."""
+    return f"{name}-{client:06d}-{version:06d}-{rank:05d}.safetensors"
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> tuple[int, bytes]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.aggregation.units import UnitStore
+from ubsmoe_ds.checkpoint.held import held_pieces, read_held
 from ubsmoe_ds.checkpoint.progress import SavedClient
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client, LocalStats
@@ -25,7 +26,9 @@ def turn_pieces(turn: Turn, owner: str, store: UnitStore, lora_rank: int, group_
         group_rank: this rank in its group; the first ranks that hold a block write the update of it.
     """
     if turn.update is not None:
-        yield from _update_pieces("turn.update", owner, turn.update, store, lora_rank, group_rank)
+        yield from held_pieces("turn.update", owner, turn.update, store, lora_rank, group_rank)
+    if turn.control is not None:
+        yield from held_pieces("turn.control", owner, turn.control, store, lora_rank, group_rank)
     own = [*turn.part, turn.seconds, turn.learning_rate, turn.length]
     values = {"own": torch.tensor(own, dtype=torch.float64), "stats": torch.tensor(turn.stats, dtype=torch.float64)}
     optional = {"moments": turn.sums_LEX, "squares": turn.squares_LE2, "scales": turn.scales_L}
@@ -39,7 +42,7 @@ def sum_pieces(turns: Turns, group: int, store: UnitStore, lora_rank: int, group
     """Yield this rank's part of the sums over a group's turns, if there are any; see `turn_pieces`."""
     owner = f"group {group}"  # no client's name has a space
     if turns.total is not None:
-        yield from _update_pieces("turn_sum.update", owner, turns.total, store, lora_rank, group_rank)
+        yield from held_pieces("turn_sum.update", owner, turns.total, store, lora_rank, group_rank)
     if turns.total_LEX is not None:
         yield Piece(f"turn_sum.{group_rank}", owner, "moments", 0, turns.total_LEX.reshape(-1))
 
@@ -62,29 +65,13 @@ def add_sum(
         place: (this rank in its group, LoRA rank of the sum).
     """
     (group_rank, lora_rank), owner = place, f"group {group}"
-    update = _update("turn_sum.update", owner, store, reader, lora_rank)
+    update = read_held("turn_sum.update", owner, reader, store, lora_rank)
     turns.total = update if turns.total is None else turns.total + update
     if client.moments is not None:
         sums_LEX = torch.zeros_like(client.moments.sums())
         for source in _sources(client, layout, group_rank):
             sums_LEX += reader.read(f"turn_sum.{source}", owner, "moments").view(sums_LEX.shape)
         turns.total_LEX = sums_LEX if turns.total_LEX is None else turns.total_LEX + sums_LEX
-
-
-def _update_pieces(
-    kind: str, owner: str, update: Tensor, store: UnitStore, lora_rank: int, group_rank: int
-) -> Iterator[Piece]:
-    for block, value in store.parts(update, lora_rank):
-        if group_rank < block.holders:
-            yield Piece(kind, owner, block.name, block.first * (len(value) // block.rows), value)
-
-
-def _update(kind: str, owner: str, store: UnitStore, reader: Reader, lora_rank: int) -> Tensor:
-    parts = []
-    for block in store.blocks:
-        numel = block.numel(lora_rank)
-        parts.append(reader.read(kind, owner, block.name, block.first * (numel // block.rows), numel))
-    return torch.cat(parts)
 
 
 def _sources(client: Client, layout: Sequence[int], group_rank: int) -> list[int]:
@@ -128,7 +115,7 @@ def restore_turn(
         scales_L = reader.read(f"turn.{first}", owner, "scales")
     return Turn(
         client=number,
-        update=None if saved.added_up else _update("turn.update", owner, store, reader, lora_rank),
+        update=None if saved.added_up else read_held("turn.update", owner, reader, store, lora_rank),
         part=OwnPart(own[0], int(own[1]), own[2]),
         stats=LocalStats(*stats),
         seconds=own[3],
@@ -140,4 +127,5 @@ def restore_turn(
         slot=slot,
         length=own[5],
         refused=refused,
+        control=read_held("turn.control", owner, reader, store, lora_rank) if exp.train.scaffold else None,
     )

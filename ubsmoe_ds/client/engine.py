@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client.deepspeed_setup import deepspeed_output
+from ubsmoe_ds.client.drift import DriftCorrection
 from ubsmoe_ds.client.gradients import GradientHook
 from ubsmoe_ds.client.optimizer import engine_config, rate_factor, refusals_of_deepspeed, reset_state
 from ubsmoe_ds.config.experiment import Experiment
@@ -126,6 +127,17 @@ class Client:
                 self.moments = ExpertMoments(layers, pg.moment_share)
         self._tail = self._tail_of(None)
         self.gradient_hook = GradientHook(self.engine, layers, exp.deepspeed.gradient_clipping, self.collector)
+        self.drift = self._drift() if exp.train.prox_mu or exp.train.scaffold else None
+
+    def _drift(self) -> DriftCorrection:
+        """Let the gradients of local steps be corrected against drift."""
+        hook, scales = self.gradient_hook, [layer.gate.scale for layer in self.model.layers]
+        own = [hook.masters.fragment(scale) for scale in scales if scale is not None]
+        here = [fragment for fragment in own if fragment is not None]
+        train, optimizer = self.exp.train, self.engine.basic_optimizer
+        drift = DriftCorrection(optimizer, mu=train.prox_mu, scaffold=train.scaffold, own=here)
+        hook.correct = drift.correct
+        return drift
 
     def become(self, config: ClientConfig, number: int, scales_L: Tensor | None) -> None:
         """Train another client from now on; the caller loads its adapter.
@@ -172,6 +184,8 @@ class Client:
 
     def begin_round(self) -> LocalProgress:
         """Return fresh progress, and reset the counts and, if configured, the optimiser."""
+        if self.drift is not None:
+            self.drift.begin_round()
         if self.exp.train.optimizer_state == "reset":
             self.reset_optimizer()
         self.reset_counts()

@@ -6,6 +6,7 @@ there, in every form, do the reduced and unscaled fp32 gradients sit at their ma
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,29 @@ class MasterWeights:
         if fragment is not None and fragment.master is not parameter:
             master, start, offset, numel = fragment
             master.data.view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
+
+    def read_beside(self, parameter: nn.Parameter, buffers: Mapping[Tensor, Tensor]) -> Tensor:
+        """Return a parameter's whole part of buffers that lie beside the masters (a collective like `read`).
+
+        Args:
+            parameter: the parameter.
+            buffers: by master a tensor of its shape.
+        """
+        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        fragment = self._fragments[id(parameter)]
+        if fragment is not None:
+            master, start, offset, numel = fragment
+            whole[offset : offset + numel] = buffers[master].view(-1)[start : start + numel]
+        if hasattr(parameter, "_dp_group"):  # set with `_hp_mapping`
+            dist.all_reduce(whole, group=parameter._dp_group)
+        return whole.view(parameter.shape)
+
+    def write_beside(self, parameter: nn.Parameter, buffers: Mapping[Tensor, Tensor], value: Tensor) -> None:
+        """Set this rank's part of such buffers."""
+        fragment = self._fragments[id(parameter)]
+        if fragment is not None:
+            master, start, offset, numel = fragment
+            buffers[master].view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
 
     def _locate(self, parameter: nn.Parameter, per_parameter: dict[int, Tensor]) -> Fragment | None:
         """Return where the master lies. `_hp_mapping` is DeepSpeed's record of it where masters are flat partitions."""
@@ -138,6 +162,8 @@ class GradientHook:
         layers: its UB-SMoE layers.
         max_norm: clipping threshold; 0 means none.
         collector: source of the pseudo-gradients; None: there are none.
+
+    `correct`, if set, is called last with the base optimiser; see drift.py.
     """
 
     def __init__(
@@ -147,6 +173,7 @@ class GradientHook:
         self.masters = MasterWeights(engine)
         self.norms = (0.0, 0.0)  # latest step: norm of the real gradient before clipping, norm of the pseudo-gradient
         self.skipped = False  # whether the latest step was skipped
+        self.correct: Callable[[torch.optim.Optimizer], None] | None = None
         self._undecided = True
         self._additions: list[Addition] = []
         self._zero = engine.zero_optimization_stage() > 0
@@ -187,6 +214,8 @@ class GradientHook:
                 real = master.grad.view(-1)[start : start + numel]
                 self.squares.add_real(parameter, offset, real)
                 real.add_(piece, alpha=factor)
+        if self.correct is not None:
+            self.correct(optimizer)
 
     def _factor(self) -> float:
         """Return the step's clipping factor min(1, max_norm / ||g||); 1e-6 as in torch and DeepSpeed."""

@@ -35,6 +35,7 @@ class Turn:
     squares_LE2: see `Client.gradient_squares`; None without. scales_L: what the gates have learned for the client
     alone; None without. slot: its place among its group's turns in the round. length: L2 norm of the whole update over
     the work done, not finite if that is not. refused: numbers of the units that held NaN or Inf, and are zero since.
+    control: change of SCAFFOLD's c_i, as it travels; None without.
     """
 
     client: int
@@ -50,6 +51,7 @@ class Turn:
     slot: int = 0
     length: float = 0.0
     refused: list[int] = field(default_factory=list)
+    control: Tensor | None = field(default=None)
 
 
 @dataclass

@@ -38,6 +38,7 @@ def problems(exp: Settings) -> list[str]:
         )
     found += group_problems(exp.groups, exp.clients, exp.num_experts)
     found += _merge_problems(exp) + _rate_problems(exp) + _turn_problems(exp)
+    found += _scaffold_problems(exp)
     for i, client in enumerate(exp.clients):
         if exp.num_experts % client.expert_parallel:
             found.append(
@@ -67,6 +68,25 @@ def _turn_problems(exp: Settings) -> list[str]:
         found.append(
             f"clients: gradient_accumulation_steps {' '.join(map(str, sorted(steps)))} differ, which one engine cannot "
             "have under ZeRO; use one value, or ZeRO stage 0"
+        )
+    return found
+
+
+def _scaffold_problems(exp: Settings) -> list[str]:
+    """Check that SCAFFOLD's control variates mean the same for all clients, and for the same clients in all rounds."""
+    if not exp.train.scaffold:
+        return []
+    found, row = [], exp.merge.row
+    if not row.elementwise:
+        why = "whose factors change their basis each round" if row.turns_basis else "for clients of unequal LoRA ranks"
+        why = "whose adapters start anew each round" if row.stacking else why
+        found.append(
+            f"train.scaffold: true does not work with merge.rule {exp.merge.rule!r}, {why}; use one of "
+            f"{names(elementwise=True)}"
+        )
+    if exp.fault_tolerance == "shrink":
+        found.append(
+            "train.scaffold: true does not work with fault_tolerance: shrink, which changes the clients; use abort"
         )
     return found
 

@@ -33,7 +33,13 @@ class TrainConfig(Section):
     kept_states_gb: NotNegative = Field(
         4.0,
         description="GB of a host's memory for what clients keep between their rounds where they take turns (see "
-        "`optimizer_state`); what goes beyond is in files of the run's folder",
+        "`optimizer_state`), and for SCAFFOLD; what goes beyond is in files of the run's folder",
+    )
+    prox_mu: NotNegative = Field(
+        0.0, description="mu of FedProx: local steps add mu / 2 ||w - w_t||^2 to the loss; docs/training.md; 0: none"
+    )
+    scaffold: bool = Field(
+        False, description="correct local gradients by SCAFFOLD's control variates; docs/training.md"
     )
     activation_checkpointing: bool = Field(
         False, description="keep only the decoder layers' inputs, and compute the layers again in backward"

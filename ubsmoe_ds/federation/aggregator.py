@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.controls import ControlChange, Controls
 from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.server import Refused, Server
@@ -37,12 +38,14 @@ class Merged(NamedTuple):
     statistics: the round's statistics, the same on all ranks.
     refused: for each client the names of its units that owners refused, the same on all ranks.
     replica: see `replicate`; empty unless the job survives deaths.
+    controls: change of SCAFFOLD's control variates; None without.
     """
 
     difference: Tensor
     statistics: RoundStatistics
     refused: list[list[str]]
     replica: dict[str, Tensor]
+    controls: ControlChange | None = None
 
 
 class Aggregator:
@@ -73,6 +76,10 @@ class Aggregator:
         self.exp, self.world, self.client, self.store, self.server = exp, world, client, store, server
         self.exchange_for, self.stopwatch, self.calibrated = exchange_for, stopwatch, calibrated
         self.exchange = self._exchange_of(server.lora_ranks)
+        self.controls: Controls | None = None
+        if exp.train.scaffold:
+            assert client.drift is not None
+            self.controls = Controls(store, client.drift, self.held_rank, len(exp.clients))
         self.started = False  # whether owners know what clients hold
         self.moments_shared = False  # whether all clients have the same moments, from calibration or a checkpoint
         self.replica: dict[str, Tensor] = {}
@@ -86,6 +93,11 @@ class Aggregator:
     def held_rank(self) -> int:
         """Return the LoRA rank of what this rank holds: its client's, or the full one where clients take turns."""
         return self.exp.lora.rank if self.exp.takes_turns else self.server.lora_ranks[self.world.group]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Return what this rank sends to others in a round; SCAFFOLD's changes of c take as much as updates."""
+        return self.exchange.bytes_sent * (1 if self.controls is None else 2)
 
     def note_restored(self) -> None:
         """Call this after a restore: LoRA ranks may be others, the moments are shared, the optimiser has state.
@@ -178,10 +190,10 @@ class Aggregator:
         difference = self._exchange(turns, statistics)
         if self.world.any(not bool(torch.isfinite(difference).all())):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
-        refused = self._refused(statistics)
+        refused, controls = self._refused(statistics), self._merge_controls(turns, statistics)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.stopwatch.lap("exchange")
-        return Merged(difference, statistics, refused, replica)
+        return Merged(difference, statistics, refused, replica, controls)
 
     def apply(self, merged: Merged, round_number: int) -> None:
         """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
@@ -193,6 +205,8 @@ class Aggregator:
         load, reply_rank = not self.exp.takes_turns, self._reply_ranks(new)[self.world.group]
         self.store.apply(merged.difference, held, reply_rank, round_number, load=load)
         self.server.lora_ranks = new
+        if self.controls is not None and merged.controls is not None:
+            self.controls.apply(merged.controls)
         self._take_moments(statistics.moments_LEX)
         if not self.exp.takes_turns:
             self._settle(statistics, old, new)
@@ -271,6 +285,14 @@ class Aggregator:
         if self.exchange.is_reducible:
             return torch.from_numpy(self.exchange.gather(delta))
         return torch.from_numpy(self.exchange.distribute([delta] * len(self.exp.trainers)))
+
+    def _merge_controls(self, turns: Turns, statistics: RoundStatistics) -> ControlChange | None:
+        """Sum what the merged clients change of SCAFFOLD's control variates (a collective); None without."""
+        if self.controls is None:
+            return None
+        merged = statistics.merged
+        own = {t.client: t.control for t in turns.done if t.control is not None and t.client in merged}
+        return self.controls.merge(own, self.exchange)
 
     def _refused_here(self, turns: Turns, statistics: RoundStatistics) -> list[Refused]:
         """Return what groups have refused of their clients' updates (a collective if a client sent NaN or Inf)."""

@@ -91,11 +91,14 @@ def build(
     aggregator = _aggregator(exp, world, client, texts)
     resumed = Resumed(Progress(started_from=started_from), LocalProgress(), {}, Turns(), lambda number: None)
     if checkpoint is not None:
-        resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server)
+        resumed = checkpoints.restore(checkpoint, client, aggregator.store, aggregator.server, aggregator.controls)
         aggregator.note_restored()
     training = _training(aggregator, texts, resumed, stop, hang_watch)
-    if exp.takes_turns and exp.train.optimizer_state == "keep":
-        training.kept = KeptStates(exp, world, None if checkpoint is None else checkpoint.reader)
+    saved = None if checkpoint is None else checkpoint.reader
+    keeps = exp.takes_turns and exp.train.optimizer_state == "keep"
+    share = 1 / max(1, keeps + exp.train.scaffold)
+    training.kept = KeptStates(exp, world, saved, share=share) if keeps else None
+    training.kept_controls = KeptStates(exp, world, saved, "controls", share) if exp.train.scaffold else None
     if exp.sampling is not None and exp.sampling.over_sample > 1:
         training.finished = FinishedTurns(world, resumed.progress.round, len(resumed.done))
     if client.moments is not None and checkpoint is None:

@@ -89,7 +89,7 @@ def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats
         if world.group_rank > 0:  # norm and steps are the client's, times its first rank's: count them once
             stats = stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
             seconds, rate, taken, scales = RoundSeconds(*np.zeros(len(seconds))), 0.0, 0, np.zeros(learned)
-        sent = training.aggregator.exchange.bytes_sent / len(training.turns.done)  # a group's turns travel together
+        sent = training.aggregator.bytes_sent / len(training.turns.done)  # a group's turns travel together
         table[cohort.index(turn.client)] = [*stats, *seconds, sent, rate, taken, *scales]
     table = world.sum(table)
     return [LocalStats(*row) for row in table[:, :sums]], table[:, sums:]

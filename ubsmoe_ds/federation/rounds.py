@@ -125,8 +125,8 @@ class Federation:
             self.monitor.out_of_patience(self.progress)
         first = next(self.training.batches(self.exp.clients_for(self.world.group)[0], 0))
         self._outputs.write(first, self.progress, self.monitor, self.checkpoints.data_digest)
-        if self.training.kept is not None:
-            self.training.kept.remove()
+        for kept in self.training.kept_states:
+            kept.remove()
         self.stop.close()
 
     def start(self) -> None:
@@ -162,9 +162,9 @@ class Federation:
         """Save a checkpoint; return its folder (a collective)."""
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
         local, turns = self.training.local, self.training.turns
-        folder = self.checkpoints.save(
-            self.client, self.aggregator.store, self.aggregator.server, self.progress, local, turns, self.training.kept
-        )
+        store, server, controls = self.aggregator.store, self.aggregator.server, self.aggregator.controls
+        kept = self.training.kept_states
+        folder = self.checkpoints.save(self.client, store, server, self.progress, local, turns, kept, controls)
         self.world.agree()
         self.checkpoints.note_saved(self.progress)
         return folder
@@ -195,7 +195,7 @@ class Federation:
         if self.exp.takes_turns:
             statistics = merged.statistics
             training.roster.note_seconds(statistics.cohort, statistics.place_C2[:, 0].tolist(), scalars.local_C)
-        training.next_round(merged.statistics, pruned)
+        training.next_round(merged.statistics, pruned, merged.controls)
         if self.monitor is not None:
             names = [self.exp.clients[client].name for client in merged.statistics.cohort]
             self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))

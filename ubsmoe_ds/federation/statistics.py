@@ -55,6 +55,12 @@ class RoundStatistics(NamedTuple):
         """Return whether each client's update holds NaN or Inf."""
         return ~np.isfinite(self.norm_C)
 
+    @property
+    def merged(self) -> list[int]:
+        """Return the numbers of the clients that are merged: they did some work, are not left out, and sent no NaN."""
+        counts_C = (self.work_C > 0) & ~self.nonfinite
+        return [client for client, counts in zip(self.cohort, counts_C, strict=True) if counts]
+
 
 def gather(
     world: World,

@@ -4,13 +4,15 @@ Shapes: L layers.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from ubsmoe_ds.aggregation.controls import ControlChange
 from ubsmoe_ds.base.stopwatch import Stopwatch
+from ubsmoe_ds.checkpoint.held import held_parts, read_held
 from ubsmoe_ds.checkpoint.kept_states import KeptStates
 from ubsmoe_ds.checkpoint.progress import Progress
 from ubsmoe_ds.checkpoint.state import optimizer_pieces, restore_optimizer
@@ -43,7 +45,7 @@ class GroupTraining:
     cut: whether the current turn has ended because enough others have finished.
     begin: goes on with a turn that a checkpoint holds, see `Resumed`.
     finished: counts the turns that all groups have finished; None: every client of a round is waited for.
-    kept: what clients keep between their rounds where they take turns; None: nothing.
+    kept: what clients keep between their rounds where they take turns; None: nothing. kept_controls: SCAFFOLD's c_i.
     """
 
     aggregator: Aggregator
@@ -61,6 +63,7 @@ class GroupTraining:
     begin: Callable[[int], LocalProgress | None] = lambda number: None
     finished: FinishedTurns | None = field(default=None)
     kept: KeptStates | None = field(default=None)
+    kept_controls: KeptStates | None = field(default=None)
 
     @property
     def exp(self) -> Experiment:
@@ -82,6 +85,11 @@ class GroupTraining:
         """Return the watch that the stages of a round share."""
         return self.aggregator.stopwatch
 
+    @property
+    def kept_states(self) -> list[KeptStates]:
+        """Return all that clients keep."""
+        return [kept for kept in (self.kept, self.kept_controls) if kept is not None]
+
     def take_turns(self) -> None:
         """Train this group's clients of the round; a deadline or a request to stop cuts steps and turns."""
         number, group = self.progress.round, self.world.group
@@ -91,8 +99,8 @@ class GroupTraining:
         if not self.exp.takes_turns:
             self._train()
             return  # the update is read when all have arrived: a stopped client is saved as it is
-        if self.kept is not None:
-            self.kept.hand_over(self.roster.schedule(number))
+        for kept in self.kept_states:
+            kept.hand_over(self.roster.schedule(number))
         for client in self.roster.turns_left(number, group, self.turns.done):
             if self.turns.done and self.world.any_of_group(time.monotonic() > deadline):
                 return
@@ -161,6 +169,7 @@ class GroupTraining:
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,
                 slot=len(self.turns.done),
+                control=self._control_change(),
             )
         )
         self.aggregator.end_turn(self.turns)
@@ -179,13 +188,42 @@ class GroupTraining:
         self.progress.steps_taken[self.current] -= self.local.steps
         self.local, self.cut = LocalProgress(), False
 
-    def next_round(self, statistics: RoundStatistics, pruned: Collection[int] = ()) -> None:
+    def _own_control(self, client: int) -> Tensor | None:
+        """Return SCAFFOLD's c_i of a client; None: it is zero."""
+        assert self.kept_controls is not None
+        state, name = self.kept_controls.reader(client), self.exp.clients[client].name
+        store, rank = self.aggregator.store, self.aggregator.held_rank
+        return None if state is None else read_held("control", name, state, store, rank)
+
+    def _control_change(self) -> Tensor | None:
+        """Return what the current client's steps change of its c_i (a collective under ZeRO); None without SCAFFOLD."""
+        controls, local = self.aggregator.controls, self.local
+        if controls is None:
+            return None
+        return controls.change_of(self._own_control(self.current), local.steps - local.bad_steps)
+
+    def _keep_controls(self, kept: KeptStates, statistics: RoundStatistics, changes: Mapping[int, Tensor]) -> None:
+        """Renew c_i of the clients that are merged."""
+        number, store, rank = self.progress.round, self.aggregator.store, self.aggregator.held_rank
+        for client, change in changes.items():
+            own, name = self._own_control(client), self.exp.clients[client].name
+            control = change if own is None else own + change
+            kept.keep(client, number, held_parts("control", name, control, store, rank, self.world.group_rank))
+        groups = dict(zip(statistics.cohort, statistics.place_C2[:, 0].tolist(), strict=True))
+        kept.settle(number, [(client, groups[client]) for client in statistics.merged], ())
+
+    def next_round(
+        self, statistics: RoundStatistics, pruned: Collection[int] = (), controls: ControlChange | None = None
+    ) -> None:
         """Forget the round that has been merged.
 
         Args:
             statistics: of the round. A client that sat it out, or sent NaN or Inf, keeps nothing.
             pruned: clients whose LoRA rank has fallen: kept moments would move the pruned ranks again.
+            controls: what the round changes of SCAFFOLD's control variates; None without.
         """
+        if self.kept_controls is not None and controls is not None:
+            self._keep_controls(self.kept_controls, statistics, controls.own)
         self.local, self.turns = LocalProgress(), Turns()
         if self.finished is not None:
             self.finished.settle(self.progress.round, len(statistics.cohort))
@@ -210,6 +248,8 @@ class GroupTraining:
         if self.local.steps == 0:
             self.local = self.client.begin_round()
             self.local.deadline = deadline
+            if self.aggregator.controls is not None:
+                self.aggregator.controls.begin_round(self._own_control(self.current))
         begun = self.local.steps
 
         def stop() -> bool:

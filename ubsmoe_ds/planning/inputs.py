@@ -100,7 +100,8 @@ def rank_setup(inputs: PlanInput, number: int, group: int | None = None, turns: 
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
         zero_stage=settings.zero_stage,
-        moments=settings.moments,
+        # what corrects drift lies beside the masters like moments, see client/drift.py
+        moments=settings.moments + bool(exp.train.prox_mu) + 2 * exp.train.scaffold,
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
         router=exp.router.trainable,
         modulated=exp.dmr.enabled,
@@ -118,6 +119,7 @@ def rank_setup(inputs: PlanInput, number: int, group: int | None = None, turns: 
         text_bytes=lengths.text_bytes,
         on_cpu=inputs.on_cpu,
         recomputing=exp.train.activation_checkpointing,
+        controls=exp.train.scaffold,
     )
     reply = with_lora_rank(setup, setup.reply_rank)
     layouts = Counter((other.ranks, other.expert_parallel) for other in exp.trainers)

@@ -34,8 +34,8 @@ def memory_by_phase(setup: RankSetup) -> dict[str, float]:
     moments = FP32 * 6 * setup.sparse_layers * setup.local_experts * setup.shape.expert_width
     held = process + weights + states.kept + adapters + moments * setup.pooled_moments
     if setup.on_cpu:
-        # the shared state of the last merge, and the memory that ranks exchange through
-        held += CPU_KERNELS + FP32 * trained.total + _shared_memory_bytes(setup)
+        # the shared state of the last merge, SCAFFOLD's c, c_i and their change, and what ranks exchange through
+        held += CPU_KERNELS + FP32 * (1 + 3 * setup.controls) * trained.total + _shared_memory_bytes(setup)
         held += FP32 * trained.total * setup.kept_updates
     training = training_bytes(setup)
     token_slack, row_slack = (CPU_TOKEN_SLACK, CPU_ROW_SLACK) if setup.on_cpu else (CUDA_SLACK, CUDA_SLACK)

@@ -105,7 +105,7 @@ def _exchange_bytes(inputs: PlanInput, number: int, setups: Sequence[RankSetup])
     it owns, merged, to every rank that holds it.
     """
     exp, world = inputs.exp, inputs.exp.world_size
-    width = 2 if exp.merge.payload == "bf16" else FP32
+    width = (2 if exp.merge.payload == "bf16" else FP32) * (1 + exp.train.scaffold)  # as much again for its variates
     replies = [with_lora_rank(setup, setup.reply_rank) for setup in setups]
     updates = [model_elements(setup) for setup in setups]
     back = [model_elements(reply) * copies(reply, reply.ranks, reply.expert_parallel) for reply in replies]

@@ -32,7 +32,7 @@ class RankSetup:
 
     shape: with the client's own LoRA rank; k: active experts.
     capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
-    moments: values that the optimiser keeps for a weight; reduce_bucket: elements, of ZeRO.
+    moments: values kept for a weight, the optimiser's, FedProx's and SCAFFOLD's; reduce_bucket: elements, of ZeRO.
     router, modulated: whether the router and phi are trained.
     pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
     mixture, pooled_moments: whether the estimator needs a `TokenMixture`, and `Moments`.
@@ -42,7 +42,7 @@ class RankSetup:
     clients: whose updates of a unit its owner holds in a merge, or groups whose sums; world: number of ranks in the
     job; receivers: ranks that get a copy of an average unit back, whose LoRA rank is then reply_rank: FLoRA's stack of
     all.
-    recomputing: whether backward computes the layers again.
+    recomputing: whether backward computes the layers again. controls: whether there are SCAFFOLD's control variates.
     reducible: whether updates are summed on the way to owners; text_bytes: of all rows, which every rank reads.
     """
 
@@ -75,6 +75,7 @@ class RankSetup:
     text_bytes: float
     on_cpu: bool
     recomputing: bool
+    controls: bool
 
     @property
     def width(self) -> int:

@@ -59,6 +59,19 @@ def test_a_key_overrides_its_preset_and_leaves_the_rest():
         (["lora.prune_penalty=0.1"], "merge.rule: 'fedavg' needs equal LoRA ranks"),
         (["method=flora", "lora.prune_penalty=0.1"], "lora.prune_penalty: 0.1 does not work with merge.rule 'flora'"),
         (["clients.0.lora_rank=9", "merge.rule=zero_pad"], "clients: lora_rank 9 exceeds lora.rank 8"),
+        (
+            ["method=flora", "train.scaffold=true"],
+            "train.scaffold: true does not work with merge.rule 'flora', whose adapters start anew each round",
+        ),
+        (
+            ["method=florist", "train.scaffold=true"],
+            "train.scaffold: true does not work with merge.rule 'florist', whose factors change their basis",
+        ),
+        (
+            ["method=hetlora", "train.scaffold=true"],
+            "train.scaffold: true does not work with merge.rule 'hetlora', for clients of unequal LoRA ranks",
+        ),
+        (["fault_tolerance=shrink", "train.scaffold=true"], "train.scaffold: true does not work with fault_tolerance"),
         (["merge.trim=0.5"], "merge.trim: 0.5"),
         (
             ["router.gate_rescale=power"],
