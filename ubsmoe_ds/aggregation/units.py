@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from ubsmoe_ds.aggregation.host_copies import to_device, to_host
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.client.gradients import MasterWeights
 from ubsmoe_ds.models.causal_lm import LoraAdapter, UBSMoEForCausalLM, lora_generator, moe_of
@@ -142,10 +143,10 @@ class UnitStore:
             round_number: the round.
         """
         self._turn = Loaded(self._recut(self.shared, full_rank, lora_rank, factor), full_rank, factor)
-        fresh = self._fresh_adapters(lora_rank, round_number - 1) if self.stacking else {}
-        for block, part in self.parts(self._turn.loaded, lora_rank):
-            values = block.split(part, lora_rank)
-            self._write(block, {name: fresh.get(name, value) for name, value in values.items()})
+        whole = self._turn.loaded
+        if self.stacking:
+            whole = self._with_fresh_adapters(whole, lora_rank, round_number - 1)
+        self._write(whole, lora_rank)
 
     def widened(self, update: Tensor, lora_rank: int) -> Tensor:
         """Return the update of the client that has its turn as it travels: at the full LoRA rank and in its scale."""
@@ -175,30 +176,29 @@ class UnitStore:
             new_rank: LoRA rank from now on (LoRA ranks beyond it become zero); under FLoRA the LoRA rank of the stack.
             round_number: round for which FLoRA's new adapters are drawn.
         """
-        fresh = self._fresh_adapters(old_rank, round_number) if self.stacking else {}
         parts, self._turn = [], None
         for (block, shared), (_, change) in zip(
             self.parts(self.shared, old_rank), self.parts(difference, new_rank), strict=True
         ):
             if block.base is not None and self.stacking:
                 # W <- W + B A, then a new A and B = 0: the shared state of the adapters stays zero
-                name_A, name_B = block.parameters
-                stack = block.split(change, new_rank)
-                self._merge_into_base(block, stack[name_B], stack[name_A])
-                self._write(block, {name_A: fresh[name_A], name_B: torch.zeros(block.parameters[name_B].shape)})
+                A, B = block.split(change, new_rank).values()
+                self._merge_into_base(block, B, A)
                 parts.append(shared)
                 continue
             if block.base is not None:  # cut the shared state to the new LoRA rank before the reply is added
                 shared = block.join(list(block.split(shared, old_rank).values()), new_rank)
             parts.append(shared + change)
-            self._write(block, block.split(parts[-1], new_rank))
         self.shared = torch.cat(parts)
+        if self.stacking:
+            self._write(self._with_fresh_adapters(self.shared, old_rank, round_number), old_rank)
+        else:
+            self._write(self.shared, new_rank)
 
     def load(self, lora_rank: int) -> None:
         """Set the client's parameters to the shared state."""
         self._turn = None
-        for block, part in self.parts(self.shared, lora_rank):
-            self._write(block, block.split(part, lora_rank))
+        self._write(self.shared, lora_rank)
 
     def parts(self, flat: Tensor, lora_rank: int) -> Iterator[tuple[Block, Tensor]]:
         """Yield each block with its part of a held buffer."""
@@ -210,13 +210,11 @@ class UnitStore:
         Under FLoRA the changed weights are part of it. A collective over the expert groups of the client.
         """
         state = {}
-        for block in self.blocks:
-            values = {name: self._read(parameter) for name, parameter in block.parameters.items()}
-            if block.base is not None:
-                values = block.split(block.join(list(values.values()), lora_rank), lora_rank)
-                if self.stacking:
-                    prefix = next(iter(values)).removesuffix(".lora_A")
-                    values = {**values, f"{prefix}.weight": block.base.detach().float().cpu()}
+        for block, part in self.parts(self._current(lora_rank), lora_rank):
+            values = block.split(part, lora_rank)
+            if block.base is not None and self.stacking:
+                prefix = next(iter(values)).removesuffix(".lora_A")
+                values[f"{prefix}.weight"] = block.base.detach().float().cpu()
             for name, value in values.items():
                 state[name] = self._gathered(value, block.group)
         return state
@@ -265,27 +263,29 @@ class UnitStore:
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
-        return torch.cat([b.join([self._read(p) for p in b.parameters.values()], lora_rank) for b in self.blocks])
+        read = self.masters.read
+        return to_host(torch.cat([b.join([read(p) for p in b.parameters.values()], lora_rank) for b in self.blocks]))
 
-    def _read(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter in fp32 on the CPU."""
-        return self.masters.read(parameter).cpu()
+    def _write(self, flat: Tensor, lora_rank: int) -> None:
+        """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
+        on_device = to_device(flat, next(self.model.parameters()).device)
+        for block, part in self.parts(on_device, lora_rank):
+            for name, value in block.split(part, lora_rank).items():
+                parameter = block.parameters[name]
+                if value.shape != parameter.shape:
+                    (m, n), (rows, columns) = parameter.shape[-2:], value.shape[-2:]
+                    value = F.pad(value, (0, n - columns, 0, m - rows))
+                self.masters.write(parameter, value)
 
-    def _write(self, block: Block, values: dict[str, Tensor]) -> None:
-        """Load values; the LoRA ranks that they lack become zero, so that these neither act nor learn."""
-        for name, value in values.items():
-            parameter = block.parameters[name]
-            whole = torch.zeros(parameter.shape)
-            whole[tuple(slice(size) for size in value.shape)] = value
-            self.masters.write(parameter, whole.to(parameter.device))
-
-    def _fresh_adapters(self, lora_rank: int, round_number: int) -> dict[str, Tensor]:
-        """Draw a new A for every LoRA block, as at the start but for another round."""
+    def _with_fresh_adapters(self, flat: Tensor, lora_rank: int, round_number: int) -> Tensor:
+        """Return a held buffer with a new A for every LoRA block, drawn as at the start but for another round."""
         generators = [lora_generator(self.seed, index, round_number) for index in range(len(self.model.decoders))]
-        return {
-            f"{adapter.name}.lora_A": adapter.draw(generators[adapter.decoder])[..., :lora_rank, :]
-            for adapter in self.model.adapters()
-        }
+        fresh = {f"{a.name}.lora_A": a.draw(generators[a.decoder]) for a in self.model.adapters()}
+        parts = []
+        for block, part in self.parts(flat, lora_rank):
+            values = block.split(part, lora_rank)
+            parts.append(block.join([fresh.get(name, value) for name, value in values.items()], lora_rank))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _merge_into_base(self, block: Block, B: Tensor, A: Tensor) -> None:

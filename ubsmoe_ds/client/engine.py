@@ -142,11 +142,11 @@ class Client:
         factor = config.capacity_factor
         rank = self.exp.lora_rank(config)
         self.model.set_lora_scaling(self.exp.lora_alpha(rank) / rank)
+        scales_L = (torch.ones(len(self.model.layers)) if scales_L is None else scales_L).to(self.device)
         for index, layer in enumerate(self.model.layers):
             layer.gate.drop_tokens, layer.gate.capacity_factor = factor is not None, factor or 1.0
             if layer.gate.scale is not None:
-                value = torch.ones(1) if scales_L is None else scales_L[index : index + 1]
-                self.gradient_hook.masters.write(layer.gate.scale, value.to(layer.gate.scale.device))
+                self.gradient_hook.masters.write(layer.gate.scale, scales_L[index : index + 1])
         if self.collector is not None:
             self.collector.rho = self.exp.rho(config)
         settings = self.exp.settings(config)
@@ -164,7 +164,7 @@ class Client:
         A collective over the group under ZeRO.
         """
         scales = [layer.gate.scale for layer in self.model.layers if layer.gate.scale is not None]
-        return torch.cat([self.gradient_hook.masters.read(scale).cpu() for scale in scales]) if scales else None
+        return torch.cat([self.gradient_hook.masters.read(scale) for scale in scales]).cpu() if scales else None
 
     def begin_round(self) -> LocalProgress:
         """Return fresh progress, and reset the counts and, if configured, the optimiser."""

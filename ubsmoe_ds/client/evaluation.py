@@ -126,9 +126,9 @@ class Evaluator:
 
     def _log_probabilities(self, client: Scoring, k: int, batch: Sequence[PackedRow]) -> list[list[torch.Tensor]]:
         """Return for each row the log-probabilities of its common tokens, then those of each option."""
-        tokens = collate_packed(batch, self.pad)
-        logp_AV = F.log_softmax(client.logits(tokens.to(client.device), k), dim=-1)
-        logp_A = logp_AV.gather(1, tokens.target_A.to(client.device).view(-1, 1)).squeeze(1).cpu()
+        tokens = collate_packed(batch, self.pad).to(client.device)
+        logp_AV = F.log_softmax(client.logits(tokens, k), dim=-1)
+        logp_A = logp_AV.gather(1, tokens.target_A.view(-1, 1)).squeeze(1).cpu()
         parts = iter(logp_A.split([length for row in batch for length in row.parts()]))
         return [[next(parts) for _ in row.parts()] for row in batch]
 
