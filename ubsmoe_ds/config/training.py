@@ -31,7 +31,9 @@ class TrainConfig(Section):
         "reset", description="keep a client's optimiser moments between rounds, or reset them"
     )
     activation_checkpointing: bool = Field(
-        False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
+        False,
+        description="keep only the decoder layers' inputs, and what attention and the experts give; backward computes "
+        "the rest again",
     )
     save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
     round_deadline_s: Positive | None = Field(
