@@ -3,6 +3,7 @@
     python launch/plan.py --config my.yaml --hosts 8 --devices 8 --device-memory 80G
     python launch/plan.py --config my.yaml --hostfile hostfile --device-memory 24G clients.0.budget=0.5
     python launch/plan.py                                         # the demo's figures, nothing to compare them with
+    python launch/plan.py --config my.yaml --device-flops 200e12 --device-bandwidth 3e12    # and seconds; or --measure
 
 Reads the config, the rows, and the model's config.json and tokenizer; weights need not be there, and of those that are
 only the names are read. Memory is the largest phase of a run on the fullest rank of each client. On hosts without
@@ -37,6 +38,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.launching.hostfile import read_hostfile
 from ubsmoe_ds.launching.placement import describe, place
+from ubsmoe_ds.planning.device_rates import add_device_options, check_options, device_of
 from ubsmoe_ds.planning.fitting import Fit, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.group_plan import plan_group, shapes
 from ubsmoe_ds.planning.group_report import (
@@ -51,6 +53,7 @@ from ubsmoe_ds.planning.group_report import (
 from ubsmoe_ds.planning.inputs import PlanInput
 from ubsmoe_ds.planning.memory_model import largest_phase
 from ubsmoe_ds.planning.plan import ClientPlan, plan, straggler
+from ubsmoe_ds.planning.seconds import lines
 
 if TYPE_CHECKING:
     from ubsmoe_ds.federation.roster import Roster
@@ -74,6 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=whole(1, 1024), help="accelerators of each host, or its ranks if it has none")
     parser.add_argument("--hostfile", type=Path, help="instead of both: lines `host slots=N`")
     parser.add_argument("--device-memory", metavar="80G", help="memory of one device; G is 10^9 bytes, GiB 2^30")
+    add_device_options(parser)
     add_show_rows(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -85,6 +89,7 @@ def show(options: argparse.Namespace) -> None:
         UserError: for mistakes, and if a client does not fit.
     """
     exp = load_experiment(options.config, options.overrides)
+    check_options(options, exp.takes_turns)
     memory = None if options.device_memory is None else parse_bytes(options.device_memory)
     slots = read_slots(options, [name for trainer in exp.trainers for name in trainer.hosts or []])
     line = None if slots is None or exp.takes_turns else describe(exp.trainers, place(exp.trainers, slots))
@@ -105,6 +110,9 @@ def show(options: argparse.Namespace) -> None:
         f"straggler: {exp.clients[slowest].name}, {over_fastest:.2f} times the fastest client's time and "
         f"{over_median:.2f} times the median, if all devices are equally fast"
     )
+    device = device_of(options, inputs)
+    for text in () if device is None else lines(inputs, plans, device):
+        say(text)
     if line is not None:
         say(f"placement: {line}")
     if memory is not None:

@@ -1,4 +1,4 @@
-"""Tests run on the CPU, from the repository's root, whatever the machine has."""
+"""Tests run on the CPU, from the repository's root, whatever the machine has; those in tests/gpu are the exception."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ from tests.support.jobs import OWN_SERVER, SHORT, TRAIN, run
 from tests.support.ranks import REPO
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU, also where there are fewer devices than ranks
+if "gpu" not in os.environ.get("UBSMOE_DS_REQUIRE", "").split():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU, also where there are fewer devices than ranks
 # a shell starts background jobs with SIGINT ignored, and all that the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # the key of a site is kept in the user's folder; tests leave no trace there
@@ -26,6 +27,7 @@ REASONS = {
     "slurm": ("no Slurm here",),
     "hosts": ("network namespaces", "apt-get install iproute2"),
     "openmpi": ("no Open MPI", "make openmpi"),
+    "gpu": ("no CUDA device",),
 }
 REQUIRED = [reason for name in os.environ.get("UBSMOE_DS_REQUIRE", "").split() for reason in REASONS[name]]
 

@@ -68,6 +68,13 @@ DRAWING = {
 }
 LOAD_BALANCING = {"aux": 1.0}
 OF_LAYOUT = {"dropping": DROPPING, "drawing": DRAWING, "load_balancing": LOAD_BALANCING}
+AGAIN = {"train": {"activation_checkpointing": True}}
+COMPUTED_AGAIN = ["drawing", "attention", "token_zero1", "linearised_zero2_accumulate", "bf16_zero2"]
+OF_LAYOUT |= {
+    f"again {name}": change | {"sections": change.get("sections", {}) | AGAIN}
+    for name, change in (VARIANTS | OF_LAYOUT).items()
+    if name in COMPUTED_AGAIN
+}
 # accumulation of 2 needs 8 rows to split over ranks x 2 micro-batches, so all layouts have at most 4 ranks
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, expert parallelism
 EXTENDED = [(1, 1), (2, 1), (2, 2), (4, 4)]
@@ -171,6 +178,16 @@ def test_what_depends_on_the_layout_stays_near_the_loop(name, like, trained, exp
         for rank in range(ranks):
             twin = rank % ep if ".experts." in key else 0
             np.testing.assert_array_equal(results[rank][key], results[twin][key])
+
+
+@pytest.mark.parametrize("name", COMPUTED_AGAIN)
+def test_layers_computed_again_train_to_the_same_bits(name, trained):
+    """Also where computing a layer again repeats its all-to-alls, and ZeRO reduces gradients meanwhile."""
+    for result in trained[2]:
+        keys = [key for key in result if key.startswith(f"{name}/")]
+        assert len(keys) > 20
+        for key in keys:
+            np.testing.assert_array_equal(result[f"again {key}"], result[key], err_msg=key)
 
 
 def test_load_balancing_loss(trained, expected):

@@ -42,7 +42,9 @@ class TrainConfig(Section):
         False, description="correct local gradients by SCAFFOLD's control variates; docs/training.md"
     )
     activation_checkpointing: bool = Field(
-        False, description="keep only the decoder layers' inputs, and compute the layers again in backward"
+        False,
+        description="keep only the decoder layers' inputs, and what attention and the experts give; backward computes "
+        "the rest again",
     )
     save_every: Count = Field(0, description="rounds between saved adapters; 0: only at the end")
     schedule_by: Literal["flops", "measured"] = Field(

@@ -5,14 +5,14 @@ Shapes: B rows, S positions, A answer positions, V vocabulary, E experts, D mode
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from ubsmoe_ds.models.families import FAMILIES
@@ -21,6 +21,14 @@ from ubsmoe_ds.moe.experts import StackedExperts
 from ubsmoe_ds.moe.layer import UBSMoE
 
 ATTENTION_PROJECTIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.attention))
+# operations whose results activation checkpointing keeps: [T, D] each, and costly to compute again
+KEPT = [
+    torch.ops.ubsmoe_ds.summed_down.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class LoraLinear(nn.Module):
@@ -151,7 +159,7 @@ class UBSMoEForCausalLM(nn.Module):
         return {"attention_mask": mask_BSS.unsqueeze(1), "position_ids": seen_BSS.sum(2) - 1}
 
     def checkpoint_activations(self) -> None:
-        """Keep only the decoder layers' inputs in training; backward computes each layer again, with the same bits.
+        """Keep only the decoder layers' inputs and `KEPT` in training; backward computes the rest again, the same bits.
 
         Counts, moments and the load-balancing loss are those of the first pass, and pseudo-gradients see a token once.
         """
@@ -233,15 +241,17 @@ class UBSMoEForCausalLM(nn.Module):
 
 def _contexts(layers: list[UBSMoE]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a decoder layer's first pass, and of the one in backward."""
-    return nullcontext(), _again(layers)
+    first, again = create_selective_checkpoint_contexts(KEPT)
+    return first, _again(layers, again)
 
 
 @contextmanager
-def _again(layers: list[UBSMoE]) -> Iterator[None]:
+def _again(layers: list[UBSMoE], kept: AbstractContextManager[None]) -> Iterator[None]:
     for layer in layers:
         layer.set_recomputing(True)
     try:
-        yield
+        with kept:
+            yield
     finally:
         for layer in layers:
             layer.set_recomputing(False)

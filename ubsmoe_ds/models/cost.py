@@ -4,6 +4,7 @@ A multiplication and an addition count as two FLOPs; softmax and norms are left 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 
@@ -64,6 +65,7 @@ class ModelShape:
     tied_embeddings: bool = False  # the head is the embedding
     normed_queries: bool = False  # queries and keys pass a norm
     shared_gated: bool = True  # the shared expert has a gate
+    fused_attention: bool = True  # scores and sums of values are one operation, whose result can be kept
     attention: Mixer | None = None  # None: q, k, v, o of the heads above
     recurrence: Mixer | None = None  # in place of attention in the layers `recurrent`
     recurrent: tuple[int, ...] = ()
@@ -117,7 +119,15 @@ def flops_per_token(shape: ModelShape, k: int, context: int) -> float:
 
 
 def step_flops(
-    shape: ModelShape, k: int, tokens: int, context: int, answers: int, *, router: bool, again: bool = False
+    shape: ModelShape,
+    k: int,
+    tokens: int,
+    context: int,
+    answers: int,
+    *,
+    router: bool,
+    again: bool = False,
+    spread: bool = False,
 ) -> float:
     """Return the FLOPs of one training step, forward and backward, without pseudo-gradients.
 
@@ -127,11 +137,12 @@ def step_flops(
         answers: number of positions whose next token is asked for; the head is computed only there.
         router: whether the router is trained.
         again: whether backward computes the layers again (`train.activation_checkpointing`).
+        spread: whether the experts are on several ranks; nothing of them is then kept from the first pass.
     """
     layers = _layers(shape, k, context, router)
     token = 2 * layers.frozen + 3 * layers.learned - _without_backward(shape, k, context)
     if again:
-        token += _computed_again(shape, k, context, router)
+        token += _computed_again(shape, k, context, router) - _kept(shape, k, context, spread)
     return tokens * token + answers * 2 * _head(shape)
 
 
@@ -171,17 +182,38 @@ def _computed_again(shape: ModelShape, k: int, context: int, router: bool) -> fl
 
     torch ends a layer's pass once it has all that backward needs, which is before the last product of frozen networks.
     """
-    total, d, before = _layers(shape, k, context, router).forward, shape.hidden, 0
-    adapted = [shape.lora_attention and any(p.adapted for p in mixer.projections) for mixer in shape.mixers]
-    while before < shape.leading_dense and not adapted[before]:
-        total -= _mixer(shape, shape.mixer(before), context).forward + _dense(shape)
-        before += 1
+    total, d, before = _layers(shape, k, context, router).forward, shape.hidden, _first_trained(shape)
+    for layer in range(before):
+        total -= _mixer(shape, shape.mixer(layer), context).forward + _dense(shape)
     total -= (shape.dense_layers - before) * 2 * d * shape.dense_width
     if shape.shared_width:
-        first = not any(adapted[: shape.leading_dense + 1])  # whose shared expert leads to nothing trained
+        adapted = map(partial(_is_adapted, shape), range(shape.leading_dense + 1))
+        first = not any(adapted)  # whose shared expert leads to nothing trained
         last_product = 0 if shape.shared_gated else 2 * d * shape.shared_width
         total -= first * _shared(shape) + (shape.layers - shape.dense_layers - first) * last_product
     return total
+
+
+def _kept(shape: ModelShape, k: int, context: int, spread: bool) -> float:
+    """Return the FLOPs of what the first pass keeps: attention's result, and the experts' where one rank has them all.
+
+    Of the experts it is the last product, [W, s B] of down; A h is needed in backward.
+    """
+    mixers = shape.mixers[_first_trained(shape) :]
+    kept = sum(2 * context * (mixer.scores + mixer.values) for mixer in mixers) * shape.fused_attention
+    down = 2 * shape.hidden * (shape.expert_width + shape.lora_rank)
+    return kept + (0 if spread else k * (shape.layers - shape.dense_layers) * down)
+
+
+def _first_trained(shape: ModelShape) -> int:
+    """Return the first layer in which something is trained: of leading dense ones, one with LoRA on its mixer."""
+    layers = range(shape.leading_dense)
+    return next((layer for layer in layers if _is_adapted(shape, layer)), shape.leading_dense)
+
+
+def _is_adapted(shape: ModelShape, layer: int) -> bool:
+    """Return whether a layer's mixer has LoRA."""
+    return shape.lora_attention and any(p.adapted for p in shape.mixer(layer).projections)
 
 
 def _mixer(shape: ModelShape, mixer: Mixer, context: int) -> Products:

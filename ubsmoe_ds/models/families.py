@@ -113,6 +113,7 @@ FAMILIES = {
         num_experts="num_local_experts",
         width="intermediate_size",
         returns_pair=True,
+        fused_attention=False,
         router=RouterLine(weight="router.weight", bias="router.bias", normalizes=True),
         experts=ExpertsLine("clamped_swish", biased=True, transposed=True, interleaved=True),
     ),

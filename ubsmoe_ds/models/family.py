@@ -88,6 +88,7 @@ class Family:
     returns_pair: whether the block returns (hidden states, router scores)
     attention: names of the projections that get LoRA with `lora.attention`, of those that a layer's self_attn has
     normed_queries: whether queries and keys pass a norm
+    fused_attention: whether transformers computes attention by torch's fused operation unless told otherwise
     shared_width: keys of the config whose product is the width of the shared expert
     gated_attention: whether q_proj gives a gate too, of the same size as the queries
     """
@@ -102,6 +103,7 @@ class Family:
     shared: tuple[str, ...] = ()
     shared_beside: str = ""
     normed_queries: bool = False
+    fused_attention: bool = True
     shared_width: tuple[str, ...] = ()
     gated_attention: bool = False
     module: str = "mlp"

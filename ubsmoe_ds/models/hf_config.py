@@ -144,6 +144,7 @@ def model_shape(config: PreTrainedConfig, *, lora_rank: int = 0, lora_attention:
         shared_width=math.prod(getattr(config, key) for key in family.shared_width) if family.shared_width else 0,
         tied_embeddings=config.tie_word_embeddings,
         normed_queries=family.normed_queries,
+        fused_attention=family.fused_attention,
         lora_rank=lora_rank,
         lora_attention=lora_attention,
         shared_gated=len(family.shared) == 2,

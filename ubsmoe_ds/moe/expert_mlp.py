@@ -131,16 +131,15 @@ class ExpertMLP(torch.autograd.Function):
         ha_NQ.copy_(_product(h_NF, down[:, width : width + rank, :hidden].mT, rows))
         if biased:
             ht_NI[:, hidden + rank] = 1
-        # y = W h + s B A h of each row
-        y_ND = _product(ht_NI, down[:, :width].mT, rows)
         ctx.weights, ctx.rows, ctx.observer = weights, rows, observer
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
         ctx.save_for_backward(x_TD, xa_NQ.clone(), gate_up_NO, factor_NF, ha_NQ.clone(), weight_TK)
+        # y = W h + s B A h of each row, then the weighted sum over a token's routes
+        down_EID = down[:, :width].mT
         if weight_TK is None:
-            return y_ND
-        # the weighted sum over a token's routes
+            return _product(ht_NI, down_EID, rows)
         assert rows.slot_TK is not None and rows.kept_TK is not None
-        return _bag(y_ND, rows.slot_TK, weight_TK.detach() * rows.kept_TK)
+        return summed_down(ht_NI, down_EID, rows.ends_E, rows.slot_TK, weight_TK.detach() * rows.kept_TK)
 
     @staticmethod
     @once_differentiable
@@ -187,6 +186,21 @@ class ExpertMLP(torch.autograd.Function):
             return None, None, None, dx, dweight_TK, *(None,) * 6
         gate_up_grads = _gate_up_gradients(weights, rows, x_TD, xa_NQ, dgu_NO, dgua_NQ)
         return None, None, None, dx, dweight_TK, *gate_up_grads, down_A, down_B
+
+
+@torch.library.custom_op("ubsmoe_ds::summed_down", mutates_args=())
+def summed_down(h_NI: Tensor, down_EID: Tensor, ends_E: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Return the weighted sum over a token's routes of its rows' products, [T, D].
+
+    An operation of its own, so that activation checkpointing can keep its result, which is small: nothing in backward
+    needs what it multiplies.
+    """
+    return _bag(_product(h_NI, down_EID, Rows(ends_E)), slot_TK, weight_TK)
+
+
+@summed_down.register_fake
+def _(h_NI: Tensor, down_EID: Tensor, ends_E: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    return h_NI.new_empty(len(slot_TK), down_EID.shape[2])
 
 
 def _through_down(dy_TD: Tensor, weights: Weights, rows: Rows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

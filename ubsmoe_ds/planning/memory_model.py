@@ -129,9 +129,12 @@ def training_bytes(setup: RankSetup) -> TrainingBytes:
     leading = 0 if s.lora_attention else s.leading_dense  # before the first adapter nothing is kept
     layers, sparse = s.layers if s.lora_attention else s.layers - leading - 1, setup.sparse_layers
     kept_rows, tokens = sparse * _kept_of_rows(setup, rows), 0.0
-    if setup.recomputing:  # each layer's input, and once more its block's for pseudo-gradients; one layer's rest
-        inputs = s.layers - leading + sparse * setup.pseudo_gradients
-        tokens += inputs * setup.width * s.hidden * batch.tokens + sparse * _routing_tables(setup) * batch.tokens
+    if setup.recomputing:
+        # each layer's input, once more its block's for pseudo-gradients, what its experts give; one layer's rest
+        inputs = s.layers - leading + sparse * (setup.pseudo_gradients + (setup.expert_parallel == 1))
+        attention = (s.layers - leading) * s.heads * s.head_dim * s.fused_attention
+        tokens += (inputs * s.hidden + attention) * setup.width * batch.tokens
+        tokens += sparse * _routing_tables(setup) * batch.tokens
         kept_rows = _kept_of_rows(setup, rows) + (sparse - 1) * 2 * INT64 * rows
         layers, sparse = 1, 1
     else:

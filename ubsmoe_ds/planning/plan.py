@@ -65,7 +65,8 @@ def _flops(inputs: PlanInput, number: int, setup: RankSetup) -> tuple[float, flo
     rows = exp.settings(client).train_batch_size
     tokens, answers = round(rows * lengths.mean_length), round(rows * lengths.mean_answers)
     context = round(lengths.mean_context or lengths.mean_length)
-    step = step_flops(shape, setup.k, tokens, context, answers, router=setup.router, again=setup.recomputing)
+    layers = {"router": setup.router, "again": setup.recomputing, "spread": setup.expert_parallel > 1}
+    step = step_flops(shape, setup.k, tokens, context, answers, **layers)
     # the ranks of all clients with the same view share its evaluation rows
     sharers = [c for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number]]
     eval_rows = lengths.eval_rows * setup.ranks / sum(client.ranks for client in sharers)

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from tests.support import reference, tiny
+from ubsmoe_ds.aggregation import units
+from ubsmoe_ds.aggregation.host_copies import to_device, to_host
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.aggregation.units import UnitStore
@@ -178,3 +180,18 @@ def test_adapters_of_a_stack_start_anew_each_turn(model_path):
         assert part.any() == (block.base is not None)
     store.begin_turn(2, 3, 2 / 3, round_number=2)
     assert not torch.equal(store.updates(2), whole)
+
+
+def test_state_passes_between_host_and_device_in_one_copy(model_path, monkeypatch):
+    """A read is one copy of all units to the host, a write one to the device; on the CPU nothing is copied."""
+    store = UnitStore(reference.whole_model(population(model_path, [3])), Masters(), lora_rank=3)
+    copied = []
+    for name, at in (("to_host", 0), ("to_device", 1)):
+        monkeypatch.setattr(units, name, lambda flat, *_, at=at: copied.append((at, len(flat))) or flat.clone())
+    whole = len(store.shared)
+    change = torch.randn(whole, generator=torch.Generator().manual_seed(0))
+    store.apply(change, 3, 3, round_number=1)
+    torch.testing.assert_close(store.updates(3) + store.loaded, store.shared)
+    assert copied == [(1, whole), (0, whole)]
+    values = torch.arange(3.0)
+    assert to_host(values) is values and to_device(values, torch.device("cpu")) is values

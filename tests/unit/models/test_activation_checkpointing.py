@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import tiny
 from tests.support.conversion import convert
 from tests.support.families import random_model
+from ubsmoe_ds.models.causal_lm import KEPT
 from ubsmoe_ds.models.conversion import UBSMoESpec
 from ubsmoe_ds.moe.activations import SwiGLU
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
@@ -93,3 +96,32 @@ def test_what_a_layer_computed_is_not_kept():
         assert [one() is not None for one in watched.seen] == [not again] * 3
         total.backward()
         assert len(watched.seen) == (6 if again else 3)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.runs[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_results_that_are_kept_are_not_computed_again():
+    """Of two layers attention and the experts' last product run twice in all; the other products of experts again."""
+    runs = []
+    for again in (False, True):
+        model = convert(tiny.hf_model(), UBSMoESpec(GateConfig(k=4, candidates=8))).train()
+        if again:
+            model.checkpoint_activations()
+        ids = torch.randint(2, tiny.VOCAB, (4, 8))
+        with Counted() as counted:
+            model(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
+        runs.append(counted.runs)
+    for found in runs:
+        assert [found[op] for op in KEPT if found[op]] == [2, 2]
+    product = torch.ops.aten._grouped_mm.default
+    assert runs[1][product] - runs[0][product] == 2 * 3  # A x, gate and up, A h of each layer

@@ -110,7 +110,26 @@ def test_flops_are_those_that_torch_counts(name, k, router, attention, again, mo
         shape = replace(shape, recurrence=replace(shape.recurrence, per_token=0.0))
     tokens = ROWS * LENGTH
     assert tokens * flops_per_token(shape, k, LENGTH) == forward
-    assert step_flops(shape, k, tokens, LENGTH, len(ANSWERS), router=router, again=again) == step
+    # nothing of the plain loop and of eager attention is kept from the first pass
+    shape = replace(shape, fused_attention=False)
+    assert step_flops(shape, k, tokens, LENGTH, len(ANSWERS), router=router, again=again, spread=True) == step
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_kept_is_not_computed_again(adapted):
+    """Of three layers the first is dense: without LoRA on attention nothing of it is computed again anyway.
+
+    Scores and sums of 2 heads of 4 over 7 tokens: 2 * 7 * (8 + 8) = 224 FLOPs a token and layer. Down of 3 experts with
+    LoRA rank 2: 2 * 16 * (12 + 2) = 448 a route.
+    """
+    shape = ModelShape(3, 16, 12, 8, 2, 2, 4, 61, lora_rank=2, lora_attention=adapted)
+    shape = replace(shape, dense_layers=1, leading_dense=1, dense_width=20)
+    flops = partial(step_flops, k=3, tokens=10, context=7, answers=3, router=True, again=True)
+    nothing = flops(replace(shape, fused_attention=False), spread=True)
+    assert nothing - flops(shape, spread=True) == 10 * (3 if adapted else 2) * 224
+    assert flops(shape, spread=True) - flops(shape) == 10 * 2 * 3 * 448
+    kept = flops(shape, again=False)
+    assert flops(replace(shape, fused_attention=False), again=False, spread=True) == kept < flops(shape)
 
 
 @pytest.mark.parametrize("k", [1, 8])

@@ -131,7 +131,8 @@ def test_layers_computed_again_keep_their_inputs_alone(inputs):
         update={"train": inputs.exp.train.model_copy(update={"activation_checkpointing": True})}
     )
     more, less = (plan(replace(inputs, exp=of))[0].step_flops for of in (exp, inputs.exp))
-    assert 1.4 < more / less < 1.6  # of frozen products a forward pass beside one forward and one backward
+    # of frozen products a forward pass beside one forward and one backward, without a third of the experts'
+    assert 1.2 < more / less < 1.4
 
 
 @pytest.mark.parametrize("stored", ["weights", "index", "index without a head", "neither"])
