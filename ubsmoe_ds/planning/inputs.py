@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ubsmoe_ds.config.deepspeed_json import FP32
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.moe.estimators import ESTIMATORS
@@ -91,6 +92,8 @@ def rank_setup(inputs: PlanInput, number: int) -> RankSetup:
         capacity=client.capacity_factor,
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
+        quantize=exp.model.quantize,
+        fp32_gradients=settings.use_bf16 and (settings.data_types or {}).get("grad_accum_dtype") in FP32,
         zero_stage=settings.zero_stage,
         moments=settings.moments,
         reduce_bucket=float(settings.zero_optimization.get("reduce_bucket_size", REDUCE_BUCKET)),
