@@ -118,6 +118,7 @@ class Workspace:
         """Return the buffer in this shape. It holds anything, and what was taken before is lost."""
         numel, flat = math.prod(shape), self._flat
         if flat is None or flat.numel() < numel or (flat.dtype, flat.device) != (dtype, device):
+            self._flat = flat = None  # frees the old one first
             self._flat = flat = torch.empty(numel, dtype=dtype, device=device)
         return flat[:numel].view(shape)
 
@@ -144,6 +145,7 @@ class QuantizedExperts(FrozenExperts):
             self.add_module(name, QuantizedWeight(scheme, (sizes.experts, outputs, inputs), dtype))
             if sizes.biased:
                 self.register_parameter(f"{name}_bias", _zeros((sizes.experts, outputs), dtype))
+            self._room(name)  # so that the workspace need not grow later
 
     def base(self) -> Views:
         """Return the weights, each dequantised when it is asked for, into new memory."""
@@ -175,15 +177,18 @@ class QuantizedExperts(FrozenExperts):
         assert isinstance(weight, QuantizedWeight)
         return weight
 
+    def _room(self, name: str) -> Tensor:
+        """Take the workspace for a matrix."""
+        shape = room(self.sizes.experts, *getattr(self.sizes, name))
+        return self.workspace.take(shape, self.dtype, self.weight(name).codes.device)
+
     @torch.no_grad()
     def _open(self, name: str, factors: LoraFactors, scaling: float) -> Tensor:
         """Dequantise a matrix, with the factors beside it, as `WholeExperts` keeps it."""
-        weight, (outputs, inputs, columns) = self.weight(name), getattr(self.sizes, name)
-        shape = room(self.sizes.experts, outputs, inputs, columns)
-        matrix = self.workspace.take(shape, self.dtype, weight.codes.device)
+        (outputs, inputs, _), matrix = getattr(self.sizes, name), self._room(name)
         matrix[:, outputs:] = 0
         matrix[:, :outputs, inputs:] = 0
-        weight.dequantize_into(matrix[:, :outputs, :inputs])
+        self.weight(name).dequantize_into(matrix[:, :outputs, :inputs])
         if self.sizes.biased:
             _bias_column(matrix, self.sizes, name).copy_(self.get_parameter(f"{name}_bias"))
         extend(matrix, self.sizes, name, factors, scaling)

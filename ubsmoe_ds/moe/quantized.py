@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ubsmoe_ds.base.errors import UserError
 
 BLOCK = 64  # values with one scale in nf4
-PIECE = 2**22  # values that are quantised at a time: the library's own temporaries are several times as large
+PIECE = 2**20  # values that are quantised at a time: the library's own temporaries are several times as large
 GROUP = 2**24  # values that are dequantised at a time on their way into a wider matrix
 
 

@@ -21,7 +21,7 @@ CPU_KERNELS = 60e6  # measured: code and workspaces that the first steps load
 # stay resident. Factors on the tensors of a step's tokens and of the experts' rows, and copies of what a rank holds
 # around a merge, which are too large for those gaps
 CPU_TOKEN_SLACK, CPU_ROW_SLACK, CPU_FLAT_COPIES = 2.1, 1.0, 3
-BLOCK, PIECE, GROUP = 64, 2**22, 2**24  # elements, see moe/quantized.py
+BLOCK, PIECE, GROUP = 64, 2**20, 2**24  # elements, see moe/quantized.py
 # measured: bytes that the library takes when loaded, and beside a piece that it quantises
 CPU_LIBRARY, CPU_QUANTIZING = 46e6, 16 * PIECE
 CPU_ROW_TEXT, CPU_VOCABULARY = 5, 700  # bytes held for a byte of the rows' text, and for a word of the tokenizer
