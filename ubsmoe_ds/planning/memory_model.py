@@ -131,14 +131,14 @@ def optimizer_bytes(setup: RankSetup) -> States:
     dense, experts = trained_elements(setup)
     total, width = dense + experts, setup.width
     weights = width * total
-    accumulated = width * total if setup.micro_batches > 1 else 0
-    if setup.fp32_gradients and setup.zero_stage > 0:
-        accumulated = FP32 * total
+    accumulated: float = width * total if setup.micro_batches > 1 else 0
     if setup.zero_stage == 0:
         masters = FP32 * total if setup.bf16 else 0  # in fp32 the weights are the masters
         gradients = width * total + masters + width * max(dense, experts)  # the last: flat, for the sum over ranks
         return States(weights, weights + masters + FP32 * setup.moments * total, accumulated, gradients)
     part = dense / setup.ranks + experts / (setup.ranks / setup.expert_parallel)
+    if setup.fp32_gradients:  # of every step; ZeRO 2 keeps its part alone
+        accumulated = FP32 * (total if setup.zero_stage == 1 else part)
     bucket = (
         min(setup.reduce_bucket, total) if setup.on_cpu else setup.reduce_bucket
     )  # a CPU's pages count once touched

@@ -21,7 +21,7 @@ from ubsmoe_ds.moe.frozen import QuantizedExperts, Sizes, Workspace
 from ubsmoe_ds.moe.quantized import QuantizedWeight
 from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
-from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, training_bytes
+from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, optimizer_bytes, training_bytes
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
 from ubsmoe_ds.planning.row_lengths import read_row_lengths
@@ -110,6 +110,19 @@ def test_memory_is_kept_for_what_has_a_backward_and_for_the_optimisers_own_value
     assert kept[0] - kept[1] == (attention + 4 * 3 * 64) * setup.training.tokens
     adagrad = load_experiment(TINY, ["deepspeed.optimizer={type: Adagrad}"])
     assert rank_setup(replace(inputs, exp=adagrad), 0).moments == 1
+
+
+def test_gradients_that_are_added_up_in_fp32_are_counted(inputs):
+    """Four bytes for each trained value under ZeRO 1, for half of them under ZeRO 2 with two ranks; bf16 keeps none."""
+    for stage, share in ((1, 1), (2, 1 / 2)):
+        keys = ["deepspeed.bf16.enabled=true", f"deepspeed.zero_optimization.stage={stage}"]
+        in_bf16, in_fp32 = (
+            rank_setup(replace(inputs, exp=load_experiment(TINY, [*keys, *more])), 3)
+            for more in ([], ["deepspeed.data_types={grad_accum_dtype: fp32}"])
+        )
+        assert in_fp32.ranks == 2 and in_fp32.micro_batches == 1
+        more = optimizer_bytes(in_fp32).first - optimizer_bytes(in_bf16).first
+        assert more == 4 * share * trained_elements(in_fp32).total
 
 
 def test_packed_batches_cost_their_tokens_and_a_mask(inputs):
