@@ -101,14 +101,14 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     Raises:
         UserError: for mistakes that show before a process is started.
     """
-    launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
-    check_run_folder(exp, resumes_in_place(exp, options.resume))
-    with quoting_rows(options.show_rows):  # of rows that all clients read; ranks never quote those of a site
-        check_rows(exp)
     if exp.model.quantize and find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantize: {exp.model.quantize!r} needs bitsandbytes, which is missing; pip install '.[quantize]'"
         )
+    launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
+    check_run_folder(exp, resumes_in_place(exp, options.resume))
+    with quoting_rows(options.show_rows):  # of rows that all clients read; ranks never quote those of a site
+        check_rows(exp)
     model_folder(exp.model.path, weights=True)  # fetch a model of the hub once, not on every rank
     hosts = None
     if options.hostfile is not None:

@@ -16,7 +16,7 @@ def test_a_quantised_run_learns_goes_on_and_is_evaluated_as_it_was_trained(tmp_p
     """Two clients, one of two ranks that share the experts; in another process its adapter has its last loss."""
     settings = ["model.quantize=nf4", "lora.attention=true", "checkpoint.every=1", f"output={tmp_path}"]
     code, output = run("deepspeed", TRAIN, *SHORT, TWO_CLIENTS, *settings)
-    assert code == 0, output
+    assert code == 0 and "of 16 experts, weights in nf4, LoRA rank 8" in output, output
     code, output = run("deepspeed", TRAIN, *SHORT, TWO_CLIENTS, *settings, "train.rounds=3", "--resume", "auto")
     assert code == 0 and "resumed from" in output, output
     losses = [record["metrics"]["eval/loss"] for record in records(tmp_path / "tiny")]

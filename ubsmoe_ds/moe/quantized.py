@@ -112,7 +112,7 @@ class QuantizedWeight(nn.Module):
             self.codes[number].view(value_OI.shape).split(rows), scales.split(rows), value_OI.split(rows), strict=True
         ):
             rounded, largest, _ = library().int8_vectorwise_quant(piece)
-            codes.copy_(torch.where(largest.unsqueeze(1) > 0, rounded, 0))  # a row of zeros has no scale
+            codes.copy_(rounded)  # anything in a row of zeros, whose scale is zero
             scale.copy_(largest)
 
     def dequantized(self, first: int = 0, last: int | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Frozen weights in few bits: against bitsandbytes' own modules, plain arithmetic, and our code on whole weights."""
 
+import sys
+
 import bitsandbytes
 import pytest
 import torch
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from launch import train
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.moe import quantized
 from ubsmoe_ds.moe.activations import SWIGLU, ClampedSwish
 from ubsmoe_ds.moe.expert_mlp import Rows
@@ -105,6 +109,16 @@ def test_a_weight_without_whole_blocks_is_refused():
     with pytest.raises(UserError, match="'nf4' needs .* a multiple of 64, the model has one of 5 x 7; use int8"):
         QuantizedWeight("nf4", (2, 5, 7), torch.float32)
     QuantizedWeight("int8", (2, 5, 7), torch.float32)
+
+
+def test_a_missing_library_is_named_before_and_in_the_ranks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantized.library.cache_clear()
+    with pytest.raises(UserError, match=r"model\.quantize: bitsandbytes is missing; pip install '\.\[quantize\]'"):
+        quantized.library()
+    exp = load_experiment(train.DEFAULT_CONFIG, ["model.quantize=nf4"])
+    with pytest.raises(UserError, match="model.quantize: 'nf4' needs bitsandbytes, which is missing; pip install"):
+        train.start(exp, [], train.parse([]))
 
 
 def experts(frozen, biased):
