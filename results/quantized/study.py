@@ -1,12 +1,12 @@
 """What quantised frozen weights cost the built-in model: error of the logits, and loss before and after training.
 
     python results/quantized/study.py logits
-    mpiexec -n 2 python -m mpi4py results/quantized/study.py run
+    python results/quantized/study.py run
     python results/quantized/study.py table
 
-Two clients of one rank, K = 4 and 8 of 16 experts, `ub_smoe` of ds_configs/compare_tiny.yaml with fewer rounds. Weights
-are computed with in bf16 but for `fp32`. Each seed has rows and adapters of its own. Runs that `runs.jsonl` holds are
-not repeated.
+`logits` computes in bf16 (the precision in which the model is stored), but for `fp32`. `run` trains one client of one
+rank in fp32: K = 4 of 16 experts, `ub_smoe` of ds_configs/compare_tiny.yaml with 14 steps of 8 rows. Each seed has rows
+and adapters of its own. Runs that `runs.jsonl` holds are not repeated.
 """
 
 import argparse
@@ -31,56 +31,50 @@ VARIANTS = {
     "int8": ["deepspeed.bf16.enabled=true", "model.quantize=int8"],
     "nf4": ["deepspeed.bf16.enabled=true", "model.quantize=nf4"],
 }
-CLIENTS = ("k4", "k8")
+TRAINED = ["fp32", "int8", "nf4"]
 SETTINGS = [
-    "clients=[{name: k4, budget: 0.5}, {name: k8, budget: 1.0}]",
-    "data.rows=1500",
-    "data.eval_rows=200",
+    "clients=[{name: k4, budget: 0.5}]",
+    "data.rows=600",
+    "data.eval_rows=64",
     "lora.attention=true",
-    "train.rounds=4",
-    "train.local_steps=10",
-    "evaluation.every=4",
+    "deepspeed.train_batch_size=8",
+    "train.rounds=2",
+    "train.local_steps=7",
+    "evaluation.every=2",
     "checkpoint.every=0",
 ]
 
 
-def experiment(variant: str, seed: int, folder: Path) -> Experiment:
+def experiment(variant: str, seed: int, folder: Path, *more: str) -> Experiment:
     """Return one run."""
     place = [f"seed={seed}", f"name={variant}-{seed}", f"output={folder}"]
-    return load_experiment(CONFIG, [*SETTINGS, *VARIANTS[variant], *place])
+    return load_experiment(CONFIG, [*SETTINGS, *VARIANTS[variant], *place, *more])
 
 
-def run(seeds: Sequence[int]) -> None:
-    """Carry out all runs that are missing, on this rank (a collective)."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    folder = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
-    made = comm.bcast({(record["seed"], record["variant"]) for record in records()})
-    world = None
-    for seed, variant in ((seed, variant) for seed in seeds for variant in VARIANTS):
+def run(seeds: Sequence[int], variants: Sequence[str]) -> None:
+    """Carry out all runs that are missing."""
+    folder, world = Path(tempfile.mkdtemp()), None
+    made = {(record["seed"], record["variant"]) for record in records()}
+    for seed, variant in ((seed, variant) for seed in seeds for variant in variants):
         if (seed, variant) in made:
             continue
-        exp = experiment(variant, seed, folder)
+        exp = experiment(variant, seed, folder, "deepspeed.bf16.enabled=false")
         if world is None:
             from ubsmoe_ds.mpi.join import join
 
             world = join(exp, "train.py", [])
             os.environ["DS_ACCELERATOR"] = "cpu"
         one_run(exp, world)
-        if world.rank == 0:
-            lines = (exp.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            first, last = (json.loads(lines[n])["metrics"] for n in (0, -1))
-            record: dict[str, Any] = {"seed": seed, "variant": variant}
-            record["before"] = {client: round(first[f"eval_loss/{client}"], 5) for client in CLIENTS}
-            record["after"] = {client: round(last[f"eval_loss/{client}"], 5) for client in CLIENTS}
-            with (OUT / "runs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        world.barrier()
+        lines = (exp.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        first, last = (json.loads(lines[n])["metrics"] for n in (0, -1))
+        record = {"seed": seed, "variant": variant}
+        record |= {"before": round(first["eval/loss"], 5), "after": round(last["eval/loss"], 5)}
+        with (OUT / "runs.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def one_run(exp: Experiment, world: Any) -> None:
-    """Run the federation on this rank (a collective)."""
+    """Run the federation, of this process alone."""
     from ubsmoe_ds.federation.build import build
     from ubsmoe_ds.launching.hang_watch import HangWatch
     from ubsmoe_ds.mpi.preemption import StopRequests
@@ -101,12 +95,12 @@ def logits() -> None:
 
     values: dict[tuple[str, int], torch.Tensor] = {}
     for variant in VARIANTS:
-        exp = experiment(variant, 0, OUT)
+        exp = experiment(variant, 0, OUT, "data.rows=1500", "data.eval_rows=200")
         encoder = read_encoder(exp)
         examples, _ = encoder.encode(load_rows(exp.data, 0).evaluation, "all")
         tokens = collate(examples, encoder.tokenizer.pad_token_id)
         dtype = torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32
-        model = load(exp.weights_dir, client_spec(exp, exp.clients[1], 0), dtype).eval()
+        model = load(exp.weights_dir, client_spec(exp, exp.clients[0], 0), dtype).eval()
         for k in (4, 8):
             model.set_active_experts(k)
             with torch.no_grad():
@@ -130,31 +124,27 @@ def records() -> list[dict[str, Any]]:
 
 
 def table() -> None:
-    """Print mean losses with their spread over the seeds, and differences to bf16, paired by seed."""
+    """Print mean losses with their spread over the seeds, and differences to fp32, paired by seed."""
     import pandas as pd
 
-    times = ("before", "after")
-    rows = [{"seed": r["seed"], "variant": r["variant"], "when": when, **r[when]} for r in records() for when in times]
-    losses = pd.DataFrame(rows).pivot(index="seed", columns=["when", "variant"], values=list(CLIENTS))
-    for when in times:
-        for variant in VARIANTS:
-            cells = []
-            for client in CLIENTS:
-                of_variant = losses[client, when, variant]
-                minus = of_variant - losses[client, when, "bf16"]
-                cells.append(f"{client} {of_variant.mean():.4f} ± {of_variant.std():.4f}")
-                cells.append(f"minus bf16 {minus.mean():+.4f} ± {minus.std():.4f}")
-            print(f"{when:<7}{variant:<5} n {len(losses)}  {'  '.join(cells)}")
+    losses = pd.DataFrame(records()).pivot(index="seed", columns="variant", values=["before", "after"])
+    for when in ("before", "after"):
+        for variant in losses[when]:
+            of_variant = losses[when, variant]
+            minus = of_variant - losses[when, "fp32"]
+            mean, difference = (f"{v.mean():.4f} ± {v.std():.4f}" for v in (of_variant, minus))
+            print(f"{when:<7}{variant:<5} n {of_variant.count()}  {mean}  minus fp32 {difference}")
 
 
 def main() -> None:
     """Read the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("logits", "run", "table"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(300, 305))
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(300, 303))
+    parser.add_argument("--variants", nargs="+", default=TRAINED, choices=TRAINED)
     options = parser.parse_args()
     if options.command == "run":
-        run(options.seeds)
+        run(options.seeds, options.variants)
     elif options.command == "logits":
         logits()
     else:
