@@ -2,9 +2,11 @@
 
     python benchmarks/loading.py                       # an OLMoE of 1.3 GB with random weights
     python benchmarks/loading.py --gigabytes 4 --expert-parallel 1 8 --dtype bf16
+    python benchmarks/loading.py --gigabytes 4 --dtype bf16 --expert-parallel 1 --quantize nf4 int8
 
 The weights have OLMoE-1B-7B's structure (names, index, shards, per-expert tensors) at a smaller width. Each case runs
-in a process of its own. `kept_mb`: the parameters that the rank holds afterwards; `peak_mb`: the peak memory of the
+in a process of its own, `ubsmoe-nf4` and `ubsmoe-int8` with `model.quantize`. `kept_mb`: what the rank holds afterwards
+(parameters, quantised weights, the buffer that they are dequantised in); `peak_mb`: the peak memory of the
 process minus what it had before, mapped file pages included; `ratio`: peak over kept.
 """
 
@@ -22,7 +24,9 @@ from safetensors.torch import save_file
 from transformers import OlmoeConfig
 
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
+from ubsmoe_ds.moe.frozen import QuantizedExperts
 from ubsmoe_ds.moe.gate import GateConfig
+from ubsmoe_ds.moe.quantized import library
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS, EXPERTS, VOCABULARY = 16, 64, 50304  # of OLMoE-1B-7B
@@ -76,16 +80,21 @@ def save_checkpoint(folder: Path, model: OlmoeConfig, dtype: torch.dtype) -> flo
 def measure(folder: Path, implementation: str, expert_parallel: int, options: argparse.Namespace) -> None:
     """Load once and print the figures."""
     dtype = DTYPES[options.dtype]
+    scheme = implementation.partition("-")[2] or None
+    if scheme:
+        library()  # its own size is no part of the model's
     before, start = resident("VmRSS"), time.perf_counter()
-    if implementation == "ubsmoe":
-        spec = UBSMoESpec(GateConfig(k=8, candidates=16), expert_parallel=expert_parallel)
+    if implementation != "transformers":
+        spec = UBSMoESpec(GateConfig(k=8, candidates=16), expert_parallel=expert_parallel, quantize=scheme)
         model: torch.nn.Module = load(folder, spec, dtype)
     else:
         from transformers import OlmoeForCausalLM
 
         model = OlmoeForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
-    kept = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    kept = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    kept += sum({m.workspace: m.workspace.nbytes for m in model.modules() if isinstance(m, QuantizedExperts)}.values())
+    kept /= 1e6
     record = {"bench": "loading", "impl": implementation, "dtype": options.dtype, "ranks": expert_parallel}
     say(
         record | {"kept_mb": round(kept), "peak_mb": round(peak), "ms": 1e3 * seconds, "ratio": peak / kept},
@@ -99,6 +108,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.2)
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     parser.add_argument("--expert-parallel", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--quantize", nargs="*", default=[], choices=["nf4", "int8"], help="also with these")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)  # folder, implementation, ranks
     add_output_option(parser)
     options = parser.parse_args()
@@ -110,7 +120,9 @@ def main() -> None:
         size = save_checkpoint(Path(name), config(options.gigabytes, options.dtype), DTYPES[options.dtype])
         if not options.json:
             print(f"{machine()}; weights of {size:.2f} GB in {SHARDS} shards", flush=True)
-        for implementation, ranks in [*(("ubsmoe", n) for n in options.expert_parallel), ("transformers", 1)]:
+        ours = ["ubsmoe", *(f"ubsmoe-{scheme}" for scheme in options.quantize)]
+        cases = [(implementation, ranks) for implementation in ours for ranks in options.expert_parallel]
+        for implementation, ranks in [*cases, ("transformers", 1)]:
             again = [*sys.argv[1:], "--case", name, implementation, str(ranks)]
             subprocess.run([sys.executable, __file__, *again], check=True)
 

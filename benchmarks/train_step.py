@@ -13,6 +13,7 @@ answer, through DeepSpeed without ZeRO. `ratio` is relative to our step at the l
                         LoRA rank 8, router trained
     ubsmoe-no_dmr       without modulation        ubsmoe-no_pg    without pseudo-gradients
     ubsmoe-checkpointing  with train.activation_checkpointing
+    ubsmoe-nf4          with model.quantize: nf4      ubsmoe-int8      with int8
     ubsmoe-no_lora      adapters frozen, but still computed: only the router and phi are trained, without PG
     hf_peft             transformers (grouped_mm experts), PEFT's LoRA on the same weights, torch's AdamW; PEFT adds
                         B A to the weights of all experts in every step
@@ -45,7 +46,7 @@ from measuring import (
 from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.config.experiment import Experiment
 
-OURS = ("ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora", "ubsmoe-checkpointing")
+OURS = ("ubsmoe", *(f"ubsmoe-{part}" for part in ("no_dmr", "no_pg", "no_lora", "checkpointing", "nf4", "int8")))
 IMPLEMENTATIONS = (*OURS, "hf_peft")
 VOCABULARY_PER_WIDTH = 50304 / (16 * 2048)
 
@@ -83,6 +84,8 @@ def experiment(path: str, k: int, options: argparse.Namespace, variant: str = "u
         raw["dmr"] = {"enabled": False}
     if variant in ("ubsmoe-no_pg", "ubsmoe-no_lora"):
         raw["pseudo_gradient"] = {"estimator": "none"}
+    if variant in ("ubsmoe-nf4", "ubsmoe-int8"):
+        raw["model"]["quantize"] = variant.removeprefix("ubsmoe-")
     if variant == "ubsmoe-checkpointing":
         raw["train"] = {"activation_checkpointing": True}
     return Experiment.model_validate(raw)

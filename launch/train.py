@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, quoting_rows, whole
@@ -100,6 +101,10 @@ def start(exp: Experiment, arguments: list[str], options: argparse.Namespace) ->
     Raises:
         UserError: for mistakes that show before a process is started.
     """
+    if exp.model.quantize and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantize: {exp.model.quantize!r} needs bitsandbytes, which is missing; pip install '.[quantize]'"
+        )
     launchers.check_launcher(os.environ, sys.argv[0], arguments, exp.world_size)
     check_run_folder(exp, resumes_in_place(exp, options.resume))
     with quoting_rows(options.show_rows):  # of rows that all clients read; ranks never quote those of a site

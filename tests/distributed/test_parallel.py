@@ -59,6 +59,19 @@ VARIANTS = {
         "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1, "gradients": "fp32", "accumulation": 2},
     },
     "bf16_zero2": {"pg": "token_weighted", "deepspeed": {"clip": 0.2, "bf16": True, "zero": 2}},
+    "nf4_clip": {"deepspeed": {"clip": 0.2}, "sections": {"model": {"quantize": "nf4"}}},
+    "nf4_linearised": {"pg": "linearised", "sections": {"model": {"quantize": "nf4"}}},
+    "int8_token_zero2_accumulate": {
+        "pg": "token_weighted",
+        "attention": True,
+        "deepspeed": {"clip": 0.2, "zero": 2, "accumulation": 2},
+        "sections": {"model": {"quantize": "int8"}},
+    },
+    "bf16_nf4_zero1_fp32_gradients": {
+        "pg": "token_weighted",
+        "deepspeed": {"clip": 0.2, "bf16": True, "zero": 1, "gradients": "fp32", "accumulation": 2},
+        "sections": {"model": {"quantize": "nf4"}},
+    },
 }
 DROPPING = {"pg": "token_weighted", "capacity_factor": 0.75, "deepspeed": {"clip": 0.2}}
 DRAWING = {
@@ -134,7 +147,7 @@ def test_layout_trains_like_a_plain_loop(name, trained, expected):
         np.testing.assert_allclose(result[f"{name}/losses"], losses, rtol=0, atol=0.15 if bf16 else 1e-4)
         np.testing.assert_allclose(result[f"{name}/norms"], norms, rtol=0.2 if bf16 else 1e-3)
     experts, distance, without_pg = 8 // ep, 0.0, 0.0
-    plain = expected("clip")[2] if bf16 else values
+    plain = expected("nf4_clip" if "nf4" in name else "clip")[2] if bf16 else values
     for key, value in values.items():
         held = [result[f"{name}/value/{key}"] for result in results]
         whole = np.concatenate(held[:ep]) if ".experts." in key else held[0]

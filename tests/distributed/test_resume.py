@@ -30,6 +30,7 @@ VARIANTS: dict[str, list] = {
     "momentum_sgd": [[*SCAFFOLD, "deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
     "flame": [["method=flame"], 8],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8, 6],
+    "nf4_bf16": [["model.quantize=nf4", "lora.attention=true", *BF16], 8, 6],
     "flora_bf16": [["method=flora", *BF16, *PROX], 8, 6],
     "packed": [
         [

@@ -21,7 +21,11 @@ COMMANDS = {
     "train_step": (
         1,
         ["--layers", "1", "--tokens", "64", "--k", "1", "2", *SMALL],
-        {"ubsmoe", "ubsmoe-no_dmr", "ubsmoe-no_pg", "ubsmoe-no_lora", "ubsmoe-checkpointing", "hf_peft"},
+        {
+            "ubsmoe",
+            "hf_peft",
+            *(f"ubsmoe-{part}" for part in ["no_dmr", "no_pg", "no_lora", "checkpointing", "nf4", "int8"]),
+        },
     ),
     "pseudo_gradient": (
         1,
@@ -29,7 +33,11 @@ COMMANDS = {
         {"none", "expert_mean", "token_weighted", "linearised"},
     ),
     "packing": (1, ["--layers", "1", "--rows", "4", "--steps", "1", *SMALL], {"packed", "padded"}),
-    "loading": (1, ["--gigabytes", "0.8", "--expert-parallel", "1", "--json"], {"ubsmoe", "transformers"}),
+    "loading": (
+        1,
+        ["--gigabytes", "0.8", "--expert-parallel", "1", "--quantize", "nf4", "int8", "--json"],
+        {"ubsmoe", "ubsmoe-nf4", "ubsmoe-int8", "transformers"},
+    ),
     "exchange": (
         3,
         ["--megabytes", "1", "--repeats", "1", "--json"],
@@ -54,4 +62,5 @@ def test_benchmark_runs(name):
     assert all(record["bench"] == name and record["ms"] > 0 for record in records)
     assert all(record["ratio"] > 0 for record in records if record["impl"] != "projection")
     if name == "loading":  # a bound on memory, not on time; no part of the checkpoint is in memory twice
-        assert 1 <= next(record["ratio"] for record in records if record["impl"] == "ubsmoe") < 1.2
+        ratios = {record["impl"]: record["ratio"] for record in records}
+        assert 1 <= ratios["ubsmoe"] < 1.2 and 1 <= ratios["ubsmoe-nf4"] < 1.5 and 1 <= ratios["ubsmoe-int8"] < 1.3

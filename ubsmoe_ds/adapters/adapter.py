@@ -69,6 +69,7 @@ def save_adapter(
         "max_length": str(exp.data.max_length),
         "columns": json.dumps(exp.data.columns),
         "chat_template": exp.data.chat_template or "",
+        "quantize": exp.model.quantize or "",
     }
     if exp.merge.row.stacking:
         replace_files(folder, {WEIGHTS: lambda path: save_file(dict(state), path, metadata=facts)})
@@ -195,7 +196,7 @@ def _base_of_peft(folder: Path) -> str:
 
 
 def load_trained(adapter: Adapter, dtype: torch.dtype = torch.float32) -> UBSMoEForCausalLM:
-    """Load the base model with the adapter on it, all experts on this rank, for evaluation.
+    """Load the base model with the adapter on it, all experts on this rank, for evaluation; quantised as in training.
 
     Args:
         adapter: see `read_adapter`. Without our facts (PEFT's own adapters) the gate is plain Top-K at the config's K.
@@ -230,6 +231,9 @@ def _spec(adapter: Adapter) -> UBSMoESpec:
     experts, lora_rank = config[family.num_experts], max(adapter.lora_rank, 1)
     k_max = _whole(facts, "k_max", config["num_experts_per_tok"], 1, experts)
     k = _whole(facts, "k", k_max, 1, experts)
+    quantize = facts.get("quantize", "")
+    if quantize not in ("", "nf4", "int8"):
+        raise _wrong_fact("quantize", quantize, "nf4, int8 or empty")
     gate = GateConfig(
         k=k,
         candidates=_whole(facts, "candidates", experts, max(k, k_max), experts),
@@ -242,6 +246,7 @@ def _spec(adapter: Adapter) -> UBSMoESpec:
         lora_rank=lora_rank,
         lora_alpha=adapter.scaling * lora_rank,
         lora_attention=any(".attention." in name for name in state),
+        quantize=quantize or None,
     )
 
 

@@ -44,7 +44,7 @@ def tail_norm(store: UnitStore, flat: Tensor, lora_rank: int, first: int) -> flo
     """
     total, ranks = 0.0, dist.get_world_size()
     for block, part in store.parts(flat, lora_rank):
-        if block.base is None:
+        if block.shape is None:
             continue
         A, B = block.split(part, lora_rank).values()
         norm = B[..., first:].norm(dim=(-2, -1)) * A[..., first:, :].norm(dim=(-2, -1))

@@ -28,12 +28,14 @@ from ubsmoe_ds.moe.layer import UBSMoE
 class Block:
     """Consecutive units of one kind: named parameters whose rows side by side are the `rows` units.
 
-    A LoRA block has A, stacked or not, then B, and `base`, the frozen weight they adapt; its units hold the first LoRA
-    ranks of both. `group` is set where other ranks hold other rows; `first` is the number of the first row here.
+    A LoRA block has A, stacked or not, then B; `shape` is that of the frozen weight they adapt, and `base` this weight,
+    unless it is quantised. Its units hold the first LoRA ranks of both. `group` is set where other ranks hold other
+    rows; `first` is the number of the first row here.
     """
 
     parameters: dict[str, nn.Parameter]
     rows: int
+    shape: tuple[int, ...] | None = None
     base: Tensor | None = None
     group: ProcessGroup | None = None
     first: int = 0
@@ -50,13 +52,13 @@ class Block:
 
     def numel(self, lora_rank: int) -> int:
         """Return its elements in the held buffer."""
-        if self.base is None:
+        if self.shape is None:
             return sum(p.numel() for p in self.parameters.values())
-        return self.rows * lora_rank * sum(self.base.shape[-2:])
+        return self.rows * lora_rank * sum(self.shape[-2:])
 
     def join(self, values: Sequence[Tensor], lora_rank: int, out: Tensor | None = None) -> Tensor:
         """Lay values of the parameters' shapes out as in the held buffer, if given in `out`, the block's part of it."""
-        if self.base is not None:
+        if self.shape is not None:
             values = [values[0][..., :lora_rank, :], values[1][..., :lora_rank]]
         rows = None if out is None else out.view(self.rows, -1)
         return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1, out=rows).reshape(-1)
@@ -64,7 +66,7 @@ class Block:
     def split(self, flat: Tensor, lora_rank: int) -> dict[str, Tensor]:
         """Return the values of each parameter, LoRA factors at the buffer's LoRA rank; the inverse of `join`."""
         shapes = [p.shape for p in self.parameters.values()]
-        if self.base is not None:
+        if self.shape is not None:
             A_shape, B_shape = shapes
             shapes = [torch.Size([*A_shape[:-2], lora_rank, A_shape[-1]]), torch.Size([*B_shape[:-1], lora_rank])]
         columns = [shape.numel() // self.rows for shape in shapes]
@@ -121,7 +123,7 @@ class UnitStore:
         self._turn: Loaded | None = None
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
-                if block.base is not None:
+                if block.shape is not None:
                     part.zero_()
 
     @property
@@ -161,7 +163,7 @@ class UnitStore:
             return flat
         pieces = []
         for block, part in self.parts(flat, old_rank):
-            if block.base is None:
+            if block.shape is None:
                 pieces.append(part)
                 continue
             A, B = block.split(part, old_rank).values()
@@ -183,13 +185,13 @@ class UnitStore:
         for (block, shared), (_, change) in zip(
             self.parts(self.shared, old_rank), self.parts(difference, new_rank), strict=True
         ):
-            if block.base is not None and self.stacking:
+            if block.shape is not None and self.stacking:
                 # W <- W + B A, then a new A and B = 0: the shared state of the adapters stays zero
                 A, B = block.split(change, new_rank).values()
                 self._merge_into_base(block, B, A)
                 parts.append(shared)
                 continue
-            if block.base is not None:  # cut the shared state to the new LoRA rank before the reply is added
+            if block.shape is not None:  # cut the shared state to the new LoRA rank before the reply is added
                 shared = block.join(list(block.split(shared, old_rank).values()), new_rank)
             parts.append(shared + change)
         self.shared = torch.cat(parts)
@@ -248,9 +250,9 @@ class UnitStore:
                 self.blocks.append(Block({f"{name}.router.weight": router}, 1))
         for adapter in adapters:
             if adapter.moe is None:
-                m, n = adapter.base.shape
+                m, n = adapter.shape
                 self.units.append(Unit(adapter.name, "lora", lora=(m, n)))
-                self.blocks.append(Block(_factors(adapter), 1, adapter.base))
+                self.blocks.append(Block(_factors(adapter), 1, adapter.shape, adapter.base))
         if layer is not None and dmr:
             self.units.append(Unit(f"{name}.phi", "phi", layer.gate.phi.numel(), layer=number))
             self.blocks.append(Block({f"{name}.phi": layer.gate.phi}, 1))
@@ -259,12 +261,14 @@ class UnitStore:
         """Add LoRA of one projection of all experts of the `number`-th UB-SMoE layer."""
         group = layer.deepspeed_moe.ep_group if layer.ep_size > 1 else None
         before, projection = adapter.name.rsplit(".", 1)
-        _, m, n = adapter.base.shape
+        _, m, n = adapter.shape
         self.units += [
             Unit(f"{before}.{e}.{projection}", "lora", expert=e, lora=(m, n), layer=number)
             for e in range(layer.num_experts)
         ]
-        self.blocks.append(Block(_factors(adapter), len(adapter.A), adapter.base, group, layer.experts.first))
+        self.blocks.append(
+            Block(_factors(adapter), len(adapter.A), adapter.shape, adapter.base, group, layer.experts.first)
+        )
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""

@@ -79,6 +79,7 @@ def client_spec(exp: Experiment, config: ClientConfig, group_rank: int) -> UBSMo
         lora_alpha=exp.lora_alpha(exp.lora.rank if exp.takes_turns else exp.lora_rank(config)),
         lora_attention=exp.lora.attention,
         router_trainable=exp.router.trainable,
+        quantize=exp.model.quantize,
         expert_parallel=config.expert_parallel,
         expert_rank=group_rank % config.expert_parallel,
         seed=exp.seed,

@@ -123,6 +123,11 @@ def _merge_problems(exp: Settings) -> list[str]:
             f"lora.prune_penalty: {exp.lora.prune_penalty} does not work with merge.rule {rule!r}, whose adapters "
             "start anew each round; set it to 0"
         )
+    if exp.model.quantize and exp.merge.row.stacking:
+        found.append(
+            f"model.quantize: {exp.model.quantize!r} does not work with merge.rule {rule!r}, which writes into the "
+            "frozen weights each round; leave it out, or use another rule"
+        )
     if exp.lora.start and exp.merge.row.stacking:
         found.append(
             f"lora.from: {exp.lora.start!r} does not work with merge.rule {rule!r}, whose adapters start anew each "

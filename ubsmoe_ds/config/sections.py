@@ -88,6 +88,9 @@ class ModelConfig(Section):
     )
 
     k_max: PositiveInt | None = Field(None, description="K_max; null: the model's `num_experts_per_tok`")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, description="keep the frozen experts and linear layers in 4 or 8 bits; null: in fp32, or bf16 with `bf16`"
+    )
     min_capacity: PositiveInt = Field(4, description="least slots of an expert when tokens are dropped (DeepSpeed's)")
 
     @field_validator("path")

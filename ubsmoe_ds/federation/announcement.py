@@ -16,7 +16,7 @@ GROUPED_PRODUCTS = (9, 10)  # majors of CUDA's compute capability where torch mu
 
 
 def headline(exp: Experiment, client: Client) -> str:
-    """Return one line that sums up the run: method, clients, K, LoRA ranks, adapter size, rounds."""
+    """Return one line that sums up the run: method, clients, K, quantised weights, LoRA ranks, adapter size, rounds."""
     all_ks = [exp.active_experts(client) for client in exp.clients]
     ks = " ".join(map(str, sorted(set(all_ks)) if exp.takes_turns else all_ks))
     who = f"{len(exp.clients)} clients"
@@ -25,12 +25,13 @@ def headline(exp: Experiment, client: Client) -> str:
     where = f"{exp.world_size} ranks"
     if exp.groups is not None:
         where += f" in {len(exp.groups)} group{'s' if len(exp.groups) > 1 else ''}"
+    quantized = f", weights in {exp.model.quantize}" if exp.model.quantize else ""
     ranks = " ".join(map(str, dict.fromkeys(exp.lora_ranks)))
     shape = model_shape(client.hf_config, lora_rank=exp.lora.rank, lora_attention=exp.lora.attention)
     adapter = trainable_parameters(shape, exp.router.trainable)
     return (
         f"{exp.name}: {exp.method}, {who} on {where} ({client.device.type}), "
-        f"K {ks} of {exp.num_experts} experts, LoRA rank {ranks}, "
+        f"K {ks} of {exp.num_experts} experts{quantized}, LoRA rank {ranks}, "
         f"adapter {adapter / 1e6:.2f} M parameters, rounds {exp.train.rounds}"
     )
 

@@ -19,10 +19,11 @@ from transformers.core_model_loading import WeightConverter
 
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.family import Family
-from ubsmoe_ds.models.stored import DOWN, GATE_UP, projections, stacked_shapes, unstacked
+from ubsmoe_ds.models.stored import BIAS, DOWN, GATE_UP, projections, stacked_shapes, unstacked
 from ubsmoe_ds.moe.activations import SWIGLU, Activation, ClampedSwish
 from ubsmoe_ds.moe.expert_mlp import route_rows
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.frozen import Sizes, Views, WholeExperts
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
 from ubsmoe_ds.moe.router import Router
 
@@ -243,9 +244,7 @@ def _computed(
     for parameter in theirs.parameters():
         parameter.data.normal_(generator=generator).mul_(0.5)
     ours = StackedExperts(
-        (2, PROBE_WIDTH, config.hidden_size),
-        torch.float32,
-        lora_rank=1,
+        WholeExperts(Sizes(2, PROBE_WIDTH, config.hidden_size, 1, family.experts.biased), torch.float32),
         full_rank=1,
         alpha=1.0,
         group_name="",
@@ -253,7 +252,6 @@ def _computed(
         num_experts=2,
         first=0,
         activation=activation_of(config, family),
-        biased=family.experts.biased,
     )
     copy_experts(theirs, family, ours)
     index_T1 = torch.arange(len(x_TD)).unsqueeze(1) % 2
@@ -267,11 +265,15 @@ def _computed(
 def copy_experts(theirs: nn.Module, family: Family, ours: StackedExperts) -> None:
     """Copy the weights of all of transformers' stacked experts to those of this rank."""
     local = slice(ours.first, ours.first + ours.num_local_experts)
-    targets = ours.base(), ours.bias()
-    for name in stacked_shapes(family, 1, 1, 1):
-        value = getattr(theirs, name).data[local]
-        for part, view in unstacked(value, name, family.experts).items():
-            targets[name.endswith("_bias")][part].copy_(view)
+
+    def read(base: Views, bias: Views) -> None:
+        for name in stacked_shapes(family, 1, 1, 1):
+            targets = bias if name.endswith(BIAS) else base
+            for part, view in unstacked(getattr(theirs, name).data[local], name, family.experts).items():
+                if part in targets:
+                    targets[part].copy_(view)
+
+    ours.frozen.fill(read)
 
 
 def _check_names(hf: PreTrainedModel, family: Family) -> None:

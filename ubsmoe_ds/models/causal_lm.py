@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hf_config import check_window, sliding_window
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.frozen import QuantizedExperts
 from ubsmoe_ds.moe.layer import UBSMoE
+from ubsmoe_ds.moe.quantized import QuantizedLinear
 
 ATTENTION_PROJECTIONS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.attention))
 # operations whose results activation checkpointing keeps: [T, D] each, and costly to compute again
@@ -35,7 +37,12 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus s B A x, for attention; the experts have their own stacked form."""
 
     def __init__(
-        self, base: nn.Linear, lora_rank: int, full_rank: int, alpha: float, generator: torch.Generator
+        self,
+        base: nn.Linear | QuantizedLinear,
+        lora_rank: int,
+        full_rank: int,
+        alpha: float,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.base = base
@@ -61,7 +68,8 @@ class LoraAdapter(NamedTuple):
     name: such as "layers.0.experts.gate" or "layers.0.attention.q_proj"
     decoder: index of its decoder layer
     A, B: [E, R, I] and [E, O, R] of experts, [R, I] and [O, R] of attention
-    base: the frozen weight, [E, O, I] or [O, I]
+    shape: of the frozen weight, [E, O, I] or [O, I]
+    base: that weight; None where it is quantised, and nothing can be merged into it
     moe: the UB-SMoE layer of experts, which may be spread over ranks; None for attention, which every rank holds
     draw: draws a new A at the full LoRA rank, fp32 on the CPU; the adapters of a decoder share one generator, in order
     """
@@ -70,7 +78,8 @@ class LoraAdapter(NamedTuple):
     decoder: int
     A: nn.Parameter
     B: nn.Parameter
-    base: Tensor
+    shape: tuple[int, ...]
+    base: Tensor | None
     moe: UBSMoE | None
     draw: Callable[[torch.Generator], Tensor]
 
@@ -183,16 +192,24 @@ class UBSMoEForCausalLM(nn.Module):
         for index, decoder in enumerate(self.decoders):
             layer, attention = moe_of(decoder), getattr(decoder, "self_attn", None)
             if layer is not None:
-                experts, base = layer.experts, layer.experts.base()
+                experts, frozen = layer.experts, layer.experts.frozen
+                base = {} if isinstance(frozen, QuantizedExperts) else frozen.base()
                 for name, (A, B) in experts.factors().items():
-                    draw = partial(experts.draw_adapter, name)
-                    yield LoraAdapter(f"layers.{index}.experts.{name}", index, A, B, base[name], layer, draw)
+                    shape, draw = frozen.sizes.projections[name], partial(experts.draw_adapter, name)
+                    yield LoraAdapter(f"layers.{index}.experts.{name}", index, A, B, shape, base.get(name), layer, draw)
             for name in FAMILIES[self.hf.config.model_type].attention:
                 linear = getattr(attention, name, None)
                 if isinstance(linear, LoraLinear):
-                    A, B, weight = linear.lora_A, linear.lora_B, linear.base.weight
+                    weight, whole_name = linear.base.weight, f"layers.{index}.attention.{name}"
                     yield LoraAdapter(
-                        f"layers.{index}.attention.{name}", index, A, B, weight, None, linear.draw_adapter
+                        whole_name,
+                        index,
+                        linear.lora_A,
+                        linear.lora_B,
+                        tuple(weight.shape),
+                        weight if isinstance(weight, Tensor) else None,
+                        None,
+                        linear.draw_adapter,
                     )
 
     def tail_penalty(self, first: int) -> Tensor:
@@ -212,7 +229,7 @@ class UBSMoEForCausalLM(nn.Module):
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors that training changes, of the experts this rank's, by the names of the units.
 
-        Frozen weights of adapted projections are included, because FLoRA merges into them.
+        Frozen weights of adapted projections are included, because FLoRA merges into them, unless they are quantised.
         """
         state: dict[str, Tensor] = {}
         for index, decoder in enumerate(self.decoders):
@@ -222,7 +239,7 @@ class UBSMoEForCausalLM(nn.Module):
                 state |= {f"layers.{index}.{name}": value for name, value in values.items() if value is not None}
         for adapter in self.adapters():
             values = {"lora_A": adapter.A, "lora_B": adapter.B, "weight": adapter.base}
-            state |= {f"{adapter.name}.{ending}": value for ending, value in values.items()}
+            state |= {f"{adapter.name}.{end}": value for end, value in values.items() if isinstance(value, Tensor)}
         return state
 
     def router_biases(self) -> dict[str, Tensor]:

@@ -45,8 +45,10 @@ from ubsmoe_ds.models.stored import (
 )
 from ubsmoe_ds.models.weights import WeightFiles
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.frozen import FrozenExperts, QuantizedExperts, Sizes, WholeExperts, Workspace
 from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
 from ubsmoe_ds.moe.layer import UBSMoE
+from ubsmoe_ds.moe.quantized import QuantizedLinear
 
 Fill = Callable[[StackedExperts], None]  # copies the frozen weights and biases of the experts of this rank into them
 
@@ -57,6 +59,7 @@ class UBSMoESpec:
 
     gate: settings of every layer's gate.
     full_rank: LoRA rank of the shared adapters, of which this client's are the first part; None: `lora_rank`.
+    quantize: how experts and linear layers are kept, see `QuantizedWeight`; None: as they are.
     expert_parallel, expert_rank: ranks that share the experts, and this rank's position among them.
     """
 
@@ -66,6 +69,7 @@ class UBSMoESpec:
     lora_alpha: float = 16.0
     lora_attention: bool = False
     router_trainable: bool = True
+    quantize: str | None = None
     expert_parallel: int = 1
     expert_rank: int = 0
     seed: int = 0
@@ -80,7 +84,7 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     Args:
         folder: config.json and safetensors; see `WeightFiles`.
         spec: what to add.
-        dtype: precision of the frozen weights.
+        dtype: precision of the frozen weights, or of what they are dequantised to.
 
     Raises:
         UserError: if something is missing, damaged or unsupported.
@@ -94,9 +98,13 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
     setattr(hf.config, family.num_experts, num_experts)
     hf.config.num_experts_per_tok = config.num_experts_per_tok
     kept, blocks = _parts(hf, family)
-    for name, value in kept.items():
+    linears = _linears(hf, family) if spec.quantize else {}
+    for name in [*kept]:
         if name in files:
-            files.read_into(value, name)
+            files.read_into(kept[name], name)
+        del kept[name]
+        if name in linears:  # one after the other, so that what is read takes little memory beside what is kept
+            _quantize(hf, linears[name], spec)
     if is_tied(hf):
         read_head(files, hf)
     for layer, block in blocks.items():
@@ -106,7 +114,10 @@ def load(folder: Path, spec: UBSMoESpec, dtype: torch.dtype = torch.float32) -> 
             set_tensor(block, name, value)
 
     def source(layer: int) -> Fill:
-        return lambda ours: read_experts(files, family, layer, ours.base(), ours.bias(), ours.first)
+        def fill(ours: StackedExperts) -> None:
+            ours.frozen.fill(lambda base, bias: read_experts(files, family, layer, base, bias, ours.first))
+
+        return fill
 
     return replace_blocks(hf, family, spec, source)
 
@@ -135,6 +146,33 @@ def _parts(hf: PreTrainedModel, family: Family) -> tuple[dict[str, Tensor], dict
         if not replaced and not (name == HEAD and is_tied(hf)):
             kept[family.usual_name(name)] = value
     return kept, blocks
+
+
+def _linears(hf: PreTrainedModel, family: Family) -> dict[str, str]:
+    """Return the paths of the linear layers that are quantised, by their weights' usual names.
+
+    They are all of the decoder layers that stay, but for the gate of a shared expert.
+    """
+    modules = dict(hf.named_modules())
+    names = [name.removesuffix(".weight") for name in hf.state_dict() if name.startswith("model.layers.")]
+    gates = tuple(f".{family.module}.{name}" for name in family.shared[1:])
+    kept, _ = _parts(hf, family)
+    return {
+        family.usual_name(f"{path}.weight"): path
+        for path in names
+        if isinstance(modules.get(path), nn.Linear)
+        and family.usual_name(f"{path}.weight") in kept
+        and not path.endswith(gates)
+    }
+
+
+def _quantize(hf: PreTrainedModel, path: str, spec: UBSMoESpec) -> None:
+    """Replace a linear layer."""
+    assert spec.quantize is not None
+    parent, _, name = path.rpartition(".")
+    linear = hf.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    setattr(hf.get_submodule(parent), name, QuantizedLinear(linear, spec.quantize))
 
 
 def _prefixes(names: Iterable[str]) -> tuple[str, ...]:
@@ -188,8 +226,10 @@ def replace_blocks(
         raise UserError(f"expert_parallel: {spec.expert_parallel} does not divide the model's {num_experts} experts")
     if family.experts.activation == "swiglu" and config.hidden_act not in SILU:
         raise UserError(f"model.path: hidden_act {config.hidden_act!r} is not supported; the experts are SwiGLU (silu)")
+    for path in _linears(hf, family).values() if spec.quantize else ():  # of a model that was not read from files
+        _quantize(hf, path, spec)
     hf.requires_grad_(False)
-    compared = False
+    compared, workspace = False, Workspace()
     for layer, decoder in enumerate(hf.model.layers):
         generator = lora_generator(spec.seed, layer)
         if _is_moe(decoder, family):
@@ -198,7 +238,7 @@ def replace_blocks(
             if not compared:
                 check_same(block, hf, family)
                 compared = True
-            setattr(decoder, family.module, convert_block(block, config, spec, generator, source(layer)))
+            setattr(decoder, family.module, convert_block(block, config, spec, generator, source(layer), workspace))
         if spec.lora_attention:
             _add_attention_lora(decoder, family, spec, generator)
     model = UBSMoEForCausalLM(hf)
@@ -216,7 +256,12 @@ def _add_attention_lora(decoder: nn.Module, family: Family, spec: UBSMoESpec, ge
 
 
 def convert_block(
-    block: Any, config: PreTrainedConfig, spec: UBSMoESpec, generator: torch.Generator, fill: Fill
+    block: Any,
+    config: PreTrainedConfig,
+    spec: UBSMoESpec,
+    generator: torch.Generator,
+    fill: Fill,
+    workspace: Workspace | None = None,
 ) -> UBSMoE:
     """Convert one MoE block of transformers, which `check_block` has seen.
 
@@ -226,6 +271,7 @@ def convert_block(
         spec: what to add.
         generator: draws the adapters.
         fill: brings the frozen weights of this rank's experts.
+        workspace: of the model, where quantised experts are dequantised; None: one of the block's own.
 
     Raises:
         UserError: as `router_of`, and if more experts are active than the router chooses of.
@@ -242,10 +288,14 @@ def convert_block(
     fill_gate(gate, block, family)
     gate.wg.weight.requires_grad_(spec.router_trainable)
     count = num_experts // spec.expert_parallel
+    sizes = Sizes(count, width, config.hidden_size, spec.lora_rank, family.experts.biased)
+    dtype = block.experts.down_proj.dtype
+    if spec.quantize is None:
+        frozen: FrozenExperts = WholeExperts(sizes, dtype)
+    else:
+        frozen = QuantizedExperts(sizes, dtype, spec.quantize, workspace or Workspace())
     experts = StackedExperts(
-        (count, width, config.hidden_size),
-        block.experts.down_proj.dtype,
-        lora_rank=spec.lora_rank,
+        frozen,
         full_rank=spec.full_rank or spec.lora_rank,
         alpha=spec.lora_alpha,
         group_name=f"ep_size_{spec.expert_parallel}",
@@ -253,7 +303,6 @@ def convert_block(
         num_experts=num_experts,
         first=spec.expert_rank * count,
         activation=activation_of(config, family),
-        biased=family.experts.biased,
     )
     fill(experts)
     return UBSMoE(gate, experts, spec.expert_parallel, shared_of(block, family), returns_pair=family.returns_pair)

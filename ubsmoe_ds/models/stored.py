@@ -100,20 +100,22 @@ def read_experts(
     bias: Mapping[str, Tensor],
     first: int,
 ) -> None:
-    """Read a layer's experts from a first one on into views, as `StackedExperts.base` and `.bias` give them.
+    """Read a layer's experts from a first one on into views of some or all projections, see `FrozenExperts.fill`.
 
     Raises:
         UserError: as `WeightFiles.read_into`.
     """
-    inside, count = f"{block_name(family, layer)}.experts", len(base["down"])
-    width, hidden = base["gate"].shape[1:]
+    inside, some = f"{block_name(family, layer)}.experts", next(iter(base.values()))
+    width, hidden = some.shape[1:] if "gate" in base else reversed(some.shape[1:])
     shapes, parts_of = stacked_shapes(family, 1, width, hidden), projections(family)
     for stacked, shape in shapes.items():
         targets = bias if stacked.endswith(BIAS) else base
-        for local in range(count):
+        if not parts_of[stacked.removesuffix(BIAS)].keys() <= targets.keys():
+            continue
+        for local in range(len(some)):
             expert = first + local
             if f"{inside}.{stacked}" in files:
-                value = torch.empty(shape, dtype=targets["down"].dtype)
+                value = torch.empty(shape, dtype=some.dtype)
                 files.read_into(value, f"{inside}.{stacked}", (slice(expert, expert + 1),))
                 for ours, view in unstacked(value, stacked, family.experts).items():
                     targets[ours][local].copy_(view[0])

@@ -65,20 +65,24 @@ def route_rows(index_KT: Tensor, location_KT: Tensor, kept_E: Tensor, num_rows: 
     return Rows(ends_E.int(), token_N[:-1], slot_TK, kept_KT.t().contiguous())
 
 
-def room(experts: int, outputs: int, inputs: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros for [[W, s B, b], [A, 0, 0]], with W [outputs, inputs] and `columns` columns behind it, aligned."""
-    return torch.zeros(experts, _aligned(outputs + columns), _aligned(inputs + columns), dtype=dtype)
+def room(experts: int, outputs: int, inputs: int, columns: int) -> tuple[int, int, int]:
+    """Return the shape of [[W, s B, b], [A, 0, 0]], with W [outputs, inputs] and `columns` columns behind it, aligned.
+
+    What is not W, s B, b or A is zero.
+    """
+    return experts, _aligned(outputs + columns), _aligned(inputs + columns)
 
 
 class Weights(NamedTuple):
     """The local experts' frozen weights, extended by the scaled LoRA factors.
 
-    gate_up: [[W_gate, s B_gate, 0], [W_up, 0, s B_up], [A_gate, 0, 0], [A_up, 0, 0]]; down: [[W, s B], [A, 0]]
+    gate_up: gives [[W_gate, s B_gate, 0], [W_up, 0, s B_up], [A_gate, 0, 0], [A_up, 0, 0]]; down: [[W, s B], [A, 0]].
+    A matrix is valid until the next is asked for, because quantised weights have one buffer for all.
     biased: whether the column behind s B holds biases
     """
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Callable[[], Tensor]
+    down: Callable[[], Tensor]
     width: int  # D
     hidden: int  # F
     lora_rank: int
@@ -111,7 +115,8 @@ class ExpertMLP(torch.autograd.Function):
         weight_TK: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        gate_up, down, width, hidden, rank, _, activation, biased = weights
+        _, _, width, hidden, rank, _, activation, biased = weights
+        gate_up = weights.gate_up()
         # [x, A x] of each row
         xt_NI = _with_tail(x_TD, len(x_TD) if rows.token_N is None else len(rows.token_N), gate_up.shape[2], width)
         x_ND, xa_NQ = xt_NI[:, :width], xt_NI[:, width : width + 2 * rank]
@@ -124,6 +129,7 @@ class ExpertMLP(torch.autograd.Function):
         if observer.forward is not None:
             observer.forward(x_ND, gate_up_NO)
         # [h, A h] with h = a(g) b(u), silu(g) u for most
+        down = weights.down()
         ht_NI = _with_tail(x_TD, len(xt_NI), down.shape[2], hidden)
         h_NF, ha_NQ = ht_NI[:, :hidden], ht_NI[:, hidden : hidden + rank]
         factor_NF = activation.factor(gate_up_NO[:, :hidden])
@@ -150,7 +156,8 @@ class ExpertMLP(torch.autograd.Function):
         rows, weights = ctx.rows, ctx.weights
         learning = any(ctx.needs_input_grad[5:])
         # down: dL/dh before the route's weight, and dL/dweight = dL/dh . h without a bias
-        dy_ND, dya_NQ, dh_NF = _through_down(gradients[0], weights, rows, gate_up_NO)
+        down = weights.down()
+        dy_ND, dya_NQ, dh_NF = _through_down(gradients[0], down, weights, rows, gate_up_NO)
         up_NF, h_NF = gate_up_NO[:, weights.hidden :], _aligned_empty(gate_up_NO, weights.hidden)
         weights.activation.hidden(factor_NF, up_NF, out=h_NF)
         dweight_TK = None
@@ -158,7 +165,7 @@ class ExpertMLP(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 dot_N = torch.linalg.vecdot(dh_NF, h_NF)
                 if weights.biased:  # dL/dweight = dy . (W h + s B A h + b)
-                    dot_N = dot_N + torch.linalg.vecdot(dy_ND, _down_bias(weights, rows, len(dy_ND)))
+                    dot_N = dot_N + torch.linalg.vecdot(dy_ND, _down_bias(down, weights, rows, len(dy_ND)))
                 dweight_TK = torch.where(rows.kept_TK, dot_N[rows.slot_TK], 0.0)
             # the route's weight scales dy: taken into dL/dh, and into one factor each of dA and dB
             weight_N1 = _of_rows(weight_TK, rows).unsqueeze(1)
@@ -168,14 +175,14 @@ class ExpertMLP(torch.autograd.Function):
             down_A = _product(_aligned_copy(dya_NQ).t(), h_NF, rows)
             down_B = _product(_aligned_copy(ha_NQ * weights.scaling).t(), dy_ND, rows).mT
         # the activation: dL/dg and dL/du, [dh u silu'(g), dh silu(g)] for most, with an empty tail
-        dgut_NO = _with_tail(gate_up_NO, len(gate_up_NO), weights.gate_up.shape[1], 2 * weights.hidden)
+        gate_up, width = weights.gate_up(), weights.width
+        dgut_NO = _with_tail(gate_up_NO, len(gate_up_NO), gate_up.shape[1], 2 * weights.hidden)
         dgate_NF, dup_NF = dgut_NO[:, : 2 * weights.hidden].split(weights.hidden, dim=1)
         weights.activation.backward(dh_NF, factor_NF, gate_up_NO[:, : weights.hidden], up_NF, dgate_NF, dup_NF)
         dgu_NO, dgua_NQ = dgut_NO[:, : 2 * weights.hidden], dgut_NO[:, 2 * weights.hidden :][:, : 2 * weights.lora_rank]
         if ctx.observer.backward is not None:
             ctx.observer.backward(h_NF, dgu_NO)
         # gate and up: the tail s B^T dgu, then dL/dx = W^T dgu + A^T (s B^T dgu), summed over a token's routes
-        gate_up, width = weights.gate_up, weights.width
         dgua_NQ.copy_(_product(dgu_NO, gate_up[:, : 2 * weights.hidden, width : width + 2 * weights.lora_rank], rows))
         dx = None
         if ctx.needs_input_grad[3]:
@@ -203,9 +210,11 @@ def _(h_NI: Tensor, down_EID: Tensor, ends_E: Tensor, slot_TK: Tensor, weight_TK
     return h_NI.new_empty(len(slot_TK), down_EID.shape[2])
 
 
-def _through_down(dy_TD: Tensor, weights: Weights, rows: Rows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _through_down(
+    dy_TD: Tensor, down: Tensor, weights: Weights, rows: Rows, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dy, s B^T dy, dL/dh = W^T dy + A^T (s B^T dy)) of each row, without the routes' weights."""
-    _, down, width, hidden, rank, *_ = weights
+    width, hidden, rank = weights.width, weights.hidden, weights.lora_rank
     dyt_NO = _with_tail(like, len(like), down.shape[1], width)
     dy_ND, dya_NQ = dyt_NO[:, :width], dyt_NO[:, width : width + rank]
     _take(dy_TD, rows.token_N, dy_ND)
@@ -214,13 +223,12 @@ def _through_down(dy_TD: Tensor, weights: Weights, rows: Rows, like: Tensor) -> 
     return dy_ND, dya_NQ, _product(dyt_NO, down[:, :, :hidden], rows)
 
 
-def _down_bias(weights: Weights, rows: Rows, num_rows: int) -> Tensor:
+def _down_bias(down: Tensor, weights: Weights, rows: Rows, num_rows: int) -> Tensor:
     """Return the bias of each row's expert, [N, D]."""
-    _, down, width, hidden, rank, *_ = weights
     expert_N = torch.searchsorted(
         rows.ends_E, torch.arange(num_rows, device=down.device, dtype=torch.int32), right=True
     )
-    return down[:, :width, hidden + rank][expert_N.clamp_(max=len(down) - 1)]
+    return down[:, : weights.width, weights.hidden + weights.lora_rank][expert_N.clamp_(max=len(down) - 1)]
 
 
 def _gate_up_gradients(

@@ -1,4 +1,4 @@
-"""One rank's frozen gated experts with LoRA: the parameters for `expert_mlp.py`, and the moments summed up on them.
+"""One rank's gated experts with LoRA: the parameters for `expert_mlp.py`, and the moments summed up on them.
 
 Shapes: E local experts, P ranks, C slots per rank, N rows, S sampled rows, T tokens, K experts per token,
 D model width, F expert width, R LoRA rank, X = 3 F + 1.
@@ -11,21 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ubsmoe_ds.moe.activations import SWIGLU, Activation
-from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights, room
+from ubsmoe_ds.moe.expert_mlp import ExpertMLP, Observer, Rows, Weights
+from ubsmoe_ds.moe.frozen import FrozenExperts, Views
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
 
 class StackedExperts(nn.Module):
-    """The experts that one rank holds: W frozen [E, out, in], LoRA A [E, R, in] and B [E, out, R] trainable.
+    """The experts that one rank holds: frozen weights, LoRA A [E, R, in] and B [E, out, R] trainable.
 
     A starts uniform as in PEFT (kaiming, a = sqrt 5) and B at zero, so that the model starts as the base model.
-    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`). Frozen weights start at zero;
-    the loader fills them in place through `base()`.
+    Every parameter carries DeepSpeed's marks of an expert (`allreduce`, `group_name`).
 
     Args:
-        shape: E, F and D.
-        dtype: precision of the frozen weights; adapters start in fp32.
-        lora_rank: R.
+        frozen: the weights, with the sizes; adapters start in fp32.
         full_rank: LoRA rank of the shared adapters; A is drawn at this rank and cut, so that clients start alike.
         alpha: LoRA's alpha; the product B A is scaled by s = alpha / R.
         group_name: DeepSpeed's name of the expert group, "ep_size_N".
@@ -33,15 +31,12 @@ class StackedExperts(nn.Module):
         num_experts: experts of the whole model.
         first: global index of the first local expert.
         activation: of the hidden units.
-        biased: whether every projection has a frozen bias.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        frozen: FrozenExperts,
         *,
-        lora_rank: int,
         full_rank: int,
         alpha: float,
         group_name: str,
@@ -49,27 +44,22 @@ class StackedExperts(nn.Module):
         num_experts: int,
         first: int,
         activation: Activation = SWIGLU,
-        biased: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.biased = activation, biased
-        self.lora_rank, self.scaling = lora_rank, alpha / lora_rank
+        self.frozen, self.activation = frozen, activation
+        self.num_local_experts, self.hidden, self.width, self.lora_rank, self.biased = frozen.sizes
+        self.scaling = alpha / self.lora_rank
         self.first, self.num_experts, self.full_rank = first, num_experts, full_rank
-        self.num_local_experts, self.hidden, self.width = shape
         self.on_backward: Callable[[Tensor, Tensor], None] | None = None  # see `expert_mlp.Observer`
         self.moments: Moments | None = None  # of the local experts, used by pseudo-gradients
         self.moment_sums_EX: Tensor | None = None  # where set, sums of three moments [E, F] and a count
         self.recomputing = False  # a pass that repeats one for its backward
         self.moment_every = 1  # one of so many rows is looked at for moments
-        gate_up = room(self.num_local_experts, 2 * self.hidden, self.width, 2 * lora_rank + biased, dtype)
-        down = room(self.num_local_experts, self.width, self.hidden, lora_rank + biased, dtype)
-        self.gate_up, self.down = nn.Parameter(gate_up, requires_grad=False), nn.Parameter(down, requires_grad=False)
-        for name in PROJECTIONS:
-            A_ERI, outputs = self.draw_adapter(name, generator), self.base()[name].shape[1]
-            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI[:, :lora_rank].clone()))
-            self.register_parameter(
-                f"{name}_lora_B", nn.Parameter(torch.zeros(self.num_local_experts, outputs, lora_rank))
-            )
+        for name, (_, outputs, _) in frozen.sizes.projections.items():
+            A_ERI = self.draw_adapter(name, generator)[:, : self.lora_rank].clone()
+            B_EOR = torch.zeros(self.num_local_experts, outputs, self.lora_rank)
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A_ERI))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(B_EOR))
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]
@@ -80,7 +70,7 @@ class StackedExperts(nn.Module):
         Returns:
             [E local, full LoRA rank, in], fp32 on the CPU.
         """
-        inputs = self.base()[name].shape[2]
+        inputs = self.frozen.sizes.projections[name][2]
         bound = 1 / math.sqrt(inputs)  # kaiming uniform with a = sqrt 5
         A_all = torch.empty(self.num_experts, self.full_rank, inputs).uniform_(-bound, bound, generator=generator)
         return A_all[self.first : self.first + self.num_local_experts]
@@ -88,31 +78,20 @@ class StackedExperts(nn.Module):
     def start_moments(self, every: int) -> None:
         """Start summing up moments over a sample of 1 / `every` of the training rows."""
         self.moment_every = every
-        self.moment_sums_EX = torch.zeros(self.num_local_experts, 3 * self.hidden + 1, device=self.down.device)
+        device = self.factors()["gate"][0].device
+        self.moment_sums_EX = torch.zeros(self.num_local_experts, 3 * self.hidden + 1, device=device)
 
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the live parameters (A, B) of each projection."""
         return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}
 
-    def base(self) -> dict[str, Tensor]:
-        """Return a view of each projection's frozen weight: "gate", "up" [E, F, D], "down" [E, D, F]."""
-        gate_up = self.gate_up.data[:, : 2 * self.hidden, : self.width]
-        return {
-            "gate": gate_up[:, : self.hidden],
-            "up": gate_up[:, self.hidden :],
-            "down": self.down.data[:, : self.width, : self.hidden],
-        }
+    def base(self) -> Views:
+        """Return each projection's frozen weight: "gate", "up" [E, F, D], "down" [E, D, F]; see `FrozenExperts`."""
+        return self.frozen.base()
 
-    def bias(self) -> dict[str, Tensor]:
+    def bias(self) -> Views:
         """Return a view of each projection's frozen bias: "gate", "up" [E, F], "down" [E, D]; empty without biases."""
-        if not self.biased:
-            return {}
-        gate_up = self.gate_up.data[:, : 2 * self.hidden, self.width + 2 * self.lora_rank]
-        return {
-            "gate": gate_up[:, : self.hidden],
-            "up": gate_up[:, self.hidden :],
-            "down": self.down.data[:, : self.width, self.hidden + self.lora_rank],
-        }
+        return self.frozen.bias()
 
     def forward(self, slots: Tensor) -> Tensor:
         """Run every local expert on its slots, under expert parallelism.
@@ -132,26 +111,12 @@ class StackedExperts(nn.Module):
     def run(self, x: Tensor, weight_TK: Tensor | None, rows: Rows) -> Tensor:
         """Map tokens x_TD to sum_k weight * expert(x) [T, D]; without weights, rows x_ND to expert(x) [N, D]."""
         factors = self.factors()
-        self._extend_with(factors)
         summing = self.training and self.moment_sums_EX is not None and not self.recomputing
         observer = Observer(self._sum_moments(rows) if summing else None, self.on_backward)
-        sizes = self.width, self.hidden, self.lora_rank, self.scaling
-        weights = Weights(self.gate_up, self.down, *sizes, self.activation, self.biased)
+        matrices = self.frozen.openers(factors, self.scaling)
+        sizes = self.width, self.hidden, self.lora_rank
+        weights = Weights(*matrices, *sizes, self.scaling, self.activation, self.biased)
         return ExpertMLP.apply(weights, rows, observer, x, weight_TK, *(f for pair in factors.values() for f in pair))
-
-    @torch.no_grad()
-    def _extend_with(self, factors: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Copy the factors to their places beside the frozen weights."""
-        for i, name in enumerate(("gate", "up")):
-            A_ERD, B_EFR = factors[name]
-            rows, columns = i * self.hidden, i * self.lora_rank
-            A_place = self.gate_up[:, 2 * self.hidden + columns :, : self.width]
-            B_place = self.gate_up[:, rows : rows + self.hidden, self.width + columns :]
-            A_place[:, : self.lora_rank].copy_(A_ERD)
-            torch.mul(B_EFR, self.scaling, out=B_place[:, :, : self.lora_rank])
-        A_ERF, B_EDR = factors["down"]
-        self.down[:, self.width : self.width + self.lora_rank, : self.hidden].copy_(A_ERF)
-        torch.mul(B_EDR, self.scaling, out=self.down[:, : self.width, self.hidden : self.hidden + self.lora_rank])
 
     def _sum_moments(self, rows: Rows) -> Callable[[Tensor, Tensor], None]:
         """Return a function that sums moments over all rows, or over a sample whose size does not depend on routing."""

@@ -26,8 +26,9 @@ class ExpertMoments:
         self.layers, self.every = layers, round(1 / share)
         self.start()
         for layer in layers:
-            zero_EF = torch.zeros_like(layer.experts.base()["gate"][:, :, 0], dtype=torch.float32)
-            layer.experts.moments = Moments(zero_EF, zero_EF, zero_EF)  # no pseudo-gradient before there are moments
+            experts = layer.experts
+            zero_EF = torch.zeros(experts.num_local_experts, experts.hidden, device=experts.factors()["gate"][0].device)
+            experts.moments = Moments(zero_EF, zero_EF, zero_EF)  # no pseudo-gradient before there are moments
 
     def start(self, every: int | None = None) -> None:
         """Start new sums.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ubsmoe_ds.config.deepspeed_json import FP32
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import ClientConfig
 from ubsmoe_ds.models.cost import ModelShape
@@ -40,6 +41,9 @@ class RowLengths(NamedTuple):
     rows: int = 1
     sequences: float = 1.0
     mean_context: float = 0.0
+
+
+LINEAR_KEPT = 3  # updates of a group under linear rules: the two longest, and the sum of the others
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def rank_setup(inputs: PlanInput, number: int, group: int | None = None, turns: 
         capacity=client.capacity_factor,
         min_capacity=exp.model.min_capacity,
         bf16=settings.use_bf16,
+        quantize=exp.model.quantize,
+        fp32_gradients=settings.use_bf16 and (settings.data_types or {}).get("grad_accum_dtype") in FP32,
         zero_stage=settings.zero_stage,
         # what corrects drift lies beside the masters like moments, see client/drift.py
         moments=settings.moments + bool(exp.train.prox_mu) + 2 * exp.train.scaffold,
@@ -135,10 +141,10 @@ def _sharers(exp: Experiment, number: int, client: ClientConfig) -> int:
 
 
 def _kept_updates(exp: Experiment, turns: int) -> int:
-    """Return how many updates a group keeps until the merge: their sum under linear rules, else one of each turn."""
+    """Return how many updates a group keeps until the merge: under linear rules the longest and a sum, else all."""
     if not exp.takes_turns:
         return 0
-    return 1 if exp.merge.is_linear else turns
+    return min(turns, LINEAR_KEPT) if exp.merge.is_linear else turns
 
 
 def _pseudo_gradients(exp: Experiment, tokens: int) -> dict[str, Any]:

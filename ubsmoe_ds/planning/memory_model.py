@@ -21,6 +21,9 @@ CPU_KERNELS = 60e6  # measured: code and workspaces that the first steps load
 # stay resident. Factors on the tensors of a step's tokens and of the experts' rows, and copies of what a rank holds
 # around a merge, which are too large for those gaps
 CPU_TOKEN_SLACK, CPU_ROW_SLACK, CPU_FLAT_COPIES = 2.1, 1.0, 3
+BLOCK, PIECE, GROUP = 64, 2**20, 2**24  # elements, see moe/quantized.py
+# measured: bytes that the library takes when loaded, and beside a piece that it quantises
+CPU_LIBRARY, CPU_QUANTIZING = 46e6, 16 * PIECE
 CPU_ROW_TEXT, CPU_VOCABULARY = 5, 700  # bytes held for a byte of the rows' text, and for a word of the tokenizer
 CUDA_PROCESS = 1.0e9  # context, cuBLAS and NCCL: an assumption, not measured
 CUDA_SLACK = 1.1  # gaps of torch's allocator: an assumption, not measured
@@ -37,13 +40,14 @@ def memory_by_phase(setup: RankSetup) -> dict[str, float]:
         # the shared state of the last merge, SCAFFOLD's c, c_i and their change, and what ranks exchange through
         held += CPU_KERNELS + FP32 * (1 + 3 * setup.controls) * trained.total + _shared_memory_bytes(setup)
         held += FP32 * trained.total * setup.kept_updates
-    training = training_bytes(setup)
+    training, opening = training_bytes(setup), opening_bytes(setup)
     token_slack, row_slack = (CPU_TOKEN_SLACK, CPU_ROW_SLACK) if setup.on_cpu else (CUDA_SLACK, CUDA_SLACK)
+    loading = min(MAPPED, weights) + CPU_QUANTIZING * (setup.quantize is not None) if setup.on_cpu else 0
     phases = {
-        "load": process + weights + states.weights + (min(MAPPED, weights) if setup.on_cpu else 0),
-        "train": held + token_slack * training.tokens + row_slack * training.rows + states.first,
+        "load": process + weights + states.weights + loading,
+        "train": held + token_slack * training.tokens + row_slack * training.rows + states.first + opening,
         "step": held + states.step + adapters,
-        "evaluate": held + evaluation_bytes(setup),
+        "evaluate": held + evaluation_bytes(setup) + opening,
     }
     if setup.on_cpu:
         phases["exchange"] = phases["train"] + CPU_FLAT_COPIES * FP32 * trained.total
@@ -56,7 +60,8 @@ def _process_bytes(setup: RankSetup) -> float:
     """Return the size of the process before a model is read; rows and tokenizer are in host memory."""
     if not setup.on_cpu:
         return CUDA_PROCESS
-    return CPU_PROCESS + CPU_ROW_TEXT * setup.text_bytes + CPU_VOCABULARY * setup.shape.vocab
+    library = CPU_LIBRARY * (setup.quantize is not None)
+    return CPU_PROCESS + library + CPU_ROW_TEXT * setup.text_bytes + CPU_VOCABULARY * setup.shape.vocab
 
 
 def _shared_memory_bytes(setup: RankSetup) -> float:
@@ -68,17 +73,45 @@ def _shared_memory_bytes(setup: RankSetup) -> float:
 
 
 def frozen_bytes(setup: RankSetup) -> float:
-    """Return the size of untrained weights; experts have room for their scaled LoRA factors beside them."""
+    """Return the size of untrained weights.
+
+    Experts have room for their scaled LoRA factors beside them; quantised ones have it in the buffer of all layers.
+    """
     s = setup.shape
     embeddings = s.vocab * s.hidden * (1 if s.tied_embeddings else 2)
-    attention = sum(mixer.elements for mixer in s.mixers)
-    dense = s.dense_layers * 3 * s.hidden * s.dense_width
-    shared = setup.sparse_layers * 3 * s.hidden * s.shared_width
     router = 0 if setup.router else setup.sparse_layers * s.num_experts * s.hidden
+    linears = sum(_matrix_bytes(setup, p.outputs, p.inputs) for mixer in s.mixers for p in mixer.projections)
+    for layers, width in ((s.dense_layers, s.dense_width), (setup.sparse_layers, s.shared_width)):
+        linears += layers * (2 * _matrix_bytes(setup, width, s.hidden) + _matrix_bytes(setup, s.hidden, width))
     gate_up = _aligned(2 * s.expert_width + 2 * s.lora_rank) * _aligned(s.hidden + 2 * s.lora_rank)
     down = _aligned(s.hidden + s.lora_rank) * _aligned(s.expert_width + s.lora_rank)
-    experts = setup.sparse_layers * setup.local_experts * (gate_up + down)
-    return setup.width * (embeddings + attention + dense + shared + router + experts)
+    if setup.quantize is None:
+        experts: float = setup.width * setup.sparse_layers * setup.local_experts * (gate_up + down)
+    else:
+        kept = _matrix_bytes(setup, 2 * s.expert_width, s.hidden) + _matrix_bytes(setup, s.hidden, s.expert_width)
+        experts = setup.local_experts * (setup.sparse_layers * kept + setup.width * max(gate_up, down))
+    return setup.width * (embeddings + router) + linears + experts
+
+
+def _matrix_bytes(setup: RankSetup, outputs: int, inputs: int) -> float:
+    """Return the size of a frozen matrix, quantised or not."""
+    if setup.quantize is None or not outputs:
+        return setup.width * outputs * inputs
+    if setup.quantize == "nf4":
+        return outputs * inputs * (1 / 2 + FP32 / BLOCK)
+    return outputs * (inputs + FP32)
+
+
+def opening_bytes(setup: RankSetup) -> float:
+    """Return what dequantising takes beside the buffer: some experts' values, or those of a linear layer."""
+    if setup.quantize is None:
+        return 0
+    s = setup.shape
+    expert = 2 * s.expert_width * s.hidden
+    linears = [p.outputs * p.inputs for mixer in s.mixers for p in mixer.projections]
+    experts = expert * min(setup.local_experts, max(1, GROUP // expert))
+    largest = max(*linears, s.hidden * max(s.dense_width, s.shared_width), experts)
+    return largest * (setup.width if setup.quantize == "nf4" else 2 * FP32)
 
 
 class States(NamedTuple):
@@ -99,12 +132,14 @@ def optimizer_bytes(setup: RankSetup) -> States:
     dense, experts = trained_elements(setup)
     total, width = dense + experts, setup.width
     weights = width * total
-    accumulated = width * total if setup.micro_batches > 1 else 0
+    accumulated: float = width * total if setup.micro_batches > 1 else 0
     if setup.zero_stage == 0:
         masters = FP32 * total if setup.bf16 else 0  # in fp32 the weights are the masters
         gradients = width * total + masters + width * max(dense, experts)  # the last: flat, for the sum over ranks
         return States(weights, weights + masters + FP32 * setup.moments * total, accumulated, gradients)
     part = dense / setup.ranks + experts / (setup.ranks / setup.expert_parallel)
+    if setup.fp32_gradients:  # of every step; ZeRO 2 keeps its part alone
+        accumulated = FP32 * (total if setup.zero_stage == 1 else part)
     bucket = (
         min(setup.reduce_bucket, total) if setup.on_cpu else setup.reduce_bucket
     )  # a CPU's pages count once touched

@@ -32,6 +32,7 @@ class RankSetup:
 
     shape: with the client's own LoRA rank; k: active experts.
     capacity: slots of an expert over the mean of rows per expert, None: nothing is dropped; min_capacity: least slots.
+    quantize: how experts and linear layers are kept; fp32_gradients: whether ZeRO sums gradients of bf16 up in fp32.
     moments: values kept for a weight, the optimiser's, FedProx's and SCAFFOLD's; reduce_bucket: elements, of ZeRO.
     router, modulated: whether the router and phi are trained.
     pseudo_gradients: whether an estimator is on; drawn_tokens: that it draws for each expert in a micro-batch, 0: none.
@@ -53,6 +54,8 @@ class RankSetup:
     capacity: float | None
     min_capacity: int
     bf16: bool
+    quantize: str | None
+    fp32_gradients: bool
     zero_stage: int
     moments: int
     reduce_bucket: float

@@ -32,12 +32,13 @@ def without_transformers_question(monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
-def check_step(family, *, estimator="linearised", again=False, attention=True, **gate):
+def check_step(family, *, estimator="linearised", again=False, attention=True, quantize=None, **gate):
     """Run two micro-batches forward, backward and through the pseudo-gradients; assert that all tensors are on META."""
-    spec = UBSMoESpec(GateConfig(k=2, candidates=4, **gate), lora_attention=attention)
+    spec = UBSMoESpec(GateConfig(k=2, candidates=4, **gate), lora_attention=attention, quantize=quantize)
     config = copy.deepcopy(MODELS[family])
     setattr(config, FAMILIES[config.model_type].width, 16)  # grouped products on a device want rows of 16 bytes
-    model = convert(AutoModelForCausalLM.from_config(config), spec).to(META, torch.bfloat16).train()
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = convert(hf, spec).to(META, torch.bfloat16).train()
     if again:
         model.checkpoint_activations()
     collector = PseudoGradientCollector(model.layers, estimator, 0.7, tokens_per_expert=3).attach()
@@ -78,8 +79,10 @@ def test_every_kind_of_block_stays_on_the_device(family):
         {"learned_scale": True},
         {"modulate": "selection", "attention": False},
         {"again": True},
+        {"quantize": "nf4"},
+        {"quantize": "int8"},
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=lambda settings: "-".join(map(str, next(iter(settings.items())))),
 )
 def test_every_setting_stays_on_the_device(settings):
     check_step("olmoe", **({"phi_range": (-1.0, 1.0)} | settings))

@@ -58,6 +58,8 @@ def test_a_key_overrides_its_preset_and_leaves_the_rest():
         (["method=flora", "merge.server_optimizer=adam"], "merge.server_optimizer: 'adam' does not work with"),
         (["lora.prune_penalty=0.1"], "merge.rule: 'fedavg' needs equal LoRA ranks"),
         (["method=flora", "lora.prune_penalty=0.1"], "lora.prune_penalty: 0.1 does not work with merge.rule 'flora'"),
+        (["method=flora", "model.quantize=nf4"], "model.quantize: 'nf4' does not work with merge.rule 'flora', which"),
+        (["model.quantize=fp4"], "model.quantize: 'fp4' is not valid: Input should be 'nf4' or 'int8'"),
         (["clients.0.lora_rank=9", "merge.rule=zero_pad"], "clients: lora_rank 9 exceeds lora.rank 8"),
         (
             ["method=flora", "train.scaffold=true"],

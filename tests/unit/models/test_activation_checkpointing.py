@@ -21,11 +21,13 @@ from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.pseudo_gradient import Moments
 
 
-def step(family: str, estimator: str, *, again: bool, attention: bool) -> dict[str, torch.Tensor]:
+def step(
+    family: str, estimator: str, *, again: bool, attention: bool, quantize: str | None = None
+) -> dict[str, torch.Tensor]:
     """Return all results of two micro-batches: gradients, pseudo-gradients, counts, sums of moments, losses."""
     torch.manual_seed(0)
     gate = GateConfig(k=2, candidates=4, capacity_factor=0.75, learned_scale=True)
-    model = convert(random_model(family), UBSMoESpec(gate, lora_attention=attention)).train()
+    model = convert(random_model(family), UBSMoESpec(gate, lora_attention=attention, quantize=quantize)).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
         layer.experts.start_moments(every=2)
@@ -58,11 +60,18 @@ def step(family: str, estimator: str, *, again: bool, attention: bool) -> dict[s
     return results
 
 
-@pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe, every second", "deepseek_v3", "gpt_oss", "qwen3_next"])
+CASES = [
+    (family, attention, None)
+    for family in ("olmoe", "qwen2_moe, every second", "deepseek_v3", "gpt_oss", "qwen3_next")
+    for attention in (False, True)
+]
+
+
+@pytest.mark.parametrize(("family", "attention", "quantize"), [*CASES, ("gpt_oss", True, "nf4")])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_results_are_equal_to_the_bit(estimator, family, attention):
-    kept, again = (step(family, estimator, again=again, attention=attention) for again in (False, True))
+def test_results_are_equal_to_the_bit(estimator, family, attention, quantize):
+    options = {"attention": attention, "quantize": quantize}
+    kept, again = (step(family, estimator, again=again, **options) for again in (False, True))
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         assert torch.equal(value, again[name]), name

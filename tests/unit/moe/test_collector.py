@@ -21,13 +21,15 @@ from ubsmoe_ds.moe.estimators import ESTIMATORS
 from ubsmoe_ds.moe.gate import GateConfig
 from ubsmoe_ds.moe.pseudo_gradient import Moments
 
+FAMILIES = ["olmoe", "qwen3_moe", "deepseek_v2, grouped", "deepseek_v3", "dots1", "gpt_oss"]
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "deepseek_v2, grouped", "deepseek_v3", "dots1", "gpt_oss"])
+
+@pytest.mark.parametrize(("family", "quantize"), [*((family, None) for family in FAMILIES), ("gpt_oss", "nf4")])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_estimator_equals_the_loop_over_tokens(estimator, family):
+def test_every_estimator_equals_the_loop_over_tokens(estimator, family, quantize):
     """Every LoRA factor of a model of each kind of router and of experts, with random phi and moments."""
     torch.manual_seed(0)
-    model = convert(random_model(family), UBSMoESpec(GateConfig(k=2, candidates=4))).train()
+    model = convert(random_model(family), UBSMoESpec(GateConfig(k=2, candidates=4), quantize=quantize)).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
         layer.gate.phi.data.normal_(0, 0.5)

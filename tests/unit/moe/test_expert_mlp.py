@@ -61,9 +61,9 @@ def extended(base: dict[str, Tensor], factors: list[Tensor], bias: dict[str, Ten
     """Write out [[W, s B], [A, 0]]; with biases [[W, s B, b], [A, 0, 0]] and the clamped activation."""
     gate_A, gate_B, up_A, up_B, down_A, down_B = factors
     (_, hidden, width), rank = base["gate"].shape, gate_A.shape[1]
-    gate_up = room(EXPERTS, 2 * hidden, width, 2 * rank + bool(bias), gate_A.dtype)
+    gate_up = torch.zeros(room(EXPERTS, 2 * hidden, width, 2 * rank + bool(bias)), dtype=gate_A.dtype)
     gate_up[:, : 2 * hidden, :width] = torch.cat([base["gate"], base["up"]], dim=1)
-    down = room(EXPERTS, width, hidden, rank + bool(bias), gate_A.dtype)
+    down = torch.zeros(room(EXPERTS, width, hidden, rank + bool(bias)), dtype=gate_A.dtype)
     down[:, :width, :hidden] = base["down"]
     gate_up[:, :hidden, width : width + rank] = SCALING * gate_B
     gate_up[:, hidden : 2 * hidden, width + rank : width + 2 * rank] = SCALING * up_B
@@ -71,10 +71,10 @@ def extended(base: dict[str, Tensor], factors: list[Tensor], bias: dict[str, Ten
     down[:, :width, hidden : hidden + rank] = SCALING * down_B
     down[:, width : width + rank, :hidden] = down_A
     if bias is None:
-        return Weights(gate_up, down, width, hidden, rank, SCALING)
+        return Weights(lambda: gate_up, lambda: down, width, hidden, rank, SCALING)
     gate_up[:, : 2 * hidden, width + 2 * rank] = torch.cat([bias["gate"], bias["up"]], dim=1)
     down[:, :width, hidden + rank] = bias["down"]
-    return Weights(gate_up, down, width, hidden, rank, SCALING, CLAMPED, biased=True)
+    return Weights(lambda: gate_up, lambda: down, width, hidden, rank, SCALING, CLAMPED, biased=True)
 
 
 def biases(base: dict[str, Tensor]) -> dict[str, Tensor]:

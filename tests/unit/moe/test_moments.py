@@ -6,6 +6,7 @@ import torch
 from tests.support import reference
 from ubsmoe_ds.moe.activations import SWIGLU, ClampedSwish
 from ubsmoe_ds.moe.experts import StackedExperts
+from ubsmoe_ds.moe.frozen import Sizes, WholeExperts
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -19,9 +20,7 @@ def test_moments_are_sums_over_rows(activation, every):
     base = {"gate": torch.randn(2, 4, 3, generator=generator), "up": torch.randn(2, 4, 3, generator=generator)}
     base["down"] = torch.randn(2, 3, 4, generator=generator)
     experts = StackedExperts(
-        (2, 4, 3),
-        torch.float32,
-        lora_rank=2,
+        WholeExperts(Sizes(2, 4, 3, 2, activation != SWIGLU), torch.float32),
         full_rank=2,
         alpha=2.0,
         group_name="ep_size_1",
@@ -29,7 +28,6 @@ def test_moments_are_sums_over_rows(activation, every):
         num_experts=2,
         first=0,
         activation=activation,
-        biased=activation != SWIGLU,
     )
     bias = {name: torch.zeros(2, 4) for name in ("gate", "up")}
     for name, place in experts.bias().items():

@@ -7,16 +7,21 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from launch.plan import parse, read_inputs, read_slots
 from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
+from ubsmoe_ds.client.engine import client_spec
 from ubsmoe_ds.config.loading import load_experiment
+from ubsmoe_ds.models.conversion import load
 from ubsmoe_ds.models.cost import ModelShape
 from ubsmoe_ds.models.hub import BUILTIN_MODELS, INDEX
+from ubsmoe_ds.moe.frozen import QuantizedExperts, Sizes, Workspace
+from ubsmoe_ds.moe.quantized import QuantizedWeight
 from ubsmoe_ds.planning.fitting import Fit, bytes_needed, check_fits, fit, parse_bytes
 from ubsmoe_ds.planning.inputs import PlanInput, RowLengths, rank_setup
-from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, training_bytes
+from ubsmoe_ds.planning.memory_model import frozen_bytes, memory_by_phase, optimizer_bytes, training_bytes
 from ubsmoe_ds.planning.plan import plan, step_bytes, straggler
 from ubsmoe_ds.planning.rank_setup import trained_elements
 from ubsmoe_ds.planning.row_lengths import read_row_lengths
@@ -107,6 +112,19 @@ def test_memory_is_kept_for_what_has_a_backward_and_for_the_optimisers_own_value
     assert rank_setup(replace(inputs, exp=adagrad), 0).moments == 1
 
 
+def test_gradients_that_are_added_up_in_fp32_are_counted(inputs):
+    """Four bytes for each trained value under ZeRO 1, for half of them under ZeRO 2 with two ranks; bf16 keeps none."""
+    for stage, share in ((1, 1), (2, 1 / 2)):
+        keys = ["deepspeed.bf16.enabled=true", f"deepspeed.zero_optimization.stage={stage}"]
+        in_bf16, in_fp32 = (
+            rank_setup(replace(inputs, exp=load_experiment(TINY, [*keys, *more])), 3)
+            for more in ([], ["deepspeed.data_types={grad_accum_dtype: fp32}"])
+        )
+        assert in_fp32.ranks == 2 and in_fp32.micro_batches == 1
+        more = optimizer_bytes(in_fp32).first - optimizer_bytes(in_bf16).first
+        assert more == 4 * share * trained_elements(in_fp32).total
+
+
 def test_packed_batches_cost_their_tokens_and_a_mask(inputs):
     """The demo's rows are of about equal length, so few tokens are padding: never more than without packing."""
     exp = load_experiment(TINY, ["accelerator=cpu", "train.rounds=1", "data.packing=true"])
@@ -152,6 +170,46 @@ def test_a_head_stored_beside_a_tied_embedding_is_counted(stored, inputs, tmp_pa
     one = 4 * config["vocab_size"] * config["hidden_size"]
     missing = frozen_bytes(rank_setup(inputs, 0)) - frozen_bytes(rank_setup(tied, 0))
     assert missing == (0 if apart else one)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_frozen_weights_take_what_is_planned(quantize, bf16, inputs):
+    """Bytes of the storages of the built-in model; the plan leaves norms out."""
+    keys = [f"model.quantize={quantize or 'null'}", f"deepspeed.bf16.enabled={str(bf16).lower()}"]
+    exp = load_experiment(TINY, keys)
+    model = load(exp.weights_dir, client_spec(exp, exp.clients[3], 0), torch.bfloat16 if bf16 else torch.float32)
+    planned = frozen_bytes(rank_setup(replace(inputs, exp=exp), 3))
+    assert frozen_storage(model) == pytest.approx(planned, rel=0.005)
+    # nothing of what was read is kept beside it
+    assert quantize is None or not any(p.shape[-2:] == (128, 128) for p in model.parameters() if p.ndim > 1)
+
+
+def frozen_storage(*modules: torch.nn.Module) -> int:
+    """Return the bytes of all distinct storages but those of trained parameters, the workspace included."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.requires_grad]
+    spaces = {m.workspace for top in modules for m in top.modules() if isinstance(m, QuantizedExperts)}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) + sum(space.nbytes for space in spaces)
+
+
+def test_quantised_a_rank_of_olmoes_layout_keeps_a_third(inputs):
+    """OLMoE-1B-7B in nf4, all experts on a rank: storages of modules of its shapes, on a device without memory."""
+    olmoe = {"layers": 16, "hidden": 2048, "expert_width": 1024, "num_experts": 64, "heads": 16, "kv_heads": 16}
+    shape = ModelShape(**olmoe, head_dim=128, vocab=50304, lora_rank=8)
+    with torch.device("meta"):
+        sizes, workspace = Sizes(64, 1024, 2048, 8), Workspace()
+        factors = {n: (torch.empty(64, 8, i), torch.empty(64, o, 8)) for n, (_, o, i) in sizes.projections.items()}
+        layers = [QuantizedExperts(sizes, torch.bfloat16, "nf4", workspace) for _ in range(16)]
+        for layer in layers:
+            for opener in layer.openers(factors, 2.0):
+                opener()
+        linears = [QuantizedWeight("nf4", (2048, 2048), torch.bfloat16) for _ in range(16 * 4)]
+        embeddings = torch.nn.Linear(2048, 2 * 50304, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        kept = frozen_storage(*layers, *linears, embeddings)
+    setup = replace(rank_setup(inputs, 0), shape=shape, bf16=True)
+    assert kept == pytest.approx(frozen_bytes(replace(setup, quantize="nf4")), rel=1e-3)
+    assert kept < 0.35 * 2 * (16 * (64 * 3 * 2048 * 1024 + 4 * 2048**2) + 2 * 50304 * 2048)
 
 
 def test_what_fits_is_the_most_that_fits(inputs):
