@@ -91,16 +91,16 @@ def test_the_cohort_counts_and_not_the_population():
     assert [s.idle for s in found] == pytest.approx([0] * 3 + [0.5] * 2 + [0.75])
 
 
-@pytest.mark.parametrize(("rule", "kept"), [("fedavg", 1), ("hetlora", 3)])
-def test_a_group_keeps_a_sum_of_its_turns_or_each_of_them(rule, kept):
-    """The largest phase of three turns against one; the owners' part is that of a cohort of three, or of one group."""
+@pytest.mark.parametrize(("rule", "kept"), [("fedavg", 3), ("hetlora", 5)])
+def test_a_group_keeps_two_turns_and_a_sum_or_all_of_them(rule, kept):
+    """The largest phase of five turns against one; the owners' part is that of a cohort of three, or of one group."""
     inputs = population([{"budget": budget} for budget in (0.25, 0.5, 1.0)], merge={"rule": rule})
-    setups = [rank_setup(inputs, 2, 0, turns) for turns in (1, 3)]
+    setups = [rank_setup(inputs, 2, 0, turns) for turns in (1, 5)]
     assert [setup.kept_updates for setup in setups] == [1, kept]
     assert setups[0].clients == (1 if rule == "fedavg" else 3)
-    one, three = (memory_by_phase(setup) for setup in setups)
+    one, five = (memory_by_phase(setup) for setup in setups)
     more = 4 * trained_elements(setups[0]).total * (kept - 1)
-    assert three["train"] - one["train"] == three["merge"] - one["merge"] == more
+    assert five["train"] - one["train"] == five["merge"] - one["merge"] == more
 
 
 def test_a_group_needs_what_the_hungriest_of_its_clients_needs():
