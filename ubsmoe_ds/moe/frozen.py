@@ -202,7 +202,9 @@ class _Dequantized(Mapping[str, Tensor]):
         self.experts = experts
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self.experts.weight("down" if name == "down" else "gate_up").dequantized()
+        weight = self.experts.weight("down" if name == "down" else "gate_up")
+        value = torch.empty(weight.shape, dtype=weight.dtype, device=weight.codes.device)
+        weight.dequantize_into(value)
         return value if name == "down" else _halves(value, self.experts.sizes.hidden)[name == "up"]
 
     def __iter__(self) -> Iterator[str]:

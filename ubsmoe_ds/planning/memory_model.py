@@ -46,7 +46,7 @@ def memory_by_phase(setup: RankSetup) -> dict[str, float]:
     phases = {
         "load": process + weights + states.weights + loading,
         "train": held + token_slack * training.tokens + row_slack * training.rows + states.first + opening,
-        "step": held + states.step + adapters,
+        "step": held + states.step + adapters + opening + _down_bytes(setup),
         "evaluate": held + evaluation_bytes(setup) + opening,
     }
     if setup.on_cpu:
@@ -112,6 +112,12 @@ def opening_bytes(setup: RankSetup) -> float:
     experts = expert * min(setup.local_experts, max(1, GROUP // expert))
     largest = max(*linears, s.hidden * max(s.dense_width, s.shared_width), experts)
     return largest * (setup.width if setup.quantize == "nf4" else 2 * FP32)
+
+
+def _down_bytes(setup: RankSetup) -> float:
+    """Return the size of a layer's down projections, which `linearised` pseudo-gradients dequantise into new memory."""
+    elements = setup.local_experts * setup.shape.expert_width * setup.shape.hidden
+    return setup.width * elements * (setup.quantize is not None and setup.pooled_moments)
 
 
 class States(NamedTuple):

@@ -112,6 +112,17 @@ def test_memory_is_kept_for_what_has_a_backward_and_for_the_optimisers_own_value
     assert rank_setup(replace(inputs, exp=adagrad), 0).moments == 1
 
 
+def test_pseudo_gradients_dequantise_a_layers_down_projections(inputs):
+    """In the preset's steps, 16 experts of 128 x 128 in fp32; other estimators need no frozen weights."""
+    setup = replace(rank_setup(inputs, 3), quantize="nf4")
+    assert setup.pooled_moments and setup.local_experts == 16
+    one, other = (memory_by_phase(replace(setup, pooled_moments=moments)) for moments in (True, False))
+    shape = setup.shape
+    assert one["step"] - one["evaluate"] - other["step"] + other["evaluate"] == pytest.approx(
+        4 * 16 * shape.hidden * shape.expert_width
+    )
+
+
 def test_gradients_that_are_added_up_in_fp32_are_counted(inputs):
     """Four bytes for each trained value under ZeRO 1, for half of them under ZeRO 2 with two ranks; bf16 keeps none."""
     for stage, share in ((1, 1), (2, 1 / 2)):
