@@ -200,7 +200,8 @@ def three_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     there = {"c0": [[1, 2]], "c1": [[1, 2]], "c2": [[3, 3]], "c3": [[3, 3]], "c4": [], "c5": []}
     (folder / "there.json").write_text(json.dumps(there))
-    six = ["clients={count: 6, budget: 0.5}", "groups=[{}, {ranks: 2, expert_parallel: 2}]", "train.local_steps=1"]
+    six = ["clients={count: 6, budgets: [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]}", "method=topk", "train.local_steps=1"]
+    six += ["groups=[{}, {ranks: 2, expert_parallel: 2}]"]
     available = f"sampling={{clients: 4, by: availability, availability: {folder / 'there.json'}}}"
     variants = {
         "cut": [*six, "sampling={clients: 4, by: round_robin}", "train.round_deadline_s=0.001"],
@@ -215,7 +216,7 @@ def three_ranks(tmp_path_factory):
 
 
 def test_clients_whose_turns_a_deadline_cuts_are_out_of_the_merge_and_come_back(three_ranks):
-    """Four of six clients a round, one turn a group: c0 and c1 in rounds 1 and 2, c2 and c3 in round 3.
+    """Four of six clients a round, the largest first, one turn a group: c0 and c1 in rounds 1 and 2, c2 and c3 in 3.
 
     The peer are rounds of those alone that have a turn; the others are not available.
     """

@@ -253,7 +253,8 @@ def training_speed(records: Sequence[Mapping[str, Any]], client: str) -> dict[st
     Returns:
         tokens_per_second: tokens without padding, of the steps taken; seconds_per_step: skipped steps count too.
     """
-    rounds = [record for record in records if f"seconds_local/{client}" in record["seconds"]]
+    # a client's own group, of the same name, has seconds in rounds without the client too
+    rounds = [record for record in records if f"tokens/{client}" in record["metrics"]]
     seconds = math.fsum(record["seconds"][f"seconds_local/{client}"] for record in rounds)
     tokens = math.fsum(record["metrics"][f"tokens/{client}"] for record in rounds)
     steps = math.fsum(record["metrics"][f"{name}/{client}"] for record in rounds for name in ("steps", "bad_steps"))
