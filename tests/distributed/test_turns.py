@@ -289,7 +289,7 @@ def three_ranks(tmp_path_factory):
 
 
 def test_clients_whose_turns_a_deadline_cuts_are_out_of_the_merge_and_come_back(three_ranks):
-    """Four of six clients a round, one turn a group: c0 and c1 in rounds 1 and 2, c2 and c3 in round 3.
+    """Four of six clients a round, the largest first, one turn a group: c0 and c1 in rounds 1 and 2, c2 and c3 in 3.
 
     The peer are rounds of those alone that have a turn; the others are not available.
     """

@@ -257,7 +257,7 @@ def training_speed(records: Sequence[Mapping[str, Any]], client: str) -> dict[st
     Returns:
         tokens_per_second: tokens without padding, of the steps taken; seconds_per_step: skipped steps count too.
     """
-    # of a sampled client with a group of its own there are the group's seconds in every round
+    # a client's own group, of the same name, has seconds in rounds without the client too
     rounds = [record for record in records if f"tokens/{client}" in record["metrics"]]
     seconds = math.fsum(record["seconds"][f"seconds_local/{client}"] for record in rounds)
     tokens = math.fsum(record["metrics"][f"tokens/{client}"] for record in rounds)

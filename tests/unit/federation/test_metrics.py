@@ -137,6 +137,8 @@ def test_speed_is_averaged_over_the_rounds_with_the_client():
     away = {"round": 2, "metrics": {"tokens/b": 5.0}, "seconds": {"seconds_local/b": 1.0}}
     records = [before, record(1, 7, 1, 40.0, 4.0), away, record(3, 2, 0, 20.0, 1.0)]
     assert training_speed(records, "a") == {"tokens_per_second": 12.0, "seconds_per_step": 0.5}
+    of_its_group = {"metrics": {}, "seconds": {"seconds_local/a": 3.0}}  # a round without a; its group has its name
+    assert training_speed([*records, of_its_group], "a") == training_speed(records, "a")
     assert all(map(math.isnan, training_speed([before, record(1, 0, 0, 0.0, 0.5)], "a").values()))
 
 
