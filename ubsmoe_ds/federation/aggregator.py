@@ -27,7 +27,7 @@ from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.adding import HeldUnits, add_up, length, weighted_sum
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, is_left_out, sum_moments
+from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments, without_left_out
 from ubsmoe_ds.mpi.world import World
 
 
@@ -182,12 +182,7 @@ class Aggregator:
         statistics = gather(self.world, self.client, turns, cohort, weights, factor)
         self.stopwatch.lap("wait")
         self._require_updates(statistics)
-        for turn in turns.done:
-            if turn.update is not None and statistics.left_out_C[statistics.cohort.index(turn.client)]:
-                turn.update.zero_()
-        if turns.total is not None and is_left_out(turns, statistics.cohort, statistics.left_out_C):
-            turns.total.zero_()
-        difference = self._exchange(turns, statistics)
+        difference = self._exchange(without_left_out(turns, statistics), statistics)
         if self.world.any(not bool(torch.isfinite(difference).all())):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
         refused, controls = self._refused(statistics), self._merge_controls(turns, statistics)

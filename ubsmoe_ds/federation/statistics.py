@@ -5,6 +5,7 @@ Shapes: C clients of the round, L layers, E experts, F expert width, X = E + 1.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +140,17 @@ def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], numel: in
 def is_left_out(turns: Turns, cohort: Sequence[int], left_out_C: np.ndarray) -> bool:
     """Return whether the sum of this group's clients is left out: all that are added up are, or none."""
     return any(left_out_C[cohort.index(turn.client)] for turn in turns.done if turn.update is None)
+
+
+def without_left_out(turns: Turns, statistics: RoundStatistics) -> Turns:
+    """Return the turns with zero for what is left out; the given ones stay as they are: a merge may be repeated."""
+    out = {client for client, left in zip(statistics.cohort, statistics.left_out_C, strict=True) if left}
+    done = [
+        replace(turn, update=torch.zeros_like(turn.update)) if turn.client in out and turn.update is not None else turn
+        for turn in turns.done
+    ]
+    whole = not is_left_out(turns, statistics.cohort, statistics.left_out_C)
+    return replace(turns, done=done, total=turns.total if whole else None)
 
 
 def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tensor | None:

@@ -14,7 +14,7 @@ from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.federation.adding import APART, HeldUnits, add_up, length, weighted_sum
-from ubsmoe_ds.federation.statistics import gather
+from ubsmoe_ds.federation.statistics import gather, without_left_out
 
 UNITS = [Unit(f"layers.0.experts.{e}.gate", "lora", expert=e, lora=(1, 2)) for e in range(2)]
 SIZE = 6  # elements: two units of LoRA rank 1
@@ -55,6 +55,7 @@ def merged(server: Server, group: Turns, held: HeldUnits, screen: float | None =
     client = SimpleNamespace(routed_counts=lambda: torch.zeros(1, 9), gradient_squares=lambda: None, moments=None)
     found = gather(GROUP, client, group, cohort, server.weights, screen)
     server.weigh(cohort, found.work_C.tolist(), found.nonfinite.tolist())
+    group = without_left_out(group, found)
     refused = [(cohort.index(turn.client), UNITS[number]) for turn in group.done for number in turn.refused]
     weight_CU = server.unit_weights(UNITS, found.usage, refused)
     buffer, factor = weighted_sum(group, cohort, held, weight_CU, server.weight)
@@ -123,10 +124,10 @@ def test_two_huge_updates_are_left_out_alone_and_a_third_takes_those_that_are_ad
     group, held = taken(server_of([0.1] * 6), [*ones, turn_of(4, [1e9] * SIZE), turn_of(5, [1e8] * SIZE)])
     total, out = merged(server_of([0.1] * 6), group, held, screen=30)
     assert out == [False] * 4 + [True] * 2
-    # what is left out is zeroed by the aggregator; here its weight is zero
     np.testing.assert_allclose(total, 1.0, rtol=1e-6)
     ones = [turn_of(client, [1.0] * SIZE) for client in range(4)]
     huge = [turn_of(client, [1e9] * SIZE) for client in (4, 5, 6)]
     group, held = taken(server_of([0.1] * 7), [*ones, *huge])
-    _, out = merged(server_of([0.1] * 7), group, held, screen=30)
-    assert out == [True] * 7
+    total, out = merged(server_of([0.1] * 7), group, held, screen=30)
+    assert out == [True] * 7 and not total.any()
+    assert float(group.total[0]) > 1e6  # and nothing is lost if a death makes the others merge again
