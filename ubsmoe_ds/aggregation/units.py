@@ -210,8 +210,8 @@ class UnitStore:
         Under FLoRA the changed weights are part of it. A collective over the expert groups of the client.
         """
         state = {}
-        for block, part in self.parts(self._current(lora_rank), lora_rank):
-            values = block.split(part, lora_rank)
+        for block in self.blocks:
+            values = block.split(to_host(self._joined(block, lora_rank)), lora_rank)
             if block.base is not None and self.stacking:
                 prefix = next(iter(values)).removesuffix(".lora_A")
                 values[f"{prefix}.weight"] = block.base.detach().float().cpu()
@@ -263,8 +263,11 @@ class UnitStore:
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
-        read = self.masters.read
-        return to_host(torch.cat([b.join([read(p) for p in b.parameters.values()], lora_rank) for b in self.blocks]))
+        return to_host(torch.cat([self._joined(block, lora_rank) for block in self.blocks]))
+
+    def _joined(self, block: Block, lora_rank: int) -> Tensor:
+        """Return a block's part of the held buffer, on the model's device."""
+        return block.join([self.masters.read(parameter) for parameter in block.parameters.values()], lora_rank)
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
