@@ -217,8 +217,8 @@ class UnitStore:
         Under FLoRA the changed weights are part of it. A collective over the expert groups of the client.
         """
         state = {}
-        for block, part in self.parts(self._current(lora_rank), lora_rank):
-            values = block.split(part, lora_rank)
+        for block in self.blocks:
+            values = block.split(to_host(self._joined(block, lora_rank)), lora_rank)
             if block.base is not None and self.stacking:
                 prefix = next(iter(values)).removesuffix(".lora_A")
                 values[f"{prefix}.weight"] = block.base.detach().float().cpu()
@@ -274,8 +274,12 @@ class UnitStore:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
         flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device=self._device)
         for block, part in self.parts(flat, lora_rank):
-            block.join([self.masters.view(p) for p in block.parameters.values()], lora_rank, out=part)
+            self._joined(block, lora_rank, out=part)
         return to_host(flat)
+
+    def _joined(self, block: Block, lora_rank: int, out: Tensor | None = None) -> Tensor:
+        """Return a block's part of the held buffer, on the model's device."""
+        return block.join([self.masters.view(p) for p in block.parameters.values()], lora_rank, out)
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
