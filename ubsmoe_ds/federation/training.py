@@ -192,8 +192,10 @@ class GroupTraining:
         """Return SCAFFOLD's c_i of a client; None: it is zero."""
         assert self.kept_controls is not None
         state, name = self.kept_controls.reader(client), self.exp.clients[client].name
-        store, rank = self.aggregator.store, self.aggregator.held_rank
-        return None if state is None else read_held("control", name, state, store, rank)
+        if state is None:
+            assert client not in self.kept_controls.places, f"the control variate of {name} is gone"
+            return None
+        return read_held("control", name, state, self.aggregator.store, self.aggregator.held_rank)
 
     def _control_change(self) -> Tensor | None:
         """Return what the current client's steps change of its c_i (a collective under ZeRO); None without SCAFFOLD."""
@@ -203,12 +205,13 @@ class GroupTraining:
         return controls.change_of(self._own_control(self.current), local.steps - local.bad_steps)
 
     def _keep_controls(self, kept: KeptStates, statistics: RoundStatistics, changes: Mapping[int, Tensor]) -> None:
-        """Renew c_i of the clients that are merged."""
+        """Renew c_i of the clients that are merged (a collective over the group)."""
         number, store, rank = self.progress.round, self.aggregator.store, self.aggregator.held_rank
         for client, change in changes.items():
             own, name = self._own_control(client), self.exp.clients[client].name
             control = change if own is None else own + change
             kept.keep(client, number, held_parts("control", name, control, store, rank, self.world.group_rank))
+        self.world.any_of_group(False)  # all ranks have read the old values before `settle` removes their files
         groups = dict(zip(statistics.cohort, statistics.place_C2[:, 0].tolist(), strict=True))
         kept.settle(number, [(client, groups[client]) for client in statistics.merged], ())
 
