@@ -198,7 +198,7 @@ def test_layers_computed_again_train_to_the_same_bits(name, trained):
     """Also where computing a layer again repeats its all-to-alls, and ZeRO reduces gradients meanwhile."""
     for result in trained[2]:
         keys = [key for key in result if key.startswith(f"{name}/")]
-        assert len(keys) > 20
+        assert len(keys) > 10
         for key in keys:
             np.testing.assert_array_equal(result[f"again {key}"], result[key], err_msg=key)
 
