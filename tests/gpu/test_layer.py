@@ -154,7 +154,9 @@ def test_the_host_does_not_wait(estimator, capacity, again, device, monkeypatch)
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     step = Step(make_model(capacity_factor=capacity, again=again), device, torch.bfloat16, estimator, drawn=4)
     step.run()  # loads kernels
-    with waits_refused():
+    assert torch.cuda.get_sync_debug_mode() == 0
+    with waits_refused():  # torch raises where the host waits
+        assert torch.cuda.get_sync_debug_mode() == 2
         step.run()
 
 

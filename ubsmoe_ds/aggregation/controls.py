@@ -30,7 +30,7 @@ from ubsmoe_ds.client.drift import DriftCorrection
 
 
 class ControlChange(NamedTuple):
-    """What a merge changes: c, and c_i of those clients of the round that this rank's group has trained."""
+    """Hold what a merge changes: c, and c_i of those clients of the round that this rank's group has trained."""
 
     common: Tensor
     own: Mapping[int, Tensor]

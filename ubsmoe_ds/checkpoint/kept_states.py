@@ -43,7 +43,7 @@ class Written(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a client's state is: the group that has it in memory or wrote it, its version, how many ranks wrote it."""
+    """Tell where a client's state is: the group that holds or wrote it, its version, how many ranks wrote it."""
 
     group: int
     version: int
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class KeptStates:
-    """What clients keep; every rank of the job has its part and calls the methods in the same order.
+    """Keep what belongs to clients; every rank of the job has its part and calls the methods in the same order.
 
     Args:
         exp: the experiment.

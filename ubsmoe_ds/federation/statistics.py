@@ -133,7 +133,7 @@ def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], numel: in
             part, place = part._replace(lora_rank=0, work=0.0), [0.0, 0.0, 0.0, 0.0]
         squares = [] if turn.squares_LE2 is None else [turn.squares_LE2.reshape(-1).numpy()]
         counts = [turn.routed_LX.reshape(-1).numpy(), *squares, np.array([*part, *place])]
-        np.concatenate(counts, out=table[cohort.index(turn.client)], casting="unsafe")
+        np.concatenate(counts, out=table[cohort.index(turn.client)])
     return world.sum(table)
 
 

@@ -22,7 +22,7 @@ Opener = Callable[[], Tensor]  # gives a matrix, see `Weights` of expert_mlp.py
 
 
 class Sizes(NamedTuple):
-    """What the shapes of the matrices follow from: E, F, D, R, and whether every projection has a bias."""
+    """Hold what the shapes of the matrices follow from: E, F, D, R, and whether every projection has a bias."""
 
     experts: int
     hidden: int

@@ -1,4 +1,4 @@
-"""What a device does in a second, stated on the command line or measured here, for `seconds.py`."""
+"""Find what a device does in a second, stated on the command line or measured here, for `seconds.py`."""
 
 import argparse
 import statistics

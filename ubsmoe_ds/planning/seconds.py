@@ -17,7 +17,7 @@ from ubsmoe_ds.planning.rank_setup import RankSetup
 
 
 class Device(NamedTuple):
-    """What a rank's device does in a second.
+    """Hold what a rank's device does in a second.
 
     flops: of the experts' products; bandwidth: bytes read or written in its memory; network: bytes sent to other ranks,
     None: unknown, messages are not counted.
