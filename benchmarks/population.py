@@ -156,6 +156,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from ubsmoe_ds.base.malloc import keep_freed_memory
+
+    keep_freed_memory()  # as `launch/train.py` does
     with tempfile.TemporaryDirectory() as folder:
         every = experiments(options.clients, folder)
         from ubsmoe_ds.mpi.collectives import gather_json

@@ -29,9 +29,9 @@ VARIANTS: dict[str, list] = {
     "fedadam": [["merge.server_optimizer=adam", "merge.server_lr=0.01", "lora.attention=true"], 8, 6],
     "momentum_sgd": [[*SCAFFOLD, "deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
     "flame": [["method=flame"], 8],
-    "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8, 6],
-    "nf4_bf16": [["model.quantize=nf4", "lora.attention=true", *BF16], 8, 6],
-    "flora_bf16": [["method=flora", *BF16, *PROX], 8, 6],
+    "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8],
+    "nf4_bf16": [["model.quantize=nf4", "lora.attention=true", *BF16], 8],
+    "flora_bf16": [["method=flora", *BF16, *PROX], 8],
     "packed": [
         [
             "data.packing=true",
@@ -46,7 +46,7 @@ VARIANTS: dict[str, list] = {
         8,
         6,
     ],
-    "flexlora_reset": [["method=flexlora"], 8, 6],
+    "flexlora_reset": [["method=flexlora"], 8],
 }
 
 # (round, serial of the checkpoint): twice in the first evaluation, then within a round, then within the next one

@@ -7,8 +7,8 @@ from tests.soak import chaos
 pytestmark = pytest.mark.extended
 
 
-def test_five_faults_leave_no_trace(tmp_path):
-    assert chaos.soak(tmp_path, faults=5, seed=0).startswith("5 faults (")
+def test_three_faults_leave_no_trace(tmp_path):
+    assert chaos.soak(tmp_path, faults=3, seed=0).startswith("3 faults (")
 
 
 @pytest.mark.skipif(not chaos.OPEN_MPI.exists(), reason="no Open MPI: see tests/cluster/test_survival.py")

@@ -10,6 +10,7 @@ transit) and in LoRA rank, which decides how many elements a unit has for them.
 Shapes: C clients, N elements of the units of one owner, as one client sends or receives them.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -23,6 +24,7 @@ from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer
 from ubsmoe_ds.mpi.collectives import move
 
 SUM_PIECE = 2**16  # elements
+TINY_SQUARES = 1e-20  # of a sum in fp32: below it squares of elements may have become 0
 
 
 class Exchange:
@@ -84,8 +86,11 @@ class Exchange:
         Args:
             held: fp32, as in `collect`.
         """
-        parts = (torch.from_numpy(held[span.start : span.start + span.length]) for span in self._to_owners.pack)
-        return sum(float(torch.dot(part, part)) for part in (part.double() for part in parts))
+        parts = [torch.from_numpy(held[span.start : span.start + span.length]) for span in self._to_owners.pack]
+        total = sum(float(torch.dot(part, part)) for part in parts)
+        if math.isfinite(total) and total > TINY_SQUARES:
+            return total
+        return sum(float(torch.dot(part, part)) for part in (part.double() for part in parts))  # fp32 lacks the range
 
     def distribute(self, replies: Sequence[np.ndarray]) -> np.ndarray:
         """Send each client its values of the owned units (a collective over the job).

@@ -19,6 +19,7 @@ from torch import Tensor
 from ubsmoe_ds.aggregation import dmr, rules
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.rules import Factors
+from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import MergeConfig
@@ -188,9 +189,9 @@ class Server:
         weight_CU = unit_weights(self.config, self.weight_C, segment.units, usage)
         for client, (part, rank) in enumerate(zip(part_C, self._held_ranks, strict=True)):
             sizes = [unit.size(rank) for unit in segment.units]
-            if not torch.isfinite(part).all():
+            if not all_finite(part):
                 for u, piece in enumerate(part.split(sizes)):
-                    if not torch.isfinite(piece).all():
+                    if not all_finite(piece):
                         piece.zero_()
                         weight_CU[client, u] = 0
                         self.refused.append((client, segment.units[u]))

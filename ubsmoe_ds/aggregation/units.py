@@ -10,6 +10,7 @@ Shapes: E local experts, R LoRA rank, m x n a projection's weight.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,23 @@ class Block:
         return {n: v.reshape(shape) for n, v, shape in zip(self.parameters, values, shapes, strict=True)}
 
 
+class Place(NamedTuple):
+    """Where the values of one parameter lie in a held buffer, LoRA factors at the buffer's LoRA rank."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the values as a view of a buffer."""
+        return flat.as_strided(self.shape, self.strides, self.start)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return of a tensor of the parameter's shape what the buffer holds."""
+        return whole if whole.shape == self.shape else whole[..., : self.shape[-2], : self.shape[-1]]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Hold the state that a client began its turn with; see `UnitStore.begin_turn`."""
@@ -113,6 +131,7 @@ class UnitStore:
         self.units: list[Unit] = []
         self.blocks: list[Block] = []
         self.remainders: dict[str, Tensor] = {}  # by block: the part of FLoRA's merges that bf16 weights cannot hold
+        self._places: dict[int, list[Place]] = {}  # by LoRA rank
         self._moe_layers = 0
         self._device = next(model.parameters()).device
         adapters = list(model.adapters())
@@ -181,26 +200,29 @@ class UnitStore:
             round_number: round for which FLoRA's new adapters are drawn.
             load: False where clients take turns: each loads what it needs.
         """
-        parts, self._turn = [], None
-        for (block, shared), (_, change) in zip(
-            self.parts(self.shared, old_rank), self.parts(difference, new_rank), strict=True
-        ):
-            if block.shape is not None and self.stacking:
-                # W <- W + B A, then a new A and B = 0: the shared state of the adapters stays zero
-                A, B = block.split(change, new_rank).values()
-                self._merge_into_base(block, B, A)
-                parts.append(shared)
-                continue
-            if block.shape is not None:  # cut the shared state to the new LoRA rank before the reply is added
-                shared = block.join(list(block.split(shared, old_rank).values()), new_rank)
-            parts.append(shared + change)
-        self.shared = torch.cat(parts)
-        if not load:
-            return
+        self._turn = None
         if self.stacking:
-            self._write(self._with_fresh_adapters(self.shared, old_rank, round_number), old_rank)
-        else:
-            self._write(self.shared, new_rank)
+            self._merge_stacked(difference, old_rank, new_rank)
+            whole = self._with_fresh_adapters(self.shared, old_rank, round_number) if load else self.shared
+            new_rank = old_rank
+        else:  # cut the shared state to the new LoRA rank before the reply is added
+            whole = self.shared = self._recut(self.shared, old_rank, new_rank, 1) + difference
+        if load:
+            self._write(whole, new_rank)
+
+    def _merge_stacked(self, stack: Tensor, old_rank: int, stack_rank: int) -> None:
+        """Merge FLoRA's stack into the frozen weights, W <- W + B A; the shared state of the adapters stays zero."""
+        parts = []
+        for (block, shared), (_, change) in zip(
+            self.parts(self.shared, old_rank), self.parts(stack, stack_rank), strict=True
+        ):
+            if block.shape is None:
+                parts.append(shared + change)
+                continue
+            A, B = block.split(change, stack_rank).values()
+            self._merge_into_base(block, B, A)
+            parts.append(shared)
+        self.shared = torch.cat(parts)
 
     def load(self, lora_rank: int) -> None:
         """Set the client's parameters to the shared state."""
@@ -270,11 +292,23 @@ class UnitStore:
             Block(_factors(adapter), len(adapter.A), adapter.shape, adapter.base, group, layer.experts.first)
         )
 
+    def _places_at(self, lora_rank: int) -> list[Place]:
+        """Return the place of every parameter in a held buffer of this LoRA rank."""
+        if lora_rank not in self._places:
+            flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device="meta")
+            self._places[lora_rank] = [
+                Place(block.parameters[name], tuple(value.shape), value.stride(), int(value.storage_offset()))
+                for block, part in self.parts(flat, lora_rank)
+                for name, value in block.split(part, lora_rank).items()
+            ]
+        return self._places[lora_rank]
+
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
+        places = self._places_at(lora_rank)
         flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device=self._device)
-        for block, part in self.parts(flat, lora_rank):
-            self._joined(block, lora_rank, out=part)
+        values = [place.part(self.masters.view(place.parameter)) for place in places]
+        torch._foreach_copy_([place.of(flat) for place in places], values)
         return to_host(flat)
 
     def _joined(self, block: Block, lora_rank: int, out: Tensor | None = None) -> Tensor:
@@ -283,14 +317,14 @@ class UnitStore:
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
-        on_device = to_device(flat, self._device)
-        for block, part in self.parts(on_device, lora_rank):
-            for name, value in block.split(part, lora_rank).items():
-                parameter = block.parameters[name]
-                if value.shape != parameter.shape:
-                    (m, n), (rows, columns) = parameter.shape[-2:], value.shape[-2:]
-                    value = F.pad(value, (0, n - columns, 0, m - rows))
-                self.masters.write(parameter, value)
+        on_device, values = to_device(flat, self._device), {}
+        for place in self._places_at(lora_rank):
+            value, shape = place.of(on_device), place.parameter.shape
+            if value.shape != shape:
+                (m, n), (rows, columns) = shape[-2:], value.shape[-2:]
+                value = F.pad(value, (0, n - columns, 0, m - rows))
+            values[place.parameter] = value
+        self.masters.write_all(values)
 
     def _with_fresh_adapters(self, flat: Tensor, lora_rank: int, round_number: int) -> Tensor:
         """Return a held buffer with a new A for every LoRA block, drawn as at the start but for another round."""

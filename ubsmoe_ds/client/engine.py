@@ -169,7 +169,8 @@ class Client:
             self.engine.set_train_batch_size(settings.train_batch_size)
         self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
-        self.reset_optimizer()
+        if self.exp.train.optimizer_state == "keep":  # else `begin_round` does it
+            self.reset_optimizer()
         seed = hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 4 ms on a host without accelerator
         if self.device.type != "cpu":

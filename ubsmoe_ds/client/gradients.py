@@ -59,11 +59,16 @@ class MasterWeights:
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the model's weight and this rank's part of its master; call it on every rank that holds the weight."""
-        parameter.data.copy_(value)
-        fragment = self._fragments[id(parameter)]
-        if fragment is not None and fragment.master is not parameter:
-            master, start, offset, numel = fragment
-            master.data.view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
+        self.write_all({parameter: value})
+
+    def write_all(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Do the same for several, which is faster."""
+        torch._foreach_copy_([parameter.data for parameter in values], list(values.values()))
+        for parameter, value in values.items():
+            fragment = self._fragments[id(parameter)]
+            if fragment is not None and fragment.master is not parameter:
+                master, start, offset, numel = fragment
+                master.data.view(-1)[start : start + numel].copy_(value.reshape(-1)[offset : offset + numel])
 
     def read_beside(self, parameter: nn.Parameter, buffers: Mapping[Tensor, Tensor]) -> Tensor:
         """Return a parameter's whole part of buffers that lie beside the masters (a collective like `read`).

@@ -67,6 +67,7 @@ def reset_state(optimizer: torch.optim.Optimizer) -> None:
     Moments and steps start at 0, and the few others at what torch's optimisers set them to: NAdam's product of
     momenta and ASGD's mu at 1, ASGD's eta and Rprop's step sizes at the learning rate, Adagrad's sum at its option.
     """
+    zero: list[Tensor] = []
     for group in optimizer.param_groups:
         first = {
             "mu_product": 1.0,
@@ -80,5 +81,11 @@ def reset_state(optimizer: torch.optim.Optimizer) -> None:
             if group.get("dampening"):
                 state.clear()  # SGD dampens all gradients but the first
             for key, value in state.items():
-                if isinstance(value, Tensor):
-                    value.fill_(first.get(key, 0.0))
+                if not isinstance(value, Tensor):
+                    continue
+                if start := first.get(key, 0.0):
+                    value.fill_(start)
+                else:
+                    zero.append(value)
+    if zero:
+        torch._foreach_zero_(zero)

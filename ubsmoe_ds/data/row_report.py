@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ubsmoe_ds.config.sections import DataConfig
@@ -32,7 +33,7 @@ class RowReport:
     left_out: Sequence[LeftOut] = ()
     own_evaluation: Mapping[str, Lengths] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def kept(self) -> dict[str, int]:
         """Return the number of rows that each client trains on."""
         return {name: lengths.kept for name, lengths in self.training.items()}

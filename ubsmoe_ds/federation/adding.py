@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ubsmoe_ds.aggregation import rules
 from ubsmoe_ds.aggregation.layout import Unit
+from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Server, Usage, unit_weights
 from ubsmoe_ds.client.turn import Turn, Turns
 from ubsmoe_ds.mpi.world import World
@@ -44,7 +45,7 @@ class HeldUnits:
         """Set units with NaN or Inf to zero, in place; return their numbers."""
         bad = []
         for number, part in zip(self.numbers, update.split(self.sizes.tolist()), strict=True):
-            if not bool(torch.isfinite(part).all()):
+            if not all_finite(part):
                 part.zero_()
                 bad.append(number)
         return bad

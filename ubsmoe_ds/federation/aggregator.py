@@ -17,6 +17,7 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.controls import ControlChange, Controls
 from ubsmoe_ds.aggregation.exchange import Exchange
 from ubsmoe_ds.aggregation.pruning import next_rank
+from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Refused, Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import Diverged
@@ -183,7 +184,9 @@ class Aggregator:
         self.stopwatch.lap("wait")
         self._require_updates(statistics)
         difference = self._exchange(without_left_out(turns, statistics), statistics)
-        if self.world.any(not bool(torch.isfinite(difference).all())):
+        finite = all_finite(difference)
+        # where sums are formed in transit, all ranks have the same
+        if not finite if self.exchange.is_reducible else self.world.any(not finite):
             raise Diverged(f"merge.rule {self.exp.merge.rule}: the merge of finite updates is not finite")
         refused, controls = self._refused(statistics), self._merge_controls(turns, statistics)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}

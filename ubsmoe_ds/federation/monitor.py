@@ -87,7 +87,6 @@ class Monitor:
         with writes(self.folder / RECORD):
             self._record.write(line)
             self._record.flush()
-            os.fsync(self._record.fileno())
         self._tensorboard.scalars({**metrics, **seconds}, number)
         if utilisation_LE is not None:
             self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
@@ -104,8 +103,13 @@ class Monitor:
         path = self.folder / CLIENT_RECORD
         with writes(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Bring the records to the disk, as a checkpoint counts on those of the rounds before it."""
+        for path in (self.folder / CLIENT_RECORD, self.folder / RECORD):
+            if path.exists():
+                with writes(path), path.open("ab") as file:
+                    os.fsync(file.fileno())
 
     def samples(self, number: int, samples: Sequence[Sample]) -> None:
         """Write the answers that the models generated in a round's evaluation."""
@@ -216,6 +220,7 @@ class Monitor:
 
     def close(self) -> None:
         """Close all files and give the run's folder up."""
+        self.sync()
         self._record.close()
         self._tensorboard.close()
         self._owner.close()
@@ -259,7 +264,7 @@ def heat_map(value_LE: Tensor) -> Tensor:
     low = np.clip(scaled.astype(int), 0, len(HEAT) - 2)
     part = (scaled - low)[..., None]
     colour = HEAT[low] * (1 - part) + HEAT[low + 1] * part
-    return torch.from_numpy(np.kron(colour, np.ones((CELL, CELL, 1)))).permute(2, 0, 1).float()
+    return torch.from_numpy(colour.repeat(CELL, axis=0).repeat(CELL, axis=1)).permute(2, 0, 1).float()
 
 
 def summary_table(rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> Table:

@@ -46,7 +46,7 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
         merged: the merge.
     """
     exp, statistics, aggregator = training.exp, merged.statistics, training.aggregator
-    stats_C, own_C = _tables(training, statistics.cohort)
+    stats_C, own_C, seconds_G = _tables(training, statistics.cohort)
     seconds_C, sent_C, rate_C = [RoundSeconds(*row) for row in own_C[:, :4]], own_C[:, 4], own_C[:, 5]
     names = [exp.clients[client].name for client in statistics.cohort]
     refused = [len(units) for units in merged.refused]
@@ -67,7 +67,7 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
         metrics["clients/out"] = len(roster.out(training.progress.round))
     metrics["schedule/idle_share"], metrics["schedule/over_bound"] = roster.idle(training.progress.round)
     local_C = [seconds.local for seconds in seconds_C]
-    seconds = turn_seconds(names, stats_C, local_C, groups, _group_seconds(training))
+    seconds = turn_seconds(names, stats_C, local_C, groups, seconds_G)
     taken = dict(zip(statistics.cohort, own_C[:, 6].astype(int).tolist(), strict=True))
     scales: dict[int, Tensor] = {}
     if exp.router.gate_rescale == "learned":
@@ -77,8 +77,10 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
     return RoundScalars(stats_C, metrics, seconds, taken, scales, local_C)
 
 
-def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats], np.ndarray]:
-    """Return (each client's sums, [C, ...]: seconds, bytes sent, rate, steps in all, scales) (a collective)."""
+def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats], np.ndarray, list[RoundSeconds]]:
+    """Return (each client's sums; [C, ...]: seconds, bytes sent, rate, steps in all, scales; seconds of each group's
+    first rank) (a collective).
+    """
     world, stages, sums = training.world, training.stopwatch.seconds, len(LocalStats._fields)
     learned = len(training.client.model.layers) if training.exp.router.gate_rescale == "learned" else 0
     table = np.zeros((len(cohort), sums + len(RoundSeconds._fields) + 3 + learned))
@@ -91,15 +93,10 @@ def _tables(training: GroupTraining, cohort: list[int]) -> tuple[list[LocalStats
             seconds, rate, taken, scales = RoundSeconds(*np.zeros(len(seconds))), 0.0, 0, np.zeros(learned)
         sent = training.aggregator.bytes_sent / len(training.turns.done)  # a group's turns travel together
         table[cohort.index(turn.client)] = [*stats, *seconds, sent, rate, taken, *scales]
-    table = world.sum(table)
-    return [LocalStats(*row) for row in table[:, :sums]], table[:, sums:]
-
-
-def _group_seconds(training: GroupTraining) -> list[RoundSeconds]:
-    """Return the wall times of each group's first rank (a collective)."""
-    world, stages = training.world, training.stopwatch.seconds
     table_G4 = np.zeros((len(training.exp.trainers), len(RoundSeconds._fields)))
     if world.group_rank == 0:
         local = sum(turn.seconds for turn in training.turns.done)
         table_G4[world.group] = [local, *(stages.get(stage, 0.0) for stage in ("wait", "exchange", "merge"))]
-    return [RoundSeconds(*row) for row in world.sum(table_G4)]
+    whole = world.sum(np.concatenate([table.ravel(), table_G4.ravel()]))
+    table, table_G4 = whole[: table.size].reshape(table.shape), whole[table.size :].reshape(table_G4.shape)
+    return [LocalStats(*row) for row in table[:, :sums]], table[:, sums:], [RoundSeconds(*row) for row in table_G4]

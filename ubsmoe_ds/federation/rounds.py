@@ -161,6 +161,8 @@ class Federation:
     def _save(self) -> Path:
         """Save a checkpoint; return its folder (a collective)."""
         self.hang_watch.enter(f"round {self.progress.round}, checkpoint")
+        if self.monitor is not None:
+            self.monitor.sync()
         local, turns = self.training.local, self.training.turns
         store, server, controls = self.aggregator.store, self.aggregator.server, self.aggregator.controls
         kept = self.training.kept_states

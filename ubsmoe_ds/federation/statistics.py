@@ -83,12 +83,13 @@ def gather(
         weights: w_c of all clients.
         screen_factor: excess from which a client is left out; None: nobody is.
     """
-    empty_LE2, shape_LX = client.gradient_squares(), client.routed_counts().shape
-    table = _table(world, turns.done, cohort, shape_LX.numel() + (0 if empty_LE2 is None else empty_LE2.numel()))
+    layers, experts = len(client.model.layers), client.model.layers[0].num_experts
+    of_routes, of_gradients = layers * (experts + 1), 2 * layers * experts * (client.gradient_hook.squares is not None)
+    table = _table(world, turns.done, cohort, of_routes + of_gradients)
     taken_C = table[:, -4] > 0
     cohort, table = [number for number, taken in zip(cohort, taken_C, strict=True) if taken], table[taken_C]
-    counts, of_experts, own = np.split(table, [shape_LX.numel(), -OWN_COLUMNS], axis=1)
-    counts_CLX = torch.from_numpy(counts).view(len(cohort), *shape_LX)
+    counts, of_experts, own = np.split(table, [of_routes, -OWN_COLUMNS], axis=1)
+    counts_CLX = torch.from_numpy(counts).view(len(cohort), layers, experts + 1)
     routed_CLE = counts_CLX[..., :-1]
     share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
     squares_C, rank_C, work_C = own[:, :-4].T
@@ -119,7 +120,7 @@ def gather(
         added_C=added_C,
         moments_LEX=sum_moments(world, client, parts),
         routed_CLE=routed_CLE,
-        squares_CLE2=None if empty_LE2 is None else torch.from_numpy(of_experts).view(-1, *empty_LE2.shape),
+        squares_CLE2=torch.from_numpy(of_experts).view(-1, layers, experts, 2) if of_gradients else None,
     )
 
 
@@ -166,7 +167,8 @@ def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor, floa
     """
     if client.moments is None:
         return None
-    total_LEX = torch.zeros_like(client.moments.sums())
+    first = parts[0][0] if parts else client.moments.sums()
+    total_LEX = torch.zeros_like(first)
     for sums_LEX, weight in parts:
         total_LEX += weight * sums_LEX
     return torch.from_numpy(world.sum(total_LEX.numpy()))

@@ -132,6 +132,8 @@ def check_head(hf: PreTrainedModel, ours: Any) -> None:
             same = (theirs - ours(ids, torch.ones_like(ids, dtype=torch.bool))).abs().max() <= 1e-2 * theirs.abs().max()
     finally:
         hf.model.layers = layers
+        for layer in ours.layers:
+            layer.used_token = None  # that of these ids
     if not same:
         raise UserError(
             f"model.path: the logits of {hf.config.model_type!r}, as transformers computes them, are not the head's; "

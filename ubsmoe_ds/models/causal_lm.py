@@ -85,27 +85,27 @@ class LoraAdapter(NamedTuple):
 
 
 class UBSMoEForCausalLM(nn.Module):
-    """The converted model. Trainable: experts' LoRA, phi, and if asked the router and attention's LoRA."""
+    """The converted model. Trainable: experts' LoRA, phi, and if asked the router and attention's LoRA.
+
+    Args:
+        hf: transformers' model, whose blocks have been replaced.
+
+    Attributes:
+        decoders: all decoder layers.
+        layers: the UB-SMoE layers, in order; a model may have dense layers between them.
+    """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+        self.decoders: list[nn.Module] = list(hf.model.layers)
+        self.layers: list[UBSMoE] = [layer for layer in map(moe_of, self.decoders) if layer is not None]
+        self._adapted = [module for module in hf.modules() if isinstance(module, LoraLinear | StackedExperts)]
 
     def set_lora_scaling(self, scaling: float) -> None:
         """Set s, by which the product B A of every adapter is multiplied."""
-        for module in self.modules():
-            if isinstance(module, LoraLinear | StackedExperts):
-                module.scaling = scaling
-
-    @property
-    def layers(self) -> list[UBSMoE]:
-        """Return the UB-SMoE layers, in order; a model may have dense layers between them."""
-        return [layer for layer in map(moe_of, self.decoders) if layer is not None]
-
-    @property
-    def decoders(self) -> list[nn.Module]:
-        """Return all decoder layers."""
-        return list(self.hf.model.layers)
+        for module in self._adapted:
+            module.scaling = scaling
 
     @property
     def recurrent(self) -> bool:

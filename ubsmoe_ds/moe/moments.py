@@ -50,6 +50,9 @@ class ExpertMoments:
             experts = layer.experts
             assert experts.moment_sums_EX is not None
             local_EX = experts.moment_sums_EX.double().cpu()
+            if layer.num_local_experts == layer.num_experts:
+                sums.append(local_EX)
+                continue
             sums_EX = local_EX.new_zeros(layer.num_experts, local_EX.shape[1])
             sums_EX[experts.first : experts.first + len(local_EX)] = local_EX
             sums.append(sums_EX)

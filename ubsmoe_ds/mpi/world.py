@@ -7,6 +7,7 @@ from mpi4py import MPI
 
 from ubsmoe_ds.mpi.collectives import MOVE_SECONDS, RanksLost, any_true, move, wait_quietly
 
+GATHERED_BYTES = 2**20  # of all ranks together, up to which each rank sums for itself
 STAGE_DONE, RECOVERING = 0b01, 0b10  # what ranks agree on; both meet in the same agreements
 
 
@@ -75,8 +76,12 @@ class World:
 
 
 def _sum(comm: MPI.Comm, values: np.ndarray) -> np.ndarray:
-    total = np.zeros_like(values, dtype=np.float64)
     mine = np.ascontiguousarray(values, dtype=np.float64)
+    if mine.nbytes * comm.size <= GATHERED_BYTES:  # one step among ranks, where the sums below take four or more
+        everybody = np.empty((comm.size, *mine.shape))
+        wait_quietly(comm.Iallgather(mine, everybody))
+        return np.add.reduce(everybody)
+    total = np.zeros_like(mine)
     move(comm, lambda: comm.Iallreduce(mine, total))
     # ranks may sum in different orders; rank 0's result is everybody's
     wait_quietly(comm.Ibcast(total, root=0), MOVE_SECONDS)

@@ -112,8 +112,9 @@ class Masters:
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()
 
-    def write(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        parameter.data.copy_(value)
+    def write_all(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
 
 
 @pytest.fixture(scope="module")

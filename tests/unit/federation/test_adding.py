@@ -52,7 +52,8 @@ def taken(server: Server, turns: list[Turn]) -> tuple[Turns, HeldUnits]:
 def merged(server: Server, group: Turns, held: HeldUnits, screen: float | None = None) -> tuple[np.ndarray, list]:
     """Return (the weighted sum of a round, whether each client is left out)."""
     cohort = [turn.client for turn in group.done]
-    client = SimpleNamespace(routed_counts=lambda: torch.zeros(1, 9), gradient_squares=lambda: None, moments=None)
+    model = SimpleNamespace(layers=[SimpleNamespace(num_experts=8)])
+    client = SimpleNamespace(model=model, gradient_hook=SimpleNamespace(squares=None), moments=None)
     found = gather(GROUP, client, group, cohort, server.weights, screen)
     server.weigh(cohort, found.work_C.tolist(), found.nonfinite.tolist())
     group = without_left_out(group, found)
