@@ -24,6 +24,7 @@ from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer
 from ubsmoe_ds.mpi.collectives import move
 
 SUM_PIECE = 2**16  # elements
+SQUARES_PIECE = 2**11  # elements whose squares are summed in the precision of the elements
 TINY_SQUARES = 1e-20  # of a sum in fp32: below it squares of elements may have become 0
 
 
@@ -86,11 +87,11 @@ class Exchange:
         Args:
             held: fp32, as in `collect`.
         """
-        parts = [torch.from_numpy(held[span.start : span.start + span.length]) for span in self._to_owners.pack]
-        total = sum(float(torch.dot(part, part)) for part in parts)
+        parts = [held[span.start : span.start + span.length] for span in self._to_owners.pack]
+        total = sum(_squares(part) for part in parts)
         if math.isfinite(total) and total > TINY_SQUARES:
             return total
-        return sum(float(torch.dot(part, part)) for part in (part.double() for part in parts))  # fp32 lacks the range
+        return sum(_squares(part.astype(np.float64)) for part in parts)  # fp32 lacks the range
 
     def distribute(self, replies: Sequence[np.ndarray]) -> np.ndarray:
         """Send each client its values of the owned units (a collective over the job).
@@ -229,6 +230,13 @@ class Exchange:
         send_part, receive_part = [send, transfer.send_counts, datatype], [received, transfer.receive_counts, datatype]
         move(self.comm, lambda: self.comm.Ialltoallv(send_part, receive_part))
         return received
+
+
+def _squares(values: np.ndarray) -> float:
+    """Return the sum of squares, the same bits for any number of threads, which a dot product does not promise."""
+    whole = len(values) // SQUARES_PIECE * SQUARES_PIECE
+    norms = torch.linalg.vector_norm(torch.from_numpy(values[:whole]).view(-1, SQUARES_PIECE), dim=1).numpy()
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in (norms, values[whole:]))
 
 
 def _copy(sources: Sequence[torch.Tensor], spans: list[Span], result: torch.Tensor) -> None:
