@@ -141,10 +141,10 @@ class Client:
         return drift
 
     def become(self, config: ClientConfig, number: int, scales_L: Tensor | None) -> None:
-        """Train another client from now on; the caller loads its adapter.
+        """Be another client from now on; the caller loads its adapter, and the optimiser's state before it trains.
 
-        K, capacity factor, weight of PG, scale of LoRA, batch, learning rate and learned scales are the client's; the
-        optimiser is that of a new engine. Random draws depend on the seed, the client, the round and this rank alone.
+        K, capacity factor, weight of PG, scale of LoRA, batch, learning rate and learned scales are the client's.
+        Random draws depend on the seed, the client, the round and this rank alone.
 
         Args:
             config: the client's section, with the ranks of its group.
@@ -169,8 +169,6 @@ class Client:
             self.engine.set_train_batch_size(settings.train_batch_size)
         self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
-        if self.exp.train.optimizer_state == "keep":  # else `begin_round` does it
-            self.reset_optimizer()
         seed = hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 4 ms on a host without accelerator
         if self.device.type != "cpu":

@@ -108,6 +108,7 @@ class GroupTraining:
                 return
             if client != self.current or self.local.steps == 0:
                 self.become(client)
+                self._restore_optimizer(client)
                 self.local = self.begin(client) or LocalProgress()
                 self.local.deadline = deadline
             self._train()
@@ -143,14 +144,20 @@ class GroupTraining:
         return sums
 
     def become(self, client: int) -> None:
-        """Turn the engine into a client that takes turns, as it is before its steps in the round."""
+        """Turn the engine into a client that takes turns, as it is in the round, but for its optimiser."""
         number, scales_L = self.progress.round, self.progress.scales.get(client)
         self.client.become(self.exp.trained_by(client, self.world.group), number, scales_L)
         self.aggregator.begin_turn(client, number)
-        state = None if self.kept is None else self.kept.reader(client)
+        self.current = client
+
+    def _restore_optimizer(self, client: int) -> None:
+        """Give the optimiser what a client kept, or that of a new engine; without it `Client.begin_round` resets it."""
+        if self.kept is None:
+            return
+        self.client.reset_optimizer()
+        state = self.kept.reader(client)
         if state is not None:
             restore_optimizer(self.client, state)
-        self.current = client
 
     def end_turn(self) -> None:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
