@@ -31,4 +31,4 @@ def test_a_first_message_arrives_while_its_sender_waits_elsewhere(tmp_path):
     command = ["mpiexec", "-n", "2", sys.executable, str(tmp_path / "first.py"), str(tmp_path / "arrived")]
     apart = clean_environment() | {"MPIR_CVAR_NOLOCAL": "1"}
     done = subprocess.run(command, env=apart, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.split("\n") == ["arrived", "arrived", ""], done
+    assert done.returncode == 0 and done.stdout.split() in (["arrived"] * 2, ["arrivedarrived"]), done
