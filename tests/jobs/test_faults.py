@@ -41,7 +41,6 @@ def same_as(whole, folder) -> None:
     [
         "SIGTERM to the command",
         pytest.param("SIGTERM to the command while a rank is stopped", marks=pytest.mark.extended),
-        pytest.param("SIGUSR1 to one rank", marks=pytest.mark.extended),
         pytest.param("SIGKILL to the command", marks=pytest.mark.extended),
     ],
 )
@@ -50,9 +49,7 @@ def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1", **OWN_SERVER)
     job.wait_for("round   1/3")
     time.sleep(0.3)
-    if how == "SIGUSR1 to one rank":
-        os.kill(job.rank_pids()[2], signal.SIGUSR1)
-    elif how.startswith("SIGTERM to the command"):
+    if how.startswith("SIGTERM to the command"):
         if how.endswith("stopped"):
             os.kill(job.rank_pids()[2], signal.SIGSTOP)
         job.process.terminate()

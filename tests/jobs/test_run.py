@@ -103,7 +103,7 @@ def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
     in_use = [f"output={folder.parent}", "overwrite=false", TWO_CLIENTS]
     code, output = run("mpiexec", "-n", "3", *under_mpi, *in_use)
     assert code == 2 and "already holds a run" in output and output.count("error:") == 1
-    code, output = run("mpiexec", "-n", "6", *under_mpi, f"output={tmp_path}")
+    code, output = run("deepspeed", TRAIN, *SHORT, f"output={tmp_path}")
     assert code == 0, output
     first, second = records(folder), records(tmp_path / "tiny")
     assert [r["metrics"] for r in first] == [r["metrics"] for r in second]

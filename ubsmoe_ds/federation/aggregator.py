@@ -142,8 +142,10 @@ class Aggregator:
             work: part of the round's work that it did, 0 to 1; 0: it sits the round out.
         """
         store, rank = self.store, self.server.lora_ranks[number]
-        new_rank, update = rank, torch.zeros_like(store.shared)
-        if work:
+        new_rank = rank
+        if not work:
+            update = torch.zeros_like(store.shared)
+        else:
             update = store.updates(rank)
             if self.exp.lora.prune_penalty:
                 new_rank = next_rank(store, update, rank, tail_start(self.exp.lora, rank))

@@ -1,6 +1,6 @@
 """The activations of experts: h = f(g, u) of the gate's and the up projection's outputs, and its derivatives.
 
-Each is split into a factor a(g), which is kept for the backward pass, and a factor b(u): h = a(g) b(u).
+Each is split into a factor a(g), which the backward pass computes again, and a factor b(u): h = a(g) b(u).
 
 Shapes: N rows, F expert width.
 """

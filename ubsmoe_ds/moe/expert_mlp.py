@@ -102,7 +102,7 @@ class ExpertMLP(torch.autograd.Function):
     """y = sum over a token's kept routes of weight * expert(x); without routes, y = expert(x) of each row.
 
     The six factors (A, B of gate, up, down) are arguments so that they get gradients; their values are read from
-    `weights`. Only the experts' own results are saved of the rows; x and h are cheaper to make again.
+    `weights`. Only what products give is saved of the rows; x, silu(g) and h are cheaper to make again.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ class ExpertMLP(torch.autograd.Function):
             ht_NI[:, hidden + rank] = 1
         ctx.weights, ctx.rows, ctx.observer = weights, rows, observer
         ctx.factors, ctx.versions = factors, [factor._version for factor in factors]
-        ctx.save_for_backward(x_TD, xa_NQ.clone(), gate_up_NO, factor_NF, ha_NQ.clone(), weight_TK)
+        ctx.save_for_backward(x_TD, xa_NQ.clone(), gate_up_NO, ha_NQ.clone(), weight_TK)
         # y = W h + s B A h of each row, then the weighted sum over a token's routes
         down_EID = down[:, :width].mT
         if weight_TK is None:
@@ -152,12 +152,13 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: D102
         if [factor._version for factor in ctx.factors] != ctx.versions:
             raise RuntimeError("LoRA factors were changed between forward and backward")
-        x_TD, xa_NQ, gate_up_NO, factor_NF, ha_NQ, weight_TK = ctx.saved_tensors
+        x_TD, xa_NQ, gate_up_NO, ha_NQ, weight_TK = ctx.saved_tensors
         rows, weights = ctx.rows, ctx.weights
         learning = any(ctx.needs_input_grad[5:])
         # down: dL/dh before the route's weight, and dL/dweight = dL/dh . h without a bias
         down = weights.down()
         dy_ND, dya_NQ, dh_NF = _through_down(gradients[0], down, weights, rows, gate_up_NO)
+        factor_NF = weights.activation.factor(gate_up_NO[:, : weights.hidden])
         up_NF, h_NF = gate_up_NO[:, weights.hidden :], _aligned_empty(gate_up_NO, weights.hidden)
         weights.activation.hidden(factor_NF, up_NF, out=h_NF)
         dweight_TK = None
@@ -179,6 +180,7 @@ class ExpertMLP(torch.autograd.Function):
         dgut_NO = _with_tail(gate_up_NO, len(gate_up_NO), gate_up.shape[1], 2 * weights.hidden)
         dgate_NF, dup_NF = dgut_NO[:, : 2 * weights.hidden].split(weights.hidden, dim=1)
         weights.activation.backward(dh_NF, factor_NF, gate_up_NO[:, : weights.hidden], up_NF, dgate_NF, dup_NF)
+        del factor_NF  # before the gradients of x take as much room
         dgu_NO, dgua_NQ = dgut_NO[:, : 2 * weights.hidden], dgut_NO[:, 2 * weights.hidden :][:, : 2 * weights.lora_rank]
         if ctx.observer.backward is not None:
             ctx.observer.backward(h_NF, dgu_NO)

@@ -218,7 +218,7 @@ def _routing_tables(setup: RankSetup) -> float:
 def _kept_of_rows(setup: RankSetup, rows: int) -> float:
     """Return what an MoE block keeps of its experts' rows for backward, with the rows moved between ranks."""
     s = setup.shape
-    kept = (setup.width * (3 * s.expert_width + 3 * s.lora_rank) + 2 * INT64) * rows
+    kept = (setup.width * (2 * s.expert_width + 3 * s.lora_rank) + 2 * INT64) * rows
     if setup.expert_parallel > 1:
         kept += setup.width * s.hidden * (rows + setup.k * setup.training.tokens)
     return kept

@@ -232,7 +232,7 @@ def test_what_fits_is_the_most_that_fits(inputs):
 
 
 def test_remedies_really_fit(inputs):
-    for number, memory in ((3, 0.567e9), (1, 0.581e9)):
+    for number, memory in ((3, 0.567e9), (1, 0.577e9)):
         fits = [fit(inputs, n, memory) for n in range(4)]
         assert not fits[number].fits_now
         layout = fits[number].layout
@@ -251,7 +251,7 @@ def test_a_capacity_that_keeps_all_tokens_is_called_null(inputs):
 def test_remedies_use_only_the_hosts_that_a_client_names(inputs):
     """The laptop's host has one slot: it has no room for more ranks, though other hosts have."""
     pinned = inputs.changed(1, hosts=["small"])
-    memory = 0.581e9
+    memory = 0.577e9
     assert fit(pinned, 1, memory, {"large": 8, "small": 2}).has_room
     assert not fit(pinned, 1, memory, {"large": 8, "small": 1}).has_room
     assert fit(inputs, 1, memory, {"large": 8, "small": 1}).has_room
@@ -303,7 +303,7 @@ def test_fewer_accumulation_steps_must_not_push_out_another_client(inputs):
 
 
 def test_where_evaluation_is_fullest_a_smaller_batch_of_it_is_named(inputs):
-    setting = large(inputs, ["{name: a, budget: 1}"], batch=8, accumulation=1, eval_answers=50_000.0)
+    setting = large(inputs, ["{name: a, budget: 1}"], batch=8, accumulation=1, eval_answers=40_000.0)
     phases = memory_by_phase(rank_setup(setting, 0))
     memory = max(size for phase, size in phases.items() if phase != "evaluate") * 1.01
     assert phases["evaluate"] > 1.5 * memory
