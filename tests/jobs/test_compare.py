@@ -59,11 +59,11 @@ POPULATION = [
 
 @pytest.mark.extended
 def test_an_interrupted_comparison_over_a_population_goes_on_to_the_same_results(tmp_path):
-    """The first method is stopped after its first round. A run of it alone is the peer."""
+    """The first method is stopped when its first round is saved. A run of it alone is the peer."""
     command = [sys.executable, "launch/compare.py", "--config", CONFIG, "--seeds", "0", "--methods"]
     whole = [*command, "flexlora", "topk", "--out", str(tmp_path / "out"), *POPULATION]
     job, log = Job(whole, tmp_path / "log"), tmp_path / "out" / "runs" / "flexlora-seed0.log"
-    await_output(job.process, log, seconds=240, text="round   1/3")
+    await_output(job.process, log, seconds=240, text="round   2/3")
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.end(60) == 130
     code, output = run(*whole, timeout=600)
