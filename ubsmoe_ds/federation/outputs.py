@@ -243,13 +243,15 @@ class Outputs:
         self, progress: Progress, peak_C: np.ndarray, tokens: Tokens, records: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
         """Return one row for each client; `records` are all rounds of the run (see `Monitor.records`)."""
-        full = self._flops(tokens, self.exp.lora.rank, self.exp.k_max)
         rows, server = [], self.aggregator.server
         for config, weight, rank, peak in zip(self.exp.clients, server.weights, server.lora_ranks, peak_C, strict=True):
             k = self.exp.active_experts(config)
             row = {"client": config.name, "budget": config.budget, "k": k, "lora_rank": rank}
             row |= {"rows": self.rows.kept[config.name], "weight": weight}
-            row |= {"flops_ratio": self._flops(tokens, rank, k) / full, **training_speed(records, config.name)}
+            spread = config.expert_parallel > 1
+            full = self._flops(tokens, self.exp.lora.rank, self.exp.k_max, spread)
+            row |= {"flops_ratio": self._flops(tokens, rank, k, spread) / full}
+            row |= training_speed(records, config.name)
             row["peak_memory_gb"] = float(peak) / 1e9
             if self.exp.takes_turns:
                 row["rounds"] = sum(f"steps/{config.name}" in record["metrics"] for record in records)
@@ -261,10 +263,10 @@ class Outputs:
             rows.append(row)
         return rows
 
-    def _flops(self, tokens: Tokens, lora_rank: int, k: int) -> float:
-        """Return the FLOPs of training on this micro-batch with so many active experts."""
+    def _flops(self, tokens: Tokens, lora_rank: int, k: int, spread: bool) -> float:
+        """Return the FLOPs of training on this micro-batch with so many active experts, `spread` over ranks or not."""
         shape = model_shape(self.client.hf_config, lora_rank=lora_rank, lora_attention=self.exp.lora.attention)
         _, context = tokens.input_ids.shape
         count, answers = tokens.input_ids.numel(), len(tokens.target_A)
         again, router = self.exp.train.activation_checkpointing, self.exp.router.trainable
-        return step_flops(shape, k, count, context, answers, router=router, again=again)
+        return step_flops(shape, k, count, context, answers, router=router, again=again, spread=spread)
