@@ -91,7 +91,7 @@ class Watched(SwiGLU):
 
 
 def test_what_a_layer_computed_is_not_kept():
-    """Three layers: silu(g) never outlives its forward pass; backward computes it again, and once more with the layer."""
+    """Three layers: silu(g) outlives no forward pass; backward computes it again, and once more with the layer."""
     for again in (False, True):
         model = convert(tiny.hf_model(num_hidden_layers=3), UBSMoESpec(GateConfig(k=4, candidates=8))).train()
         watched = Watched()
