@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
+from tests.support.mpi_scenarios import part_of
 from tests.support.ranks import run_ranks
+from ubsmoe_ds.mpi.world import GATHERED_BYTES
 
 
 def test_ranks_gather_values_of_different_lengths(tmp_path):
@@ -14,6 +16,18 @@ def test_ranks_gather_values_of_different_lengths(tmp_path):
         assert rank["ranks"].tolist() == [0, 1, 2]
         assert rank["lengths"].tolist() == lengths
         assert np.array_equal(rank["thirds"], np.arange(3) / 3), "floats arrive bit for bit"
+
+
+def test_ranks_have_the_same_bits_of_a_sum(tmp_path):
+    """Small ones, which each rank sums for itself in the order of the ranks, and one that MPI sums."""
+    sizes = [1, 1000, GATHERED_BYTES // 8]
+    ranks = run_ranks(tmp_path, 3, "tests.support.mpi_scenarios:summed", {"sizes": sizes})
+    for size in sizes:
+        first, second, third = (part_of(rank, size) for rank in range(3))
+        for rank in ranks:
+            np.testing.assert_array_equal(rank[str(size)], ranks[0][str(size)])
+            np.testing.assert_allclose(rank[str(size)], first + second + third, rtol=1e-12, atol=1e-14)
+    assert (ranks[0]["1000"] == (part_of(0, 1000) + part_of(1, 1000)) + part_of(2, 1000)).all()
 
 
 def test_ranks_of_a_host_share_one_file_of_rows(tmp_path):

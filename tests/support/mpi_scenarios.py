@@ -40,6 +40,19 @@ def gathered(lengths: list[int]) -> dict[str, Any]:
     }
 
 
+def summed(sizes: list[int]) -> dict[str, Any]:
+    """Return by size the sum over all ranks of arrays that `part_of` makes."""
+    from mpi4py import MPI
+
+    world = mock.Mock(comm=MPI.COMM_WORLD)
+    return {str(size): World.sum(world, part_of(world.comm.rank, size)) for size in sizes}
+
+
+def part_of(rank: int, size: int) -> np.ndarray:
+    """Return a rank's numbers, whose sum depends on the order in its last bits."""
+    return np.random.default_rng(rank).normal(size=size)
+
+
 def joined() -> dict[str, Any]:
     """Join a job on two made-up hosts; return this rank's place in it, its device and its rendezvous."""
     from mpi4py import MPI

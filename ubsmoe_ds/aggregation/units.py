@@ -57,12 +57,11 @@ class Block:
             return sum(p.numel() for p in self.parameters.values())
         return self.rows * lora_rank * sum(self.shape[-2:])
 
-    def join(self, values: Sequence[Tensor], lora_rank: int, out: Tensor | None = None) -> Tensor:
-        """Lay values of the parameters' shapes out as in the held buffer, if given in `out`, the block's part of it."""
+    def join(self, values: Sequence[Tensor], lora_rank: int) -> Tensor:
+        """Lay values of the parameters' shapes out as in the held buffer."""
         if self.shape is not None:
             values = [values[0][..., :lora_rank, :], values[1][..., :lora_rank]]
-        rows = None if out is None else out.view(self.rows, -1)
-        return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1, out=rows).reshape(-1)
+        return torch.cat([value.reshape(self.rows, -1) for value in values], dim=1).reshape(-1)
 
     def split(self, flat: Tensor, lora_rank: int) -> dict[str, Tensor]:
         """Return the values of each parameter, LoRA factors at the buffer's LoRA rank; the inverse of `join`."""
@@ -239,8 +238,8 @@ class UnitStore:
         Under FLoRA the changed weights are part of it. A collective over the expert groups of the client.
         """
         state = {}
-        for block in self.blocks:
-            values = block.split(to_host(self._joined(block, lora_rank)), lora_rank)
+        for block, part in self.parts(self._current(lora_rank), lora_rank):
+            values = block.split(part, lora_rank)
             if block.base is not None and self.stacking:
                 prefix = next(iter(values)).removesuffix(".lora_A")
                 values[f"{prefix}.weight"] = block.base.detach().float().cpu()
@@ -310,10 +309,6 @@ class UnitStore:
         values = [place.part(self.masters.view(place.parameter)) for place in places]
         torch._foreach_copy_([place.of(flat) for place in places], values)
         return to_host(flat)
-
-    def _joined(self, block: Block, lora_rank: int, out: Tensor | None = None) -> Tensor:
-        """Return a block's part of the held buffer, on the model's device."""
-        return block.join([self.masters.view(p) for p in block.parameters.values()], lora_rank, out)
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""

@@ -106,7 +106,7 @@ class Monitor:
 
     def sync(self) -> None:
         """Bring the records to the disk, as a checkpoint counts on those of the rounds before it."""
-        for path in (self.folder / CLIENT_RECORD, self.folder / RECORD):
+        for path in (self.folder / name for name in (SAMPLES, CLIENT_RECORD, RECORD)):
             if path.exists():
                 with writes(path), path.open("ab") as file:
                     os.fsync(file.fileno())

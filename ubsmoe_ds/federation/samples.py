@@ -4,7 +4,6 @@ Written are prompts, right and generated answers. Their control characters are e
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -103,8 +102,6 @@ class SampleFile:
             lines.append(json.dumps({"run_id": self.run_id, "round": number, **facts}) + "\n")
         with writes(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
         for view in dict.fromkeys(sample.view for sample in samples):
             of_view = [sample for sample in samples if sample.view == view]
             tensorboard.text(f"samples/{view}", "\n\n---\n\n".join(map(_as_markdown, of_view)), number)

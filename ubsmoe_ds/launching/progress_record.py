@@ -1,4 +1,4 @@
-"""What a rank notes of its progress, in memory that its watcher and the other processes of its host can read.
+"""Note a rank's progress in memory that its watcher and the other processes of its host can read.
 
 The rank writes how far it is (`PROGRESS`) and its stage, others write the two flags behind.
 """

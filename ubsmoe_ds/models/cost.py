@@ -22,7 +22,7 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixer:
-    """What mixes the tokens in a layer: attention, or a recurrence.
+    """Describe the part of a layer that mixes tokens: attention, or a recurrence.
 
     projections: its matrices
     scores, values: widths of all heads' queries and values; per_token: FLOPs of a recurrence, whatever the context

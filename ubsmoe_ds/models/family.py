@@ -1,4 +1,4 @@
-"""What the line of a family says: names in files and configs, and the rule of its router and experts. Imports no torch.
+"""Define the line of a family: names in files and configs, and the rule of its router and experts. Imports no torch.
 
 models/families.py has the lines; models/block_check.py compares them with transformers' blocks.
 """

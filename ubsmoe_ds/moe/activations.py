@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Activation(Protocol):
-    """What the experts' computation needs to know of an activation."""
+    """Define what the experts' computation asks of an activation."""
 
     def __call__(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         """Return h, differentiably."""

@@ -21,9 +21,10 @@ class RanksLost(Exception):  # noqa: N818  # no defect: ulfm.py has what the sur
 
 
 def wait_quietly(request: MPI.Request, longest_sleep: float = POLL_SECONDS) -> None:
-    """Wait for a request without spinning: MPICH's own wait burns a core that slower clients on the host need.
+    """Wait for a request, leaving the core to others: MPICH's own wait burns one that slower clients on the host need.
 
-    The sleep grows with the time waited, so that ranks that arrive together go on together.
+    It yields at first, then sleeps, the longer the longer it has waited, so that ranks that arrive together go on
+    together.
 
     Raises:
         RanksLost: if a participating rank has died. Keep the exception while you handle it: its traceback keeps
