@@ -44,7 +44,6 @@ LAUNCHERS = {
     "deepspeed --launcher mpich": Launcher(MPICH, f"{DEEPSPEED} {ON_HOSTS} mpich"),
     "deepspeed --launcher openmpi": Launcher(OPEN_MPI, f"{DEEPSPEED} {ON_HOSTS} openmpi", OPEN_MPI_HERE),
     "deepspeed --launcher impi": Launcher(INTEL_MPI, f"{DEEPSPEED} {ON_HOSTS} impi", {"I_MPI_FABRICS": "shm"}, False),
-    "mpiexec of MPICH": Launcher(MPICH, "mpiexec -hosts PLACES -n 2 PYTHON -u -m mpi4py"),
     "mpiexec of Open MPI": Launcher(
         OPEN_MPI, "mpiexec --host PLACES -n 2 -x PYTHONPATH PYTHON -u -m mpi4py", OPEN_MPI_HERE
     ),

@@ -24,11 +24,9 @@ WARMUP = ["deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 8, wa
 VARIANTS: dict[str, list] = {
     "ub_smoe": [[], 0, 1, 9, 4],
     "zero2": [[*ZERO2, *WARMUP, *PROX], 8],
-    "bf16": [BF16, 8],
     "bf16_zero2": [[*BF16, *ZERO2, *PROX, *SCAFFOLD], 8],
-    "fedadam": [["merge.server_optimizer=adam", "merge.server_lr=0.01", "lora.attention=true"], 8, 6],
+    "fedadam": [["method=flame", "merge.server_optimizer=adam", "merge.server_lr=0.01", "lora.attention=true"], 8, 6],
     "momentum_sgd": [[*SCAFFOLD, "deepspeed.optimizer={type: SGD, params: {lr: 0.1, momentum: 0.9}}"], 8],
-    "flame": [["method=flame"], 8],
     "hetlora": [["method=hetlora", "lora.prune_gamma=0.7", "lora.prune_penalty=0.5"], 8],
     "nf4_bf16": [["model.quantize=nf4", "lora.attention=true", *BF16], 8],
     "flora_bf16": [["method=flora", *BF16, *PROX], 8],

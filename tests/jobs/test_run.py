@@ -125,20 +125,6 @@ def test_wrong_world_size_names_the_right_command(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.extended
-def test_deepspeed_mpich_launcher_finds_its_world(tmp_path):
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
-    out = tmp_path / "out"
-    launcher = ["--launcher", "mpich", "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
-    two = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]", "data.partition=by_task"]
-    two += ["deepspeed.zero_optimization.stage=2", "deepspeed.bf16.enabled=true", "lora.attention=true"]
-    two += ["pseudo_gradient.estimator=expert_mean", "train.optimizer_state=keep", "router.aux_loss=0.01"]
-    code, output = run("deepspeed", "--hostfile", str(hostfile), *launcher, TRAIN, *SHORT, *two, f"output={out}")
-    assert code == 0, output
-    assert [row["k"] for row in json.loads((out / "tiny" / "summary.json").read_text())["clients"]] == [4, 8]
-
-
 BAD = {
     "config": (["train.epochs=3"], "error: train.epochs: unknown key"),
     "rows": (["data.source=jsonl:{tmp}/bad.jsonl"], "bad.jsonl, line 1: is not a JSON object"),
