@@ -11,12 +11,13 @@ turns in one job. `ms` is the median over repeats of the slowest rank's wall tim
     turn       what a client's turn costs beside its steps: become, load, read back; `ratio`: over 8 local steps
     schedule   share of a round in which groups idle, and the round's length over what no schedule can beat, means over
                1,000 rounds as predicted
-    memory     private megabytes of a rank after the rounds, of the first population alone
+    memory     private megabytes of a rank after the rounds, without what it has freed, of the first population alone
     flower     the same round in Flower's simulation: 10 of 100 clients, which only send the payload back; `ratio`: over
                our round. Only where flwr and ray are installed
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import statistics
@@ -95,7 +96,11 @@ def timed_round(federation: Any, world: Any, with_steps: bool) -> tuple[float, l
 
 
 def private_megabytes() -> float:
-    """Return the memory that this process shares with no other."""
+    """Return the memory that this process shares with no other, once it has returned what it has freed."""
+    from ubsmoe_ds.base.malloc import release_freed_memory
+
+    gc.collect()
+    release_freed_memory()
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) * 1024 / 1e6
 
