@@ -12,7 +12,7 @@ pytestmark = pytest.mark.extended
 
 CONFIG = "ds_configs/tiny.yaml"
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
-SHORT += ["checkpoint.keep=9"]
+SHORT += ["checkpoint.keep=9", "deepspeed.train_batch_size=4"]
 CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
 ZERO2 = ["deepspeed.zero_optimization.stage=2"]
 SCAFFOLD = ["train.scaffold=true"]

@@ -19,7 +19,7 @@ SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=160", "data.eval_ro
 # without draws, which a turn takes from its own generator; eps, so that Adam does not turn rounding into steps
 SAME = ["train.optimizer_state=reset", "pseudo_gradient.tokens_per_expert=null", "pseudo_gradient.moment_share=1.0"]
 SAME += ["deepspeed.optimizer={type: AdamW, params: {lr: 0.003, eps: 0.0001}}", "checkpoint.every=0"]
-SAME += ["deepspeed.train_batch_size=8"]
+SAME += ["deepspeed.train_batch_size=4"]
 CLIENTS = (
     "clients=[{budget: 0.25, name: a, lr: 0.002}, {budget: 0.5, name: b, gradient_accumulation_steps: 2}, "
     "{budget: 0.75, name: c, local_steps: 3}, {budget: 1.0, name: d}]"

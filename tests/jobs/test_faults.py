@@ -16,7 +16,8 @@ from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, tra
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
 
-SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", TWO_CLIENTS]
+SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", "deepspeed.train_batch_size=4"]
+SHORT += [TWO_CLIENTS]
 
 
 @pytest.fixture(scope="module")

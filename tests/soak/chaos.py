@@ -38,12 +38,12 @@ from ubsmoe_ds.federation.budgets import CLIENT_RECORD  # noqa: E402
 
 ROUNDS = 8
 SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "overwrite=false"]
+SHORT += ["deepspeed.train_batch_size=4"]
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
 POPULATION = (  # of ten clients, whose figures are in a file of their own
     "clients=[{count: 10, budgets: [0.25, 0.5, 1.0], capacity_factor: [1.25, null, null, null]}]",
     "sampling={clients: 5}",
-    "deepspeed.train_batch_size=8",
 )
 GROUPS = (*POPULATION, "groups=[{}, {ranks: 2, expert_parallel: 2}]")
 MANY_GROUPS = (*POPULATION, "groups=[{}, {ranks: 2, expert_parallel: 2}, {count: 2}]")

@@ -18,7 +18,7 @@ from ubsmoe_ds.launching.fast_start import SERVER, SHIM
 
 MARK = "UBSMOE_DS_TEST_JOB"
 TRAIN = "launch/train.py"
-SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24"]
+SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=400", "data.eval_rows=24", "deepspeed.train_batch_size=4"]
 OWN_SERVER = {SERVER: ""}  # in a job's environment: it starts a fork server of its own, as a user's does
 NOT_FORKED = {SERVER: "/nonexistent"}  # each rank imports for itself, as on several hosts
 TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"

@@ -12,7 +12,7 @@ from ubsmoe_ds.planning.memory_model import ALIGNMENT
 from ubsmoe_ds.planning.seconds import Device
 
 COPIED = 2**28  # bytes, beyond any cache
-REPEATS = 5
+REPEATS = 15
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
