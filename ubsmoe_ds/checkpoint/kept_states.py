@@ -76,15 +76,24 @@ class KeptStates:
             world.barrier()
 
     def reader(self, client: int) -> Reader | None:
-        """Return what reads a client's state, as far as this rank needs it; None if it has none yet."""
+        """Return what reads a client's state, as far as this rank needs it; None if it has none yet.
+
+        Raises:
+            UserError: if its files are not where this rank looks for them.
+        """
         held, place = self.held.get(client), self.places.get(client)
         if held is not None:
             return Reader.of(piece for piece, _ in held.pieces).within(self._prefix(held.version))
         if place is None:
             return None
-        folder = self._folder(client, place.version)
-        names = [name for name in map(rank_file, range(place.ranks)) if (folder / name).exists()]
-        return Reader(folder, names).within(self._prefix(place.version)) if names else None
+        folder, names = self._folder(client, place.version), self._files(client, place)
+        if not names:
+            name = self.exp.clients[client].name
+            raise UserError(
+                f"train.kept_states_gb: {folder}, what {name!r} keeps between its rounds, is gone or not seen by this "
+                "host; on several hosts `output` must be a folder that all see"
+            )
+        return Reader(folder, names).within(self._prefix(place.version))
 
     def keep(self, client: int, version: int, pieces: Iterable[tuple[Piece, bool]]) -> None:
         """Keep a client's state after its turn.
@@ -160,9 +169,11 @@ class KeptStates:
             lost: numbers of the lost groups.
         """
         left = [group for group in range(len(self.exp.trainers)) if group not in lost]
-        for client, place in self.places.items():
-            group = left.index(place.group) if place.group in left else NO_GROUP  # of files, if there are any
-            self.places[client] = place._replace(group=group)
+        for client, place in list(self.places.items()):
+            if place.group in lost and not self._files(client, place):
+                del self.places[client]
+                continue
+            self.places[client] = place._replace(group=left.index(place.group) if place.group in left else NO_GROUP)
         self.exp, self.world = exp, world
 
     def pieces(self) -> Iterator[Piece]:
@@ -201,7 +212,7 @@ class KeptStates:
             UserError: if it cannot be written, for example on a full disk.
         """
         own = [piece for piece, own in held.pieces if own]
-        if not own:
+        if not own and self.world.group_rank > 0:  # the first rank's file says that there is a state, be it empty
             return
         folder = self._folder(client, held.version)
         path = folder / rank_file(self.world.group_rank if rank is None else rank)
@@ -213,6 +224,11 @@ class KeptStates:
                 f"train.kept_states_gb: {folder} cannot be written ({error}); free some space, or keep more in memory"
             ) from error
         self.written[client] = Written(held.version, path, size, digest)
+
+    def _files(self, client: int, place: Place) -> list[str]:
+        """Return the names of the files that hold a state."""
+        folder = self._folder(client, place.version)
+        return [name for name in map(rank_file, range(place.ranks)) if (folder / name).exists()]
 
     def _folder(self, client: int, version: int) -> Path:
         """Return the folder of a state's files."""

@@ -86,6 +86,12 @@ class SamplingConfig(Section):
 Trainer = ClientConfig | GroupConfig  # what a DeepSpeed world is made for: a group, or a client that has its own
 
 
+def may_train(group: GroupConfig, client: ClientConfig) -> bool:
+    """Return whether a group may train a client: one of its `groups`, and on none but its `hosts`."""
+    named = client.groups is None or group.name in client.groups
+    return named and (client.hosts is None or (group.hosts is not None and set(group.hosts) <= set(client.hosts)))
+
+
 def kind_of(trainer: Trainer) -> str:
     """Return what messages call it: "group", or "client" where each client has its own group."""
     return "group" if isinstance(trainer, GroupConfig) else "client"
@@ -159,12 +165,14 @@ def group_problems(groups: list[GroupConfig] | None, clients: list[ClientConfig]
         for name in client.groups or []:
             if name not in names:
                 problems.append(f"clients: {client.name!r} has groups {name!r}, which is none; {one_of(name, names)}")
-        if client.hosts is not None:
+        if client.hosts is not None and not any(may_train(group, client) for group in groups):
             problems.append(
-                f"clients: {client.name!r} has hosts, which belong to a group; give it `groups` on these hosts"
+                f"clients: {client.name!r} has hosts {client.hosts}, but no group that may train it has `hosts` among them; "
+                "give a group these"
             )
-    wanted = {name for client in clients for name in client.groups or names}
-    problems += [f"groups: no client may be trained by {name!r}; remove it" for name in names if name not in wanted]
+    for group in groups:
+        if not any(may_train(group, client) for client in clients):
+            problems.append(f"groups: no client may be trained by {group.name!r}; remove it")
     both = next((client.name for client in clients if client.name in names), None)
     if both is not None:
         problems.append(f"groups: name {both!r} is a client's too; rename one of them")

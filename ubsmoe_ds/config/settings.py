@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from ubsmoe_ds.config.deepspeed_json import DeepSpeedConfig
-from ubsmoe_ds.config.population import GroupConfig, SamplingConfig, Trainer
+from ubsmoe_ds.config.population import GroupConfig, SamplingConfig, Trainer, may_train
 from ubsmoe_ds.config.sections import (
     ClientConfig,
     DataConfig,
@@ -100,8 +100,7 @@ class Settings(Section):
         """Return the numbers of the groups that may train a client."""
         if self.groups is None:
             return [client]
-        names = self.clients[client].groups
-        return [number for number, group in enumerate(self.groups) if names is None or group.name in names]
+        return [number for number, group in enumerate(self.groups) if may_train(group, self.clients[client])]
 
     @property
     def clients_left(self) -> list[int]:

@@ -53,7 +53,9 @@ class TrainConfig(Section):
         "bit; measured: that over each group's speed in the rounds before, for devices that are not alike",
     )
     round_deadline_s: Positive | None = Field(
-        None, description="seconds of local steps after which a client stops and merges what it has; null: none"
+        None,
+        description="seconds after which a client stops and merges what it has, and turns that have not begun are left "
+        "out; null: none",
     )
     patience: PositiveInt | None = Field(
         None, description="evaluations without a lower `eval/loss_weighted` after which the run ends; null: never"

@@ -11,6 +11,7 @@ from ubsmoe_ds.config.experiment import Experiment
 RECORD = "metrics.jsonl"
 CLIENT_RECORD = "clients.jsonl"
 MOST_SHOWN = 8  # clients that take turns and are shown one by one
+PLACES = ("group", "turn")  # families of numbers of which a mean says nothing
 OfClients = dict[str, dict[str, float]]  # client -> family -> value
 
 
@@ -35,6 +36,8 @@ def by_budget(exp: Experiment, scalars: Mapping[str, float]) -> tuple[dict[str, 
             summed[key] = value
             continue
         of_clients.setdefault(name, {})[family] = value
+        if family in PLACES:
+            continue
         of_budgets.setdefault((family, budgets[name]), []).append(value)
     for (family, budget), values in of_budgets.items():
         summed[f"{family}/{budget}"] = math.fsum(values) / len(values)

@@ -236,10 +236,21 @@ class Monitor:
         # the first rank may have died before it wrote the round before the first one of this monitor
         left = elapsed / max(1, number - self._first + 1) * (self.exp.train.rounds - number)
         train_loss = metrics.get("train/loss", math.nan)
-        return (
+        line = (
             f"round {number:3d}/{self.exp.train.rounds}  {state}  train loss {train_loss:.4f}  "
             f"{metrics['exchange/megabytes']:.1f} MB  {seconds['seconds/round']:.1f} s  ETA {_clock(left)}"
         )
+        return f"{line}\n{_of_budgets(metrics)}" if sums_up(self.exp) else line
+
+
+def _of_budgets(metrics: Mapping[str, float]) -> str:
+    """Return a line with the training loss of each budget: mean, least and most of its clients in the round."""
+    budgets = [key.partition("/")[2] for key in metrics if key.startswith("train_loss/")]
+    parts = []
+    for budget in sorted(budgets, key=lambda name: float(name[1:])):
+        mean, least, most = (metrics[f"train_loss{kind}/{budget}"] for kind in ("", "_min", "_max"))
+        parts.append(f"{budget} {mean:.3f} ({least:.3f} to {most:.3f})")
+    return f"  train loss by budget: {'  '.join(parts) or 'nobody trained'}"
 
 
 def recorded_rounds(path: Path, before: int) -> list[str]:

@@ -180,9 +180,13 @@ class Roster:
     def line(self, number: int) -> str:
         """Return the schedule of a round as a line: each group with its clients, and how much groups idle."""
         names = [client.name for client in self.exp.clients]
+        turns = self.schedule(number)
         parts = ", ".join(
             f"{trainer.name}: {' '.join(names[client] for client in clients) or 'nobody'}"
-            for trainer, clients in zip(self.exp.trainers, self.schedule(number), strict=True)
+            for trainer, clients in zip(self.exp.trainers, turns, strict=True)
         )
         share, over = self.idle(number)
-        return f"round {number}: {parts} (predicted: groups idle {100 * share:.0f} %, {over:.2f} x the lower bound)"
+        busy = loads(self.costs([client for clients in turns for client in clients]), turns)
+        longest = self.exp.trainers[busy.index(max(busy))].name
+        predicted = f"{longest} is busy longest, groups idle {100 * share:.0f} %, {over:.2f} x the lower bound"
+        return f"round {number}: {parts} (predicted: {predicted})"

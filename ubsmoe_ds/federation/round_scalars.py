@@ -59,7 +59,8 @@ def round_scalars(training: GroupTraining, merged: Merged) -> RoundScalars:
     groups = [trainer.name for trainer in exp.trainers]
     roster = training.roster
     numbers = roster.numbers
-    metrics |= {f"group/{name}": numbers[group] for name, group in zip(names, statistics.place_C2[:, 0], strict=True)}
+    for name, (group, turn) in zip(names, statistics.place_C2.tolist(), strict=True):
+        metrics |= {f"group/{name}": numbers[group], f"turn/{name}": turn}
     metrics["clients/cohort"] = len(names)
     if training.finished is not None:
         metrics["clients/drawn"] = len(roster.cohort(training.progress.round))

@@ -1,11 +1,13 @@
 """What clients keep between their rounds: in memory, in files, handed over, in checkpoints. Two groups of one rank."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support import tiny
+from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.checkpoint.kept_states import NO_GROUP, KeptStates, Place
 from ubsmoe_ds.checkpoint.storage import Piece, Reader, write_pieces
 
@@ -87,8 +89,31 @@ def test_what_a_dead_group_had_in_memory_is_gone_and_its_files_are_not(tmp_path)
         kept.keep(client, 1, pieces(client, client))
     second.settle(1, [(0, 0), (1, 0), (2, 1)], [])
     second.survive(second.exp, second.world, [0])
-    assert second.places == {0: Place(NO_GROUP, 1, 1), 1: Place(NO_GROUP, 1, 1), 2: Place(0, 1, 1)}
+    assert second.places == {1: Place(NO_GROUP, 1, 1), 2: Place(0, 1, 1)}
     assert [value(second, client) for client in range(3)] == [None, 1, 2]
+
+
+def test_a_state_whose_files_are_gone_ends_the_job(tmp_path):
+    """Nobody begins anew without a word."""
+    (first, second) = states(tmp_path, limit=0)
+    first.keep(1, 1, pieces(1, 1))
+    for kept in (first, second):
+        kept.settle(1, [(1, 0)], [])
+    assert value(second, 1) == 1
+    shutil.rmtree(tmp_path / "test" / "kept_states" / "000001-000001")
+    with pytest.raises(UserError, match="kept_states/000001-000001, what 'c1' keeps between its rounds, is gone"):
+        second.reader(1)
+
+
+def test_a_state_without_tensors_is_handed_over(tmp_path):
+    """Plain SGD has none."""
+    first, second = states(tmp_path, limit=9)
+    first.keep(0, 1, [])
+    for kept in (first, second):
+        kept.settle(1, [(0, 0)], [])
+    for kept in (first, second):
+        kept.hand_over([[], [0]])
+    assert list(second.reader(0).pieces("optimizer")) == []
 
 
 @pytest.mark.parametrize("limit", [0, 9])

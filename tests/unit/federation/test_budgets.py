@@ -22,6 +22,8 @@ def test_scalars_by_budget_by_hand():
         "train_loss/c1": 3.0,
         "train/loss": 2.0,
         "seconds_local/g0": 5.0,
+        "group/c0": 3,
+        "turn/c0": 1,
     }
     summed, of_clients = by_budget(population(4), scalars)
     assert summed == {
@@ -34,7 +36,7 @@ def test_scalars_by_budget_by_hand():
         "train_loss_min/b1": 3.0,
         "train_loss_max/b1": 3.0,
     }
-    assert of_clients == {"c0": {"train_loss": 1.0}, "c1": {"train_loss": 3.0}, "c2": {"train_loss": 4.0}}
+    assert of_clients == {"c0": {"train_loss": 1.0, "group": 3, "turn": 1}, "c1": {"train_loss": 3.0}, "c2": {"train_loss": 4.0}}
 
 
 def test_rows_of_the_table_by_hand():
