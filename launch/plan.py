@@ -138,7 +138,10 @@ def show_groups(inputs: PlanInput, slots: Mapping[str, int] | None, memory: floa
     console.print(group_table(inputs, plans, memory))
     best = None
     if slots is not None and any(client.groups or client.hosts for client in exp.clients):
-        say("note: --devices: no other groups are tried, as clients name the `groups` or `hosts` that may train them", error=True)
+        say(
+            "note: --devices: no other groups are tried, as clients name the `groups` or `hosts` that may train them",
+            error=True,
+        )
     elif slots is not None:
         count = min(exp.train.rounds, ADVISED_ROUNDS)
         found = that_fit(shapes(inputs, list(slots.values()), count), memory)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.files import new_folder, require_new
 from ubsmoe_ds.base.tensor_files import open_tensors
-from ubsmoe_ds.models.families import read_facts
+from ubsmoe_ds.models.families import predicts_further, read_facts
 from ubsmoe_ds.models.family import Family
 from ubsmoe_ds.models.hub import refuse_links_out
 from ubsmoe_ds.models.stored import projections, unstacked
@@ -40,10 +40,11 @@ def write_merged(base: Path, state: Mapping[str, Tensor], scaling: float, out: P
     """
     require_new(out, "--merge")
     refuse_links_out(base)
-    family, _ = read_facts(base)
+    family, facts = read_facts(base)
     files = WeightFiles(base)
     if whole:
-        modules = {module for name in files.names for module in _our_names(name, family).values()}
+        names = [name for name in files.names if not predicts_further(family.usual_name(name), facts)]
+        modules = {module for name in names for module in _our_names(name, family).values()}
         check_complete(state, [f"{module}.{end}" for module in modules for end in ("weight", "lora_A", "lora_B")])
     used: set[str] = set()
     with new_folder(out, "--merge") as unfinished:

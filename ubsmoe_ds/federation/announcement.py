@@ -9,6 +9,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.launching.placement import describe
 from ubsmoe_ds.models.cost import trainable_parameters
 from ubsmoe_ds.models.hf_config import model_shape
+from ubsmoe_ds.models.stored import left_out
 from ubsmoe_ds.mpi.world import World
 
 MOST_LISTED = 32  # clients
@@ -62,6 +63,12 @@ def row_counts(rows: Mapping[str, int], weights: Sequence[float], kind: str) -> 
 
 def warnings(exp: Experiment, client: Client) -> Iterator[str]:
     """Yield a line for all that the experiment loses but rows (see `RowReport`): what is not learned, speed."""
+    unused = left_out(exp.weights_dir)
+    if unused:
+        yield (
+            f"warning: model.path: {len(unused)} tensors that predict tokens after the next one (MTP), first "
+            f"{unused[0]!r}, are neither used nor trained, as in transformers"
+        )
     sparsest = [config.name for config in exp.clients if exp.active_experts(config) == 1]
     if sparsest and client.model.layers[0].gate.router.normalize and (exp.router.trainable or exp.dmr.enabled):
         yield (

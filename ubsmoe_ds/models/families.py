@@ -6,6 +6,7 @@ transformers' block when a model is loaded (models/block_check.py). A new family
 model in tests/support/families.py. Imports no torch.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,14 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
         given = " and ".join(counts), " and ".join(map(repr, counts.values()))
         raise UserError(f"model.path: {path}: {given[0]} are {given[1]}; remove one")
     facts |= dict.fromkeys(names, next(iter(counts.values()), None))
+    active = facts.get(family.active)
+    if isinstance(active, list) and active:  # of each layer
+        if any(value != active[0] for value in active):
+            raise UserError(
+                f"model.path: {path}: {family.active} differs between layers ({str(active)[:60]}); this program has one K "
+                "for all layers"
+            )
+        facts[family.active] = active[0]
     if family.active in facts:
         facts["num_experts_per_tok"] = facts[family.active]
     most = MOST_EXPERTS
@@ -155,6 +164,20 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
         )
     _check_plain(folder, facts)
     return family, facts
+
+
+def predicts_further(name: str, facts: Mapping[str, Any]) -> bool:
+    """Return whether a tensor is of layers that predict tokens after the next one (MTP), which transformers leaves out.
+
+    Args:
+        name: as `Family.usual_name` gives it.
+        facts: of config.json.
+    """
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is None:
+        return re.match(r"model\.mtp[._]", name) is not None
+    further = facts.get("num_nextn_predict_layers")
+    return 0 <= int(layer[1]) - facts.get("num_hidden_layers", MOST_LAYERS) < (further if type(further) is int else 0)
 
 
 def read_bounded(folder: Path) -> dict[str, Any]:

@@ -28,11 +28,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
         UserError: if it is missing, of a family that is not supported, of a model in which no layer has experts, or of
             one that trains with noise in its router.
     """
-    read_facts(folder)
+    _, facts = read_facts(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers checks a hundred keys and raises anything
         raise unusable(folder, error) from error
+    config.num_experts_per_tok = facts["num_experts_per_tok"]  # one number, which may stand there once a layer
     layers = config.num_hidden_layers
     for key, least in SPARSE_KEYS.items():
         value = getattr(config, key, least)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ubsmoe_ds.models.families import predicts_further, read_facts
 from ubsmoe_ds.models.family import ExpertsLine, Family
 from ubsmoe_ds.models.weights import WeightFiles, known_names
 
@@ -40,6 +41,16 @@ def may_have_own_head(folder: Path, family: Family) -> bool:
         UserError: as `known_names`.
     """
     return {HEAD, EMBEDDING} <= known_names(folder, family.usual_name)
+
+
+def left_out(folder: Path) -> list[str]:
+    """Return the names of a model's tensors that are not used: those that predict tokens after the next one (MTP).
+
+    Raises:
+        UserError: as `read_facts` and `known_names`.
+    """
+    family, facts = read_facts(folder)
+    return sorted(name for name in known_names(folder, family.usual_name) if predicts_further(name, facts))
 
 
 def check_files(
@@ -71,7 +82,8 @@ def check_files(
         same |= experts
     files.require(sorted(same))
     files.require_shapes(shapes)
-    files.refuse_others(shapes.keys() | same)
+    facts = config.to_dict()
+    files.refuse_others(shapes.keys() | same, lambda name: predicts_further(name, facts))
 
 
 def _expert_shapes(

@@ -93,10 +93,10 @@ class WeightFiles:
                     f"config.json asks for {[*shape]}"
                 )
 
-    def refuse_others(self, known: Collection[str]) -> None:
-        """Raise if a tensor is not known: config.json describes another model then."""
+    def refuse_others(self, known: Collection[str], ignored: Callable[[str], bool]) -> None:
+        """Raise if a tensor is neither known nor ignored: config.json describes another model then."""
         for name, (file, stored) in self._places.items():
-            if name not in known and RECOMPUTED not in name:
+            if name not in known and RECOMPUTED not in name and not ignored(name):
                 raise UserError(
                     f"model.path: in {str(self.folder / file)!r}, tensor {stored!r} has no place in the model that "
                     "config.json describes"

@@ -72,8 +72,21 @@ def _shared_memory_bytes(setup: RankSetup) -> float:
     return FP32 * (sent + owned * (setup.world - 1))
 
 
+class FrozenBytes(NamedTuple):
+    """Bytes of untrained weights: those that are never quantised, the others as kept, and the buffer of all layers."""
+
+    whole: float
+    matrices: float
+    buffer: float
+
+
 def frozen_bytes(setup: RankSetup) -> float:
-    """Return the size of untrained weights.
+    """Return the size of untrained weights."""
+    return sum(frozen_parts(setup))
+
+
+def frozen_parts(setup: RankSetup) -> FrozenBytes:
+    """Return the same in parts.
 
     Experts have room for their scaled LoRA factors beside them; quantised ones have it in the buffer of all layers.
     """
@@ -86,11 +99,12 @@ def frozen_bytes(setup: RankSetup) -> float:
     gate_up = _aligned(2 * s.expert_width + 2 * s.lora_rank) * _aligned(s.hidden + 2 * s.lora_rank)
     down = _aligned(s.hidden + s.lora_rank) * _aligned(s.expert_width + s.lora_rank)
     if setup.quantize is None:
-        experts: float = setup.width * setup.sparse_layers * setup.local_experts * (gate_up + down)
+        layer, buffer = setup.width * (gate_up + down), 0
     else:
-        kept = _matrix_bytes(setup, 2 * s.expert_width, s.hidden) + _matrix_bytes(setup, s.hidden, s.expert_width)
-        experts = setup.local_experts * (setup.sparse_layers * kept + setup.width * max(gate_up, down))
-    return setup.width * (embeddings + router) + linears + experts
+        layer = _matrix_bytes(setup, 2 * s.expert_width, s.hidden) + _matrix_bytes(setup, s.hidden, s.expert_width)
+        buffer = setup.width * setup.local_experts * max(gate_up, down)
+    experts = setup.sparse_layers * setup.local_experts * layer
+    return FrozenBytes(setup.width * (embeddings + router), linears + experts, buffer)
 
 
 def _matrix_bytes(setup: RankSetup, outputs: int, inputs: int) -> float:

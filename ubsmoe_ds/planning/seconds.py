@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ubsmoe_ds.planning.inputs import PlanInput, rank_setup
-from ubsmoe_ds.planning.memory_model import frozen_bytes, optimizer_bytes, training_bytes
+from ubsmoe_ds.planning.memory_model import frozen_parts, optimizer_bytes, training_bytes
 from ubsmoe_ds.planning.plan import ClientPlan
 from ubsmoe_ds.planning.rank_setup import RankSetup
 
@@ -65,8 +65,19 @@ def step_traffic(setup: RankSetup) -> float:
     tokens are not read is left out.
     """
     kept = training_bytes(replace(setup, recomputing=False))
-    micro = (2 + setup.recomputing) * frozen_bytes(setup) + 2 * (kept.tokens + kept.rows)
+    micro = (2 + setup.recomputing) * pass_traffic(setup) + 2 * (kept.tokens + kept.rows)
     return setup.micro_batches * micro + 2 * optimizer_bytes(setup).kept
+
+
+def pass_traffic(setup: RankSetup) -> float:
+    """Return the bytes of frozen weights that a pass moves.
+
+    Quantised ones are read, written as whole values, and read again.
+    """
+    parts = frozen_parts(setup)
+    if setup.quantize is None:
+        return sum(parts)
+    return parts.whole + parts.matrices + 2 * frozen_parts(replace(setup, quantize=None)).matrices
 
 
 def _evaluation_traffic(inputs: PlanInput, number: int, setup: RankSetup) -> float:
@@ -74,7 +85,7 @@ def _evaluation_traffic(inputs: PlanInput, number: int, setup: RankSetup) -> flo
     exp = inputs.exp
     sharers = sum(c.ranks for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number])
     batches = math.ceil(inputs.row_lengths[number].eval_rows / sharers / exp.evaluation.batch_size)
-    return batches * frozen_bytes(setup) / exp.evaluation.every
+    return batches * pass_traffic(setup) / exp.evaluation.every
 
 
 def lines(inputs: PlanInput, plans: Sequence[ClientPlan], device: Device) -> Iterator[str]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import MODELS, ids_and_mask, saved_family
+from tests.support.families import MODELS, ids_and_mask, saved_family, store, stored_tensors
 from tests.unit.adapters.test_peft_format import ALPHA, RANK, trained
-from tests.unit.models.test_conversion import rename
+from tests.unit.models.test_conversion import rename, set_config
 from ubsmoe_ds.adapters.merged import write_merged
 from ubsmoe_ds.base.errors import UserError
 
@@ -24,6 +24,17 @@ def test_merged_weights_give_our_logits(family, stacked, tmp_path):
         assert (model(ids, used) - theirs).abs().max() < 1e-4
     written, stored = ({p.name for p in (tmp_path / name).iterdir()} for name in ("out", "base"))
     assert written == stored
+
+
+def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path):
+    """They lie beside the model's own layers and have experts, but no adapter."""
+    saved_family("deepseek_v3", tmp_path / "base")
+    _, state = trained(tmp_path / "base")
+    name = "model.layers.3.mlp.experts.0.up_proj.weight"
+    set_config(tmp_path / "base", num_nextn_predict_layers=1)
+    store(tmp_path / "base", stored_tensors(tmp_path / "base") | {name: torch.full((12, 16), 3.0)})
+    write_merged(tmp_path / "base", state, ALPHA / RANK, tmp_path / "out", whole=True)
+    assert (stored_tensors(tmp_path / "out")[name] == 3).all()
 
 
 def test_whole_weights_replace_those_of_the_base(tmp_path):

@@ -36,7 +36,11 @@ def test_scalars_by_budget_by_hand():
         "train_loss_min/b1": 3.0,
         "train_loss_max/b1": 3.0,
     }
-    assert of_clients == {"c0": {"train_loss": 1.0, "group": 3, "turn": 1}, "c1": {"train_loss": 3.0}, "c2": {"train_loss": 4.0}}
+    assert of_clients == {
+        "c0": {"train_loss": 1.0, "group": 3, "turn": 1},
+        "c1": {"train_loss": 3.0},
+        "c2": {"train_loss": 4.0},
+    }
 
 
 def test_rows_of_the_table_by_hand():

@@ -18,7 +18,7 @@ from tests.unit.models.test_conversion import set_config
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.families import FAMILIES, SILU
-from ubsmoe_ds.models.stored import is_tied
+from ubsmoe_ds.models.stored import is_tied, left_out
 from ubsmoe_ds.moe.gate import GateConfig
 
 SPEC = UBSMoESpec(GateConfig(k=3, candidates=8))
@@ -212,6 +212,40 @@ def test_a_tensor_without_a_place_is_refused(extra, stacked, tmp_path):
     saved_family("qwen3_moe", tmp_path, stacked=stacked)
     store(tmp_path, stored_tensors(tmp_path) | {extra: torch.zeros(8)})
     assert f"tensor {extra!r} has no place in the model" in refusal(tmp_path)
+
+
+FURTHER = {  # what the published files of these families hold beside the model, as far as names go
+    "deepseek_v3": ["model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight"],
+    "glm4_moe": ["model.layers.3.embed_tokens.weight", "model.layers.3.mlp.gate.e_score_correction_bias"],
+    "qwen3_next": ["mtp.fc.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight"],
+    "ernie4_5_moe": ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_emb_norm.0.weight"],
+}
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_layers_that_predict_further_tokens_are_left_out_as_in_transformers(family, tmp_path):
+    saved_family(family, tmp_path)
+    store(tmp_path, stored_tensors(tmp_path) | {name: torch.zeros(8) for name in FURTHER[family]})
+    set_config(tmp_path, num_nextn_predict_layers=1)
+    check_equal(tmp_path)
+    usual = sorted(name if name.startswith("model.") else f"model.{name}" for name in FURTHER[family])
+    assert left_out(tmp_path) == usual
+
+
+def test_layers_beyond_those_are_refused(tmp_path):
+    saved_family("deepseek_v3", tmp_path)
+    extra = "model.layers.4.eh_proj.weight"
+    store(tmp_path, stored_tensors(tmp_path) | {extra: torch.zeros(8)})
+    set_config(tmp_path, num_nextn_predict_layers=1)
+    assert f"tensor {extra!r} has no place" in refusal(tmp_path)
+
+
+def test_one_k_may_stand_once_a_layer(tmp_path):
+    saved_family("hunyuan_v1_moe", tmp_path)
+    set_config(tmp_path, moe_topk=[3, 3, 3])
+    check_equal(tmp_path)
+    set_config(tmp_path, moe_topk=[3, 2, 3])
+    assert "moe_topk differs between layers ([3, 2, 3])" in refusal(tmp_path)
 
 
 def test_single_experts_beside_stacked_ones_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from tests.support.ranks import REPO
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.planning import device_rates, seconds
-from ubsmoe_ds.planning.memory_model import States, TrainingBytes
+from ubsmoe_ds.planning.memory_model import FrozenBytes, States, TrainingBytes
 from ubsmoe_ds.planning.plan import ClientPlan, plan
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
@@ -22,10 +22,13 @@ def inputs():
     return read_inputs(load_experiment(TINY, ["accelerator=cpu", "train.rounds=1", "train.local_steps=5"]))
 
 
+FROZEN = {None: FrozenBytes(20.0, 80.0, 0.0), "nf4": FrozenBytes(20.0, 25.0, 9.0)}
+
+
 @pytest.fixture
 def by_hand(monkeypatch):
     """A rank has 100 bytes of weights, activations of 10 + 20, and 7 of optimiser state: 2 * (100 + 30 + 7) a step."""
-    monkeypatch.setattr(seconds, "frozen_bytes", lambda _: 100.0)
+    monkeypatch.setattr(seconds, "frozen_parts", lambda setup: FROZEN[setup.quantize])
     monkeypatch.setattr(seconds, "training_bytes", lambda _: TrainingBytes(10.0, 20.0))
     monkeypatch.setattr(seconds, "optimizer_bytes", lambda _: States(0.0, 7.0, 0.0, 0.0))
 
@@ -57,6 +60,12 @@ def test_what_is_computed_again_or_accumulated_is_read_again(inputs, by_hand):
     assert seconds.step_traffic(setup) == 2 * (100 + 30 + 7)
     assert seconds.step_traffic(replace(setup, recomputing=True)) == 3 * 100 + 2 * (30 + 7)
     assert seconds.step_traffic(replace(setup, micro_batches=3)) == 3 * 2 * (100 + 30) + 2 * 7
+
+
+def test_quantised_weights_are_written_and_read_as_whole_values(inputs, by_hand):
+    """20 of embeddings, 25 of codes, and the 80 that these stand for twice; the buffer is no traffic of its own."""
+    setup = seconds.rank_setup(inputs, 0)
+    assert seconds.step_traffic(replace(setup, quantize="nf4")) == 2 * (20 + 25 + 2 * 80 + 30 + 7)
 
 
 def test_faster_devices_make_shorter_rounds_and_lines_say_what_bounds(inputs):
