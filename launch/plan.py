@@ -139,7 +139,7 @@ def show_groups(inputs: PlanInput, slots: Mapping[str, int] | None, memory: floa
     best = None
     if slots is not None and any(client.groups or client.hosts for client in exp.clients):
         say(
-            "note: --devices: no other groups are tried, as clients name the `groups` or `hosts` that may train them",
+            "note: --devices: no other groups are tried, as clients name the `groups` or `hosts` for them",
             error=True,
         )
     elif slots is not None:

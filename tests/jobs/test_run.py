@@ -109,6 +109,30 @@ def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
     assert [r["metrics"] for r in first] == [r["metrics"] for r in second]
 
 
+def test_the_second_example_trains_ten_of_a_hundred_clients(tmp_path):
+    """README's population, two short rounds of it: schedule, figures by budget, and each client's own."""
+    short = ["train.rounds=2", "train.local_steps=1", "evaluation.every=2", "deepspeed.train_batch_size=4"]
+    config = ["--config", "ds_configs/population_tiny.yaml", "-v"]
+    code, output = run("deepspeed", TRAIN, *config, *short, f"output={tmp_path}")
+    assert code == 0, output
+    folder = tmp_path / "population_tiny"
+    of_clients = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
+    trained = [line for line in of_clients if "turn" in line["metrics"]]
+    assert [line["round"] for line in trained] == [1] * 10 + [2] * 10
+    schedules = re.findall(r"^round (\d): (g0: .*) \(predicted: g\d is busy longest, groups idle", output, re.MULTILINE)
+    for number, schedule in schedules:
+        found: dict[tuple[float, float], str] = {}
+        for line in trained:
+            if line["round"] == int(number):
+                found[line["metrics"]["group"], line["metrics"]["turn"]] = line["client"]
+        groups = [part.split(": ")[1].split() for part in schedule.split(", ")]
+        assert found == {(g, t): name for g, names in enumerate(groups) for t, name in enumerate(names)}
+    assert [number for number, _ in schedules] == ["1", "2"]
+    by_budget = r"^  train loss by budget: b[\d.]+ \d\.\d+ \(\d\.\d+ to \d\.\d+\)  b"
+    assert len(re.findall(by_budget, output, re.MULTILINE)) == 2
+    assert "group/b0.25" not in (folder / "metrics.jsonl").read_text()
+
+
 def test_adapter_holds_the_whole_merged_state(demo):
     adapter = read_adapter(demo[0] / "adapter")
     assert adapter.lora_rank == 8 and adapter.scaling == 2.0 and adapter.facts["k_max"] == "8"

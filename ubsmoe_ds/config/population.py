@@ -167,8 +167,8 @@ def group_problems(groups: list[GroupConfig] | None, clients: list[ClientConfig]
                 problems.append(f"clients: {client.name!r} has groups {name!r}, which is none; {one_of(name, names)}")
         if client.hosts is not None and not any(may_train(group, client) for group in groups):
             problems.append(
-                f"clients: {client.name!r} has hosts {client.hosts}, but no group that may train it has `hosts` among them; "
-                "give a group these"
+                f"clients: {client.name!r} has hosts {client.hosts}, but no group that may train it has `hosts` among "
+                "them; give a group these"
             )
     for group in groups:
         if not any(may_train(group, client) for client in clients):

@@ -146,8 +146,8 @@ def read_facts(folder: Path) -> tuple[Family, dict[str, Any]]:
     if isinstance(active, list) and active:  # of each layer
         if any(value != active[0] for value in active):
             raise UserError(
-                f"model.path: {path}: {family.active} differs between layers ({str(active)[:60]}); this program has one K "
-                "for all layers"
+                f"model.path: {path}: {family.active} differs between layers ({str(active)[:60]}); this program has "
+                "one K for all layers"
             )
         facts[family.active] = active[0]
     if family.active in facts:

@@ -99,7 +99,7 @@ def frozen_parts(setup: RankSetup) -> FrozenBytes:
     gate_up = _aligned(2 * s.expert_width + 2 * s.lora_rank) * _aligned(s.hidden + 2 * s.lora_rank)
     down = _aligned(s.hidden + s.lora_rank) * _aligned(s.expert_width + s.lora_rank)
     if setup.quantize is None:
-        layer, buffer = setup.width * (gate_up + down), 0
+        layer, buffer = float(setup.width * (gate_up + down)), 0.0
     else:
         layer = _matrix_bytes(setup, 2 * s.expert_width, s.hidden) + _matrix_bytes(setup, s.hidden, s.expert_width)
         buffer = setup.width * setup.local_experts * max(gate_up, down)

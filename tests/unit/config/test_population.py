@@ -140,3 +140,14 @@ def test_what_is_refused(message):
     with pytest.raises(ValidationError) as raised:
         population(clients, **sections)
     assert message in str(raised.value)
+
+
+def test_a_client_of_a_site_is_trained_on_its_hosts_alone():
+    """g0 is on a, g1 on a and b, g2 anywhere: who names a gets g0, who names both gets g0 and g1."""
+    groups = [{"hosts": ["a"]}, {"hosts": ["a", "b"]}, {}]
+    clients = [{"budget": 1.0, "hosts": ["a"]}, {"budget": 1.0, "hosts": ["b", "a"]}, {"budget": 1.0}]
+    clients += [{"budget": 1.0, "hosts": ["a", "b"], "groups": ["g1", "g2"]}]
+    exp = population([client | {"name": f"c{n}"} for n, client in enumerate(clients)], groups=groups)
+    assert [exp.allowed_groups(client) for client in range(4)] == [[0], [0, 1], [0, 1, 2], [1]]
+    with pytest.raises(ValidationError, match=r"'c0' has hosts \['b'\], but no group that may train it has `hosts`"):
+        population([{"budget": 1.0, "hosts": ["b"], "name": "c0"}, {"budget": 1.0, "name": "c1"}], groups=groups)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support import tiny
+from ubsmoe_ds.federation import announcement
 from ubsmoe_ds.federation.announcement import warnings
 from ubsmoe_ds.moe.router import Router
 
@@ -14,6 +15,22 @@ def client_with(normalize):
     """Stand for a client whose model's K weights sum to one, or not."""
     layer = SimpleNamespace(gate=SimpleNamespace(router=Router(normalize=normalize)))
     return SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+
+
+@pytest.fixture(autouse=True)
+def unused(monkeypatch):
+    """Return the names of the tensors that the model leaves out; the experiments here have no model folder."""
+    names: list[str] = []
+    monkeypatch.setattr(announcement, "left_out", lambda folder: names)
+    return names
+
+
+def test_tensors_that_are_not_used_are_told(unused):
+    exp = tiny.experiment("unused", [{"budget": 1.0}])
+    assert not any("MTP" in line for line in warnings(exp, client_with(False)))
+    unused += ["model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight"]
+    (line,) = [line for line in warnings(exp, client_with(False)) if "MTP" in line]
+    assert "2 tensors" in line and "first 'model.layers.3.eh_proj.weight'" in line
 
 
 @pytest.mark.parametrize(
