@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.support import reference, tiny
-from tests.support.ranks import run_ranks
+from tests.support.jobs import records
+from tests.support.ranks import REPO, run_ranks
 
 STEPS = 10
 DRIFT = {"train": {"prox_mu": 0.1, "scaffold": True}}  # FedProx's and SCAFFOLD's corrections
@@ -219,3 +220,26 @@ def test_checkpoints_of_deepspeed_itself_are_refused(model_path, tmp_path):
     (answer,) = run_ranks(tmp_path, 1, "tests.support.scenarios:deepspeed_checkpoint", arguments)
     assert str(answer["answer"]).startswith("save_checkpoint: ") and "checkpoint.every" in str(answer["answer"])
     assert answer["files"] == 0 and answer["keys"] > 20
+
+
+@pytest.mark.extended
+def test_gradients_summed_in_fp32_are_not_those_summed_in_bf16(tmp_path):
+    """Over 16 micro-batches: the sum of two is the same, rounded once. One step, so that nothing else differs."""
+    common = ["train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=4", "evaluation.every=2"]
+    common += ["clients=[{name: a, budget: 0.5, gradient_accumulation_steps: 16}]", "deepspeed.bf16.enabled=true"]
+    common += ["method=topk", "checkpoint.every=0", "deepspeed.train_batch_size=16"]
+    variants = {
+        f"{dtype}{stage}": [
+            f"deepspeed.zero_optimization.stage={stage}",
+            *(["deepspeed.data_types.grad_accum_dtype=fp32"] if dtype == "fp32" else []),
+        ]
+        for stage in (1, 2)
+        for dtype in ("bf16", "fp32")
+    }
+    config = str(REPO / "ds_configs" / "tiny.yaml")
+    arguments = {"config": config, "overrides": common, "variants": variants, "folder": str(tmp_path)}
+    run_ranks(tmp_path, 1, "tests.support.scenarios:layouts", arguments)
+    norms = {name: records(tmp_path / name)[1]["metrics"]["gradient_norm/a"] for name in variants}
+    for stage in (1, 2):
+        assert norms[f"fp32{stage}"] != norms[f"bf16{stage}"]
+        assert norms[f"fp32{stage}"] == pytest.approx(norms[f"bf16{stage}"], rel=0.01)

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import ids_and_mask, saved_family
+from tests.support.families import MODELS, ids_and_mask, saved_family
 from tests.unit.adapters.test_peft_format import ALPHA, RANK, save, trained
 from ubsmoe_ds.adapters import peft_format
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
@@ -74,6 +74,13 @@ def test_what_peft_saves_is_read_with_its_logits(form, family, tmp_path):
     if family == "mixtral" and form.startswith("modules of"):
         settings = {"target_modules": ["w1", "w2", "w3", "q_proj"]}
     peft = randomised(tmp_path / "adapter", hf, **settings)
+    check_logits(tmp_path / "adapter", tmp_path / "base", peft)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_peft_saves_of_every_family_is_read_with_its_logits(family, tmp_path):
+    hf = saved_family(family, tmp_path / "base")
+    peft = randomised(tmp_path / "adapter", hf, **FORMS["short names"])
     check_logits(tmp_path / "adapter", tmp_path / "base", peft)
 
 

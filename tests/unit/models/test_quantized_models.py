@@ -47,10 +47,8 @@ def with_library_values(hf, scheme: str) -> int:
     return count
 
 
-KINDS = ("deepseek_v3", "gpt_oss", "qwen3_next", "granitemoe")  # one of each kind of router, experts and attention
-
-
-@pytest.mark.parametrize(("family", "scheme"), [*((name, "nf4") for name in MODELS), *((n, "int8") for n in KINDS)])
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("family", MODELS)
 def test_every_family_equals_hugging_face_with_the_librarys_values(family, scheme, tmp_path):
     """Logits; and gradients of all that learns, LoRA on attention too, with those of a model of whole weights."""
     hf = saved_family(family, tmp_path)
