@@ -98,7 +98,7 @@ def evaluate(options: argparse.Namespace) -> Any:
     from ubsmoe_ds.client.evaluation import Evaluator, LocalModel
     from ubsmoe_ds.data.chat import PLAINLY, ChatTemplate, template_of
     from ubsmoe_ds.data.lengths import by_name, length_lines
-    from ubsmoe_ds.models.hf_config import check_length, check_window
+    from ubsmoe_ds.models.hf_config import check_alignment, check_length, check_window
     from ubsmoe_ds.models.tokenizer import read_tokenizer
 
     model, folder, k_default = load(options)
@@ -106,6 +106,8 @@ def evaluate(options: argparse.Namespace) -> Any:
     if max(ks) > most:
         raise UserError(f"--k: {max(ks)} must be 1 to {most}, the experts that the router may choose from")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cpu" and options.dtype == "bf16":
+        check_alignment(model.hf.config, "--dtype bf16")
     local = LocalModel(model.to(device), device)
     tokenizer = read_tokenizer(folder, model.hf.config.vocab_size)
     check_length(model.hf.config, max_length, "--max-length")

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from ubsmoe_ds.adapters.adapter import load_trained, read_adapter
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.base.terminal import say
+from ubsmoe_ds.models.hf_config import check_alignment
 from ubsmoe_ds.models.tokenizer import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +53,11 @@ class UBSMoELM(HFLM):
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
         stored = read_adapter(Path(adapter), base)
-        model = load_trained(stored, DTYPES[dtype]).to(_device(device))
+        place = _device(device)
+        model = load_trained(stored, DTYPES[dtype])
+        if place.type != "cpu" and dtype == "bfloat16":
+            check_alignment(model.hf.config, "dtype=bfloat16")
+        model.to(place)
         most = model.layers[0].gate.candidates
         if k is not None and not (type(k) is int and 1 <= k <= most):
             raise UserError(f"k: {k} must be 1 to {most}, the experts that the router may choose from")

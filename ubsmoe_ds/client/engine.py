@@ -110,7 +110,7 @@ class Client:
         self.model = load(exp.weights_dir, self.spec, torch.bfloat16 if exp.deepspeed.use_bf16 else torch.float32)
         self.hf_config = self.model.hf.config
         if exp.deepspeed.use_bf16 and self.device.type != "cpu":
-            check_alignment(self.hf_config)
+            check_alignment(self.hf_config, "deepspeed.bf16.enabled: true")
         if exp.train.activation_checkpointing:
             self.model.checkpoint_activations()
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -94,8 +94,12 @@ def check_window(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def check_alignment(config: PreTrainedConfig) -> None:
+def check_alignment(config: PreTrainedConfig, setting: str) -> None:
     """Check that torch's grouped products in bf16 take the experts on an accelerator: rows of 16 bytes.
+
+    Args:
+        config: the model's.
+        setting: what asks for bf16.
 
     Raises:
         UserError: naming a size that is not divisible by 8.
@@ -103,8 +107,8 @@ def check_alignment(config: PreTrainedConfig) -> None:
     for key in ("hidden_size", FAMILIES[config.model_type].width):
         if getattr(config, key) % ALIGNMENT:
             raise UserError(
-                f"deepspeed.bf16.enabled: true, but the model's {key}, {getattr(config, key)}, is not divisible by "
-                f"{ALIGNMENT}, as accelerators ask of experts in bf16; set it to false"
+                f"{setting}, but the model's {key}, {getattr(config, key)}, is not divisible by {ALIGNMENT}, as "
+                "accelerators ask of experts in bf16; use fp32"
             )
 
 

@@ -127,6 +127,6 @@ def test_every_setting_stays_on_the_device(settings):
 def test_experts_whose_rows_are_not_aligned_are_refused_in_bf16():
     config = copy.deepcopy(MODELS["olmoe"])
     with pytest.raises(UserError, match=r"deepspeed\.bf16\.enabled: .* intermediate_size, 12, is not divisible by 8"):
-        check_alignment(config)
+        check_alignment(config, "deepspeed.bf16.enabled: true")
     config.intermediate_size = 16
-    check_alignment(config)
+    check_alignment(config, "deepspeed.bf16.enabled: true")
