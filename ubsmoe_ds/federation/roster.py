@@ -172,21 +172,24 @@ class Roster:
 
     def idle(self, number: int) -> tuple[float, float]:
         """Return (share of a round's time that groups idle, the round's length over the lower bound), as predicted."""
+        busy, bound = self._loads(number)
+        return (1 - sum(busy) / (len(busy) * max(busy)), max(busy) / bound) if bound else (0.0, 1.0)
+
+    def _loads(self, number: int) -> tuple[list[float], float]:
+        """Return (what each group's turns in a round cost, the least that any schedule could give the busiest)."""
         turns = self.schedule(number)
         costs = self.costs([client for clients in turns for client in clients])
-        busy, bound = loads(costs, turns), lower_bound(costs, len(turns))
-        return (1 - sum(busy) / (len(busy) * max(busy)), max(busy) / bound) if bound else (0.0, 1.0)
+        return loads(costs, turns), lower_bound(costs, len(turns))
 
     def line(self, number: int) -> str:
         """Return the schedule of a round as a line: each group with its clients, and how much groups idle."""
         names = [client.name for client in self.exp.clients]
-        turns = self.schedule(number)
         parts = ", ".join(
             f"{trainer.name}: {' '.join(names[client] for client in clients) or 'nobody'}"
-            for trainer, clients in zip(self.exp.trainers, turns, strict=True)
+            for trainer, clients in zip(self.exp.trainers, self.schedule(number), strict=True)
         )
         share, over = self.idle(number)
-        busy = loads(self.costs([client for clients in turns for client in clients]), turns)
+        busy, _ = self._loads(number)
         longest = self.exp.trainers[busy.index(max(busy))].name
         predicted = f"{longest} is busy longest, groups idle {100 * share:.0f} %, {over:.2f} x the lower bound"
         return f"round {number}: {parts} (predicted: {predicted})"
