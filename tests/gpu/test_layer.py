@@ -157,7 +157,7 @@ def cases_of_waiting():
     yield from (("linearised", None, False, scheme) for scheme in ("nf4", "int8"))
 
 
-@pytest.mark.parametrize(("estimator", "capacity", "again", "quantize"), cases_of_waiting())
+@pytest.mark.parametrize(("estimator", "capacity", "again", "quantize"), list(cases_of_waiting()))
 def test_the_host_does_not_wait(estimator, capacity, again, quantize, device, monkeypatch):
     """In forward, backward and pseudo-gradients; transformers asks once a pass whether rows are several texts."""
     major, minor = torch.cuda.get_device_capability(device)

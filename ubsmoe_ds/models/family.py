@@ -117,10 +117,10 @@ class Family:
     def keys(self) -> list[str]:
         """Return the keys that a config of the family has."""
         line = self.router
-        named = [self.num_experts, self.width, self.active, line.scaling, line.least_sum, *line.groups]
-        named += self.shared_width
+        optional = [line.scaling, line.least_sum, *line.groups, *self.shared_width]
         clamped = ("swiglu_alpha", "swiglu_limit") if self.experts.activation == "clamped_swish" else ()
-        return [key for key in (*named, *clamped, "norm_topk_prob" * (line.normalizes is None)) if key]
+        optional += [*clamped, "norm_topk_prob" * (line.normalizes is None)]
+        return [self.num_experts, self.width, self.active, *filter(None, optional)]
 
     def usual_name(self, name: str) -> str:
         """Return a stored tensor's name as the family's files usually have it, of renamed ones transformers' name.

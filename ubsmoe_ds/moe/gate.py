@@ -143,11 +143,15 @@ class UBSMoEGate(TopKGate):
         return l_aux, capacity, p_TE.shape[1], index_KT.int(), location_KT.int(), weight_KT, routed_E
 
     def modulated_logits(self, s_TE: Tensor) -> Tensor:
-        """Return m_TE: phi added to the logits of the N_p experts that rank first for each token [paper]."""
+        """Return m_TE: phi added to the logits of the N_p experts that rank first for each token [paper].
+
+        Where the router keeps some groups only, and they have fewer than N_p experts, to theirs [ours].
+        """
         if self.phi_range is None:
             return s_TE
-        rank_TE = self.router.ranking(s_TE, self.correction_E)
-        candidate_TE = torch.zeros_like(s_TE).scatter_(1, rank_TE.topk(self.candidates, dim=-1).indices, 1.0)
+        first_TN = self.router.ranking(s_TE, self.correction_E).topk(self.candidates, dim=-1)
+        kept_TN = (first_TN.values > -torch.inf).to(s_TE.dtype)
+        candidate_TE = torch.zeros_like(s_TE).scatter_(1, first_TN.indices, kept_TN)
         return s_TE + candidate_TE * self.phi.float()
 
     def range_penalty(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 In bf16, as on accelerators: forward, backward, pseudo-gradients, `GradientHook` with clipping and corrections, and the
 optimiser, of every family. An operation that mixes devices, or that asks a tensor for its values (and so would make the
-host wait for a GPU), fails there. Left out are DeepSpeed's engine and messages between ranks. Values are not checked
-here: tests/unit/moe and tests/distributed do that.
+host wait for a GPU), fails there. Under expert parallelism this is rank 0 of two, and messages bring back what was
+sent. Left out is DeepSpeed's engine. Values are not checked here: tests/unit/moe and tests/distributed do that.
 """
 
 import copy
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed import comm as dist
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, masking_utils
 
@@ -38,9 +39,11 @@ def without_transformers_question(monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
-def check_step(family, *, estimator="linearised", again=False, attention=True, quantize=None, **gate):
+def check_step(family, *, estimator="linearised", again=False, attention=True, quantize=None, ep=1, **gate):
     """Run two micro-batches forward, backward and through the pseudo-gradients; assert that all tensors are on META."""
-    spec = UBSMoESpec(GateConfig(k=2, candidates=4, **gate), lora_attention=attention, quantize=quantize)
+    spec = UBSMoESpec(
+        GateConfig(k=2, candidates=4, **gate), lora_attention=attention, quantize=quantize, expert_parallel=ep
+    )
     config = copy.deepcopy(MODELS[family])
     setattr(config, FAMILIES[config.model_type].width, 16)  # grouped products on a device want rows of 16 bytes
     hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -48,6 +51,7 @@ def check_step(family, *, estimator="linearised", again=False, attention=True, q
     if again:
         model.checkpoint_activations()
     collector = PseudoGradientCollector(model.layers, estimator, 0.7, tokens_per_expert=3).attach()
+    collector._world = ep
     moments = ExpertMoments(model.layers, share=0.5) if ESTIMATORS[estimator].moments else None
     for layer in model.layers:
         layer.gate.reset_counts()
@@ -64,7 +68,11 @@ def check_step(family, *, estimator="linearised", again=False, attention=True, q
     assert all(layer.gate.routed_E.device == META for layer in model.layers)
     model.eval()
     with torch.no_grad():
-        assert model(ids, used, positions).device == META
+        if ep == 1:
+            assert model(ids, used, positions).device == META
+        else:  # the slots of a batch without a limit are the one number that `MOELayer` reads
+            with pytest.raises(RuntimeError, match="item"):
+                model(ids, used, positions)
 
 
 def take_step(model, collector):
@@ -98,9 +106,37 @@ def one_rank_that_reads_norms(monkeypatch):
     monkeypatch.setattr(GradientHook, "_read_norms", read)
 
 
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Messages between two ranks, each with half of the experts; return the devices and kinds of what is sent."""
+    sent = []
+
+    def exchange(received, value, group=None):
+        assert received.shape == value.shape and received.device == value.device
+        sent.append(("all_to_all", value.device))
+        received.copy_(value)
+
+    def reduce(value, op=None, group=None):
+        sent.append(("all_reduce", value.device))
+
+    for name, replacement in (("all_to_all_single", exchange), ("all_reduce", reduce)):
+        monkeypatch.setattr(dist, name, replacement)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    return sent
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_stays_on_the_device(estimator):
     check_step("olmoe", estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_stays_on_the_device_under_expert_parallelism(estimator, two_ranks):
+    """With a capacity, so that the number of slots is known on the host."""
+    check_step("olmoe", estimator=estimator, ep=2, capacity_factor=0.75)
+    assert {device for _, device in two_ranks} == {META}
+    layers, batches = MODELS["olmoe"].num_hidden_layers, 2
+    assert len([kind for kind, _ in two_ranks if kind == "all_to_all"]) >= 4 * layers * batches
 
 
 @pytest.mark.parametrize("family", sorted(MODELS.keys() - {"olmoe"}))

@@ -17,8 +17,6 @@ from ubsmoe_ds.models.family import ExpertsLine, Family, RouterLine
 from ubsmoe_ds.moe.gate import GateConfig
 
 SPEC = UBSMoESpec(GateConfig(k=3, candidates=8))
-# names that two fields have by turns
-SWAPS = [("gate", "up"), ("up", "down"), ("num_experts", "width"), ("width", "active"), ("block", "module")]
 
 
 def outcome(folder, hf) -> str:
@@ -47,7 +45,7 @@ def changed(family: Family, part: str, name: str, value) -> Family:
     return replace(family, **{part: replace(getattr(family, part), **{name: value})} if part else {name: value})
 
 
-def places(family: Family):
+def places():
     """Yield (part, class, field) of all that a line says."""
     for part, kind in (("", Family), ("router", RouterLine), ("experts", ExpertsLine)):
         for field in fields(kind):
@@ -55,39 +53,43 @@ def places(family: Family):
                 yield part, kind, field.name
 
 
-def broken(family: Family):
-    """Yield (what, line) for each field left out, and each two names swapped."""
-    for part, kind, name in places(family):
+def lacking(family: Family):
+    """Yield (what, line) for each field left out."""
+    for part, kind, name in places():
         inner = getattr(family, part) if part else family
         if getattr(inner, name) != default_of(kind, name):
             yield f"{part}.{name} left out", changed(family, part, name, default_of(kind, name))
-    for one, other in SWAPS:
-        if getattr(family, one) != getattr(family, other):
-            swapped = {one: getattr(family, other), other: getattr(family, one)}
-            yield f"{one} and {other} swapped", replace(family, **swapped)
-    line = family.router
-    if line.groups[0]:
-        yield "groups swapped", changed(family, "router", "groups", line.groups[::-1])
-    if len(family.shared) == 2:
-        yield "shared swapped", replace(family, shared=family.shared[::-1])
-    for one, other in itertools.combinations(("weight", "bias", "correction"), 2):
-        if getattr(line, one) != getattr(line, other):
-            swapped = replace(line, **{one: getattr(line, other), other: getattr(line, one)})
-            yield f"router {one} and {other} swapped", replace(family, router=swapped)
+
+
+def swapped(family: Family):
+    """Yield (what, line) for every two fields of the same type that change places, and for tuples turned round."""
+    values = {(part, name): getattr(getattr(family, part) if part else family, name) for part, _, name in places()}
+    types = {(part, field.name): field.type for part, kind, _ in places() for field in fields(kind)}
+    for one, other in itertools.combinations(values, 2):
+        if types[one] == types[other] and values[one] != values[other]:
+            yield f"{one} and {other}", changed(changed(family, *one, values[other]), *other, values[one])
+    for place, value in values.items():
+        if isinstance(value, tuple) and value != value[::-1]:
+            yield f"{place} turned round", changed(family, *place, value[::-1])
+
+
+def results(lines, folder, hf, monkeypatch) -> list[str]:
+    """Return the outcome of each line in place of the model's own."""
+    found = []
+    for _, line in lines:
+        monkeypatch.setitem(FAMILIES, hf.config.model_type, line)
+        found.append(outcome(folder, hf))
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_line_that_lacks_something_is_refused_or_right(name, tmp_path, monkeypatch):
+def test_a_line_that_lacks_or_swaps_something_is_refused_or_right(name, tmp_path, monkeypatch):
     """Some lines stay right: transformers knows a key under two names, and `normed_queries` is the plan's."""
     hf = saved_family(name, tmp_path)
-    model_type = hf.config.model_type
-    family = FAMILIES[model_type]
+    family = FAMILIES[hf.config.model_type]
     assert outcome(tmp_path, hf) == "equal"
-    results = {}
-    for what, line in broken(family):
-        monkeypatch.setitem(FAMILIES, model_type, line)
-        results[what] = outcome(tmp_path, hf)
-    assert list(results.values()).count("refused") >= 3
+    found = results([*lacking(family), *swapped(family)], tmp_path, hf, monkeypatch)
+    assert len(found) >= 100 and found.count("refused") >= 0.85 * len(found)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -99,7 +101,7 @@ def test_a_line_with_parts_of_another_is_refused_or_right(data, tmp_path_factory
     hf = saved_family(name, folder)
     family = right = FAMILIES[hf.config.model_type]
     for _ in range(data.draw(st.integers(1, 3))):
-        part, _, field = data.draw(st.sampled_from(list(places(family))))
+        part, _, field = data.draw(st.sampled_from(list(places())))
         lines = [getattr(other, part) if part else other for other in FAMILIES.values()]
         family = changed(family, part, field, data.draw(st.sampled_from([getattr(line, field) for line in lines])))
     FAMILIES[hf.config.model_type] = family

@@ -260,6 +260,16 @@ def test_a_sigmoid_router_by_hand():
     assert gate.phi.grad[:2].all() and not gate.phi.grad[2:].any()
 
 
+def test_phi_reaches_no_expert_of_a_group_that_is_not_kept():
+    """N_p = 4 of two groups of two, one kept: only its two experts are candidates; see above."""
+    rule = Router("sigmoid", corrected=True, groups=2, kept_groups=1, group_best=2)
+    gate = UBSMoEGate(4, 4, GateConfig(k=2, candidates=4), rule)
+    gate.correction_E.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    gate.phi.data = torch.tensor([0.25, 0.5, 5.0, 5.0])
+    s = torch.tensor([[0.5, 0.8, 0.6, 0.9]]).logit()
+    assert torch.equal(gate.modulated_logits(s) - s, (s + torch.tensor([0.25, 0.5, 0.0, 0.0])) - s)
+
+
 def test_biases_stay_in_fp32_in_a_model_in_bf16():
     gate = UBSMoEGate(4, 4, GateConfig(k=2, candidates=2), Router(corrected=True), biased=True).bfloat16()
     assert gate.wg.weight.dtype == torch.bfloat16 and gate.correction_E.dtype == gate.bias_E.dtype == torch.float32
