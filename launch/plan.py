@@ -53,7 +53,7 @@ from ubsmoe_ds.planning.group_report import (
 from ubsmoe_ds.planning.inputs import PlanInput
 from ubsmoe_ds.planning.memory_model import largest_phase
 from ubsmoe_ds.planning.plan import ClientPlan, plan, straggler
-from ubsmoe_ds.planning.seconds import lines
+from ubsmoe_ds.planning.seconds import Device, lines, round_line, round_seconds
 
 if TYPE_CHECKING:
     from ubsmoe_ds.federation.roster import Roster
@@ -89,7 +89,7 @@ def show(options: argparse.Namespace) -> None:
         UserError: for mistakes, and if a client does not fit.
     """
     exp = load_experiment(options.config, options.overrides)
-    check_options(options, exp.takes_turns)
+    check_options(options)
     memory = None if options.device_memory is None else parse_bytes(options.device_memory)
     slots = read_slots(options, [name for trainer in exp.trainers for name in trainer.hosts or []])
     line = None if slots is None or exp.takes_turns else describe(exp.trainers, place(exp.trainers, slots))
@@ -98,7 +98,7 @@ def show(options: argparse.Namespace) -> None:
     if inputs.on_cpu and exp.accelerator == "auto":
         say("note: planned for CPUs, as no accelerator is found here; accelerator=cuda plans for GPUs", error=True)
     if exp.takes_turns:
-        show_groups(inputs, slots, memory)
+        show_groups(inputs, slots, memory, device_of(options, inputs))
         return
     plans = plan(inputs)
     fits = [] if memory is None else [fit(inputs, n, memory, slots) for n in range(len(exp.clients))]
@@ -119,7 +119,9 @@ def show(options: argparse.Namespace) -> None:
         check_fits(inputs, fits, memory)
 
 
-def show_groups(inputs: PlanInput, slots: Mapping[str, int] | None, memory: float | None) -> None:
+def show_groups(
+    inputs: PlanInput, slots: Mapping[str, int] | None, memory: float | None, device: Device | None
+) -> None:
     """Print the plan of groups that train clients in turn, and with `slots` which groups suit these devices best.
 
     Raises:
@@ -129,13 +131,17 @@ def show_groups(inputs: PlanInput, slots: Mapping[str, int] | None, memory: floa
 
     exp, console = inputs.exp, Console()
     training = [Amount(part.rows, round(part.mean_length * part.rows)) for part in inputs.row_lengths]
-    roster = Roster(exp, inputs.shape, training, [Amount(0, 0)] * len(training))
+    own = [Amount(part.own_rows, round(part.eval_mean_length * part.own_rows)) for part in inputs.row_lengths]
+    roster = Roster(exp, inputs.shape, training, own)
     numbers = range(1, exp.train.rounds + 1)
     for text in schedule_lines(roster, numbers):
         say(text)
     rounds = [roster.schedule(number) for number in numbers]
     plans = [plan_group(inputs, group, rounds) for group in range(len(exp.trainers))]
     console.print(group_table(inputs, plans, memory))
+    if device is not None:
+        evaluated = [roster.evaluated_by(group) for group in range(len(exp.trainers))]
+        say(round_line(inputs, round_seconds(inputs, rounds, evaluated, device), device))
     best = None
     if slots is not None and any(client.groups or client.hosts for client in exp.clients):
         say(

@@ -23,8 +23,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="measure FLOP/s and memory bandwidth on this machine")
 
 
-def check_options(options: argparse.Namespace, takes_turns: bool) -> None:
-    """Refuse options that lack or contradict each other, or that ask for seconds where clients take turns.
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that lack or contradict each other.
 
     Raises:
         UserError: with the option.
@@ -36,9 +36,6 @@ def check_options(options: argparse.Namespace, takes_turns: bool) -> None:
         raise UserError("--device-flops: goes with --device-bandwidth; give both, or --measure")
     if options.network is not None and not (options.measure or all(stated)):
         raise UserError("--network: goes with --device-flops and --device-bandwidth, or with --measure")
-    if takes_turns and (options.measure or all(stated)):
-        option = "--measure" if options.measure else "--device-flops"
-        raise UserError(f"{option}: seconds are planned only for clients with groups of their own; leave it out")
 
 
 def device_of(options: argparse.Namespace, inputs: PlanInput) -> Device | None:
@@ -73,7 +70,9 @@ def measured(inputs: PlanInput) -> Device:
         )
     device = torch.device("cpu" if inputs.on_cpu else "cuda")
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    setups = [rank_setup(inputs, number) for number in range(len(inputs.exp.clients))]
+    exp = inputs.exp
+    pairs = ((c, g) for c in range(len(exp.clients)) for g in (exp.allowed_groups(c) if exp.takes_turns else [None]))
+    setups = [rank_setup(inputs, client, group) for client, group in pairs]
     shape, experts = inputs.shape, setups[0].local_experts
     dtype = torch.bfloat16 if setups[0].bf16 else torch.float32
     rows = -(-max(setup.training.tokens * setup.k for setup in setups) // experts)

@@ -25,7 +25,8 @@ class RowLengths(NamedTuple):
     length: of a sequence of the largest micro-batch; answers: positions asked for per sequence, at most; mean_*: of an
     average row. sequences: of the largest micro-batch, over its rows; mean_context: tokens of an average sequence.
     Without packing each row is a sequence.
-    eval_*: of packed evaluation rows, the same for all clients; eval_rows: their number.
+    eval_*: of packed evaluation rows; eval_rows: their number; own_rows: those of them that are the client's own, the
+    others are the same for all.
     text_bytes: of all rows that a rank of the client reads; rows: the client trains on.
     """
 
@@ -41,6 +42,7 @@ class RowLengths(NamedTuple):
     rows: int = 1
     sequences: float = 1.0
     mean_context: float = 0.0
+    own_rows: int = 0
 
 
 LINEAR_KEPT = 3  # updates of a group under linear rules: the two longest, and the sum of the others

@@ -60,20 +60,33 @@ def straggler(plans: Sequence[ClientPlan]) -> tuple[int, float, float]:
 
 def _flops(inputs: PlanInput, number: int, setup: RankSetup) -> tuple[float, float]:
     """Return a client's FLOPs in a step, and in a round with its share of the evaluation."""
-    exp, lengths, shape = inputs.exp, inputs.row_lengths[number], setup.shape
-    client = exp.clients[number]
-    rows = exp.settings(client).train_batch_size
+    exp, lengths = inputs.exp, inputs.row_lengths[number]
+    client, step = exp.clients[number], client_step_flops(inputs, number, setup)
+    # the ranks of all clients with the same view share its evaluation rows
+    sharers = [c for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number]]
+    rows = lengths.eval_rows * setup.ranks / sum(client.ranks for client in sharers)
+    return step, exp.local_steps(client, lengths.rows) * step + evaluation_flops(inputs, number, setup, rows)
+
+
+def client_step_flops(inputs: PlanInput, number: int, setup: RankSetup) -> float:
+    """Return the FLOPs of a client's step on all ranks that it is trained by, set up so."""
+    lengths = inputs.row_lengths[number]
+    rows = inputs.exp.settings(inputs.exp.clients[number]).train_batch_size
     tokens, answers = round(rows * lengths.mean_length), round(rows * lengths.mean_answers)
     context = round(lengths.mean_context or lengths.mean_length)
     layers = {"router": setup.router, "again": setup.recomputing, "spread": setup.expert_parallel > 1}
-    step = step_flops(shape, setup.k, tokens, context, answers, **layers)
-    # the ranks of all clients with the same view share its evaluation rows
-    sharers = [c for c, view in zip(exp.clients, exp.views, strict=True) if view == exp.views[number]]
-    eval_rows = lengths.eval_rows * setup.ranks / sum(client.ranks for client in sharers)
-    head = 2 * shape.hidden * shape.vocab  # only at answer positions
-    token = flops_per_token(shape, setup.k, round(lengths.eval_mean_length)) - head
-    evaluation = eval_rows * (lengths.eval_mean_length * token + lengths.eval_answers * head)
-    return step, exp.local_steps(client, lengths.rows) * step + evaluation / exp.evaluation.every
+    return step_flops(setup.shape, setup.k, tokens, context, answers, **layers)
+
+
+def evaluation_flops(inputs: PlanInput, number: int, setup: RankSetup, rows: float) -> float:
+    """Return the FLOPs of a client's view on so many evaluation rows, over the rounds from one evaluation to the next.
+
+    Rows are counted in parts where ranks share them.
+    """
+    lengths = inputs.row_lengths[number]
+    head = 2 * setup.shape.hidden * setup.shape.vocab  # only at answer positions
+    token = flops_per_token(setup.shape, setup.k, round(lengths.eval_mean_length)) - head
+    return rows * (lengths.eval_mean_length * token + lengths.eval_answers * head) / inputs.exp.evaluation.every
 
 
 def step_bytes(setup: RankSetup) -> float:
@@ -105,8 +118,7 @@ def _exchange_bytes(inputs: PlanInput, number: int, setups: Sequence[RankSetup])
     Units are owned evenly by all ranks of the job. A rank sends its part of its client's update to the owners, and what
     it owns, merged, to every rank that holds it.
     """
-    exp, world = inputs.exp, inputs.exp.world_size
-    width = (2 if exp.merge.payload == "bf16" else FP32) * (1 + exp.train.scaffold)  # as much again for its variates
+    exp, world, width = inputs.exp, inputs.exp.world_size, _exchanged_width(inputs)
     replies = [with_lora_rank(setup, setup.reply_rank) for setup in setups]
     updates = [model_elements(setup) for setup in setups]
     back = [model_elements(reply) * copies(reply, reply.ranks, reply.expert_parallel) for reply in replies]
@@ -115,3 +127,31 @@ def _exchange_bytes(inputs: PlanInput, number: int, setups: Sequence[RankSetup])
     sent = update * (1 - 1 / world) + ranks / world * sum(back) - kept
     got = back[number] - kept + (ranks * sum(updates) - update) / world
     return width * sent, width * got
+
+
+def group_exchange_bytes(inputs: PlanInput, turns: Sequence[Sequence[int]], group: int) -> float:
+    """Return the bytes that a rank of a group sends or gets in a round's exchange, whichever is more.
+
+    Under linear rules a group sends the sum of its clients' updates, under the others each of them. Every rank owns as
+    much of the merge as the others, and sends what it owns, merged, to all that hold it.
+
+    Args:
+        inputs: of the plan.
+        turns: clients of each group in the round.
+        group: its number.
+    """
+    exp, world = inputs.exp, inputs.exp.world_size
+    setups = [rank_setup(inputs, (clients or [0])[0], number) for number, clients in enumerate(turns)]
+    counts = [min(1, len(clients)) if exp.merge.is_linear else len(clients) for clients in turns]
+    updates = [model_elements(setup) * count for setup, count in zip(setups, counts, strict=True)]
+    replies = [with_lora_rank(setup, setup.reply_rank) for setup in setups]
+    back = [model_elements(reply) * copies(reply, reply.ranks, reply.expert_parallel) for reply in replies]
+    ranks, elsewhere = setups[group].ranks, 1 - 1 / world
+    sent = (updates[group] / ranks + sum(back) / world) * elsewhere
+    got = (back[group] / ranks + sum(updates) / world) * elsewhere
+    return _exchanged_width(inputs) * max(sent, got)
+
+
+def _exchanged_width(inputs: PlanInput) -> int:
+    """Return the bytes of an element in the exchange, and as many again for SCAFFOLD's variates."""
+    return (2 if inputs.exp.merge.payload == "bf16" else FP32) * (1 + inputs.exp.train.scaffold)

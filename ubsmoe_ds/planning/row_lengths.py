@@ -34,10 +34,10 @@ def read_row_lengths(exp: Experiment) -> list[RowLengths]:
     for number, rows in enumerate(client_rows):
         examples, _ = encoder.encode(rows.training, exp.clients[number].name)
         training = _training_lengths(encoder, number, examples)
-        packed = common + (encoder.pack(rows.evaluation) if rows.evaluation else [])
-        evaluation = _evaluation_lengths(packed, exp.evaluation.batch_size)
+        own = encoder.pack(rows.evaluation) if rows.evaluation else []
+        evaluation = _evaluation_lengths(common + own, exp.evaluation.batch_size)
         read = read_bytes[number] + _bytes(eval_rows) + _bytes(rows.evaluation)
-        lengths.append(RowLengths(**training, **evaluation, text_bytes=read, rows=len(examples)))
+        lengths.append(RowLengths(**training, **evaluation, text_bytes=read, rows=len(examples), own_rows=len(own)))
     return lengths
 
 

@@ -7,11 +7,14 @@ import torch
 
 from launch.plan import parse, read_inputs
 from tests.support.ranks import REPO
+from tests.unit.planning.test_groups import LENGTHS, population
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.planning import device_rates, seconds
+from ubsmoe_ds.planning.inputs import rank_setup
 from ubsmoe_ds.planning.memory_model import FrozenBytes, States, TrainingBytes
-from ubsmoe_ds.planning.plan import ClientPlan, plan
+from ubsmoe_ds.planning.plan import ClientPlan, group_exchange_bytes, plan
+from ubsmoe_ds.planning.rank_setup import model_elements
 
 TINY = REPO / "ds_configs" / "tiny.yaml"
 
@@ -95,19 +98,51 @@ def test_stated_rates_are_taken(inputs):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "takes_turns", "message"),
+    ("arguments", "message"),
     [
-        (["--device-flops", "1e12"], False, "--device-flops: goes with --device-bandwidth"),
-        (["--measure", "--device-flops", "1e12"], False, "--measure: measures what"),
-        (["--network", "1e9"], False, "--network: goes with"),
-        (["--measure"], True, "--measure: seconds are planned only"),
+        (["--device-flops", "1e12"], "--device-flops: goes with --device-bandwidth"),
+        (["--measure", "--device-flops", "1e12"], "--measure: measures what"),
+        (["--network", "1e9"], "--network: goes with"),
     ],
 )
-def test_options_that_do_not_fit_together_are_refused(arguments, takes_turns, message):
+def test_options_that_do_not_fit_together_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        device_rates.check_options(parse(arguments), takes_turns)
+        device_rates.check_options(parse(arguments))
 
 
 def test_a_rate_is_a_number_above_0():
     with pytest.raises(UserError, match=r"--device-flops: '0' must be a number above 0"):
         parse(["--device-flops", "0", "--device-bandwidth", "1e12"])
+
+
+def test_a_round_of_a_population_by_hand(monkeypatch):
+    """Group g0 of one rank, g1 of two; 100 FLOP/s, 10 bytes/s, 10 steps a turn, two rounds.
+
+    Turns on g0: client 0 takes 10 (100 / 100 + 10 / 10) = 20 s, 1: 30 s, 2: 50 s; on g1 0: 15 s, 2: 30 s.
+    Round 1: g0 trains 0 and 1, 50 s, g1 trains 2, 30 s, so groups wait 1 - 40 / 50. Round 2: g0 50 s, g1 15 s.
+    12 common evaluation rows on three ranks at 30 FLOPs: 1.2 s; g1 has 4 of client 1 for its two ranks, 0.6 s.
+    """
+    inputs = population([{"budget": 0.5}] * 3, [{}, {"ranks": 2}])
+    lengths = [LENGTHS._replace(eval_rows=12 + own, own_rows=own) for own in (0, 4, 0)]
+    inputs = replace(inputs, row_lengths=lengths)
+    monkeypatch.setattr(seconds, "client_step_flops", lambda _, client, setup: [100.0, 200.0, 400.0][client])
+    monkeypatch.setattr(seconds, "step_bytes", lambda setup: 10.0)
+    monkeypatch.setattr(seconds, "evaluation_flops", lambda _, client, setup, rows: 30.0 * rows)
+    monkeypatch.setattr(seconds, "group_exchange_bytes", lambda _, turns, group: {2: 5.0, 1: 20.0}[len(turns[group])])
+    rounds = [[[0, 1], [2]], [[2], [0]]]
+    found = seconds.round_seconds(inputs, rounds, [[], [1]], seconds.Device(100.0, 1e12, 10.0))
+    assert found[:3] == pytest.approx((50.0, 1.2 + 0.6, 2.0)) and found.round == pytest.approx(53.8)
+    assert found.waiting == pytest.approx((0.2 + 0.35) / 2) and found.longest == [2, 0]
+    line = seconds.round_line(inputs, found, seconds.Device(100.0, 1e12))
+    assert "a round takes 53.8 s" in line and "g0 is busy longest in 2 of 2 rounds" in line and "not counted" in line
+
+
+@pytest.mark.parametrize(("rule", "sent"), [("fedavg", 1.0), ("median", 1.5)])
+def test_bytes_of_a_group_in_the_exchange_by_hand(rule, sent):
+    """Two groups of one rank, whose adapters of U elements each owns half. g0 has two turns, g1 one.
+
+    Linear: each sends half of U of its sum and half of U merged, 4 U bytes. Else g0 sends half of its 2 U.
+    """
+    inputs = population([{"budget": 0.5}] * 3, [{"count": 2}], merge={"rule": rule})
+    elements = model_elements(rank_setup(inputs, 0, 0))
+    assert group_exchange_bytes(inputs, [[0, 1], [2]], 0) == 4 * sent * elements
