@@ -248,34 +248,55 @@ def test_corrections_against_drift_equal_a_plain_loop(kinds, tmp_path):
             np.testing.assert_allclose(result[f"{name}/{key}"], value, atol=2e-5, rtol=0, err_msg=key)
 
 
-SLOW = "clients=[{name: a, budget: 0.5, groups: [g0]}, {name: b, budget: 1.0, groups: [g0]}, "
-SLOW += "{name: slow, budget: 0.5, groups: [g1], local_steps: 4000}]"
+FIRST = ["train.rounds=3", "method=topk", "sampling={clients: 2, over_sample: 1.5}"]
+
+
+def slow_client(fast: str, slow: str) -> str:
+    """Return three clients, of which one has far more steps, and a group of its own."""
+    return (
+        f"clients=[{{name: a, budget: 0.5, groups: [{fast}]}}, {{name: b, budget: 1.0, groups: [{fast}]}}, "
+        f"{{name: slow, budget: 0.5, groups: [{slow}], local_steps: 4000}}]"
+    )
+
+
+def without_the_slow(folder) -> list[str]:
+    """Return the same in which the slow client is never there."""
+    (folder / "slow.json").write_text(json.dumps({"slow": [[9, 9]]}))
+    return [*FIRST[:-1], f"sampling={{clients: 2, by: availability, availability: {folder / 'slow.json'}}}"]
+
+
+def check_first(folder, found: dict, first: str, without: str) -> None:
+    """Check that two of three drawn are merged, as in a run in which the slow one is not there at all."""
+    keys = [key for key in found if key.startswith(f"{first}/")]
+    for key in keys:
+        np.testing.assert_array_equal(found[key], found[key.replace(first, without, 1)], err_msg=key)
+    assert len(keys) > 10
+    for record in records(folder / first)[1:]:
+        metrics = record["metrics"]
+        assert (metrics["clients/cohort"], metrics["clients/drawn"]) == (2, 3) and "steps/slow" not in metrics
+    summary = json.loads((folder / first / "summary.json").read_text())
+    assert {row["client"]: row["rounds"] for row in summary["clients"]} == {"a": 3, "b": 3, "slow": 0}
 
 
 def test_of_too_many_clients_the_first_that_finish_are_merged(tmp_path):
-    """Two of three drawn; the peer is a run in which the slow one is not there at all."""
-    (tmp_path / "there.json").write_text(json.dumps({"slow": [[9, 9]]}))
-    common = [SLOW, "groups=[{count: 2}]", "train.rounds=3"]
-    variants = {
-        "first": [*common, "method=topk", "sampling={clients: 2, over_sample: 1.5}"],
-        "without": [
-            *common,
-            "method=topk",
-            f"sampling={{clients: 2, by: availability, availability: {tmp_path / 'there.json'}}}",
-        ],
-    }
+    two = [slow_client("g0", "g1"), "groups=[{count: 2}]"]
+    variants = {"first": [*FIRST, *two], "without": [*without_the_slow(tmp_path), *two]}
     arguments = {"config": TINY, "overrides": [*SHORT, *SAME], "variants": variants, "folder": str(tmp_path)}
-    found = run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments)
-    for result in found:
-        for key in [key for key in result if key.startswith("first/")]:
-            np.testing.assert_array_equal(result[key], result[key.replace("first/", "without/", 1)], err_msg=key)
-    for record in records(tmp_path / "first")[1:]:
-        metrics = record["metrics"]
-        assert (metrics["clients/cohort"], metrics["clients/drawn"]) == (2, 3) and "steps/slow" not in metrics
-    rows = {
-        row["client"]: row["rounds"] for row in json.loads((tmp_path / "first/summary.json").read_text())["clients"]
-    }
-    assert rows == {"a": 3, "b": 3, "slow": 0}
+    for result in run_ranks(tmp_path, 2, "tests.support.scenarios:layouts", arguments):
+        check_first(tmp_path, result, "first", "without")
+
+
+@pytest.mark.extended
+def test_the_first_that_finish_are_merged_where_groups_have_several_ranks(tmp_path):
+    """Two ranks train the slow client, or the others."""
+    variants = {}
+    for who, (fast, slow) in {"slow": ("g0", "g1"), "fast": ("g1", "g0")}.items():
+        groups = [slow_client(fast, slow), "groups=[{}, {ranks: 2, expert_parallel: 2}]"]
+        variants |= {f"first_{who}": [*FIRST, *groups], f"without_{who}": [*without_the_slow(tmp_path), *groups]}
+    arguments = {"config": TINY, "overrides": SHORT, "variants": variants, "folder": str(tmp_path)}
+    for result in run_ranks(tmp_path, 3, "tests.support.scenarios:layouts", arguments):
+        for who in ("slow", "fast"):
+            check_first(tmp_path, result, f"first_{who}", f"without_{who}")
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,18 @@ def test_the_second_example_trains_ten_of_a_hundred_clients(tmp_path):
     assert "group/b0.25" not in (folder / "metrics.jsonl").read_text()
 
 
+def test_a_group_that_was_slow_gets_fewer_turns(tmp_path):
+    """Six equal clients, two groups: three turns each in round 1, in which every step of g1 takes a second longer."""
+    overrides = ["clients={count: 6, budgets: [0.5]}", "groups=[{count: 2}]", "train.schedule_by=measured"]
+    overrides += [*SHORT, "train.local_steps=1", "evaluation.every=2", f"output={tmp_path}"]
+    script = "tests/support/failing_train.py"
+    code, output = run(sys.executable, script, *overrides, UBSMOE_DS_FAULT="slow@1:1")
+    assert code == 0, output
+    _, first, second = (record["metrics"] for record in records(tmp_path / "tiny"))
+    on_g1 = [sum(metrics[f"group/c{client}"] for client in range(6)) for metrics in (first, second)]
+    assert on_g1 == [3, 0]
+
+
 def test_adapter_holds_the_whole_merged_state(demo):
     adapter = read_adapter(demo[0] / "adapter")
     assert adapter.lora_rank == 8 and adapter.scaling == 2.0 and adapter.facts["k_max"] == "8"

@@ -26,8 +26,8 @@ LOOKED_AT = 256  # rows of a client, for the mean length that schedules go by
 class Evaluators(NamedTuple):
     """Hold the evaluation rows: those common to all clients, and each client's own; None where there are none.
 
-    own: takes the number of a client that this rank's group may train. Its rows are read when they are first asked for,
-        and then kept as tokens.
+    own: takes the number of a client that this rank's group may train. Its rows are read when they are asked for, and
+        kept as tokens, of the last few clients where these take turns.
     """
 
     common: Evaluator | None
@@ -53,13 +53,14 @@ class Texts:
 
     def __init__(self, exp: Experiment, world: World, rows: ClientRows) -> None:
         self.exp, self.rows, self.encoder = exp, rows, read_encoder(exp)
-        own = lru_cache(maxsize=None)(lambda client: self._evaluator(rows.own_evaluation(client)))
+        kept = KEPT_CLIENTS if exp.takes_turns else None
+        own = lru_cache(maxsize=kept)(lambda client: self._evaluator(rows.own_evaluation(client)))
         self.evaluators = Evaluators(self._evaluator(rows.evaluation), own)
         first = exp.clients_for(world.group)[0]
         self._plainly = self.encoder.writes_plainly(
             rows.of_client(first), rows.evaluation, rows.own_evaluation(first)
         )  # here, where all ranks of a group are: they may read a client's rows together
-        self._encoded = lru_cache(maxsize=KEPT_CLIENTS if exp.takes_turns else None)(self._encode)
+        self._encoded = lru_cache(maxsize=kept)(self._encode)
         counts_C = self._count(world)
         self.lengths, self.own_lengths = ([Lengths(*c[part]) for c in counts_C] for part in (slice(3), slice(3, 6)))
         self.answer_tokens, self.tokens, self.own_tokens = ([counts[n] for counts in counts_C] for n in (-3, -2, -1))
