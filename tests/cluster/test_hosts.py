@@ -14,13 +14,14 @@ import pytest
 from tests.cluster.test_survival import PYTHON as OPEN_MPI
 from tests.support import watched_job
 from tests.support.hosts import Hosts, missing
-from tests.support.jobs import TRAIN, Job, records, train
+from tests.support.jobs import TRAIN, Job, records, small_model, train
 from tests.support.sites import write
 from ubsmoe_ds.data import synthetic
 
 MPICH = Path(sys.executable)
 pytestmark = pytest.mark.alone
 SHORT = ["train.rounds=2", "train.local_steps=2", "data.rows=200", "data.eval_rows=12", "deepspeed.train_batch_size=4"]
+SHORT += [small_model()]
 CLIENTS = "clients=[{name: a, budget: 0.5, ranks: 2}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 PRIVATE = Path("/dev/shm")  # each host has its own
 TIMEOUT = 5  # host_timeout_s

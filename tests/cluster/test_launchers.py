@@ -14,13 +14,14 @@ import pytest
 
 from tests.cluster.test_survival import PYTHON as OPEN_MPI
 from tests.support.hosts import Hosts, missing
-from tests.support.jobs import TRAIN, Job, records, run
+from tests.support.jobs import TRAIN, Job, records, run, small_model
 from tests.support.ranks import REPO
 
 pytestmark = [pytest.mark.extended, pytest.mark.alone]
 MPICH = Path(sys.executable)
 INTEL_MPI = Path(os.environ.get("UBSMOE_DS_IMPI_PYTHON", REPO / ".venv-impi" / "bin" / "python"))
 SHORT = ["train.rounds=1", "train.local_steps=2", "data.rows=200", "data.eval_rows=12", "deepspeed.train_batch_size=4"]
+SHORT += [small_model()]
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
 DEEPSPEED = "PYTHON -m deepspeed.launcher.runner"  # what the command `deepspeed` runs
 ON_HOSTS = "--hostfile HOSTFILE --force_multi --no_ssh_check --master_addr ADDRESS --launcher"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.test_survival import PYTHON as OPEN_MPI_PYTHON
-from tests.support.jobs import SHORT, TRAIN, Job, records, run, train
+from tests.support.jobs import SHORT, TRAIN, Job, records, run, small_model, train
 from tests.support.ranks import REPO
 from tests.support.slurm_cluster import cluster, why_not
 from ubsmoe_ds.launching.relaunch import OPEN_MPI_WAITS_QUIETLY
@@ -26,6 +26,7 @@ REASON = why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"no Slurm here: {REASON}")]
 TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0}]"
 TWO_RANKS = [TWO_CLIENTS, "train.rounds=2", "train.local_steps=12", "data.rows=200", "data.eval_rows=12"]
+TWO_RANKS += [small_model()]
 ON_TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 TRAIN_UNDER_MPI = ["-u", "-m", "mpi4py", TRAIN]
 

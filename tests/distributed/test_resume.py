@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from tests.support.jobs import records
+from tests.support.jobs import records, small_model
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.extended
 
 CONFIG = "ds_configs/tiny.yaml"
 SHORT = ["train.rounds=3", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "evaluation.batch_size=2"]
-SHORT += ["checkpoint.keep=9", "deepspeed.train_batch_size=4"]
+SHORT += ["checkpoint.keep=9", "deepspeed.train_batch_size=4", small_model()]
 CLIENTS = ["clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"]
 ZERO2 = ["deepspeed.zero_optimization.stage=2"]
 SCAFFOLD = ["train.scaffold=true"]
@@ -69,7 +69,7 @@ def test_bits_equal_those_of_a_job_that_was_never_stopped(name, results):
         for key in [key for key in result if key.startswith(f"{name}/")]:
             np.testing.assert_array_equal(result[key.replace(name, f"{name}-resumed", 1)], result[key], err_msg=key)
             checked += 1
-    assert checked > 3 * 20
+    assert checked > 3 * 15
 
 
 @pytest.mark.parametrize("name", ["ub_smoe", "flora_bf16"])

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.jobs import Job, records, run
+from tests.support.jobs import Job, records, run, small_model
 from tests.unit.studies.test_comparison import CONFIG, TWO
 
 REAL = [sys.executable, "launch/compare.py", "--config", CONFIG, "--methods", "topk", "--seeds", "0", "--out"]
 
 
-SHORT = [TWO, "train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=16"]
+SHORT = [TWO, "train.rounds=1", "train.local_steps=1", "data.rows=200", "data.eval_rows=16", small_model()]
 
 
 def test_real_comparison_and_again(tmp_path):

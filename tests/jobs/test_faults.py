@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, train
+from tests.support.jobs import OWN_SERVER, TRAIN, TWO_CLIENTS, Job, records, small_model, train
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.mpi.preemption import SAME_SIGNAL_SECONDS
 
 SHORT = ["train.rounds=3", "train.local_steps=4", "data.rows=200", "data.eval_rows=12", "deepspeed.train_batch_size=4"]
-SHORT += [TWO_CLIENTS]
+SHORT += [TWO_CLIENTS, small_model()]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def same_as(whole, folder) -> None:
 )
 def test_asked_to_stop_it_saves_and_the_next_job_goes_on(how, whole, tmp_path):
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "overwrite=false"]
-    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1", **OWN_SERVER)
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="slow@1:1", **OWN_SERVER)
     job.wait_for("round   1/3")
     time.sleep(0.3)
     if how.startswith("SIGTERM to the command"):
@@ -330,7 +330,7 @@ def test_a_full_disk_ends_the_job_and_leaves_the_checkpoint_before(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a small disk")
     try:
-        code, output = train(*SHORT, f"output={disk}")
+        code, output = train(*SHORT, "model.path=builtin:tiny_olmoe", f"output={disk}")
         assert code == 2, output
         assert output.count("error: checkpoint: ") == 1 and "free some space" in output and "Traceback" not in output
         kept = [path.name for path in (disk / "tiny" / "checkpoints").glob("[0-9]*")]

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from tests.support import tiny
-from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run
-from tests.support.ranks import REPO
+from tests.support.jobs import SHORT, TRAIN, TWO_CLIENTS, Job, records, run, small_model
+from tests.support.ranks import REPO, warm_python
 from ubsmoe_ds.adapters.adapter import read_adapter
 from ubsmoe_ds.models.hub import BUILTIN_MODELS
 
 COMMONSENSE = REPO.parent / "shared" / "data" / "commonsense"
-FEW_RANKS = [*SHORT, TWO_CLIENTS]
+FEW_RANKS = [*SHORT, TWO_CLIENTS, small_model()]
 CLIENTS = ("phone", "laptop", "desktop", "server")
 LEARNING_RATE = 0.003  # of ds_configs/tiny.json
 
@@ -99,7 +99,7 @@ def test_output_is_quiet(demo):
 @pytest.mark.extended
 def test_a_second_run_is_bit_equal_and_needs_a_new_folder(demo, tmp_path):
     folder, _ = demo
-    under_mpi = [sys.executable, "-m", "mpi4py", TRAIN, *SHORT]
+    under_mpi = [*warm_python(), "-m", "mpi4py", TRAIN, *SHORT]
     in_use = [f"output={folder.parent}", "overwrite=false", TWO_CLIENTS]
     code, output = run("mpiexec", "-n", "3", *under_mpi, *in_use)
     assert code == 2 and "already holds a run" in output and output.count("error:") == 1

@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch  # noqa: E402
 
-from tests.support.jobs import OWN_SERVER, REPO, TRAIN, Job, records  # noqa: E402
+from tests.support.jobs import OWN_SERVER, REPO, TRAIN, Job, records, small_model  # noqa: E402
 from ubsmoe_ds.adapters.adapter import read_adapter  # noqa: E402
 from ubsmoe_ds.federation.budgets import CLIENT_RECORD  # noqa: E402
 
 ROUNDS = 8
 SHORT = [f"train.rounds={ROUNDS}", "train.local_steps=3", "data.rows=200", "data.eval_rows=12", "overwrite=false"]
-SHORT += ["deepspeed.train_batch_size=4"]
+SHORT += ["deepspeed.train_batch_size=4", small_model()]
 CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2, expert_parallel: 2}]"
 MANY = CLIENTS.replace("}]", "}, {name: c, budget: 0.25}, {name: d, budget: 0.5}]")
 POPULATION = (  # of ten clients, whose figures are in a file of their own

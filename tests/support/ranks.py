@@ -32,12 +32,21 @@ def clean_environment() -> dict[str, str]:
     return environment
 
 
+SERVERS: list[ForkServer] = []
+
+
 @cache
-def fork_server() -> ForkServer:
+def fork_server(python: str = sys.executable) -> ForkServer:
     """A server for all tests of this process: without it each of some 600 ranks would import for 5 CPU seconds."""
-    server = fast_start.fork_server(clean_environment())
+    environment = clean_environment()
+    if python != sys.executable:  # of Open MPI, whose ranks get the folder of its libraries
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+            filter(None, [str(Path(python).parent.parent / "lib"), environment.get("LD_LIBRARY_PATH")])
+        )
+    server = fast_start.fork_server(environment, python=python)
     atexit.register(server.__exit__, None, None, None)
-    return server.__enter__()
+    SERVERS.append(server.__enter__())
+    return SERVERS[-1]
 
 
 def warm_python() -> list[str]:

@@ -1,7 +1,7 @@
 """Start ranks by forking them from one process that has imported everything: where that is sound, and with what.
 
 A job of N ranks then imports torch, transformers and DeepSpeed once and not N times, and memory holds their pages once.
-It is done on one host, on the CPU, under MPICH's mpiexec; everywhere else each rank imports for itself.
+It is done on one host, on the CPU, under MPICH or the wheel of Open MPI; everywhere else each rank imports for itself.
 """
 
 import runpy
@@ -53,7 +53,9 @@ class ForkServer(NamedTuple):
 
 
 @contextmanager
-def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOADED) -> Iterator[ForkServer]:
+def fork_server(
+    environment: Mapping[str, str], modules: Sequence[str] = PRELOADED, python: str = sys.executable
+) -> Iterator[ForkServer]:
     """Start a server that forks ranks as long as the context lasts; yield it.
 
     The ranks' shims may connect at once: they wait until the server has imported everything.
@@ -61,6 +63,7 @@ def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOAD
     Args:
         environment: of the ranks; those with another are not forked.
         modules: to import.
+        python: of the ranks.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours, theirs = socket.socketpair()
@@ -70,7 +73,7 @@ def fork_server(environment: Mapping[str, str], modules: Sequence[str] = PRELOAD
         listening.listen(socket.SOMAXCONN)
         numbers = [listening.fileno(), theirs.fileno()]
         # -P: the user's folder is not on the path of what is imported
-        command = [sys.executable, "-P", "-u", "-m", "ubsmoe_ds.launching.fork_server", *map(str, numbers), *modules]
+        command = [python, "-P", "-u", "-m", "ubsmoe_ds.launching.fork_server", *map(str, numbers), *modules]
         # a session of its own: signals to the group of this process are not meant for ranks
         server = subprocess.Popen(
             command, env=environment, pass_fds=numbers, start_new_session=True, stdin=subprocess.DEVNULL

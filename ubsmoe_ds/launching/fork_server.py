@@ -40,7 +40,7 @@ MOST_DESCRIPTORS = 253  # of one message (Linux)
 REQUEST_SECONDS = 10.0  # for a shim to send its request after it has connected
 # What may differ between the server's environment and a rank's: nothing that is preloaded has read it. For all others
 # the rank imports everything itself.
-OF_A_RANK = ("PMI_", "PMIX_", "MPI_", "MPIR_", "HYDI_", "HYDRA_", "UBSMOE_DS_")
+OF_A_RANK = ("PMI_", "PMIX_", "MPI_", "MPIR_", "HYDI_", "HYDRA_", "OMPI_", "OPAL_", "PRTE_", "UBSMOE_DS_")
 OF_A_SHELL = ("PWD", "OLDPWD", "SHLVL", "_", "PATH", "GFORTRAN_UNBUFFERED_PRECONNECTED")
 OF_AN_ACCELERATOR = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")  # of which this torch knows none
 
@@ -180,8 +180,8 @@ def read_at_import(environment: Any) -> dict[str, str]:
         for k, v in environment.items()
         if not k.startswith(OF_A_RANK) and k not in (*OF_A_SHELL, *OF_AN_ACCELERATOR)
     }
-    if "PYTHONPATH" in variables:  # with the same folder twice it means the same
-        variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(variables["PYTHONPATH"].split(os.pathsep)))
+    for name in {"PYTHONPATH", "LD_LIBRARY_PATH"} & variables.keys():  # with the same folder twice they mean the same
+        variables[name] = os.pathsep.join(dict.fromkeys(variables[name].split(os.pathsep)))
     return variables
 
 

@@ -176,11 +176,12 @@ def open_mpi_command(
     hosts: Mapping[str, int] | None = None,
     survive: bool = False,
     forwarded: Iterable[str] = (),
+    through: Sequence[str] = (),
 ) -> list[str]:
     """Return the same command under Open MPI, which binds ranks to cores and refuses root unless told otherwise.
 
     Args:
-        script, arguments, ranks, mpiexec, python, hosts: as for `mpi_command`.
+        script, arguments, ranks, mpiexec, python, hosts, through: as for `mpi_command`.
         survive: whether the job goes on when ranks die; then without `-m mpi4py`, which ends a failed rank in a way
             that the other ranks do not notice (mpi/exits.py).
         forwarded: with hosts: names of the variables that ranks on others get.
@@ -194,7 +195,7 @@ def open_mpi_command(
         options += ["--host", _slots(hosts)]
         options += [text for name in forwarded for text in ("-x", name)]
     module = [] if survive else ["-m", "mpi4py"]
-    return [mpiexec, *options, "-n", str(ranks), python, "-u", *module, script, *arguments]
+    return [mpiexec, *options, "-n", str(ranks), *through, python, "-u", *module, script, *arguments]
 
 
 def forwarded(environment: Mapping[str, str], asked: Sequence[str]) -> list[str]:

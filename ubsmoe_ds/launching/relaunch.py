@@ -77,7 +77,9 @@ def relaunch(
         open_mpi_start = partial(open_mpi_command, survive=survive, forwarded=[*environment, PARENT_SPEAKS])
         make_command = partial(open_mpi_start, mpiexec=mpiexec, python=sys.executable, hosts=hosts)
     one_host = hosts is None and "SLURM_JOB_ID" not in environment
-    sound = one_host and not open_mpi and is_mpich(mpiexec)
+    sound = one_host and (_is_wheel(mpiexec) if open_mpi else is_mpich(mpiexec))
+    if sound and open_mpi:
+        environment |= _with_libraries_of(mpiexec, environment)
     summary_before, supervisor = finished(), Supervisor()
     with fast_start.shims(environment, sound) as through:
         if through:
@@ -130,6 +132,20 @@ def _find_mpiexec(survive: bool) -> tuple[str, bool]:
             "place of mpich, or set abort"
         )
     return mpiexec, open_mpi
+
+
+def _is_wheel(mpiexec: str) -> bool:
+    """Return whether an Open MPI was installed beside this Python, so that it is known where its libraries are."""
+    return Path(mpiexec).parent == Path(sys.executable).parent
+
+
+def _with_libraries_of(mpiexec: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the search path of libraries that Open MPI's mpiexec gives to ranks.
+
+    A process reads it when it starts, so the server that forks ranks has to start with it.
+    """
+    libraries = str(Path(mpiexec).parent.parent / "lib")
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [libraries, environment.get("LD_LIBRARY_PATH")]))}
 
 
 def _environment(present: Mapping[str, str], ranks: int, one_host: bool) -> dict[str, str]:
