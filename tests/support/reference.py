@@ -136,8 +136,9 @@ def route(layer: UBSMoE, x_D: Tensor) -> tuple[Tensor, list[int], Tensor]:
         s_E = s_E + gate.bias_E
     m_E = s_E.clone()
     if gate.phi_range is not None:
-        for i in rank(layer, s_E).argsort(descending=True)[: gate.candidates]:
-            m_E[i] += gate.phi.detach()[i]
+        rank_E = rank(layer, s_E)
+        for i in rank_E.argsort(descending=True)[: gate.candidates]:
+            m_E[i] += gate.phi.detach()[i] * (rank_E[i] > -50)  # not in a group that is left out
     active = rank(layer, m_E).argsort(descending=True)[: gate.k].tolist()
     p_E = odds(layer, s_E if gate.modulate == "selection" else m_E)
     weights = p_E[active]
