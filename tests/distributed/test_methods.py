@@ -20,7 +20,7 @@ RANK_METHODS = ["hetlora", "hetlora_plain", "flexlora", "flora", "florist"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
-    overrides = ["train.rounds=2", "train.local_steps=6", "data.rows=800", "data.eval_rows=24", "evaluation.every=2"]
+    overrides = ["train.rounds=2", "train.local_steps=4", "data.rows=800", "data.eval_rows=24", "evaluation.every=2"]
     overrides += ["deepspeed.train_batch_size=8"]
     overrides += ["lora.prune_gamma=0.6"]  # so that pruning shows in two rounds
     arguments = {"config": str(TINY), "overrides": overrides, "names": list(PRESETS), "folder": str(folder / "runs")}

@@ -35,7 +35,7 @@ COMMANDS = {
     "packing": (1, ["--layers", "1", "--rows", "4", "--steps", "1", *SMALL], {"packed", "padded"}),
     "loading": (
         1,
-        ["--gigabytes", "0.8", "--expert-parallel", "1", "--quantize", "nf4", "int8", "--json"],
+        ["--gigabytes", "0.6", "--expert-parallel", "1", "--quantize", "nf4", "int8", "--json"],
         {"ubsmoe", "ubsmoe-nf4", "ubsmoe-int8", "transformers"},
     ),
     "exchange": (

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +16,7 @@ from ubsmoe_ds.data.sources import load_rows
 def test_a_quantised_run_learns_and_is_evaluated_as_it_was_trained(tmp_path):
     """Two clients, one of two ranks that share the experts; in another process its adapter has its last loss."""
     settings = ["model.quantize=nf4", "lora.attention=true", f"output={tmp_path}"]
-    code, output = run("deepspeed", TRAIN, *SHORT, TWO_CLIENTS, *settings)
+    code, output = run(sys.executable, TRAIN, *SHORT, TWO_CLIENTS, *settings)
     assert code == 0 and "of 16 experts, weights in nf4, LoRA rank 8" in output, output
     losses = [record["metrics"]["eval/loss"] for record in records(tmp_path / "tiny")]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.005

@@ -245,13 +245,14 @@ def test_real_rows_lower_every_clients_loss(tmp_path):
         f"data.source=jsonl:{COMMONSENSE}/train.jsonl",
         f"data.eval_source=jsonl:{COMMONSENSE}/dev.jsonl",
         "data.rows=1500",
-        "data.eval_rows=48",
+        "data.eval_rows=24",
         "train.rounds=2",
-        "train.local_steps=6",
+        "train.local_steps=4",
+        "deepspeed.train_batch_size=8",
         "evaluation.every=2",
         f"output={tmp_path}",
     ]
-    code, output = run("deepspeed", TRAIN, *overrides, timeout=400)
+    code, output = run(sys.executable, TRAIN, *overrides, timeout=400)
     assert code == 0, output
     for row in json.loads((tmp_path / "tiny" / "summary.json").read_text())["clients"]:
         assert row["loss_after"] < row["loss_before"] - 0.01, row

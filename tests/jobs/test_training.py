@@ -1,11 +1,11 @@
 """Whole jobs with schedules, packing, generated answers, patience and a second stage."""
 
 import json
-import sys
 
 import pytest
 
 from tests.support.jobs import TRAIN, records, run
+from tests.support.ranks import warm_python
 from ubsmoe_ds.adapters.adapter import read_adapter
 
 A, B = "{name: a, budget: 0.5, lr: 0.002, train_batch_size: 8}", "{name: b, budget: 1.0, ranks: 2, expert_parallel: 2}"
@@ -18,7 +18,7 @@ ROUNDS = 3
 
 
 def train(folder, name, *overrides):
-    command = ["mpiexec", "-n", "3", sys.executable, "-m", "mpi4py", TRAIN]
+    command = ["mpiexec", "-n", "3", *warm_python(), "-m", "mpi4py", TRAIN]
     code, output = run(*command, f"output={folder}", f"name={name}", CLIENTS, *overrides)
     assert code == 0, output
     return output
