@@ -1,7 +1,7 @@
 """Time what a population costs beside its local steps: a round of many clients on few groups, and one client's turn.
 
     mpiexec -n 4 python -m mpi4py benchmarks/population.py --clients 100 1000
-    mpiexec -n 4 python -m mpi4py benchmarks/population.py --clients 10       # and so on, for `memory`
+    mpiexec -n 4 python -m mpi4py benchmarks/population.py --clients 10 --rows 300000     # and so on, for `memory`
 
 Ten clients a round on four groups of one rank, the built-in model, an adapter of 1.2 MB. Populations of all sizes take
 turns in one job. `ms` is the median over repeats of the slowest rank's wall time.
@@ -32,8 +32,8 @@ import numpy as np
 COHORT, STEPS, GROUPS = 10, 8, 4
 
 
-def experiments(sizes: list[int], folder: str) -> dict[int, Any]:
-    """Return the experiment of each size."""
+def experiments(sizes: list[int], folder: str, rows: int | None) -> dict[int, Any]:
+    """Return the experiment of each size, on generated rows or on so many of a file."""
     from ubsmoe_ds.config.loading import load_experiment
 
     config = str(Path(__file__).resolve().parent.parent / "ds_configs" / "population_tiny.yaml")
@@ -47,6 +47,7 @@ def experiments(sizes: list[int], folder: str) -> dict[int, Any]:
         "evaluation.every=1000000",
         "checkpoint.every=0",
     ]
+    common += [] if rows is None else [f"data.source=jsonl:{rows_file(folder)}", f"data.rows={rows}"]
     return {
         size: load_experiment(
             config,
@@ -54,6 +55,18 @@ def experiments(sizes: list[int], folder: str) -> dict[int, Any]:
         )
         for size in sizes
     }
+
+
+def rows_file(folder: str) -> Path:
+    """Return the path of the rows of `--rows`."""
+    return Path(folder) / "rows.jsonl"
+
+
+def write_rows(folder: str, count: int) -> None:
+    """Write short questions, no two alike."""
+    row = '{{"instruction": "Which number comes after {0}?", "choices": ["{1}", "{2}"], "answer": "{1}"}}\n'
+    with rows_file(folder).open("w", encoding="utf-8") as file:
+        file.writelines(row.format(number, number + 1, number + 2) for number in range(count))
 
 
 def start(exp: Any, world: Any) -> Any:
@@ -158,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", nargs="+", type=int, default=[100, 1000])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=int, help="rows of a file in place of generated ones; many are mapped")
     parser.add_argument("--json", action="store_true", help="one object a line, for machines")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -165,13 +179,16 @@ def main() -> None:
 
     keep_freed_memory()  # as `launch/train.py` does
     with tempfile.TemporaryDirectory() as folder:
-        every = experiments(options.clients, folder)
+        every = experiments(options.clients, folder, options.rows)
         from ubsmoe_ds.mpi.collectives import gather_json
         from ubsmoe_ds.mpi.join import join
 
         world = join(next(iter(every.values())), "benchmark", [])
         folder = gather_json(world.comm, folder)[0]  # one for all ranks
-        every = experiments(options.clients, folder)
+        every = experiments(options.clients, folder, options.rows)
+        if options.rows is not None and world.rank == 0:
+            write_rows(folder, options.rows)
+        world.barrier()
         from ubsmoe_ds import run
 
         run.choose_accelerator("cpu")
