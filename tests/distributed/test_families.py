@@ -10,6 +10,7 @@ from tests.support.ranks import run_ranks
 STEPS, RANKS = 3, 2
 KINDS = ["deepseek_v3", "gpt_oss", "qwen3_next", "granitemoe"]  # one of each kind of router, experts and attention
 OTHERS = [name for name in MODELS if name not in KINDS]
+QUANTIZED = [f"{name} in {how}" for name, how in zip(KINDS, ["nf4", "int8", "int8", "nf4"], strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,10 @@ def trained(tmp_path_factory):
             folder = tmp_path_factory.mktemp("families")
             variants = {}
             for number, name in enumerate(names):
-                saved_family(name, folder / str(number))
-                path = {"model": {"path": str(folder / str(number))}}
-                variants[name] = {"pg": "token_weighted", "attention": True, "sections": path}
+                family, _, quantize = name.partition(" in ")
+                saved_family(family, folder / str(number))
+                model = {"path": str(folder / str(number)), "quantize": quantize or None}
+                variants[name] = {"pg": "token_weighted", "attention": True, "sections": {"model": model}}
             arguments = {"model_path": str(folder / "0"), "ranks": RANKS, "expert_parallel": RANKS, "count": STEPS}
             arguments["variants"] = variants
             jobs[names[0]] = variants, run_ranks(folder, RANKS, "tests.support.scenarios:train", arguments)
@@ -33,10 +35,12 @@ def trained(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("name", [*KINDS, *(pytest.param(name, marks=pytest.mark.extended) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "name", [*KINDS, *(pytest.param(name, marks=pytest.mark.extended) for name in [*OTHERS, *QUANTIZED])]
+)
 def test_a_family_trains_like_a_plain_loop(name, trained):
     """Losses, gradient norms, and every trained value, at K = 2 of 4 and DMR with 8 candidates."""
-    variants, results = trained(KINDS if name in KINDS else OTHERS)
+    variants, results = trained(next(names for names in (KINDS, OTHERS, QUANTIZED) if name in names))
     base = tiny.experiment(variants[name]["sections"]["model"]["path"], [{"budget": 0.5}])
     exp = tiny.variant(base, variants[name])
     losses, norms, model, _ = reference.train(exp, STEPS)
