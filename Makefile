@@ -18,7 +18,7 @@ check: setup
 	$(MAKE) -j 2 lint unit
 
 unit: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/unit
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not extended" tests/unit
 
 lint: setup
 	$(BIN)/ruff check .

@@ -89,6 +89,7 @@ def test_the_dense_gradient_of_every_family_is_that_of_transformers(name):
         assert expected.abs().max() > 1e-3
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_measured_with_every_estimator(name):
     """At K = 1 the plain gradient of experts that no token activated is zero, and estimators complete it."""
