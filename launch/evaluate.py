@@ -19,14 +19,13 @@ if __name__ == "__main__":
     import _environment  # noqa: F401
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ubsmoe_ds.base.command_line import Parser, add_show_rows, carry_out, quoting_rows, whole
 from ubsmoe_ds.base.errors import UserError
-from ubsmoe_ds.base.files import finite_or_null
+from ubsmoe_ds.base.files import json_line
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.config.formats import AUTO, CLOZE, FORMATS
 from ubsmoe_ds.config.sections import DataConfig
@@ -45,7 +44,7 @@ def show(options: argparse.Namespace) -> None:
     if not options.json:
         say(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
     for record in table.to_dict("records") if options.json else []:
-        say(json.dumps(finite_or_null(record)))
+        say(json_line(record).rstrip())
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

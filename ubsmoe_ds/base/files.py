@@ -98,6 +98,14 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not path.resolve().is_relative_to(folder.resolve())
 
 
+def json_line(value: Any, indent: int | None = None) -> str:
+    """Return a line of JSON, or several, with null in place of NaN and Inf."""
+    try:
+        return json.dumps(value, allow_nan=False, indent=indent) + "\n"
+    except ValueError:
+        return json.dumps(finite_or_null(value), indent=indent) + "\n"
+
+
 def finite_or_null(value: Any) -> Any:
     """Return the value with None in place of NaN and Inf, which JSON cannot express."""
     if isinstance(value, Mapping):

@@ -107,5 +107,5 @@ def weighted_sum(
     total = torch.zeros(int(held.sizes.sum()))
     for update, factor in parts:
         assert update is not None
-        total += update * factor
+        total = total.add_(update, alpha=factor) if isinstance(factor, float) else total.addcmul_(update, factor)
     return total, 1.0

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ubsmoe_ds.base.files import finite_or_null, replace_files, writes
+from ubsmoe_ds.base.files import json_line, replace_files, writes
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.checkpoint.progress import Progress, Record
 from ubsmoe_ds.client.engine import LocalStats
@@ -83,12 +83,11 @@ class Monitor:
             (metrics, of_metrics), (seconds, of_seconds) = by_budget(self.exp, metrics), by_budget(self.exp, seconds)
             self._write_clients(number, of_metrics, of_seconds)
         facts = {"run_id": self.run_id, "round": number, "metrics": metrics, "seconds": seconds}
-        line = json.dumps(finite_or_null(facts)) + "\n"
         with writes(self.folder / RECORD):
-            self._record.write(line)
+            self._record.write(json_line(facts))
             self._record.flush()
         self._tensorboard.scalars({**metrics, **seconds}, number)
-        if utilisation_LE is not None:
+        if utilisation_LE is not None and "eval/loss" in metrics:  # one takes longer to write than all the rest
             self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
         self._tensorboard.flush()
         self.say(self._progress(number, metrics, seconds))
@@ -99,7 +98,7 @@ class Monitor:
         for client, values in metrics.items():
             facts = {"run_id": self.run_id, "round": number, "client": client}
             facts |= {"metrics": values, "seconds": seconds.get(client, {})}
-            lines.append(json.dumps(finite_or_null(facts)) + "\n")
+            lines.append(json_line(facts))
         path = self.folder / CLIENT_RECORD
         with writes(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
@@ -212,7 +211,7 @@ class Monitor:
     def finish(self, rows: list[dict[str, Any]], totals: Mapping[str, Any]) -> None:
         """Write `summary.json` and print it as a table."""
         summary = {"run_id": self.run_id, "clients": rows, **totals}
-        text = json.dumps(finite_or_null(summary), indent=2) + "\n"
+        text = json_line(summary, indent=2)
         replace_files(self.folder, {"summary.json": lambda path: path.write_text(text, encoding="utf-8")})
         self.console.print(summary_table(budget_rows(rows) if sums_up(self.exp) else rows, totals))
         self.say(f"written to {self.folder}; tensorboard --logdir {self.folder}")

@@ -49,7 +49,8 @@ def test_json_that_would_lose_something_is_refused(text, reason):
 def test_what_json_cannot_express_becomes_null():
     value = {"a": float("nan"), "b": [1.5, float("-inf"), {"c": float("inf")}], "d": "NaN", "e": True}
     assert files.finite_or_null(value) == {"a": None, "b": [1.5, None, {"c": None}], "d": "NaN", "e": True}
-    json.dumps(files.finite_or_null(value), allow_nan=False)
+    assert json.loads(files.json_line(value)) == files.finite_or_null(value)
+    assert files.json_line({"a": 1.5}) == '{"a": 1.5}\n' and files.json_line(["a"], indent=2) == '[\n  "a"\n]\n'
 
 
 def fail(path: Path) -> None:
