@@ -64,9 +64,9 @@ def rows_file(folder: str) -> Path:
 
 def write_rows(folder: str, count: int) -> None:
     """Write short questions, no two alike."""
-    row = '{{"instruction": "Which number comes after {0}?", "choices": ["{1}", "{2}"], "answer": "{1}"}}\n'
+    row = '{{"instruction": "Which number comes after {}?", "output": "The number {}."}}\n'
     with rows_file(folder).open("w", encoding="utf-8") as file:
-        file.writelines(row.format(number, number + 1, number + 2) for number in range(count))
+        file.writelines(row.format(number, number + 1) for number in range(count))
 
 
 def start(exp: Any, world: Any) -> Any:
