@@ -74,6 +74,15 @@ def test_metrics_are_complete_and_plausible(demo):
     assert all(f"seconds_{part}/{client}" in seconds for part in parts[1:] for client in CLIENTS)
 
 
+def heat_maps(folder) -> list[int]:
+    """Return the rounds with a heat map of utilisation in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Images("utilisation/layer_by_expert")]
+
+
 def test_tensorboard_has_scalars_and_heat_maps(demo):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -81,7 +90,7 @@ def test_tensorboard_has_scalars_and_heat_maps(demo):
     events.Reload()
     tags = events.Tags()
     assert {"eval/loss", "eval_accuracy/phone", "seconds/exchange", "utilisation/cv"} <= set(tags["scalars"])
-    assert len(events.Images("utilisation/layer_by_expert")) == 2
+    assert heat_maps(demo[0]) == [1, 2]
     logged = {record["round"]: record["metrics"]["eval/loss"] for record in records(demo[0])}
     assert {e.step: pytest.approx(e.value, rel=1e-6) for e in events.Scalars("eval/loss")} == logged
 
@@ -131,6 +140,7 @@ def test_the_second_example_trains_ten_of_a_hundred_clients(tmp_path):
     by_budget = r"^  train loss by budget: b[\d.]+ \d\.\d+ \(\d\.\d+ to \d\.\d+\)  b"
     assert len(re.findall(by_budget, output, re.MULTILINE)) == 2
     assert "group/b0.25" not in (folder / "metrics.jsonl").read_text()
+    assert heat_maps(folder) == [2], "one with each evaluation; round 0 has no utilisation yet"
 
 
 def test_a_group_that_was_slow_gets_fewer_turns(tmp_path):

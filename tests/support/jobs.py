@@ -35,7 +35,7 @@ TWO_CLIENTS = "clients=[{name: a, budget: 0.5}, {name: b, budget: 1.0, ranks: 2,
 
 @cache
 def small_model() -> str:
-    """Return the key and folder of a random model with the built-in one's tokenizer, of a thirtieth of its FLOPs.
+    """Return the key and folder of a random model with the built-in one's tokenizer, of a twentieth of its FLOPs.
 
     For tests that compare runs: a step takes a quarter of the time. Its losses say nothing but that they fall.
     """

@@ -18,6 +18,7 @@ import numpy as np
 from ubsmoe_ds.launching import fast_start
 from ubsmoe_ds.launching.fast_start import ForkServer
 from ubsmoe_ds.launching.launchers import MPI_RANK_VARIABLES, RENDEZVOUS_VARIABLES
+from ubsmoe_ds.launching.relaunch import with_libraries_of
 
 REPO = Path(__file__).resolve().parent.parent.parent
 
@@ -39,10 +40,8 @@ SERVERS: list[ForkServer] = []
 def fork_server(python: str = sys.executable) -> ForkServer:
     """A server for all tests of this process: without it each of some 600 ranks would import for 5 CPU seconds."""
     environment = clean_environment()
-    if python != sys.executable:  # of Open MPI, whose ranks get the folder of its libraries
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-            filter(None, [str(Path(python).parent.parent / "lib"), environment.get("LD_LIBRARY_PATH")])
-        )
+    if python != sys.executable:  # of Open MPI
+        environment |= with_libraries_of(str(Path(python).with_name("mpiexec")), environment)
     server = fast_start.fork_server(environment, python=python)
     atexit.register(server.__exit__, None, None, None)
     SERVERS.append(server.__enter__())

@@ -79,7 +79,7 @@ def relaunch(
     one_host = hosts is None and "SLURM_JOB_ID" not in environment
     sound = one_host and (_is_wheel(mpiexec) if open_mpi else is_mpich(mpiexec))
     if sound and open_mpi:
-        environment |= _with_libraries_of(mpiexec, environment)
+        environment |= with_libraries_of(mpiexec, environment)
     summary_before, supervisor = finished(), Supervisor()
     with fast_start.shims(environment, sound) as through:
         if through:
@@ -139,8 +139,8 @@ def _is_wheel(mpiexec: str) -> bool:
     return Path(mpiexec).parent == Path(sys.executable).parent
 
 
-def _with_libraries_of(mpiexec: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the search path of libraries that Open MPI's mpiexec gives to ranks.
+def with_libraries_of(mpiexec: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the search path of libraries that the mpiexec of Open MPI's wheel gives to ranks.
 
     A process reads it when it starts, so the server that forks ranks has to start with it.
     """

@@ -20,7 +20,7 @@ SPEC = UBSMoESpec(GateConfig(k=3, candidates=8))
 
 
 def outcome(folder, hf) -> str:
-    """Return "refused", or "equal" after comparing logits at three K."""
+    """Return "refused", or after comparing logits at three K "equal" or where they are wrong."""
     try:
         model = load(folder, SPEC).eval()
     except UserError as error:
@@ -30,7 +30,8 @@ def outcome(folder, hf) -> str:
         model.set_active_experts(k)
         with torch.no_grad():
             theirs = with_k(hf, k)(ids_and_mask()[0]).logits
-            assert (model(*ids_and_mask()) - theirs).abs().max() < 1e-4, f"wrong logits at K = {k}"
+            if not (model(*ids_and_mask()) - theirs).abs().max() < 1e-4:
+                return f"wrong logits at K = {k}"
     return "equal"
 
 
@@ -73,15 +74,6 @@ def swapped(family: Family):
             yield f"{place} turned round", changed(family, *place, value[::-1])
 
 
-def results(lines, folder, hf, monkeypatch) -> list[str]:
-    """Return the outcome of each line in place of the model's own."""
-    found = []
-    for _, line in lines:
-        monkeypatch.setitem(FAMILIES, hf.config.model_type, line)
-        found.append(outcome(folder, hf))
-    return found
-
-
 SOME = ["olmoe", "deepseek_v3", "gpt_oss"]
 
 
@@ -93,8 +85,12 @@ def test_a_line_that_lacks_or_swaps_something_is_refused_or_right(name, tmp_path
     hf = saved_family(name, tmp_path)
     family = FAMILIES[hf.config.model_type]
     assert outcome(tmp_path, hf) == "equal"
-    found = results([*lacking(family), *swapped(family)], tmp_path, hf, monkeypatch)
-    assert len(found) >= 100 and found.count("refused") >= 0.85 * len(found)
+    found = {}
+    for what, line in (*lacking(family), *swapped(family)):
+        monkeypatch.setitem(FAMILIES, hf.config.model_type, line)
+        found[what] = outcome(tmp_path, hf)
+    assert {what: how for what, how in found.items() if how not in ("refused", "equal")} == {}
+    assert len(found) >= 100 and list(found.values()).count("refused") >= 0.85 * len(found)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -111,7 +107,7 @@ def test_a_line_with_parts_of_another_is_refused_or_right(data, tmp_path_factory
         family = changed(family, part, field, data.draw(st.sampled_from([getattr(line, field) for line in lines])))
     FAMILIES[hf.config.model_type] = family
     try:
-        outcome(folder, hf)
+        assert outcome(folder, hf) in ("refused", "equal")
     finally:
         FAMILIES[hf.config.model_type] = right
 
