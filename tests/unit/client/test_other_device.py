@@ -1,18 +1,20 @@
 """A step on another device than the CPU, without one: on torch's "meta" tensors, which have no values.
 
-In bf16, as on accelerators: forward, backward, pseudo-gradients, `GradientHook` with clipping and corrections, and the
-optimiser, of every family. An operation that mixes devices, or that asks a tensor for its values (and so would make the
-host wait for a GPU), fails there. Under expert parallelism this is rank 0 of two, and messages bring back what was
-sent. Left out is DeepSpeed's engine. Values are not checked here: tests/unit/moe and tests/distributed do that.
+In bf16, as on accelerators, `Client.step`: forward, backward, pseudo-gradients, `GradientHook` with clipping and
+corrections, and the optimiser, of every family. An operation that mixes devices, or that asks a tensor for its values
+(and so would make the host wait for a GPU), fails there. Under expert parallelism this is rank 0 of two, and messages
+bring back what was sent. DeepSpeed's engine has a stand-in, which calls backward and the optimiser. Values
+are not checked here: tests/unit/moe and tests/distributed do that.
 """
 
 import copy
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from deepspeed import comm as dist
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, masking_utils
 
 from tests.support import tiny
@@ -21,7 +23,9 @@ from tests.support.families import MODELS
 from ubsmoe_ds.base.errors import UserError
 from ubsmoe_ds.client import gradients
 from ubsmoe_ds.client.drift import DriftCorrection
+from ubsmoe_ds.client.engine import Client
 from ubsmoe_ds.client.gradients import GradientHook
+from ubsmoe_ds.data.batches import StepBatch, Tokens
 from ubsmoe_ds.models.conversion import UBSMoESpec
 from ubsmoe_ds.models.families import FAMILIES
 from ubsmoe_ds.models.hf_config import check_alignment
@@ -55,48 +59,72 @@ def check_step(family, *, estimator="linearised", again=False, attention=True, q
     moments = ExpertMoments(model.layers, share=0.5) if ESTIMATORS[estimator].moments else None
     for layer in model.layers:
         layer.gate.reset_counts()
-    for _ in range(2):
-        ids = torch.randint(2, tiny.VOCAB, (2, 8), device=META)
-        used, positions = torch.ones_like(ids, dtype=torch.bool), torch.tensor([3, 5], device=META)
-        logits_AV = model(ids, used, positions)
-        loss = F.cross_entropy(logits_AV, positions, reduction="sum") + model.auxiliary_loss(0.1, 0.3)
-        (loss + model.tail_penalty(4)).backward()
+    client = a_client(model, collector)
+    hook = client.gradient_hook
+    ids, positions = torch.randint(2, tiny.VOCAB, (2, 8)), torch.tensor([3, 5])
+    tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool), positions, positions)
+    assert client.step(StepBatch([tokens, tokens], 4, 32)).device == META
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.device == META for p in trained)
-    take_step(model, collector)
+    assert hook._additions and all(value.device == META for _, value in hook._additions)
+    assert hook.norms == (2.0, 1.0) and not hook.skipped
+    state = client.engine.optimizer.state
+    assert all(value.device == META for of in state.values() for value in of.values() if value.ndim)
+    assert hook.squares.sums_LE2.device == META
     assert moments is None or all(layer.experts.moment_sums_EX.device == META for layer in model.layers)
     assert all(layer.gate.routed_E.device == META for layer in model.layers)
     model.eval()
     with torch.no_grad():
         if ep == 1:
-            assert model(ids, used, positions).device == META
+            assert model(*tokens.to(META)[:3]).device == META
         else:  # the slots of a batch without a limit are the one number that `MOELayer` reads
             with pytest.raises(RuntimeError, match="item"):
-                model(ids, used, positions)
+                model(*tokens.to(META)[:3])
 
 
-def take_step(model, collector):
-    """Clip, add the pseudo-gradients, correct against drift and step, as `GradientHook` does it without ZeRO."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1)
+def a_client(model, collector):
+    """Return a client of these that clips, corrects against drift and steps; its engine does what DeepSpeed's must."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     engine = SimpleNamespace(
         module=model, optimizer=optimizer, basic_optimizer=optimizer, device=META, zero_optimization_stage=lambda: 0
     )
     hook = GradientHook(engine, model.layers, 0.5, collector)
-    hook.prepare()
-    assert hook._additions and all(value.device == META for _, value in hook._additions)
     hook.correct = DriftCorrection(optimizer, mu=0.1, scaffold=True, own=[]).correct
-    optimizer.step()
-    assert hook.norms == (2.0, 1.0) and not hook.skipped
-    assert all(value.device == META for state in optimizer.state.values() for value in state.values() if value.ndim)
-    assert hook.squares.sums_LE2.device == META
+    steps = iter([lambda: None, optimizer.step])  # the first micro-batch is no step
+    client = object.__new__(Client)
+    client.model, client.collector, client.gradient_hook, client._tail, client.device = model, collector, hook, 4, META
+    client.engine = Engine(model, optimizer, steps)
+    client.exp = SimpleNamespace(
+        dmr=SimpleNamespace(enabled=True, penalty=0.1),
+        router=SimpleNamespace(aux_loss=0.3),
+        lora=SimpleNamespace(prune_penalty=0.5),
+    )
+    return client
+
+
+class Engine(NamedTuple):
+    """Stands for DeepSpeed's, without its own checks."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: Iterator
+
+    def __call__(self, *inputs):
+        return self.model(*inputs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        next(self.steps)()
 
 
 @pytest.fixture(autouse=True)
 def one_rank_that_reads_norms(monkeypatch):
     """The norms of a step are the one thing that the host reads; they are computed all the same."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)  # which needs a GPU
     monkeypatch.setattr(gradients.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(gradients.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(gradients.dist, "get_world_size", lambda group=None: 1)
     real = GradientHook._norm
 
     def read(hook, pseudo_norms):
