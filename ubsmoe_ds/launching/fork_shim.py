@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 MOST_BYTES = 2**20  # of a request; a larger environment is not handed over
 NAMESPACES = Path("/proc/self/ns")
 PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGCONT")
+HELD_BACK = [getattr(signal, name) for name in PASSED_ON]
 
 
 def surroundings() -> dict[str, Any]:
@@ -62,6 +63,8 @@ def main(path: str, command: list[str]) -> NoReturn:
         "surroundings": surroundings(),
         "descriptors": descriptors,
     }
+    # once the rank is there, a signal is for it: none may come before they are passed on
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_BYTES)
         connection.connect(path)
@@ -71,6 +74,7 @@ def main(path: str, command: list[str]) -> NoReturn:
         handles = []
     if not handles:
         connection.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         os.execv(command[0], command)  # noqa: S606
     for descriptor in descriptors[3:]:
         os.close(descriptor)  # the process manager must see when the rank closes its own
@@ -91,6 +95,7 @@ def stand_in(connection: socket.socket, rank: int) -> NoReturn:
 
     for name in PASSED_ON:
         signal.signal(getattr(signal, name), pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     try:
         answer = connection.recv(MOST_BYTES)
     except OSError:
