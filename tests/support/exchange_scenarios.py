@@ -61,14 +61,31 @@ def _exchange_in(
         assert Exchange(comm, placed, listed, num_experts, owner, payload, SharedMemory(comm)).memory is None
         uneven = SharedMemory(comm)
         with mock.patch("ubsmoe_ds.aggregation.shared_memory._free_bytes", return_value=2**30):
-            assert uneven.reserve(1000 * (comm.size - comm.rank))
-        assert not uneven.reserve(1000 * comm.size)  # no free memory, and the regions held are too small
-        assert uneven.reserve(1000)
+            assert uneven.reserve([1000 * (comm.size - comm.rank), 10 * comm.rank])
+        assert not uneven.reserve([1000 * comm.size, 0])  # no free memory, and the regions held are too small
+        assert uneven.reserve([1000, 0])
+    _take_rooms_in_turn(comm, uneven)
     owned = sum(listed[u].size(4) for u in exchange.owned)
     results = {"merged": merged[0], "owned": np.array(owned), "bytes": np.array(exchange.bytes_sent)}
     results["squares"] = np.array(exchange.sent_squares(held))
     optional = {"reduced": reduced, "same_reply": same_replies}
     return results | {key: values[0] for key, values in optional.items() if values}
+
+
+def _take_rooms_in_turn(comm: Any, memory: Any) -> None:
+    """Write to one room or the other; slow readers must find what was published, whoever is ahead."""
+    import time
+
+    import torch
+
+    for number, room in enumerate((0, 1, 0, 1, 1, 1, 0, 0, 1)):
+        numel = 2 if room == 0 or comm.rank else 0  # the first rank has no second room
+        memory.write(room, numel, torch.float32).fill_(10 * number + comm.rank)
+        memory.publish()
+        time.sleep(0.003 * ((number + comm.rank) % comm.size))
+        for rank in range(comm.size):
+            read = memory.read(room, rank, torch.float32)
+            assert read[:2].tolist() == [10 * number + rank] * (2 if room == 0 or rank else 0)
 
 
 def _held(listed: list, layout: Any, num_experts: int, rank: int, client: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from ubsmoe_ds.aggregation.shared_memory import SharedMemory
 from ubsmoe_ds.aggregation.spans import RankSpans, Span, Transfer
 from ubsmoe_ds.mpi.collectives import move
 
+TO_OWNERS, FROM_OWNERS = 0, 1  # rooms of shared memory; replies that differ are large, and use the first one too
 SUM_PIECE = 2**16  # elements
 SQUARES_PIECE = 2**11  # elements whose squares are summed in the precision of the elements
 TINY_SQUARES = 1e-20  # of a sum in fp32: below it squares of elements may have become 0
@@ -147,11 +148,12 @@ class Exchange:
         counts = self._to_owners.send_counts
         total = np.empty(int(counts[self.comm.rank]), dtype=np.float32)
         if self.memory is not None:
-            np.multiply(held, np.float32(share), out=self.memory.write(len(held), torch.float32).numpy())
+            room = self.memory.write(TO_OWNERS, len(held), torch.float32)
+            np.multiply(held, np.float32(share), out=room.numpy())
             self.memory.publish()
             start = int(counts[: self.comm.rank].sum())
-            parts = [self.memory.read(rank, torch.float32)[start : start + len(total)] for rank in range(len(counts))]
-            _sum_into(torch.from_numpy(total), parts)
+            rooms = [self.memory.read(TO_OWNERS, rank, torch.float32) for rank in range(len(counts))]
+            _sum_into(torch.from_numpy(total), [room[start : start + len(total)] for room in rooms])
             return total
         scaled = held * np.float32(share)
         move(
@@ -175,8 +177,12 @@ class Exchange:
         Returns:
             None if there is no room.
         """
-        largest_reply = self._reply_numel[0] if self.same_reply else self._to_holders.send_numel
-        if not memory.reserve(4 * max(self._to_owners.send_numel, largest_reply)):
+        sent, owned = self._to_owners.send_numel, int(self._to_owners.send_counts[self.comm.rank])
+        if self.same_reply:
+            owned = max(owned, self._reply_numel[0])
+        else:
+            sent = max(sent, self._to_holders.send_numel)
+        if not memory.reserve([4 * sent, 4 * owned]):
             return None
         for transfer in (self._to_owners, self._to_holders):
             starts = np.cumsum(transfer.send_counts) - transfer.send_counts
@@ -186,10 +192,10 @@ class Exchange:
     def _read_owners(self, memory: SharedMemory, owned: np.ndarray) -> np.ndarray:
         """Return the held units of what every owner has for its units, through the host's memory (a collective)."""
         dtype = self._dtype(exact=False)
-        memory.write(len(owned), dtype).copy_(torch.from_numpy(owned))
+        memory.write(FROM_OWNERS, len(owned), dtype).copy_(torch.from_numpy(owned))
         memory.publish()
         held = np.empty(sum(span.length for span in self._from_owners), dtype=np.float32)
-        peers = [memory.read(rank, dtype) for rank in range(self.comm.size)]
+        peers = [memory.read(FROM_OWNERS, rank, dtype) for rank in range(self.comm.size)]
         _copy(peers, self._from_owners, torch.from_numpy(held))
         return held
 
@@ -208,10 +214,11 @@ class Exchange:
     def _through_memory(
         self, memory: SharedMemory, transfer: Transfer, sources: Sequence[np.ndarray], dtype: torch.dtype
     ) -> np.ndarray:
-        _copy([torch.from_numpy(source) for source in sources], transfer.pack, memory.write(transfer.send_numel, dtype))
+        sent = memory.write(TO_OWNERS, transfer.send_numel, dtype)
+        _copy([torch.from_numpy(source) for source in sources], transfer.pack, sent)
         memory.publish()
         flat = np.empty(sum(transfer.result_sizes), dtype=np.float32)
-        peers = [memory.read(rank, dtype) for rank in range(self.comm.size)]
+        peers = [memory.read(TO_OWNERS, rank, dtype) for rank in range(self.comm.size)]
         _copy(peers, transfer.read, torch.from_numpy(flat))
         return flat
 

@@ -25,10 +25,14 @@ def excess(norm_C: np.ndarray, work_C: np.ndarray) -> np.ndarray:
         work_C: part of the round's work that each client did, 0 to 1.
     """
     counted_C = (work_C > 0) & np.isfinite(norm_C)
-    scaled_C = np.divide(norm_C, work_C, out=np.zeros(len(norm_C)), where=counted_C)
     excess_C = np.zeros(len(norm_C))
-    for client in np.flatnonzero(counted_C):
-        others = np.delete(scaled_C, client)[np.delete(counted_C, client)]
-        median = np.median(others) if len(others) else 0.0
-        excess_C[client] = scaled_C[client] / median if median > 0 else 0.0
+    others = int(counted_C.sum()) - 1
+    if others > 0:
+        scaled_N = norm_C[counted_C] / work_C[counted_C]
+        order_N = scaled_N.argsort(kind="stable")
+        rising_N, place_N = scaled_N[order_N], order_N.argsort(kind="stable")
+        # without one of them, those behind it move up by a place
+        low_N, high_N = (rising_N[middle + (place_N <= middle)] for middle in ((others - 1) // 2, others // 2))
+        median_N = (low_N + high_N) / 2
+        excess_C[counted_C] = np.divide(scaled_N, median_N, out=np.zeros(len(scaled_N)), where=median_N > 0)
     return excess_C

@@ -1,6 +1,10 @@
-"""Share memory between the ranks of one host, so that they read each other's data and send no messages."""
+"""Share memory between the ranks of one host, so that they read each other's data and send no messages.
+
+Shapes: R ranks, X places.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +14,15 @@ from torch import Tensor
 
 from ubsmoe_ds.mpi.collectives import move, wait_quietly
 
+ALIGNMENT = 64  # bytes: a line of the cache
 SHARED_FOLDER = Path("/dev/shm")  # holds POSIX shared memory on Linux; containers often limit it
 
 
 class SharedMemory:
-    """One region per rank, which that rank writes and all ranks read.
+    """One region per rank, which that rank writes and all ranks read, with two rooms: one for each way of an exchange.
 
     In order: `write`, fill the tensor that it returns, `publish`, `read`. `write` and `publish` are collectives.
-    `reserve` makes the regions larger.
+    `reserve` makes the rooms larger.
 
     Args:
         comm: communicator of ranks that are all on one host.
@@ -26,7 +31,10 @@ class SharedMemory:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm.Dup()
         self._window: MPI.Win | None = None
-        self._capacity = 0
+        self._start_RX = np.zeros(
+            (comm.size, 3), dtype=np.int64
+        )  # where rooms begin in the ranks' regions, last the end
+        self._latest = -1  # room written to last
 
     @classmethod
     def of_job(cls, comm: MPI.Intracomm) -> "SharedMemory | None":
@@ -37,52 +45,61 @@ class SharedMemory:
         host.Free()
         return cls(comm) if together else None
 
-    def reserve(self, size: int) -> bool:
-        """Make this rank's region at least `size` bytes; what was written before is lost (a collective).
+    def reserve(self, sizes: Sequence[int]) -> bool:
+        """Make this rank's rooms at least `sizes` bytes; what was written before is lost (a collective).
 
         Returns:
             False on every rank if the host has too little shared memory for all regions; they then stay as they are.
         """
-        capacity = max(size, self._capacity)
-        free = _free_bytes() if self.comm.rank == 0 else 0
-        local = np.array([capacity, capacity > self._capacity, free, self._capacity], dtype=np.int64)
-        total, growing, free, held = (int(value) for value in self._sum(local))
-        if not growing:
+        held_RX, free = self._start_RX, _free_bytes() if self.comm.rank == 0 else 0
+        capacities = np.maximum(-(-np.array(sizes) // ALIGNMENT) * ALIGNMENT, np.diff(held_RX[self.comm.rank]))
+        table_RX = self._gather(np.array([*capacities, free], dtype=np.int64))
+        start_RX, free = np.pad(table_RX[:, :2].cumsum(axis=1), ((0, 0), (1, 0))), int(table_RX[:, 2].sum())
+        if (start_RX == held_RX).all():
             return True
-        if total > free + held:
+        if start_RX[:, -1].sum() > free + held_RX[:, -1].sum():
             return False
         if self._window is not None:
             self._window.Unlock_all()
             self._window.Free()
-        self._capacity = capacity
-        self._window = MPI.Win.Allocate_shared(capacity, 1, comm=self.comm)
+        self._start_RX, self._latest = start_RX, -1
+        self._window = MPI.Win.Allocate_shared(int(start_RX[self.comm.rank, -1]), 1, comm=self.comm)
         self._window.Lock_all()
-        self.read(self.comm.rank, torch.uint8).zero_()  # takes the pages now: a shortage shows here
+        for room in range(2):
+            self.read(room, self.comm.rank, torch.uint8).zero_()  # takes the pages now: a shortage shows here
         return True
 
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum over the ranks (a collective)."""
-        total = np.empty_like(values)
-        move(self.comm, lambda: self.comm.Iallreduce(values, total))
-        return total
+    def _gather(self, values: np.ndarray) -> np.ndarray:
+        """Return the values of every rank (a collective)."""
+        everybody = np.empty((self.comm.size, *values.shape), dtype=values.dtype)
+        move(self.comm, lambda: self.comm.Iallgather(values, everybody))
+        return everybody
 
-    def write(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Wait until nobody reads this rank's region; return `numel` elements of it to fill (a collective)."""
-        wait_quietly(self.comm.Ibarrier())
-        return self.read(self.comm.rank, dtype)[:numel]
+    def write(self, room: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """Wait until nobody reads this rank's room; return `numel` elements of it to fill (a collective).
+
+        All who read a room have come through the `publish` of the other one, if that was written to since.
+        """
+        if room == self._latest:
+            wait_quietly(self.comm.Ibarrier())
+        self._latest = room
+        return self.read(room, self.comm.rank, dtype)[:numel]
 
     def publish(self) -> None:
-        """Wait until every rank has filled its region (a collective)."""
+        """Wait until every rank has filled its room (a collective)."""
         assert self._window is not None
         self._window.Sync()
         wait_quietly(self.comm.Ibarrier())
         self._window.Sync()
 
-    def read(self, rank: int, dtype: torch.dtype) -> Tensor:
-        """Return a rank's region as a tensor."""
+    def read(self, room: int, rank: int, dtype: torch.dtype) -> Tensor:
+        """Return a rank's room as a tensor."""
         assert self._window is not None
+        start, end = self._start_RX[rank, room : room + 2].tolist()
+        if start == end:
+            return torch.empty(0, dtype=dtype)
         buffer, _ = self._window.Shared_query(rank)
-        return torch.frombuffer(buffer, dtype=dtype) if len(buffer) else torch.empty(0, dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
 
 
 def _free_bytes() -> int:

@@ -16,7 +16,6 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.checkpoint.held import held_pieces, read_held
 from ubsmoe_ds.checkpoint.storage import Piece, Reader
 from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.moe.pseudo_gradient import Moments
 from ubsmoe_ds.mpi.world import World
 
 ALL = "all"  # the owner of pieces that clients have in common
@@ -82,12 +81,10 @@ def restore_moments(client: Client, reader: Reader) -> None:
     """Restore the moments of this rank's experts."""
     for index, layer in enumerate(client.model.layers):
         if layer.experts.moments is not None:
-            values = []
-            for key, old_EF in layer.experts.moments._asdict().items():
-                start = layer.experts.first * old_EF.shape[1]
-                value = reader.read(f"moments.{key}", ALL, f"layers.{index}", start, old_EF.numel())
-                values.append(value.view(old_EF.shape).to(old_EF.device))
-            layer.experts.moments = Moments(*values)
+            for key, live_EF in layer.experts.moments._asdict().items():
+                start = layer.experts.first * live_EF.shape[1]
+                value = reader.read(f"moments.{key}", ALL, f"layers.{index}", start, live_EF.numel())
+                live_EF.copy_(value.view(live_EF.shape))
 
 
 def control_pieces(controls: Controls, group_rank: int) -> Iterator[Piece]:

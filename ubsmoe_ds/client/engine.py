@@ -27,7 +27,7 @@ from ubsmoe_ds.models.conversion import UBSMoESpec, load
 from ubsmoe_ds.models.hf_config import check_alignment
 from ubsmoe_ds.moe.collector import PseudoGradientCollector
 from ubsmoe_ds.moe.estimators import ESTIMATORS
-from ubsmoe_ds.moe.gate import GateConfig
+from ubsmoe_ds.moe.gate import GateConfig, GateCounts
 from ubsmoe_ds.moe.moments import ExpertMoments
 
 
@@ -119,6 +119,8 @@ class Client:
                 model=self.model, model_parameters=trained, config=engine_config(exp.settings(config))
             )
         self._full_rate = self._common_rate = self.learning_rate
+        self._gates = [layer.gate for layer in self.model.layers]
+        self.counts = GateCounts(self._gates)
         self.collector, self.moments = None, None
         pg, layers = exp.pseudo_gradient, self.model.layers
         if pg.estimator != "none":
@@ -132,7 +134,7 @@ class Client:
 
     def _drift(self) -> DriftCorrection:
         """Let the gradients of local steps be corrected against drift."""
-        hook, scales = self.gradient_hook, [layer.gate.scale for layer in self.model.layers]
+        hook, scales = self.gradient_hook, [gate.scale for gate in self._gates]
         own = [hook.masters.fragment(scale) for scale in scales if scale is not None]
         here = [fragment for fragment in own if fragment is not None]
         train, optimizer = self.exp.train, self.engine.basic_optimizer
@@ -155,11 +157,11 @@ class Client:
         factor = config.capacity_factor
         rank = self.exp.lora_rank(config)
         self.model.set_lora_scaling(self.exp.lora_alpha(rank) / rank)
-        scales_L = (torch.ones(len(self.model.layers)) if scales_L is None else scales_L).to(self.device)
-        for index, layer in enumerate(self.model.layers):
-            layer.gate.drop_tokens, layer.gate.capacity_factor = factor is not None, factor or 1.0
-            if layer.gate.scale is not None:
-                self.gradient_hook.masters.write(layer.gate.scale, scales_L[index : index + 1])
+        scales_L = (torch.ones(len(self._gates)) if scales_L is None else scales_L).to(self.device)
+        for gate, scale in zip(self._gates, scales_L.split(1), strict=True):
+            gate.drop_tokens, gate.capacity_factor = factor is not None, factor or 1.0
+            if gate.scale is not None:
+                self.gradient_hook.masters.write(gate.scale, scale)
         if self.collector is not None:
             self.collector.rho = self.exp.rho(config)
         settings = self.exp.settings(config)
@@ -179,7 +181,7 @@ class Client:
 
         A collective over the group under ZeRO.
         """
-        scales = [layer.gate.scale for layer in self.model.layers if layer.gate.scale is not None]
+        scales = [gate.scale for gate in self._gates if gate.scale is not None]
         return torch.cat([self.gradient_hook.masters.read(scale) for scale in scales]).cpu() if scales else None
 
     def begin_round(self) -> LocalProgress:
@@ -233,9 +235,8 @@ class Client:
     def local_stats(self, local: LocalProgress) -> LocalStats:
         """Return the sums over this rank's local steps of the round."""
         nll, answer_tokens, used_tokens, gradient_norm = local.sums.tolist()
-        dropped = sum(int(layer.gate.dropped) for layer in self.model.layers)
-        routed = sum(int(layer.gate.routed_E.sum()) for layer in self.model.layers)
-        sums = (nll, answer_tokens, used_tokens, dropped, routed, gradient_norm)
+        routed_LX, dropped = self.counts.read()
+        sums = (nll, answer_tokens, used_tokens, dropped, int(routed_LX[:, :-1].sum()), gradient_norm)
         return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
     def set_learning_rate(self, number: int) -> None:
@@ -299,8 +300,7 @@ class Client:
 
     def reset_counts(self) -> None:
         """Restart the counts of routed tokens, the squares of the experts' gradients and the moments."""
-        for layer in self.model.layers:
-            layer.gate.reset_counts()
+        self.counts.reset()
         if self.gradient_hook.squares is not None:
             self.gradient_hook.squares.sums_LE2.zero_()
         if self.moments is not None:
@@ -308,8 +308,7 @@ class Client:
 
     def routed_counts(self) -> Tensor:
         """Return the tokens that this rank routed to each expert, last its tokens; [L, E + 1] int64 on the CPU."""
-        gates = [layer.gate for layer in self.model.layers]
-        return torch.stack([torch.cat([gate.routed_E, gate.tokens.reshape(1)]) for gate in gates]).cpu()
+        return self.counts.read()[0]
 
     def gradient_squares(self) -> Tensor | None:
         """Return this rank's part of the squared norms of all experts' (real, pseudo) gradients; None without PG.
@@ -328,9 +327,9 @@ class Client:
     def recover(self) -> None:
         """Reset the optimiser and non-finite learned scales; for use after NaN or Inf, on the reloaded shared state."""
         self.reset_optimizer()
-        for layer in self.model.layers:
-            if layer.gate.scale is not None and not bool(torch.isfinite(layer.gate.scale).all()):
-                self.gradient_hook.masters.write(layer.gate.scale, torch.ones_like(layer.gate.scale))
+        for gate in self._gates:
+            if gate.scale is not None and not bool(torch.isfinite(gate.scale).all()):
+                self.gradient_hook.masters.write(gate.scale, torch.ones_like(gate.scale))
 
     def reset_optimizer(self) -> None:
         """Give the optimiser the state of a new one."""

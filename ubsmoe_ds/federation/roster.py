@@ -11,6 +11,8 @@ from ubsmoe_ds.planning.cohort import Cohorts
 from ubsmoe_ds.planning.schedule import assign, loads, lower_bound
 from ubsmoe_ds.planning.turn_cost import on_groups, own_evaluation_flops, turn_flops
 
+Costs = dict[int, Mapping[int, float]]  # client -> group -> what its turn there takes
+
 
 class Amount(NamedTuple):
     """Count some rows of a client, and their tokens."""
@@ -58,6 +60,9 @@ class Roster:
         self.numbers = list(range(len(exp.trainers)))  # of the groups that are left, in the config
         # a round that has gone on with other groups than it began with: each group's clients, those it has trained too
         self._dealt: dict[int, list[list[int]]] = {}
+        self._planned: dict[
+            int, tuple[Costs, list[list[int]]]
+        ] = {}  # of the latest round: it is asked for several times
         self._out: dict[int, list[int]] = {}  # clients that are out of a round because their groups have died
 
     def cohort(self, number: int) -> list[int]:
@@ -85,9 +90,14 @@ class Roster:
         """Return for each group the clients that it trains in a round, in order."""
         if not self.exp.takes_turns:
             return [[client] for client in range(len(self.exp.clients))]
-        if number in self._dealt:
-            return self._dealt[number]
-        return assign(self.costs(self.cohort(number)), len(self.exp.trainers))
+        return self._plan(number)[1]
+
+    def _plan(self, number: int) -> tuple[Costs, list[list[int]]]:
+        """Return (costs of the clients of a round, its schedule)."""
+        if number not in self._planned:
+            costs = self.costs(self.cohort(number))
+            self._planned = {number: (costs, self._dealt.get(number) or assign(costs, len(self.exp.trainers)))}
+        return self._planned[number]
 
     def out(self, number: int) -> list[int]:
         """Return the clients that are out of a round because the groups that had them have died."""
@@ -100,7 +110,7 @@ class Roster:
         clients = [client for client in self._with_own if self.exp.allowed_groups(client)]
         return assign(on_groups(self.exp, self._own_C, clients), len(self.exp.trainers))[group]
 
-    def costs(self, clients: Iterable[int]) -> dict[int, Mapping[int, float]]:
+    def costs(self, clients: Iterable[int]) -> Costs:
         """Return what a client's round costs on each group that may train it: FLOPs a rank, or predicted seconds."""
         found = on_groups(self.exp, self._flops_C, list(clients))
         if self.exp.train.schedule_by == "flops":
@@ -137,6 +147,7 @@ class Roster:
         if any(client not in turns[group] for client, group in done.items()):
             anew = assign(self.costs(c for c in self.cohort(number) if c not in done), len(turns))
             self._dealt = {number: [[c for c in done if done[c] == g] + clients for g, clients in enumerate(anew)]}
+            self._planned = {}
 
     def lose(self, exp: Experiment, lost: Collection[int], number: int | None) -> Lost:
         """Go on with the groups that are left.
@@ -160,6 +171,7 @@ class Roster:
         out = sorted(client for group in lost for client in turns[group]) if turns else []
         kept = [clients for group, clients in enumerate(turns) if group not in lost]
         self._cohorts.lose(gone)
+        self._planned = {}
         if number is not None and any(kept):
             self._dealt, self._out = {number: kept}, {number: [*self.out(number), *out]}
         else:
@@ -177,8 +189,7 @@ class Roster:
 
     def _loads(self, number: int) -> tuple[list[float], float]:
         """Return (what each group's turns in a round cost, the least that any schedule could give the busiest)."""
-        turns = self.schedule(number)
-        costs = self.costs([client for clients in turns for client in clients])
+        costs, turns = self._plan(number)
         return loads(costs, turns), lower_bound(costs, len(turns))
 
     def line(self, number: int) -> str:

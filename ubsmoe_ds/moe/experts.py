@@ -75,12 +75,6 @@ class StackedExperts(nn.Module):
         A_all = torch.empty(self.num_experts, self.full_rank, inputs).uniform_(-bound, bound, generator=generator)
         return A_all[self.first : self.first + self.num_local_experts]
 
-    def start_moments(self, every: int) -> None:
-        """Start summing up moments over a sample of 1 / `every` of the training rows."""
-        self.moment_every = every
-        device = self.factors()["gate"][0].device
-        self.moment_sums_EX = torch.zeros(self.num_local_experts, 3 * self.hidden + 1, device=device)
-
     def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the live parameters (A, B) of each projection."""
         return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in PROJECTIONS}

@@ -1,11 +1,11 @@
 """The UB-SMoE gate: Dynamic Modulated Routing (DMR) for any K on top of DeepSpeed's `TopKGate`.
 
-Shapes: T tokens, D model width, E experts, K experts per token, C slots per expert and rank.
+Shapes: T tokens, D model width, E experts, K experts per token, C slots per expert and rank, L layers.
 Source: UB-SMoE, arXiv 2605.16690 [paper]; lines marked [ours] are our reading of its summaries.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -183,7 +183,7 @@ class UBSMoEGate(TopKGate):
         self.tokens += used_T.sum()
 
     def reset_counts(self) -> None:
-        """Set all counts to zero: before local steps, and before an evaluation."""
+        """Set all counts to zero; see `GateCounts` for all gates of a model."""
         for counter in (self.routed_E, self.kept_E, self.tokens):
             counter.zero_()
 
@@ -265,3 +265,32 @@ class UBSMoEGate(TopKGate):
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         return capacity
+
+
+class GateCounts:
+    """The counts of all gates of a model as parts of one table, which is read and set to zero at once.
+
+    Args:
+        gates: the gates, on their device.
+    """
+
+    def __init__(self, gates: Sequence[UBSMoEGate]) -> None:
+        experts = len(gates[0].routed_E)
+        # side by side kept_E, routed_E, tokens
+        self._table_LX = gates[0].routed_E.new_zeros(len(gates), 2 * experts + 1)
+        for gate, row_X in zip(gates, self._table_LX, strict=True):
+            gate.kept_E, gate.routed_E, gate.tokens = row_X[:experts], row_X[experts:-1], row_X[-1]
+
+    def reset(self) -> None:
+        """Set all counts to zero: before local steps, and before an evaluation."""
+        self._table_LX.zero_()
+
+    def read(self) -> tuple[Tensor, int]:
+        """Return (the tokens that were routed to each expert, last all tokens, [L, E + 1] int64; dropped routes).
+
+        Both are copies on the CPU, for which the device is waited for once.
+        """
+        table_LX = self._table_LX.cpu()
+        experts = table_LX.shape[1] // 2
+        kept_LE, routed_LX = table_LX[:, :experts], table_LX[:, experts:].clone()
+        return routed_LX, int(routed_LX[:, :-1].sum() - kept_LE.sum())

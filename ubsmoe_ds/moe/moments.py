@@ -1,6 +1,6 @@
 """The moments that `linearised` pseudo-gradients are computed from: summed in local steps, replaced between rounds.
 
-Shapes: L layers, E experts, F expert width.
+Shapes: L layers, E experts, F expert width, X = 3 F + 1.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,15 @@ class ExpertMoments:
 
     def __init__(self, layers: Sequence[UBSMoE], share: float = 1.0) -> None:
         self.layers, self.every = layers, round(1 / share)
+        experts, device = layers[0].experts, layers[0].experts.factors()["gate"][0].device
+        self._local = slice(experts.first, experts.first + experts.num_local_experts)
+        # the experts hold parts of two tensors, so that all layers are read, started anew and updated at once
+        self._sums_LEX = torch.zeros(len(layers), experts.num_local_experts, 3 * experts.hidden + 1, device=device)
+        # zero: no pseudo-gradient before there are moments
+        self._moments_3LEF = torch.zeros(3, len(layers), experts.num_local_experts, experts.hidden, device=device)
+        for layer, *moments in zip(layers, *self._moments_3LEF, strict=True):
+            layer.experts.moments = Moments(*moments)
         self.start()
-        for layer in layers:
-            experts = layer.experts
-            zero_EF = torch.zeros(experts.num_local_experts, experts.hidden, device=experts.factors()["gate"][0].device)
-            experts.moments = Moments(zero_EF, zero_EF, zero_EF)  # no pseudo-gradient before there are moments
 
     def start(self, every: int | None = None) -> None:
         """Start new sums.
@@ -36,8 +40,9 @@ class ExpertMoments:
         Args:
             every: look at a sample of 1 / every of the rows; None: at `share` of them.
         """
-        for layer in self.layers:
-            layer.experts.start_moments(every or self.every)
+        self._sums_LEX.zero_()
+        for layer, sums_EX in zip(self.layers, self._sums_LEX, strict=True):
+            layer.experts.moment_every, layer.experts.moment_sums_EX = every or self.every, sums_EX
 
     def sums(self) -> Tensor:
         """Return the sums over the rows looked at on this rank, and in the last column their number.
@@ -45,18 +50,12 @@ class ExpertMoments:
         Returns:
             [L, E, 3 F + 1] fp64 on the CPU; only the sum over the ranks of a client has a meaning.
         """
-        sums = []
-        for layer in self.layers:
-            experts = layer.experts
-            assert experts.moment_sums_EX is not None
-            local_EX = experts.moment_sums_EX.double().cpu()
-            if layer.num_local_experts == layer.num_experts:
-                sums.append(local_EX)
-                continue
-            sums_EX = local_EX.new_zeros(layer.num_experts, local_EX.shape[1])
-            sums_EX[experts.first : experts.first + len(local_EX)] = local_EX
-            sums.append(sums_EX)
-        return torch.stack(sums)
+        local_LEX, layer = self._sums_LEX.double().cpu(), self.layers[0]
+        if layer.num_local_experts == layer.num_experts:
+            return local_LEX
+        sums_LEX = local_LEX.new_zeros(len(self.layers), layer.num_experts, local_LEX.shape[2])
+        sums_LEX[:, self._local] = local_LEX
+        return sums_LEX
 
     def update(self, total_LEX: Tensor) -> None:
         """Set the moments to the means of these sums; experts that were never active keep theirs.
@@ -64,14 +63,8 @@ class ExpertMoments:
         Args:
             total_LEX: like `sums`, summed over all ranks, weighted or not.
         """
-        for layer, total_EX in zip(self.layers, total_LEX, strict=True):
-            experts = layer.experts
-            assert experts.moments is not None
-            local_EX = total_EX[experts.first : experts.first + layer.num_local_experts]
-            count_E1 = local_EX[:, -1:]
-            mean_EX = local_EX[:, :-1] / count_E1.clamp_min(torch.finfo(torch.float64).tiny)
-            device = experts.moments.hidden_EF.device
-            used_E1, new = (count_E1 > 0).to(device), mean_EX.float().to(device).chunk(3, dim=1)
-            experts.moments = Moments(
-                *(torch.where(used_E1, value, old) for value, old in zip(new, experts.moments, strict=True))
-            )
+        local_LEX, device = total_LEX[:, self._local], self._sums_LEX.device
+        count_LE1 = local_LEX[..., -1:]
+        mean_LEX = local_LEX[..., :-1] / count_LE1.clamp_min(torch.finfo(torch.float64).tiny)
+        new_3LEF = torch.stack(mean_LEX.float().chunk(3, dim=-1)).to(device)
+        self._moments_3LEF.copy_(torch.where((count_LE1 > 0).to(device), new_3LEF, self._moments_3LEF))

@@ -69,7 +69,7 @@ def _shared_memory_bytes(setup: RankSetup) -> float:
     held = trained_elements(setup).total
     owned, merged = (model_elements(at) / setup.world for at in (setup, with_lora_rank(setup, setup.reply_rank)))
     sent = held if setup.reducible else max(held, merged * setup.receivers)
-    return FP32 * (sent + owned * (setup.world - 1))
+    return FP32 * (sent + merged + owned * (setup.world - 1))
 
 
 class FrozenBytes(NamedTuple):

@@ -35,6 +35,25 @@ def test_ratios_by_hand():
     np.testing.assert_allclose(excess(np.array([1.0, 2.0, 3.0, 9.0]), np.array([1.0, 1.0, 1.0, 0.0])), [0.4, 1, 2, 0])
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.floats(0.1, 10.0), st.sampled_from([0.0, 1.0, np.nan, np.inf])),
+            st.sampled_from([0.0, 0.5, 1.0]),
+        ),
+        max_size=9,
+    )
+)
+def test_it_is_the_plain_loop_of_its_definition(clients):
+    expected = []
+    for place, (norm, work) in enumerate(clients):
+        others = [n / w for other, (n, w) in enumerate(clients) if other != place and w > 0 and np.isfinite(n)]
+        median = np.median(others) if others else 0.0
+        expected.append(norm / work / median if work > 0 and np.isfinite(norm) and median > 0 else 0.0)
+    found = excess(np.array([norm for norm, _ in clients]), np.array([work for _, work in clients]))
+    np.testing.assert_array_equal(found, expected)
+
+
 @given(NORMS, st.integers(0, 8), st.floats(1e-3, 1e3))
 def test_one_huge_update_is_left_out_alone_whatever_the_unit(norms, place, unit):
     """Norms of the others differ by at most 100, so at a factor of 101 none of them is left out."""

@@ -30,7 +30,7 @@ def step(
     model = convert(random_model(family), UBSMoESpec(gate, lora_attention=attention, quantize=quantize)).train()
     for layer in model.layers:
         layer.experts.moments = Moments(*torch.rand(3, 8, 12))
-        layer.experts.start_moments(every=2)
+        layer.experts.moment_every, layer.experts.moment_sums_EX = 2, torch.zeros(8, 37)
         layer.gate.phi.data.normal_(0, 0.5)
         for _, B in layer.experts.factors().values():
             B.data.normal_(0, 0.05)
