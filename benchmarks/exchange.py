@@ -55,7 +55,7 @@ def ways(comm: MPI.Intracomm, memory: SharedMemory | None, numel: int) -> tuple[
         return Exchange(comm, layouts, units, 64, owner, payload, memory if shared else None)
 
     def linear(exchange: Exchange, held: np.ndarray) -> np.ndarray:
-        return exchange.gather(exchange.reduce(held, 1 / comm.size))
+        return exchange.gather(exchange.reduce([(torch.from_numpy(held), 1 / comm.size)]))
 
     def through_owners(exchange: Exchange, held: np.ndarray) -> np.ndarray:
         stack_CN = torch.stack([torch.from_numpy(part) for part in exchange.collect(held)])

@@ -26,6 +26,7 @@ def exchange(
 def _exchange_in(
     payload: str, layouts: list[list[int]], units: list[list], num_experts: int, weights: list[float]
 ) -> dict[str, np.ndarray]:
+    import torch
     from mpi4py import MPI
 
     from ubsmoe_ds.aggregation.exchange import Exchange
@@ -49,8 +50,10 @@ def _exchange_in(
         assert exchange.memory is shared
         merged.append(_exchange_once(exchange, listed, held, weights))
         if exchange.is_reducible:
-            for share in (weights[client], np.full(len(held), weights[client], dtype=np.float32)):
-                reduced.append(exchange.gather(exchange.reduce(held, share)))
+            whole, weight = torch.from_numpy(held), weights[client]
+            of_each = torch.full((len(held),), weight)
+            for parts in ([(whole, weight)], [(whole, of_each)], [(whole, weight / 2), (whole, of_each / 2)]):
+                reduced.append(exchange.gather(exchange.reduce(parts)))
         with_same_reply = Exchange(comm, placed, listed, num_experts, owner, payload, shared, same_reply=True)
         if len({(layout.lora_rank, layout.reply_rank) for layout in placed}) == 1:
             same_replies.append(_exchange_once(with_same_reply, listed, held, weights))

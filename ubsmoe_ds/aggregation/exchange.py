@@ -28,6 +28,8 @@ SUM_PIECE = 2**16  # elements
 SQUARES_PIECE = 2**11  # elements whose squares are summed in the precision of the elements
 TINY_SQUARES = 1e-20  # of a sum in fp32: below it squares of elements may have become 0
 
+Weighted = tuple[torch.Tensor, torch.Tensor | float]  # fp32 elements, and a factor of all or one of each
+
 
 class Exchange:
     """Exchanges units between all ranks of the job, for given layouts.
@@ -122,7 +124,7 @@ class Exchange:
             held: fp32, as in `collect`; all clients have the same LoRA rank.
         """
         if self.is_reducible:
-            return self.gather(self.reduce(held, 1.0))
+            return self.gather(self.reduce([(torch.from_numpy(held), 1.0)]))
         first, *others = self.collect(held)
         total = first.copy()
         for other in others:
@@ -135,12 +137,11 @@ class Exchange:
         alike = all((layout.ranks, layout.lora_rank) == (1, self.layouts[0].lora_rank) for layout in self.layouts)
         return alike and self.payload == "fp32"
 
-    def reduce(self, held: np.ndarray, share: np.ndarray | float) -> np.ndarray:
+    def reduce(self, parts: Sequence[Weighted]) -> np.ndarray:
         """Return the sum over clients of the units that this rank owns (a collective over the job).
 
         Args:
-            held: fp32, as in `collect`.
-            share: factor of the client's elements, one number or one per element.
+            parts: buffers as in `collect` and their factors, which this rank adds up for its clients.
 
         Returns:
             fp32, the owned units in order.
@@ -148,17 +149,16 @@ class Exchange:
         counts = self._to_owners.send_counts
         total = np.empty(int(counts[self.comm.rank]), dtype=np.float32)
         if self.memory is not None:
-            room = self.memory.write(TO_OWNERS, len(held), torch.float32)
-            np.multiply(held, np.float32(share), out=room.numpy())
+            weighted_sum(parts, self.memory.write(TO_OWNERS, self.held_numel, torch.float32))
             self.memory.publish()
             start = int(counts[: self.comm.rank].sum())
             rooms = [self.memory.read(TO_OWNERS, rank, torch.float32) for rank in range(len(counts))]
             _sum_into(torch.from_numpy(total), [room[start : start + len(total)] for room in rooms])
             return total
-        scaled = held * np.float32(share)
+        sent = weighted_sum(parts, torch.empty(self.held_numel)).numpy()
         move(
             self.comm,
-            lambda: self.comm.Ireduce_scatter([scaled, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM),
+            lambda: self.comm.Ireduce_scatter([sent, MPI.FLOAT], [total, MPI.FLOAT], counts.tolist(), op=MPI.SUM),
         )
         return total
 
@@ -237,6 +237,17 @@ class Exchange:
         send_part, receive_part = [send, transfer.send_counts, datatype], [received, transfer.receive_counts, datatype]
         move(self.comm, lambda: self.comm.Ialltoallv(send_part, receive_part))
         return received
+
+
+def weighted_sum(parts: Sequence[Weighted], out: torch.Tensor) -> torch.Tensor:
+    """Write the sum of the buffers times their factors to a buffer, zero without any; return it."""
+    if not parts:
+        return out.zero_()
+    (first, factor), *others = parts
+    torch.mul(first, factor, out=out)
+    for buffer, factor in others:
+        out.add_(buffer, alpha=factor) if isinstance(factor, float) else out.addcmul_(buffer, factor)
+    return out
 
 
 def _squares(values: np.ndarray) -> float:

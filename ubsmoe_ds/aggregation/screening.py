@@ -4,13 +4,16 @@ A median of the other clients, not a mean, is the measure: up to nearly half of 
 Shapes: C clients.
 """
 
+import math
+
 import numpy as np
+import torch
 from torch import Tensor
 
 
 def all_finite(values: Tensor) -> bool:
-    """Return whether no value is NaN or Inf: 0 times it is NaN. `isfinite` takes ten times as long on the CPU."""
-    return float((values * 0).sum()) == 0
+    """Return whether no value is NaN or Inf. A sum with one is not finite; `isfinite` takes ten times as long as it."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())  # finite values can overflow
 
 
 def excess(norm_C: np.ndarray, work_C: np.ndarray) -> np.ndarray:

@@ -120,6 +120,7 @@ def restore_turn(
         stats=LocalStats(*stats),
         seconds=own[3],
         learning_rate=own[4],
+        steps_taken=saved.steps_taken,
         routed_LX=total("routed", client.routed_counts()),
         sums_LEX=None if client.moments is None or saved.added_up else total("moments", client.moments.sums()),
         squares_LE2=None if squares_LE2 is None else total("squares", squares_LE2),

@@ -176,6 +176,11 @@ class Client:
         if self.device.type != "cpu":
             get_accelerator().manual_seed_all(seed)
 
+    @property
+    def learns_scales(self) -> bool:
+        """Return whether gates learn a scale for the client alone."""
+        return self._gates[0].scale is not None
+
     def learned_scales(self) -> Tensor | None:
         """Return the scales that the gates have learned for this client alone, [L] fp32 on the CPU; None without.
 

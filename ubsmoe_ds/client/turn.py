@@ -31,11 +31,11 @@ class Turn:
 
     client: its number. update: what the client has changed, as it travels; None: it is added up, see `Turns`. part: see
     `OwnPart`. stats: sums over this rank's local steps. seconds: of the local steps. learning_rate: of the last.
-    routed_LX: see `Client.routed_counts`. sums_LEX: see `moment_sums`; None without, and where it is added up.
-    squares_LE2: see `Client.gradient_squares`; None without. scales_L: what the gates have learned for the client
-    alone; None without. slot: its place among its group's turns in the round. length: L2 norm of the whole update over
-    the work done, not finite if that is not. refused: numbers of the units that held NaN or Inf, and are zero since.
-    control: change of SCAFFOLD's c_i, as it travels; None without.
+    steps_taken: in the run so far. routed_LX: see `Client.routed_counts`. sums_LEX: see `moment_sums`; None without,
+    and where it is added up. squares_LE2: see `Client.gradient_squares`; None without. scales_L: what the gates have
+    learned for the client alone; None without. slot: its place among its group's turns in the round. length: L2 norm of
+    the whole update over the work done, not finite if that is not. refused: numbers of the units that held NaN or Inf,
+    and are zero since. control: change of SCAFFOLD's c_i, as it travels; None without.
     """
 
     client: int
@@ -44,6 +44,7 @@ class Turn:
     stats: LocalStats
     seconds: float
     learning_rate: float
+    steps_taken: int
     routed_LX: Tensor
     sums_LEX: Tensor | None = field(default=None)
     squares_LE2: Tensor | None = field(default=None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.aggregation import rules
+from ubsmoe_ds.aggregation.exchange import Weighted
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Server, Usage, unit_weights
@@ -80,10 +81,10 @@ def _weight_of(world: World, server: Server, held: HeldUnits, turn: Turn, weight
     return held.elements(unit_weights(server.config, torch.tensor([weight]).double(), held.units, usage)[0])
 
 
-def weighted_sum(
+def weighted_updates(
     turns: Turns, cohort: Sequence[int], held: HeldUnits, weight_CU: Tensor, whole: float
-) -> tuple[Tensor, Tensor | float]:
-    """Return (buffer, factor) whose product is the sum of this group's updates times their shares, [N] fp32.
+) -> list[Weighted]:
+    """Return this group's updates and their sum, with factors by which they add up to its part of the merge.
 
     Args:
         turns: the group's.
@@ -92,20 +93,14 @@ def weighted_sum(
         weight_CU: see `Server.unit_weights`.
         whole: sum of the weights that those are divided by; turns are added up without that.
     """
-    apart = [turn for turn in turns.done if turn.update is not None]
     if len(turns.done) > 1 and bool((weight_CU == weight_CU[:, :1]).all()):
         weight_CU = weight_CU[:, :1]  # one number for all units, which sums of equal columns are not to the last bit
     share_CU = rules.shares(weight_CU)
-    parts = [(turn.update, held.elements(share_CU[cohort.index(turn.client)])) for turn in apart]
+    parts = []
+    for turn in turns.done:
+        if turn.update is not None:
+            parts.append((turn.update, held.elements(share_CU[cohort.index(turn.client)])))
     if turns.total is not None:
         sum_U = weight_CU.sum(dim=0) * whole
         parts.append((turns.total, held.elements(torch.where(sum_U > 0, 1 / sum_U.clamp_min(1e-300), 0.0))))
-    if len(parts) == 1:
-        (buffer, factor), *_ = parts
-        assert buffer is not None
-        return buffer, factor
-    total = torch.zeros(int(held.sizes.sum()))
-    for update, factor in parts:
-        assert update is not None
-        total = total.add_(update, alpha=factor) if isinstance(factor, float) else total.addcmul_(update, factor)
-    return total, 1.0
+    return parts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.aggregation.controls import ControlChange, Controls
-from ubsmoe_ds.aggregation.exchange import Exchange
+from ubsmoe_ds.aggregation.exchange import Exchange, weighted_sum
 from ubsmoe_ds.aggregation.pruning import next_rank
 from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Refused, Server
@@ -26,9 +26,19 @@ from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
 from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.config.experiment import Experiment
-from ubsmoe_ds.federation.adding import HeldUnits, add_up, length, weighted_sum
+from ubsmoe_ds.federation.adding import HeldUnits, add_up, length, weighted_updates
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
-from ubsmoe_ds.federation.statistics import RoundStatistics, count_refused, gather, sum_moments, without_left_out
+from ubsmoe_ds.federation.metrics import RoundSeconds
+from ubsmoe_ds.federation.statistics import (
+    AllGroups,
+    RoundStatistics,
+    count_refused,
+    gather,
+    own_moments,
+    sum_up,
+    weigh_moments,
+    without_left_out,
+)
 from ubsmoe_ds.mpi.world import World
 
 
@@ -37,6 +47,7 @@ class Merged(NamedTuple):
 
     difference: change of the units that this rank holds.
     statistics: the round's statistics, the same on all ranks.
+    groups: seconds, bytes and moments, the same on all ranks.
     refused: for each client the names of its units that owners refused, the same on all ranks.
     replica: see `replicate`; empty unless the job survives deaths.
     controls: change of SCAFFOLD's control variates; None without.
@@ -44,6 +55,7 @@ class Merged(NamedTuple):
 
     difference: Tensor
     statistics: RoundStatistics
+    groups: AllGroups
     refused: list[list[str]]
     replica: dict[str, Tensor]
     controls: ControlChange | None = None
@@ -115,7 +127,9 @@ class Aggregator:
         moments_LEX = None
         if not self.moments_shared:
             parts = [(sums_LEX, self.server.weights[number]) for number, sums_LEX in self.calibrated]
-            moments_LEX = sum_moments(self.world, self.client, parts)
+            moments_LEX = weigh_moments(self.client, parts)
+            if moments_LEX is not None:
+                moments_LEX = torch.from_numpy(self.world.sum(moments_LEX.numpy()))
         self.world.agree()
         self.server.start(held)
         self._take_moments(moments_LEX)
@@ -170,20 +184,26 @@ class Aggregator:
             turn.refused = self.held.refuse(turn.update)
         add_up(self.world, self.server, self.held, turns)
 
-    def merge(self, turns: Turns, cohort: Sequence[int]) -> Merged:
+    def merge(self, turns: Turns, cohort: Sequence[int], stop: bool) -> Merged | None:
         """Merge what local steps have changed (a collective).
 
         Args:
             turns: what this rank's group has of the clients that it has trained in the round.
             cohort: numbers of the clients of the round, rising.
+            stop: whether this rank is asked to stop.
+
+        Returns:
+            None on all ranks if one is asked to stop: then nothing is merged.
 
         Raises:
             Diverged: if no client has anything to merge, or the merge is not finite.
         """
         self.stopwatch.lap("exchange")
         weights, factor = self.server.weights, self.exp.merge.screen_factor
-        statistics = gather(self.world, self.client, turns, cohort, weights, factor)
+        statistics = gather(self.world, self.client, turns, cohort, weights, factor, stop)
         self.stopwatch.lap("wait")
+        if statistics is None:
+            return None
         self._require_updates(statistics)
         difference = self._exchange(without_left_out(turns, statistics), statistics)
         finite = all_finite(difference)
@@ -193,7 +213,11 @@ class Aggregator:
         refused, controls = self._refused(statistics), self._merge_controls(turns, statistics)
         replica = replicate(self.world, self.server, self.store.units) if self.world.survives else {}
         self.stopwatch.lap("exchange")
-        return Merged(difference, statistics, refused, replica, controls)
+        stages = (self.stopwatch.seconds[stage] for stage in ("wait", "exchange", "merge"))
+        seconds = RoundSeconds(sum(turn.seconds for turn in turns.done), *stages)
+        moments_LEX = own_moments(self.client, turns, statistics, weights)
+        groups = sum_up(self.world, len(self.exp.trainers), seconds, self.bytes_sent, moments_LEX)
+        return Merged(difference, statistics, groups, refused, replica, controls)
 
     def apply(self, merged: Merged, round_number: int) -> None:
         """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
@@ -207,7 +231,7 @@ class Aggregator:
         self.server.lora_ranks = new
         if self.controls is not None and merged.controls is not None:
             self.controls.apply(merged.controls)
-        self._take_moments(statistics.moments_LEX)
+        self._take_moments(merged.groups.moments_LEX)
         if not self.exp.takes_turns:
             self._settle(statistics, old, new)
         self.replica = merged.replica
@@ -270,12 +294,12 @@ class Aggregator:
         self.stopwatch.lap("exchange")
         usage, refused = statistics.usage, self._refused_here(turns, statistics)
         weight_CU = self.server.unit_weights(self.held.units, usage, refused)
-        held, share = weighted_sum(turns, statistics.cohort, self.held, weight_CU, self.server.weight)
+        parts = weighted_updates(turns, statistics.cohort, self.held, weight_CU, self.server.weight)
         self.stopwatch.lap("merge")
         if self.exchange.is_reducible:
-            total = self.exchange.reduce(held.numpy(), share.numpy() if isinstance(share, Tensor) else share)
+            total = self.exchange.reduce(parts)
         else:  # groups of several ranks: the owners add the groups up
-            of_group = self.exchange.collect((held * share).numpy())
+            of_group = self.exchange.collect(weighted_sum(parts, torch.empty_like(self.store.shared)).numpy())
             total = np.zeros_like(of_group[0])
             for part in of_group:
                 total += part

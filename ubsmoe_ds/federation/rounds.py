@@ -3,7 +3,8 @@
     1. save a checkpoint of the rounds so far, if due            `_save`
     2. train the round's clients, each group one after the       `GroupTraining.take_turns`
        other, until a deadline or a request to stop
-    3. send updates to the units' owners, merge, send back       `_merge`: `Aggregator.merge`
+    3. send updates to the units' owners, merge, send back,      `_merge`: `Aggregator.merge`
+       unless a rank was asked to stop
     4. agree with all ranks that the merge is complete           `_merge`: `World.agree`
     5. write the merge into the model                            `_merge`: `Aggregator.apply`
     6. evaluate each client's model, if due; answer prompts      `_evaluate`
@@ -21,9 +22,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
+import torch
 
 from ubsmoe_ds.adapters.adapter import FOLDER
 from ubsmoe_ds.base.errors import Diverged, Preempted
@@ -40,6 +42,7 @@ from ubsmoe_ds.federation.metrics import complete_seconds
 from ubsmoe_ds.federation.outputs import Outputs
 from ubsmoe_ds.federation.round_scalars import round_scalars
 from ubsmoe_ds.federation.samples import Sample, gather_samples, generate_samples
+from ubsmoe_ds.federation.statistics import RoundStatistics
 from ubsmoe_ds.federation.training import GroupTraining
 from ubsmoe_ds.launching.hang_watch import HangWatch
 from ubsmoe_ds.mpi.preemption import StopRequests
@@ -57,7 +60,7 @@ class Federation:
     prompts: evaluation prompts to answer at each evaluation; None: nothing is generated.
     monitor: writes and prints; None on all ranks but the first.
     shows_schedule: whether to print who trains whom in a round.
-    record: record of the latest round, kept on every rank in case the first rank dies before it is written.
+    record: record of the latest round, kept where any rank may have to write it.
     """
 
     training: GroupTraining
@@ -143,7 +146,6 @@ class Federation:
             if self.shows_schedule and self.monitor is not None:
                 self.monitor.say(self.training.roster.line(self.progress.round))
             self.training.take_turns()
-            self._stop_if_asked()
             self._merge()
         evaluated, samples = self._evaluate()
         self._record(evaluated, samples)
@@ -154,9 +156,13 @@ class Federation:
         """Save a checkpoint and raise `Preempted` if any rank was asked to stop (a collective)."""
         self.hang_watch.enter(f"round {self.progress.round}, end of its part")
         if self.world.any(self.stop.poll()):
-            folder = self._save()
-            self.stop.close()
-            raise Preempted(f"stopped in round {self.progress.round} of {self.exp.train.rounds}, saved to {folder}")
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> NoReturn:
+        """Save a checkpoint and raise `Preempted` (a collective)."""
+        folder = self._save()
+        self.stop.close()
+        raise Preempted(f"stopped in round {self.progress.round} of {self.exp.train.rounds}, saved to {folder}")
 
     def _save(self) -> Path:
         """Save a checkpoint; return its folder (a collective)."""
@@ -172,7 +178,11 @@ class Federation:
         return folder
 
     def _merge(self) -> None:
-        """Merge the changes of all clients' local steps into every client's model (a collective)."""
+        """Merge the changes of all clients' local steps into every client's model (a collective).
+
+        Raises:
+            Preempted: if a rank was asked to stop, in place of the merge.
+        """
         self.stopwatch.lap("wait")
         number, training = self.progress.round, self.training
         self.hang_watch.enter(f"round {number}, merge")
@@ -180,30 +190,46 @@ class Federation:
             training.turns = Turns()
             training.end_turn()
         try:
-            merged = self.aggregator.merge(training.turns, training.roster.cohort(number))
+            merged = self.aggregator.merge(training.turns, training.roster.cohort(number), self.stop.poll())
         except Diverged as error:
             raise Diverged(f"round {number}: {error}") from error
-        scalars = round_scalars(training, merged)
+        if merged is None:
+            if not self.exp.takes_turns:
+                training.turns = Turns()  # a client of its own group is saved as it is
+            self._save_and_stop()
+        metrics, seconds = round_scalars(training, merged) if self._keeps_records else ({}, {})
         self.world.agree()  # up to here the merge can be repeated; from here on this rank changes for good
         self.stopwatch.reset()
         ranks = self.aggregator.server.lora_ranks
         self.aggregator.apply(merged, number)
         new = self.aggregator.server.lora_ranks
         pruned = [client for client, (before, now) in enumerate(zip(ranks, new, strict=True)) if before != now]
-        utilisation_LE = merged.statistics.usage.utilisation_LE.tolist()
-        self.progress.note_merge(scalars.metrics, scalars.seconds, utilisation_LE)
-        self.progress.steps_taken |= scalars.steps_taken
-        self.progress.scales |= scalars.scales
+        statistics = merged.statistics
+        self.progress.note_merge(metrics, seconds, statistics.usage.utilisation_LE.tolist())
         if self.exp.takes_turns:
-            statistics = merged.statistics
-            training.roster.note_seconds(statistics.cohort, statistics.place_C2[:, 0].tolist(), scalars.local_C)
-        training.next_round(merged.statistics, pruned, merged.controls)
+            self._note_turns(statistics)
+        training.next_round(statistics, pruned, merged.controls)
         if self.monitor is not None:
-            names = [self.exp.clients[client].name for client in merged.statistics.cohort]
+            names = [self.exp.clients[client].name for client in statistics.cohort]
             self.monitor.refused(number, dict(zip(names, merged.refused, strict=True)))
-            self.monitor.bad_steps(number, names, scalars.stats, merged.statistics.work_C.tolist())
-            self.monitor.left_out(number, names, merged.statistics)
-            self.monitor.outweighed(number, names, scalars.metrics)
+            self.monitor.bad_steps(number, names, statistics.stats_C, statistics.work_C.tolist())
+            self.monitor.left_out(number, names, statistics)
+            self.monitor.outweighed(number, names, metrics)
+
+    def _note_turns(self, statistics: RoundStatistics) -> None:
+        """Note on every rank what the clients of a merged round go on from, whichever group trains them next."""
+        cohort, seconds = statistics.cohort, statistics.seconds_C.tolist()
+        self.progress.steps_taken |= dict(zip(cohort, statistics.taken_C.tolist(), strict=True))
+        if self.exp.router.gate_rescale == "learned":
+            scales_CL = torch.from_numpy(statistics.scales_CL).float()
+            scales_CL = torch.where(torch.isfinite(scales_CL), scales_CL, 1.0)  # of a client whose steps went wrong
+            self.progress.scales |= dict(zip(cohort, scales_CL, strict=True))
+        self.training.roster.note_seconds(cohort, statistics.place_C2[:, 0].tolist(), seconds)
+
+    @property
+    def _keeps_records(self) -> bool:
+        """Return whether this rank writes the records, or may have to after a death."""
+        return self.world.rank == 0 or self.world.survives
 
     def _evaluate(self) -> tuple[dict[str, float] | None, list[Sample]]:
         """Evaluate every client's model; return (its scalars, or None if this round is not due; answers to prompts).
@@ -245,7 +271,7 @@ class Federation:
         if evaluated is not None:
             self.progress.note_evaluation(evaluated)
             self._outputs.prune_best(self.progress)
-        if number:
+        if number and self._keeps_records:
             groups = [trainer.name for trainer in self.exp.trainers]
             complete_seconds(self.progress.pending["seconds"], groups, apply_G, evaluation_G)
         self.stopwatch.reset()

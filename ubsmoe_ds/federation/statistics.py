@@ -1,12 +1,12 @@
-"""Sum the counts of all ranks' local steps over the job: routed tokens, moments, LoRA ranks, norms of the updates.
+"""Sum what all ranks know of a round's turns over the job: counts of local steps, norms of the updates, LoRA ranks.
 
 All ranks end with the same numbers, so owners need not send them along with their units.
-Shapes: C clients of the round, L layers, E experts, F expert width, X = E + 1.
+Shapes: C clients of the round, G groups, L layers, E experts, F expert width, X = E + 1.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,24 @@ from torch import Tensor
 
 from ubsmoe_ds.aggregation.screening import excess
 from ubsmoe_ds.aggregation.server import Usage
-from ubsmoe_ds.client.engine import Client
-from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
+from ubsmoe_ds.client.engine import Client, LocalStats
+from ubsmoe_ds.client.turn import Turn, Turns
+from ubsmoe_ds.federation.metrics import RoundSeconds
 from ubsmoe_ds.mpi.world import World
 
-OWN_COLUMNS = len(OwnPart._fields) + 4  # of a table that sums what ranks know of turns; see `_table`
+
+class _Facts(NamedTuple):
+    """What the first rank of a group tells of a turn: numbers, or columns of the table that sums what ranks know."""
+
+    lora_rank: Any
+    work: Any
+    seconds: Any
+    learning_rate: Any
+    steps_taken: Any
+    there: Any
+    group: Any
+    slot: Any
+    added: Any
 
 
 class RoundStatistics(NamedTuple):
@@ -26,6 +39,9 @@ class RoundStatistics(NamedTuple):
 
     cohort: numbers of the clients that have taken local steps, rising; the order of C.
     place_C2: the group that trained each, and its place among that group's turns.
+    stats_C: sums over each client's local steps.
+    seconds_C, rate_C, taken_C: see `Turn.seconds`, `Turn.learning_rate`, `Turn.steps_taken`.
+    scales_CL: see `Turn.scales_L`; [C, 0] without.
     usage: see `Usage`.
     lora_ranks: each client's LoRA rank after the round.
     work_C: part of the round's work that each client did, 0 to 1; 0 as well for a client that is left out.
@@ -33,13 +49,17 @@ class RoundStatistics(NamedTuple):
     excess_C: see `screening.excess`.
     left_out_C: whether a client is left out because of its excess, or that of one with which it is added up.
     added_C: whether a client's update is in the sum of its group's.
-    moments_LEX: see `sum_moments`.
     routed_CLE: tokens that each client routed to each expert.
     squares_CLE2: squared norms of each client's (real, pseudo) gradients of each expert; None without pseudo-gradients.
     """
 
     cohort: list[int]
     place_C2: np.ndarray
+    stats_C: list[LocalStats]
+    seconds_C: np.ndarray
+    rate_C: np.ndarray
+    taken_C: np.ndarray
+    scales_CL: np.ndarray
     usage: Usage
     lora_ranks: list[int]
     work_C: np.ndarray
@@ -47,7 +67,6 @@ class RoundStatistics(NamedTuple):
     excess_C: np.ndarray
     left_out_C: np.ndarray
     added_C: np.ndarray
-    moments_LEX: Tensor | None
     routed_CLE: Tensor
     squares_CLE2: Tensor | None
 
@@ -70,8 +89,9 @@ def gather(
     cohort: Sequence[int],
     weights: Sequence[float],
     screen_factor: float | None,
-) -> RoundStatistics:
-    """Sum a round's counts over the job (a collective); change nothing on this rank.
+    stop: bool = False,
+) -> RoundStatistics | None:
+    """Sum what ranks know of a round over the job (a collective); change nothing on this rank.
 
     The utilisation of a client with NaN or Inf in its update does not count, because its routing means nothing.
 
@@ -82,60 +102,81 @@ def gather(
         cohort: numbers of the clients that should have taken part, rising.
         weights: w_c of all clients.
         screen_factor: excess from which a client is left out; None: nobody is.
+        stop: whether this rank is asked to stop.
+
+    Returns:
+        None on all ranks if one is asked to stop.
     """
     layers, experts = len(client.model.layers), client.model.layers[0].num_experts
-    of_routes, of_gradients = layers * (experts + 1), 2 * layers * experts * (client.gradient_hook.squares is not None)
-    table = _table(world, turns.done, cohort, of_routes + of_gradients)
-    taken_C = table[:, -4] > 0
-    cohort, table = [number for number, taken in zip(cohort, taken_C, strict=True) if taken], table[taken_C]
-    counts, of_experts, own = np.split(table, [of_routes, -OWN_COLUMNS], axis=1)
+    squares = 2 * layers * experts * (client.gradient_hook.squares is not None)
+    learned = layers * client.learns_scales
+    sizes = [layers * (experts + 1), squares, learned, len(LocalStats._fields), 1, len(_Facts._fields)]
+    table = _table(world, turns.done, cohort, sizes, stop)
+    if table is None:
+        return None
+    there_C = table[:, _Facts._fields.index("there") - len(_Facts._fields)] > 0
+    cohort = [number for number, there in zip(cohort, there_C, strict=True) if there]
+    counts, of_experts, scales_CL, stats, squares_C1, own = np.split(table[there_C], np.cumsum(sizes)[:-1], axis=1)
+    facts = _Facts(*own.T)
     counts_CLX = torch.from_numpy(counts).view(len(cohort), layers, experts + 1)
     routed_CLE = counts_CLX[..., :-1]
     share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
-    squares_C, rank_C, work_C = own[:, :-4].T
-    place_C2, added_C = own[:, -3:-1].astype(int), own[:, -1] > 0
-    norm_C = np.sqrt(squares_C)
-    excess_C = excess(norm_C, work_C)
+    place_C2, added_C = np.stack([facts.group, facts.slot], axis=1).astype(int), facts.added > 0
+    norm_C = np.sqrt(squares_C1[:, 0])
+    excess_C = excess(norm_C, facts.work)
     left_out_C = excess_C > (np.inf if screen_factor is None else screen_factor)
     # a sum cannot be taken apart again
     left_out_C |= added_C & np.isin(place_C2[:, 0], place_C2[left_out_C & added_C, 0])
-    work_C = np.where(left_out_C, 0.0, work_C)
+    work_C = np.where(left_out_C, 0.0, facts.work)
     counted_C = np.where(np.isfinite(norm_C), work_C, 0.0)
-    own_C = np.array([weights[number] for number in cohort])
-    weight_C = torch.from_numpy(own_C) * torch.from_numpy(counted_C)
+    weight_C = torch.from_numpy(np.array([weights[number] for number in cohort]) * counted_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), share_CLE)
-    counted = dict(zip(cohort, np.where(counted_C > 0, own_C, 0.0).tolist(), strict=True))
-    parts = [(turn.sums_LEX, counted[turn.client]) for turn in turns.done if turn.sums_LEX is not None]
-    if turns.total_LEX is not None:
-        parts.append((turns.total_LEX, 0.0 if is_left_out(turns, cohort, left_out_C) else 1.0))
     return RoundStatistics(
         cohort=cohort,
         place_C2=place_C2,
+        stats_C=[LocalStats(*row) for row in stats.tolist()],
+        seconds_C=facts.seconds,
+        rate_C=facts.learning_rate,
+        taken_C=facts.steps_taken.astype(int),
+        scales_CL=scales_CL,
         usage=Usage(share_CLE, utilisation_LE.float()),
-        lora_ranks=[int(rank) for rank in rank_C],
+        lora_ranks=facts.lora_rank.astype(int).tolist(),
         work_C=work_C,
         norm_C=norm_C,
         excess_C=excess_C,
         left_out_C=left_out_C,
         added_C=added_C,
-        moments_LEX=sum_moments(world, client, parts),
         routed_CLE=routed_CLE,
-        squares_CLE2=torch.from_numpy(of_experts).view(-1, layers, experts, 2) if of_gradients else None,
+        squares_CLE2=torch.from_numpy(of_experts).view(-1, layers, experts, 2) if squares else None,
     )
 
 
-def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], numel: int) -> np.ndarray:
-    """Return [C, ...]: counts, squares, `OwnPart`, whether it took steps, its group and place, whether added up."""
+def _table(
+    world: World, turns: Sequence[Turn], cohort: Sequence[int], sizes: Sequence[int], stop: bool
+) -> np.ndarray | None:
+    """Return [C, sum of sizes]: counts, squares of gradients, scales, `LocalStats`, squares of the update, `_Facts`.
+
+    None if a rank is asked to stop.
+    """
     # one table carries everything: each rank adds its counts to the rows of the clients that it has trained
-    table = np.zeros((len(cohort), numel + OWN_COLUMNS))
+    whole = np.zeros(1 + len(cohort) * sum(sizes))
+    whole[0], table = stop, whole[1:].reshape(len(cohort), -1)
     for turn in turns:
-        part, place = turn.part, [1.0, world.group, turn.slot, turn.update is None]
-        if world.group_rank > 0:  # these are the client's: count them once
-            part, place = part._replace(lora_rank=0, work=0.0), [0.0, 0.0, 0.0, 0.0]
-        squares = [] if turn.squares_LE2 is None else [turn.squares_LE2.reshape(-1).numpy()]
-        counts = [turn.routed_LX.reshape(-1).numpy(), *squares, np.array([*part, *place])]
-        np.concatenate(counts, out=table[cohort.index(turn.client)])
-    return world.sum(table)
+        row, stats = np.split(table[cohort.index(turn.client)], np.cumsum(sizes)[:-1]), turn.stats
+        first = world.group_rank == 0
+        row[0][:] = turn.routed_LX.reshape(-1).numpy()
+        if turn.squares_LE2 is not None:
+            row[1][:] = turn.squares_LE2.reshape(-1).numpy()
+        if turn.scales_L is not None and first:
+            row[2][:] = turn.scales_L.numpy()
+        # norm and steps are the client's, times its first rank's: count them once
+        row[3][:] = stats if first else stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
+        row[4][:] = turn.part.squares
+        if first:
+            own = (turn.part.lora_rank, turn.part.work, turn.seconds, turn.learning_rate, turn.steps_taken)
+            row[5][:] = _Facts(*own, True, world.group, turn.slot, turn.update is None)
+    whole = world.sum(whole)
+    return None if whole[0] else whole[1:].reshape(len(cohort), -1)
 
 
 def is_left_out(turns: Turns, cohort: Sequence[int], left_out_C: np.ndarray) -> bool:
@@ -154,24 +195,81 @@ def without_left_out(turns: Turns, statistics: RoundStatistics) -> Turns:
     return replace(turns, done=done, total=turns.total if whole else None)
 
 
-def sum_moments(world: World, client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tensor | None:
-    """Sum the experts' moments over the active tokens of all clients, weighted like their utilisation (a collective).
+def own_moments(client: Client, turns: Turns, statistics: RoundStatistics, weights: Sequence[float]) -> Tensor | None:
+    """Return this rank's part of the experts' moments over the active tokens of all clients, to be summed over the job.
+
+    They are weighted like utilisation.
 
     Args:
-        world: this rank's place in the job.
         client: this rank's engine.
-        parts: for each client that this rank has trained the result of `moment_sums` and w_c; 0 leaves its tokens out.
+        turns: this rank's.
+        statistics: of the round.
+        weights: w_c of all clients.
 
     Returns:
-        The argument of `ExpertMoments.update`; None if no pseudo-gradient (PG) estimator needs moments.
+        See `weigh_moments`.
+    """
+    merged = set(statistics.merged)
+    parts = [
+        (turn.sums_LEX, weights[turn.client] if turn.client in merged else 0.0)
+        for turn in turns.done
+        if turn.sums_LEX is not None
+    ]
+    if turns.total_LEX is not None:
+        out = is_left_out(turns, statistics.cohort, statistics.left_out_C)
+        parts.append((turns.total_LEX, 0.0 if out else 1.0))
+    return weigh_moments(client, parts)
+
+
+def weigh_moments(client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tensor | None:
+    """Return the sum of weights times moments, fp64; None if no pseudo-gradient (PG) estimator needs them.
+
+    Summed over the job it is the argument of `ExpertMoments.update`.
+
+    Args:
+        client: this rank's engine.
+        parts: for each client that this rank has trained the result of `moment_sums` and w_c; 0 leaves its tokens out.
     """
     if client.moments is None:
         return None
-    first = parts[0][0] if parts else client.moments.sums()
-    total_LEX = torch.zeros_like(first)
+    total_LEX = torch.zeros_like(parts[0][0] if parts else client.moments.sums())
     for sums_LEX, weight in parts:
-        total_LEX += weight * sums_LEX
-    return torch.from_numpy(world.sum(total_LEX.numpy()))
+        total_LEX.add_(sums_LEX, alpha=weight)
+    return total_LEX
+
+
+class AllGroups(NamedTuple):
+    """What is known when all have merged, the same on all ranks.
+
+    seconds_G: of each group's first rank. bytes_G: sent by each group's ranks to others.
+    moments_LEX: the argument of `ExpertMoments.update`; None without moments.
+    """
+
+    seconds_G: list[RoundSeconds]
+    bytes_G: np.ndarray
+    moments_LEX: Tensor | None
+
+
+def sum_up(world: World, groups: int, seconds: RoundSeconds, sent: int, moments_LEX: Tensor | None) -> AllGroups:
+    """Sum over the job what ranks know at the end of a merge (a collective).
+
+    Args:
+        world: this rank's place in the job.
+        groups: their number.
+        seconds: of this rank.
+        sent: bytes that this rank has sent to others.
+        moments_LEX: this rank's part, see `own_moments`.
+    """
+    table_GX = np.zeros((groups, 1 + len(seconds)))
+    table_GX[world.group] = [sent, *(seconds if world.group_rank == 0 else np.zeros(len(seconds)))]
+    moments = np.zeros(0) if moments_LEX is None else moments_LEX.numpy().reshape(-1)
+    whole = world.sum(np.concatenate([table_GX.reshape(-1), moments]))
+    table_GX, moments = whole[: table_GX.size].reshape(table_GX.shape), whole[table_GX.size :]
+    return AllGroups(
+        [RoundSeconds(*row) for row in table_GX[:, 1:].tolist()],
+        table_GX[:, 0],
+        None if moments_LEX is None else torch.from_numpy(moments).view(moments_LEX.shape),
+    )
 
 
 def count_refused(world: World, refused: Sequence[tuple[int, int]], clients: int, units: int) -> list[tuple[int, int]]:

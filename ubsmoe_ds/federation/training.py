@@ -171,6 +171,7 @@ class GroupTraining:
                 stats=self.client.local_stats(local),
                 seconds=local.seconds,
                 learning_rate=self.client.learning_rate,
+                steps_taken=self.progress.steps_taken.get(client, 0),
                 routed_LX=self.client.routed_counts(),
                 sums_LEX=moment_sums(self.client),
                 squares_LE2=self.client.gradient_squares(),

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import tiny
+from ubsmoe_ds.aggregation.exchange import weighted_sum
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.server import Server, Usage
 from ubsmoe_ds.client.engine import LocalStats
 from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
-from ubsmoe_ds.federation.adding import APART, HeldUnits, add_up, length, weighted_sum
+from ubsmoe_ds.federation.adding import APART, HeldUnits, add_up, length, weighted_updates
 from ubsmoe_ds.federation.statistics import gather, without_left_out
 
 UNITS = [Unit(f"layers.0.experts.{e}.gate", "lora", expert=e, lora=(1, 2)) for e in range(2)]
@@ -34,7 +35,7 @@ def turn_of(client: int, update: list[float], work: float = 1.0, routed: tuple[i
     values = torch.tensor(update, dtype=torch.float32)
     counts = torch.tensor([[*routed, *[0] * 6, 4]])  # of 8 experts, and the tokens
     part = OwnPart(float(values.double().square().sum()), 1, work)
-    return Turn(client, values, part, STATS, 1.0, 0.1, counts, torch.full((1, 8, 1), float(client + 1)), slot=client)
+    return Turn(client, values, part, STATS, 1.0, 0.1, 8, counts, torch.full((1, 8, 1), float(client + 1)), slot=client)
 
 
 def taken(server: Server, turns: list[Turn]) -> tuple[Turns, HeldUnits]:
@@ -53,14 +54,16 @@ def merged(server: Server, group: Turns, held: HeldUnits, screen: float | None =
     """Return (the weighted sum of a round, whether each client is left out)."""
     cohort = [turn.client for turn in group.done]
     model = SimpleNamespace(layers=[SimpleNamespace(num_experts=8)])
-    client = SimpleNamespace(model=model, gradient_hook=SimpleNamespace(squares=None), moments=None)
+    client = SimpleNamespace(
+        model=model, gradient_hook=SimpleNamespace(squares=None), learns_scales=False, moments=None
+    )
     found = gather(GROUP, client, group, cohort, server.weights, screen)
     server.weigh(cohort, found.work_C.tolist(), found.nonfinite.tolist())
     group = without_left_out(group, found)
     refused = [(cohort.index(turn.client), UNITS[number]) for turn in group.done for number in turn.refused]
     weight_CU = server.unit_weights(UNITS, found.usage, refused)
-    buffer, factor = weighted_sum(group, cohort, held, weight_CU, server.weight)
-    return (buffer * factor).numpy(), found.left_out_C.tolist()
+    parts = weighted_updates(group, cohort, held, weight_CU, server.weight)
+    return weighted_sum(parts, torch.full((SIZE,), 9.0)).numpy(), found.left_out_C.tolist()
 
 
 def test_by_hand():
