@@ -9,22 +9,11 @@ from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.data.batches import Example, collate
 
 
-class Masters:
-    """Stands in for `MasterWeights` of a model without an engine."""
-
-    def read(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach().clone()
-
-    def write(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        assert value.device == parameter.device
-        parameter.data.copy_(value)
-
-
-@pytest.fixture
-def store(device, tmp_path):
+@pytest.fixture(params=[True, False], ids=["own masters", "others"])
+def store(device, tmp_path, request):
     """Return the units of a tiny model on the device."""
     exp = tiny.experiment(tiny.save_model(tmp_path / "olmoe"), [{"budget": 0.5}])
-    return UnitStore(reference.whole_model(exp).to(device), Masters(), lora_rank=3)
+    return UnitStore(reference.whole_model(exp).to(device), reference.Masters(request.param), lora_rank=3)
 
 
 def copies(work) -> list[str]:

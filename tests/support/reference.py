@@ -20,6 +20,28 @@ from ubsmoe_ds.moe.layer import UBSMoE
 from ubsmoe_ds.moe.pseudo_gradient import PROJECTIONS, Moments
 
 
+class Masters:
+    """Stands in for `MasterWeights` of a model without an engine; its masters are the parameters.
+
+    Args:
+        are_parameters: whether it says so.
+    """
+
+    def __init__(self, are_parameters: bool = True) -> None:
+        self.are_parameters = are_parameters
+
+    def read(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach().clone()
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach()
+
+    def write_all(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        for parameter, value in values.items():
+            assert value.device == parameter.device
+            parameter.data.copy_(value)
+
+
 def whole_model(exp: Experiment) -> UBSMoEForCausalLM:
     """Return the model of the first client with all experts in this process."""
     config = exp.clients[0].model_copy(update={"expert_parallel": 1, "ranks": 1})

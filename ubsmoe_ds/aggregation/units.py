@@ -91,6 +91,20 @@ class Place(NamedTuple):
         return whole if whole.shape == self.shape else whole[..., : self.shape[-2], : self.shape[-1]]
 
 
+class Places(NamedTuple):
+    """Where all parameters lie in a held buffer of one LoRA rank.
+
+    numel: elements of the buffer.
+    live: of each parameter the part that the buffer holds, itself; None where masters are others than the parameters.
+    cut: parameters of which the buffer holds a part only, where `live` is set.
+    """
+
+    every: list[Place]
+    numel: int
+    live: list[Tensor] | None
+    cut: list[Tensor]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Hold the state that a client began its turn with; see `UnitStore.begin_turn`."""
@@ -130,7 +144,7 @@ class UnitStore:
         self.units: list[Unit] = []
         self.blocks: list[Block] = []
         self.remainders: dict[str, Tensor] = {}  # by block: the part of FLoRA's merges that bf16 weights cannot hold
-        self._places: dict[int, list[Place]] = {}  # by LoRA rank
+        self._places: dict[int, Places] = {}  # by LoRA rank
         self._moe_layers = 0
         self._device = next(model.parameters()).device
         adapters = list(model.adapters())
@@ -138,6 +152,7 @@ class UnitStore:
             of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
             self._add_decoder(f"layers.{index}", decoder, of_decoder, dmr)
         self.shared = self._current(lora_rank)
+        self._viewed: tuple[Tensor, list[Tensor]] | None = None  # the shared state, and its `_views`
         self._turn: Loaded | None = None
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
@@ -205,7 +220,7 @@ class UnitStore:
             whole = self._with_fresh_adapters(self.shared, old_rank, round_number) if load else self.shared
             new_rank = old_rank
         else:  # cut the shared state to the new LoRA rank before the reply is added
-            whole = self.shared = self._recut(self.shared, old_rank, new_rank, 1) + difference
+            whole = self.shared = self._recut(self.shared, old_rank, new_rank, 1).add_(difference)
         if load:
             self._write(whole, new_rank)
 
@@ -291,30 +306,52 @@ class UnitStore:
             Block(_factors(adapter), len(adapter.A), adapter.shape, adapter.base, group, layer.experts.first)
         )
 
-    def _places_at(self, lora_rank: int) -> list[Place]:
+    def _places_at(self, lora_rank: int) -> Places:
         """Return the place of every parameter in a held buffer of this LoRA rank."""
         if lora_rank not in self._places:
             flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device="meta")
-            self._places[lora_rank] = [
+            every = [
                 Place(block.parameters[name], tuple(value.shape), value.stride(), int(value.storage_offset()))
                 for block, part in self.parts(flat, lora_rank)
                 for name, value in block.split(part, lora_rank).items()
             ]
+            live, cut = None, []
+            if self.masters.are_parameters:
+                live = [place.part(place.parameter.data) for place in every]
+                cut = [place.parameter.data for place in every if place.parameter.shape != place.shape]
+            self._places[lora_rank] = Places(every, len(flat), live, cut)
         return self._places[lora_rank]
+
+    def _views(self, flat: Tensor, lora_rank: int) -> list[Tensor]:
+        """Return the value of every parameter as a view of a buffer; those of the shared state are kept."""
+        if self._viewed is not None and self._viewed[0] is flat:
+            return self._viewed[1]
+        views = [place.of(flat) for place in self._places_at(lora_rank).every]
+        if flat is self.shared:  # which has one LoRA rank
+            self._viewed = flat, views
+        return views
 
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
         places = self._places_at(lora_rank)
-        flat = torch.empty(sum(block.numel(lora_rank) for block in self.blocks), device=self._device)
-        values = [place.part(self.masters.view(place.parameter)) for place in places]
-        torch._foreach_copy_([place.of(flat) for place in places], values)
+        flat = torch.empty(places.numel, device=self._device)
+        values = places.live
+        if values is None:
+            values = [place.part(self.masters.view(place.parameter)) for place in places.every]
+        torch._foreach_copy_([place.of(flat) for place in places.every], values)
         return to_host(flat)
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
-        on_device, values = to_device(flat, self._device), {}
-        for place in self._places_at(lora_rank):
-            value, shape = place.of(on_device), place.parameter.shape
+        places, views = self._places_at(lora_rank), self._views(to_device(flat, self._device), lora_rank)
+        if places.live is not None:
+            if places.cut:
+                torch._foreach_zero_(places.cut)
+            torch._foreach_copy_(places.live, views)
+            return
+        values = {}
+        for place, value in zip(places.every, views, strict=True):
+            shape = place.parameter.shape
             if value.shape != shape:
                 (m, n), (rows, columns) = shape[-2:], value.shape[-2:]
                 value = F.pad(value, (0, n - columns, 0, m - rows))

@@ -164,11 +164,12 @@ class Client:
                 self.gradient_hook.masters.write(gate.scale, scale)
         if self.collector is not None:
             self.collector.rho = self.exp.rho(config)
-        settings = self.exp.settings(config)
-        micro, rest = divmod(settings.train_batch_size, config.ranks * settings.gradient_accumulation_steps)
+        batch = config.train_batch_size or self.exp.deepspeed.train_batch_size
+        accumulation = config.gradient_accumulation_steps or self.exp.deepspeed.gradient_accumulation_steps
+        micro, rest = divmod(batch, config.ranks * accumulation)
         if not rest:  # a group that may not train the client evaluates its view, whatever its batch
             self.engine.set_train_micro_batch_size(micro)
-            self.engine.set_train_batch_size(settings.train_batch_size)
+            self.engine.set_train_batch_size(batch)
         self.engine.micro_steps = 0  # or steps of several micro-batches would end in between
         self._full_rate = config.lr or self._common_rate
         seed = hash((self.exp.seed, zlib.crc32(config.name.encode()), number, dist.get_rank())) % 2**63
@@ -237,12 +238,12 @@ class Client:
         """Return whether the client had too many bad steps to take part in this round's merge."""
         return local.bad_steps > self.exp.train.max_bad_steps
 
-    def local_stats(self, local: LocalProgress) -> LocalStats:
-        """Return the sums over this rank's local steps of the round."""
+    def local_stats(self, local: LocalProgress) -> tuple[LocalStats, Tensor]:
+        """Return (sums over this rank's local steps of the round, see `routed_counts`)."""
         nll, answer_tokens, used_tokens, gradient_norm = local.sums.tolist()
         routed_LX, dropped = self.counts.read()
         sums = (nll, answer_tokens, used_tokens, dropped, int(routed_LX[:, :-1].sum()), gradient_norm)
-        return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
+        return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps), routed_LX
 
     def set_learning_rate(self, number: int) -> None:
         """Set the learning rate of a round, see `rate_factor`, unless DeepSpeed's scheduler sets it."""

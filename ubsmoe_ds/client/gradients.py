@@ -40,6 +40,11 @@ class MasterWeights:
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 per_parameter |= {id(p): master for p, master in zip(low, high, strict=True)}
         self._fragments = {id(p): self._locate(p, per_parameter) for p in self.parameters}
+        # whether each parameter is its own master and whole here: fp32 without ZeRO
+        self.are_parameters = all(
+            fragment is not None and fragment.master is p and p.dtype == torch.float32
+            for p, fragment in zip(self.parameters, self._fragments.values(), strict=True)
+        )
 
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
         """Return where this rank keeps the master, or its part of it; None: it lies on other ranks only."""

@@ -76,8 +76,12 @@ class Turns:
             moment_weight: factor of its moments.
         """
         assert turn.update is not None
-        part = turn.update.mul_(weight)
-        self.total = part if self.total is None else self.total.add_(part)
+        if self.total is None:
+            self.total = turn.update.mul_(weight)
+        elif isinstance(weight, Tensor):
+            self.total.addcmul_(turn.update, weight)
+        else:
+            self.total.add_(turn.update, alpha=weight)
         if turn.sums_LEX is not None:
             part = turn.sums_LEX * moment_weight
             self.total_LEX = part if self.total_LEX is None else self.total_LEX.add_(part)

@@ -20,13 +20,16 @@ def sums_up(exp: Experiment) -> bool:
     return exp.takes_turns and len(exp.clients) > MOST_SHOWN
 
 
-def by_budget(exp: Experiment, scalars: Mapping[str, float]) -> tuple[dict[str, float], OfClients]:
+def by_budget(budgets: Mapping[str, str], scalars: Mapping[str, float]) -> tuple[dict[str, float], OfClients]:
     """Split scalars into (those of no client, with mean, least and most by budget; those of clients, by client).
 
     `family/CLIENT` becomes `family/b0.25`, the mean over the clients of that budget that have a value, and
     `family_min/b0.25` and `family_max/b0.25`.
+
+    Args:
+        budgets: by name of each client its budget, such as "b0.25".
+        scalars: by name.
     """
-    budgets = {client.name: f"b{client.budget:g}" for client in exp.clients}
     summed: dict[str, float] = {}
     of_clients: OfClients = {}
     of_budgets: dict[tuple[str, str], list[float]] = {}

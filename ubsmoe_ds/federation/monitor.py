@@ -55,6 +55,7 @@ class Monitor:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.exp, self.run_id, self.folder, self._owner = exp, run_id, exp.run_dir, owner
+        self._budgets = {client.name: f"b{client.budget:g}" for client in exp.clients}
         facts = {"run_id": run_id, **(config or exp.model_dump(mode="json"))}
         text = json.dumps(facts, indent=2) + "\n"
         replace_files(self.folder, {"config.json": lambda path: path.write_text(text, encoding="utf-8")})
@@ -80,7 +81,9 @@ class Monitor:
         """Write the record of a round to `metrics.jsonl` and TensorBoard, and print its line."""
         number, metrics, seconds, utilisation_LE = record
         if sums_up(self.exp):
-            (metrics, of_metrics), (seconds, of_seconds) = by_budget(self.exp, metrics), by_budget(self.exp, seconds)
+            (metrics, of_metrics), (seconds, of_seconds) = (
+                by_budget(self._budgets, part) for part in (metrics, seconds)
+            )
             self._write_clients(number, of_metrics, of_seconds)
         facts = {"run_id": self.run_id, "round": number, "metrics": metrics, "seconds": seconds}
         with writes(self.folder / RECORD):
@@ -89,7 +92,6 @@ class Monitor:
         self._tensorboard.scalars({**metrics, **seconds}, number)
         if utilisation_LE is not None and "eval/loss" in metrics:  # one takes longer to write than all the rest
             self._tensorboard.image("utilisation/layer_by_expert", heat_map(utilisation_LE), number)
-        self._tensorboard.flush()
         self.say(self._progress(number, metrics, seconds))
 
     def _write_clients(self, number: int, metrics: OfClients, seconds: OfClients) -> None:
@@ -109,6 +111,7 @@ class Monitor:
             if path.exists():
                 with writes(path), path.open("ab") as file:
                     os.fsync(file.fileno())
+        self._tensorboard.flush()
 
     def samples(self, number: int, samples: Sequence[Sample]) -> None:
         """Write the answers that the models generated in a round's evaluation."""

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.base.terminal import say
 
+FLUSH_SECONDS = 1  # after which what is logged is in the file, by a thread: a round need not wait for it
 Result = TypeVar("Result")
 
 
@@ -23,7 +24,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         self.folder = folder
-        self._writer = self._attempt(lambda: SummaryWriter(str(folder), purge_step=purge_step))
+        self._writer = self._attempt(
+            lambda: SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+        )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by their names."""

@@ -103,18 +103,10 @@ def test_weights_are_of_the_cohort(rule):
     assert server.weight_C.tolist() == [0.5, 0.5, 0.0]
 
 
-class Masters:
-    """Stands in for `MasterWeights` of a model without an engine."""
-
-    def read(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach().clone()
-
-    def view(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach()
-
-    def write_all(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
-        for parameter, value in values.items():
-            parameter.data.copy_(value)
+@pytest.fixture(params=[True, False], ids=["own", "others"])
+def masters(request):
+    """Masters that are the parameters, which are read and written at once, and others."""
+    return reference.Masters(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +114,10 @@ def model_path(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("model") / "olmoe")
 
 
-def test_a_turn_loads_a_part_and_sends_it_back(model_path):
+def test_a_turn_loads_a_part_and_sends_it_back(model_path, masters):
     """A client of rank 2 of 3: A is cut, B times 2/3, so alpha / r B A stays. What it adds comes back times 3/2."""
     model = reference.whole_model(population(model_path, [2]))
-    store = UnitStore(model, Masters(), lora_rank=3)
+    store = UnitStore(model, masters, lora_rank=3)
     store.shared = torch.randn(len(store.shared), generator=torch.Generator().manual_seed(0))
     store.begin_turn(2, 3, 2 / 3, round_number=1)
     held = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -155,20 +147,20 @@ def test_a_turn_loads_a_part_and_sends_it_back(model_path):
                 assert not value.any()
 
 
-def test_a_pruned_client_keeps_its_scale(model_path):
+def test_a_pruned_client_keeps_its_scale(model_path, masters):
     """A client that began with rank 3 of 3 and has 1 left loads B as it is; its tail is that of what it loaded."""
     model = reference.whole_model(population(model_path, [3]))
-    store = UnitStore(model, Masters(), lora_rank=3)
+    store = UnitStore(model, masters, lora_rank=3)
     store.shared = torch.ones_like(store.shared)
     store.begin_turn(1, 3, 1.0, round_number=1)
     for block, part in store.parts(store.loaded, 1):
         assert (part == 1).all() and len(part) == block.numel(1)
 
 
-def test_adapters_of_a_stack_start_anew_each_turn(model_path):
+def test_adapters_of_a_stack_start_anew_each_turn(model_path, masters):
     """Under FLoRA the shared state is zero; a turn of round 2 begins with what round 1's merge drew for everybody."""
     model = reference.whole_model(population(model_path, [2]))
-    store = UnitStore(model, Masters(), lora_rank=3, stacking=True)
+    store = UnitStore(model, masters, lora_rank=3, stacking=True)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("lora_A")}
     store.begin_turn(2, 3, 2 / 3, round_number=1)
     for name, parameter in model.named_parameters():
@@ -183,9 +175,9 @@ def test_adapters_of_a_stack_start_anew_each_turn(model_path):
     assert not torch.equal(store.updates(2), whole)
 
 
-def test_state_passes_between_host_and_device_in_one_copy(model_path, monkeypatch):
+def test_state_passes_between_host_and_device_in_one_copy(model_path, masters, monkeypatch):
     """A read is one copy of all units to the host, a write one to the device; on the CPU nothing is copied."""
-    store = UnitStore(reference.whole_model(population(model_path, [3])), Masters(), lora_rank=3)
+    store = UnitStore(reference.whole_model(population(model_path, [3])), masters, lora_rank=3)
     copied = []
     for name, at in (("to_host", 0), ("to_device", 1)):
         monkeypatch.setattr(units, name, lambda flat, *_, at=at: copied.append((at, len(flat))) or flat.clone())

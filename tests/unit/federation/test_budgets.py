@@ -25,7 +25,7 @@ def test_scalars_by_budget_by_hand():
         "group/c0": 3,
         "turn/c0": 1,
     }
-    summed, of_clients = by_budget(population(4), scalars)
+    summed, of_clients = by_budget({"c0": "b0.25", "c1": "b1", "c2": "b0.25", "c3": "b1"}, scalars)
     assert summed == {
         "train/loss": 2.0,
         "seconds_local/g0": 5.0,
