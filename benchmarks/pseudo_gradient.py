@@ -114,7 +114,7 @@ def prepare(client: Any, collector: Any, with_moments: bool) -> None:
     if collector is not None:
         collector.attach()
     if with_moments:
-        client.moments.start(every=round(1 / MOMENT_SHARE))
+        client.moments.sample(round(1 / MOMENT_SHARE))
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
     """
     base = tiny.experiment(model_path, [{"budget": 0.5}])
     enter(base)
-    from ubsmoe_ds.client.engine import Client
+    from ubsmoe_ds.client.engine import Client, LocalProgress
     from ubsmoe_ds.data.batches import steps
 
     results: dict[str, Any] = {}
@@ -122,7 +122,8 @@ def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
         batches = steps(tiny.examples(), batch_size=8, micro_batches=1, rank=0, ranks=1, pad=0, seed=(0, 0))
         nll = []
         for _ in range(3):
-            local = client.begin_round()
+            client.begin_round()
+            local = LocalProgress()
             client.train(batches, local, 3, lambda: False)
             nll.append(client.local_stats(local)[0].nll)
         results[f"{name}/nll"] = np.array(nll)

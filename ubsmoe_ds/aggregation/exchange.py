@@ -254,7 +254,7 @@ def _squares(values: np.ndarray) -> float:
     """Return the sum of squares, the same bits for any number of threads, which a dot product does not promise."""
     whole = len(values) // SQUARES_PIECE * SQUARES_PIECE
     norms = torch.linalg.vector_norm(torch.from_numpy(values[:whole]).view(-1, SQUARES_PIECE), dim=1).numpy()
-    return sum(float(np.square(part, dtype=np.float64).sum()) for part in (norms, values[whole:]))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in (norms, values[whole:]) if len(part))
 
 
 def _copy(sources: Sequence[torch.Tensor], spans: list[Span], result: torch.Tensor) -> None:

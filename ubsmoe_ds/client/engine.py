@@ -190,14 +190,13 @@ class Client:
         scales = [gate.scale for gate in self._gates if gate.scale is not None]
         return torch.cat([self.gradient_hook.masters.read(scale) for scale in scales]).cpu() if scales else None
 
-    def begin_round(self) -> LocalProgress:
-        """Return fresh progress, and reset the counts and, if configured, the optimiser."""
+    def begin_round(self) -> None:
+        """Reset the counts and, if configured, the optimiser."""
         if self.drift is not None:
             self.drift.begin_round()
         if self.exp.train.optimizer_state == "reset":
             self.reset_optimizer()
         self.reset_counts()
-        return LocalProgress()
 
     def train(
         self,
@@ -298,11 +297,12 @@ class Client:
         self.engine.train()
         self.model.set_active_experts(self.k)
         self.reset_counts()
-        self.moments.start(every=1)  # every step: the tokens are few, and this runs only once
+        self.moments.sample(1)  # all rows: they are few, and this runs only once
         for _ in range(count):
             for tokens in next(batches).micro:
                 held = tokens.to(self.device)
                 self.model(held.input_ids, held.used, held.position_A, None, held.position_BS)
+        self.moments.sample(self.moments.every)
 
     def reset_counts(self) -> None:
         """Restart the counts of routed tokens, the squares of the experts' gradients and the moments."""

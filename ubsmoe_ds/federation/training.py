@@ -258,8 +258,7 @@ class GroupTraining:
         deadline = self.local.deadline
         assert deadline is not None
         if self.local.steps == 0:
-            self.local = self.client.begin_round()
-            self.local.deadline = deadline
+            self.client.begin_round()
             if self.aggregator.controls is not None:
                 self.aggregator.controls.begin_round(self._own_control(self.current))
         begun = self.local.steps

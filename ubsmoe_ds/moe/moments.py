@@ -32,17 +32,16 @@ class ExpertMoments:
         self._moments_3LEF = torch.zeros(3, len(layers), experts.num_local_experts, experts.hidden, device=device)
         for layer, *moments in zip(layers, *self._moments_3LEF, strict=True):
             layer.experts.moments = Moments(*moments)
-        self.start()
+        self.sample(self.every)
 
-    def start(self, every: int | None = None) -> None:
-        """Start new sums.
-
-        Args:
-            every: look at a sample of 1 / every of the rows; None: at `share` of them.
-        """
-        self._sums_LEX.zero_()
+    def sample(self, every: int) -> None:
+        """Look at a sample of 1 / every of the rows from now on."""
         for layer, sums_EX in zip(self.layers, self._sums_LEX, strict=True):
-            layer.experts.moment_every, layer.experts.moment_sums_EX = every or self.every, sums_EX
+            layer.experts.moment_every, layer.experts.moment_sums_EX = every, sums_EX
+
+    def start(self) -> None:
+        """Start new sums."""
+        self._sums_LEX.zero_()
 
     def sums(self) -> Tensor:
         """Return the sums over the rows looked at on this rank, and in the last column their number.

@@ -70,7 +70,7 @@ class Cohorts:
             return sorted(pool[(count * (number - 1) + place) % len(pool)] for place in range(count))
         rng = np.random.default_rng([self.seed, STREAM, number])
         share = self.rows[pool] / self.rows[pool].sum() if self.sampling.by == "by_rows" else None
-        return sorted(rng.choice(pool, size=count, replace=False, p=share).tolist())
+        return sorted(pool[place] for place in rng.choice(len(pool), size=count, replace=False, p=share).tolist())
 
     def lose(self, clients: Collection[int]) -> None:
         """Draw no cohort with these clients from now on."""
@@ -78,6 +78,8 @@ class Cohorts:
 
     def _available(self, number: int) -> list[int]:
         """Return the clients that are there in a round, and not lost."""
+        if not self._there:
+            return self._left
         return [client for client in self._left if _is_there(self._there.get(self.names[client]), number)]
 
 
