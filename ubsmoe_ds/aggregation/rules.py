@@ -8,6 +8,7 @@ or Delta W, is zero.
 Shapes: C clients, N elements, U units of one shape (such as a layer's experts), m x n a unit's Delta W, R LoRA rank.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,10 +32,11 @@ def shares(weight_C: Tensor) -> Tensor:
     Raises:
         ValueError: if a weight is negative or not finite.
     """
-    if not torch.isfinite(weight_C).all() or (weight_C < 0).any():
+    wide_C = weight_C.double()
+    total = wide_C.sum(dim=0, keepdim=True)
+    if not (math.isfinite(float(total.sum())) and bool((wide_C >= 0).all())):  # no sum with NaN or Inf is finite
         raise ValueError(f"client weights must be finite and not negative, got {weight_C.tolist()}")
-    total = weight_C.double().sum(dim=0, keepdim=True)
-    return torch.where(total > 0, weight_C.double() / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return wide_C / total.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def fedavg(update_CN: Tensor, weight_CN: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class SharedMemory:
             (comm.size, 3), dtype=np.int64
         )  # where rooms begin in the ranks' regions, last the end
         self._latest = -1  # room written to last
+        self._tensors: dict[tuple[int, int, torch.dtype], Tensor] = {}  # see `read`
 
     @classmethod
     def of_job(cls, comm: MPI.Intracomm) -> "SharedMemory | None":
@@ -60,6 +61,7 @@ class SharedMemory:
         if start_RX[:, -1].sum() > free + held_RX[:, -1].sum():
             return False
         if self._window is not None:
+            self._tensors.clear()
             self._window.Unlock_all()
             self._window.Free()
         self._start_RX, self._latest = start_RX, -1
@@ -94,12 +96,15 @@ class SharedMemory:
 
     def read(self, room: int, rank: int, dtype: torch.dtype) -> Tensor:
         """Return a rank's room as a tensor."""
-        assert self._window is not None
-        start, end = self._start_RX[rank, room : room + 2].tolist()
-        if start == end:
-            return torch.empty(0, dtype=dtype)
-        buffer, _ = self._window.Shared_query(rank)
-        return torch.frombuffer(buffer, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+        key = room, rank, dtype
+        if key not in self._tensors:
+            assert self._window is not None
+            buffer, _ = self._window.Shared_query(rank)
+            start, end = self._start_RX[rank, room : room + 2].tolist()
+            count = (end - start) // dtype.itemsize
+            empty = torch.empty(0, dtype=dtype)
+            self._tensors[key] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else empty
+        return self._tensors[key]
 
 
 def _free_bytes() -> int:
