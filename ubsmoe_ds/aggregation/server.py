@@ -88,7 +88,9 @@ class Server:
         weights = [self.weights[client] for client in cohort]
         weight_C = torch.tensor(weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
         self.weight_C, self.weight = rules.shares(weight_C), float(weight_C.sum())
-        counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
+        counted_C = self.weight_C
+        if any(nonfinite):
+            counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
         active = [self.exp.active_experts(self.exp.clients[client]) for client in cohort]
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
 

@@ -4,6 +4,7 @@ All ranks end with the same numbers, so owners need not send them along with the
 Shapes: C clients of the round, G groups, L layers, E experts, F expert width, X = E + 1.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -110,15 +111,16 @@ def gather(
     layers, experts = len(client.model.layers), client.model.layers[0].num_experts
     squares = 2 * layers * experts * (client.gradient_hook.squares is not None)
     learned = layers * client.learns_scales
-    sizes = [layers * (experts + 1), squares, learned, len(LocalStats._fields), 1, len(_Facts._fields)]
-    table = _table(world, turns.done, cohort, sizes, stop)
+    columns = _columns(layers * (experts + 1), squares, learned, len(LocalStats._fields), 1, len(_Facts._fields))
+    table = _table(world, turns.done, cohort, columns, stop)
     if table is None:
         return None
     there_C = table[:, _Facts._fields.index("there") - len(_Facts._fields)] > 0
     cohort = [number for number, there in zip(cohort, there_C, strict=True) if there]
-    counts, of_experts, scales_CL, stats, squares_C1, own = np.split(table[there_C], np.cumsum(sizes)[:-1], axis=1)
+    table = table[there_C]
+    counts, of_experts, scales_CL, stats, squares_C1, own = (table[:, part] for part in columns)
     facts = _Facts(*own.T)
-    counts_CLX = torch.from_numpy(counts).view(len(cohort), layers, experts + 1)
+    counts_CLX = torch.from_numpy(counts).reshape(len(cohort), layers, experts + 1)
     routed_CLE = counts_CLX[..., :-1]
     share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
     place_C2, added_C = np.stack([facts.group, facts.slot], axis=1).astype(int), facts.added > 0
@@ -147,34 +149,40 @@ def gather(
         left_out_C=left_out_C,
         added_C=added_C,
         routed_CLE=routed_CLE,
-        squares_CLE2=torch.from_numpy(of_experts).view(-1, layers, experts, 2) if squares else None,
+        squares_CLE2=torch.from_numpy(of_experts).reshape(-1, layers, experts, 2) if squares else None,
     )
 
 
+def _columns(*sizes: int) -> list[slice]:
+    """Return parts of so many columns, one beside the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
 def _table(
-    world: World, turns: Sequence[Turn], cohort: Sequence[int], sizes: Sequence[int], stop: bool
+    world: World, turns: Sequence[Turn], cohort: Sequence[int], columns: Sequence[slice], stop: bool
 ) -> np.ndarray | None:
-    """Return [C, sum of sizes]: counts, squares of gradients, scales, `LocalStats`, squares of the update, `_Facts`.
+    """Return [C, columns]: counts, squares of gradients, scales, `LocalStats`, squares of the update, `_Facts`.
 
     None if a rank is asked to stop.
     """
     # one table carries everything: each rank adds its counts to the rows of the clients that it has trained
-    whole = np.zeros(1 + len(cohort) * sum(sizes))
+    whole = np.zeros(1 + len(cohort) * columns[-1].stop)
     whole[0], table = stop, whole[1:].reshape(len(cohort), -1)
     for turn in turns:
-        row, stats = np.split(table[cohort.index(turn.client)], np.cumsum(sizes)[:-1]), turn.stats
-        first = world.group_rank == 0
-        row[0][:] = turn.routed_LX.reshape(-1).numpy()
+        row, stats, first = table[cohort.index(turn.client)], turn.stats, world.group_rank == 0
+        counts, squares, scales, sums, square, facts = (row[part] for part in columns)
+        counts[:] = turn.routed_LX.reshape(-1).numpy()
         if turn.squares_LE2 is not None:
-            row[1][:] = turn.squares_LE2.reshape(-1).numpy()
+            squares[:] = turn.squares_LE2.reshape(-1).numpy()
         if turn.scales_L is not None and first:
-            row[2][:] = turn.scales_L.numpy()
+            scales[:] = turn.scales_L.numpy()
         # norm and steps are the client's, times its first rank's: count them once
-        row[3][:] = stats if first else stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
-        row[4][:] = turn.part.squares
+        sums[:] = stats if first else stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
+        square[:] = turn.part.squares
         if first:
             own = (turn.part.lora_rank, turn.part.work, turn.seconds, turn.learning_rate, turn.steps_taken)
-            row[5][:] = _Facts(*own, True, world.group, turn.slot, turn.update is None)
+            facts[:] = _Facts(*own, True, world.group, turn.slot, turn.update is None)
     whole = world.sum(whole)
     return None if whole[0] else whole[1:].reshape(len(cohort), -1)
 
@@ -234,7 +242,7 @@ def weigh_moments(client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tens
         return None
     total_LEX = torch.zeros_like(parts[0][0] if parts else client.moments.sums())
     for sums_LEX, weight in parts:
-        total_LEX.add_(sums_LEX, alpha=weight)
+        total_LEX += weight * sums_LEX
     return total_LEX
 
 

@@ -57,7 +57,9 @@ def merged(server: Server, group: Turns, held: HeldUnits, screen: float | None =
     client = SimpleNamespace(
         model=model, gradient_hook=SimpleNamespace(squares=None), learns_scales=False, moments=None
     )
+    assert gather(GROUP, client, group, cohort, server.weights, screen, stop=True) is None
     found = gather(GROUP, client, group, cohort, server.weights, screen)
+    assert found.stats_C == [STATS] * len(cohort) and found.taken_C.tolist() == [8] * len(cohort)
     server.weigh(cohort, found.work_C.tolist(), found.nonfinite.tolist())
     group = without_left_out(group, found)
     refused = [(cohort.index(turn.client), UNITS[number]) for turn in group.done for number in turn.refused]

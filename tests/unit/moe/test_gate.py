@@ -8,7 +8,7 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate, topkgating
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ubsmoe_ds.moe.gate import GateConfig, UBSMoEGate
+from ubsmoe_ds.moe.gate import GateConfig, GateCounts, UBSMoEGate
 from ubsmoe_ds.moe.router import Router
 
 
@@ -98,6 +98,21 @@ def test_min_capacity_and_no_dropping_in_evaluation():
     assert int(gate.tokens) == 10 and int(gate.dropped) == 2
     gate.reset_counts()
     assert int(gate.tokens) == int(gate.dropped) == int(gate.routed_E.sum()) == 0
+
+
+def test_counts_of_all_gates_lie_in_one_table():
+    """Two layers, E = 2, C = 2: three of the tokens want expert 0 in the first, one in the second; one route drops."""
+    gates = [make_gate(k=1, experts=2, hidden=2, capacity_factor=1.0) for _ in range(2)]
+    counts = GateCounts(gates)
+    wants_0, wants_1 = [0.8, 0.2], [0.2, 0.8]
+    gates[0](torch.tensor([wants_0] * 3 + [wants_1]).log())
+    gates[1](torch.tensor([wants_0] + [wants_1] * 2).log())
+    routed_LX, dropped = counts.read()
+    assert routed_LX.tolist() == [[3, 1, 4], [1, 2, 3]] and dropped == 1
+    counts.reset()
+    assert counts.read()[0].sum() == 0 and routed_LX.sum() == 14 and int(gates[0].tokens) == 0  # what was read stays
+    gates[0](torch.tensor([wants_1]).log())
+    assert counts.read()[0].tolist() == [[0, 1, 1], [0, 0, 0]]
 
 
 def test_load_balancing_loss_is_deepspeeds():
