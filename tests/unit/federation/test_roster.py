@@ -37,7 +37,7 @@ def test_the_largest_budgets_come_first():
 
 
 def test_measured_speed_changes_the_next_round_and_never_the_current_one():
-    """The second group took five times as long for the same FLOPs: from round 2 on it gets the smallest client alone."""
+    """The second group takes five times as long for its FLOPs: from round 2 on it gets the smallest client alone."""
     found = roster([{"count": 2}], train={"schedule_by": "measured"})
     now = found.schedule(1)
     found.note_seconds([client for turns in now for client in turns], [0, 0, 1, 1], [1.0, 1.0, 5.0, 5.0])
