@@ -92,12 +92,12 @@ def _nothing_pending() -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """Progress of a run; all but `steps_taken` of clients in the current round is the same on all ranks.
+    """Progress of a run; but for `pending` and `steps_taken` of clients in the current round the same on all ranks.
 
     round: the current round; 0 is the evaluation before training.
     merged: whether the round is merged, so that only its evaluation and record are missing.
     before, after: scalars of the first and of the latest evaluation.
-    pending: scalars of the merged round that are not recorded yet.
+    pending: scalars of the merged round that are not recorded yet; without a record to keep its evaluation alone.
     steps_taken: by client its local steps in the whole run, and so its position in its data: this rank's client alone,
         or all clients where they take turns.
     scales: by client what its gates have learned for it alone, [L], where clients take turns.
