@@ -90,10 +90,13 @@ def check(exp: Experiment, ks: list[int]) -> None:
 def report(exp: Experiment, ks: list[int], steps: int, batches: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return (summary, bias) over all K; see studies/fidelity.py."""
     client, batches_from = start(single_client(exp))
-    from ubsmoe_ds.studies import fidelity  # imports DeepSpeed, which reads the environment that `start` has set
+    # these import DeepSpeed, which reads the environment that `start` has set
+    from ubsmoe_ds.client.engine import LocalProgress
+    from ubsmoe_ds.studies import fidelity
 
     if steps:
-        client.train(batches_from(), client.begin_round(), steps, lambda: False)
+        client.begin_round()
+        client.train(batches_from(), LocalProgress(), steps, lambda: False)
     total = 0
     for k in {exp.active_experts(config) for config in exp.clients}:
         client.k = k

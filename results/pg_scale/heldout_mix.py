@@ -69,7 +69,7 @@ def fits(exp: Experiment) -> Iterator[dict[str, float]]:
     moments = ExpertMoments(model.layers)
     for k in KS:
         model.set_active_experts(k)
-        moments.start(1)
+        moments.start()
         with torch.no_grad():
             for rows in examples:
                 model(*collate(rows[:16], 0)[:3])
