@@ -1,7 +1,7 @@
 """Find updates that are not finite, and compare them in size, so that one broken client does not spoil the merge.
 
 A median of the other clients, not a mean, is the measure: up to nearly half of them may be broken themselves. [ours]
-Shapes: C clients.
+Shapes: C clients, D those that count.
 """
 
 import math
@@ -29,13 +29,13 @@ def excess(norm_C: np.ndarray, work_C: np.ndarray) -> np.ndarray:
     """
     counted_C = (work_C > 0) & np.isfinite(norm_C)
     excess_C = np.zeros(len(norm_C))
-    others = int(counted_C.sum()) - 1
-    if others > 0:
-        scaled_N = norm_C[counted_C] / work_C[counted_C]
-        order_N = scaled_N.argsort(kind="stable")
-        rising_N, place_N = scaled_N[order_N], order_N.argsort(kind="stable")
+    count = int(counted_C.sum())
+    if count > 1:
+        scaled_D = norm_C[counted_C] / work_C[counted_C]
+        order_D = scaled_D.argsort(kind="stable")
+        rising_D, place_D = scaled_D[order_D], order_D.argsort(kind="stable")
         # without one of them, those behind it move up by a place
-        low_N, high_N = (rising_N[middle + (place_N <= middle)] for middle in ((others - 1) // 2, others // 2))
-        median_N = (low_N + high_N) / 2
-        excess_C[counted_C] = np.divide(scaled_N, median_N, out=np.zeros(len(scaled_N)), where=median_N > 0)
+        low_D, high_D = (rising_D[middle + (place_D <= middle)] for middle in ((count - 2) // 2, (count - 1) // 2))
+        median_D = (low_D + high_D) / 2
+        excess_C[counted_C] = np.divide(scaled_D, median_D, out=np.zeros(len(scaled_D)), where=median_D > 0)
     return excess_C

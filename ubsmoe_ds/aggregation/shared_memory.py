@@ -1,6 +1,6 @@
 """Share memory between the ranks of one host, so that they read each other's data and send no messages.
 
-Shapes: R ranks, X places.
+Shapes: R ranks.
 """
 
 import os
@@ -31,9 +31,8 @@ class SharedMemory:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm.Dup()
         self._window: MPI.Win | None = None
-        self._start_RX = np.zeros(
-            (comm.size, 3), dtype=np.int64
-        )  # where rooms begin in the ranks' regions, last the end
+        # bytes from which rooms begin in the ranks' regions, last the end
+        self._start_R3 = np.zeros((comm.size, 3), dtype=np.int64)
         self._latest = -1  # room written to last
         self._tensors: dict[tuple[int, int, torch.dtype], Tensor] = {}  # see `read`
 
@@ -52,20 +51,20 @@ class SharedMemory:
         Returns:
             False on every rank if the host has too little shared memory for all regions; they then stay as they are.
         """
-        held_RX, free = self._start_RX, _free_bytes() if self.comm.rank == 0 else 0
-        capacities = np.maximum(-(-np.array(sizes) // ALIGNMENT) * ALIGNMENT, np.diff(held_RX[self.comm.rank]))
-        table_RX = self._gather(np.array([*capacities, free], dtype=np.int64))
-        start_RX, free = np.pad(table_RX[:, :2].cumsum(axis=1), ((0, 0), (1, 0))), int(table_RX[:, 2].sum())
-        if (start_RX == held_RX).all():
+        held_R3, free = self._start_R3, _free_bytes() if self.comm.rank == 0 else 0
+        capacities = np.maximum(-(-np.array(sizes) // ALIGNMENT) * ALIGNMENT, np.diff(held_R3[self.comm.rank]))
+        table_R3 = self._gather(np.array([*capacities, free], dtype=np.int64))
+        start_R3, free = np.pad(table_R3[:, :2].cumsum(axis=1), ((0, 0), (1, 0))), int(table_R3[:, 2].sum())
+        if (start_R3 == held_R3).all():
             return True
-        if start_RX[:, -1].sum() > free + held_RX[:, -1].sum():
+        if start_R3[:, -1].sum() > free + held_R3[:, -1].sum():
             return False
         if self._window is not None:
             self._tensors.clear()
             self._window.Unlock_all()
             self._window.Free()
-        self._start_RX, self._latest = start_RX, -1
-        self._window = MPI.Win.Allocate_shared(int(start_RX[self.comm.rank, -1]), 1, comm=self.comm)
+        self._start_R3, self._latest = start_R3, -1
+        self._window = MPI.Win.Allocate_shared(int(start_R3[self.comm.rank, -1]), 1, comm=self.comm)
         self._window.Lock_all()
         for room in range(2):
             self.read(room, self.comm.rank, torch.uint8).zero_()  # takes the pages now: a shortage shows here
@@ -100,7 +99,7 @@ class SharedMemory:
         if key not in self._tensors:
             assert self._window is not None
             buffer, _ = self._window.Shared_query(rank)
-            start, end = self._start_RX[rank, room : room + 2].tolist()
+            start, end = self._start_R3[rank, room : room + 2].tolist()
             count = (end - start) // dtype.itemsize
             empty = torch.empty(0, dtype=dtype)
             self._tensors[key] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else empty

@@ -95,7 +95,8 @@ class Places(NamedTuple):
     """Where all parameters lie in a held buffer of one LoRA rank.
 
     numel: elements of the buffer.
-    live: of each parameter the part that the buffer holds, itself; None where masters are others than the parameters.
+    live: of each parameter the part that the buffer holds, itself, as nothing gives parameters other memory; None where
+        masters are others than the parameters.
     cut: parameters of which the buffer holds a part only, where `live` is set.
     """
 
@@ -220,6 +221,7 @@ class UnitStore:
             whole = self._with_fresh_adapters(self.shared, old_rank, round_number) if load else self.shared
             new_rank = old_rank
         else:  # cut the shared state to the new LoRA rank before the reply is added
+            # in place: a copy of it to the device has ended, because local steps have read the device since
             whole = self.shared = self._recut(self.shared, old_rank, new_rank, 1).add_(difference)
         if load:
             self._write(whole, new_rank)

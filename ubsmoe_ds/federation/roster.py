@@ -60,9 +60,8 @@ class Roster:
         self.numbers = list(range(len(exp.trainers)))  # of the groups that are left, in the config
         # a round that has gone on with other groups than it began with: each group's clients, those it has trained too
         self._dealt: dict[int, list[list[int]]] = {}
-        self._planned: dict[
-            int, tuple[Costs, list[list[int]]]
-        ] = {}  # of the latest round: it is asked for several times
+        # costs and schedule of the latest round, which are asked for several times
+        self._planned: dict[int, tuple[Costs, list[list[int]]]] = {}
         self._out: dict[int, list[int]] = {}  # clients that are out of a round because their groups have died
 
     def cohort(self, number: int) -> list[int]:

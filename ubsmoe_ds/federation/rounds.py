@@ -186,11 +186,13 @@ class Federation:
         self.stopwatch.lap("wait")
         number, training = self.progress.round, self.training
         self.hang_watch.enter(f"round {number}, merge")
+        stop = self.world.any_of_group(self.stop.poll())
         if not self.exp.takes_turns:
             training.turns = Turns()
-            training.end_turn()
+            if not stop:
+                training.end_turn()
         try:
-            merged = self.aggregator.merge(training.turns, training.roster.cohort(number), self.stop.poll())
+            merged = self.aggregator.merge(training.turns, training.roster.cohort(number), stop)
         except Diverged as error:
             raise Diverged(f"round {number}: {error}") from error
         if merged is None:
@@ -286,6 +288,8 @@ class Federation:
             return
         bad = [name for name in self._names if not math.isfinite(evaluated[f"eval_loss/{name}"])]
         if bad:
+            if self.monitor is not None:
+                self.monitor.sync()
             raise Diverged(f"round {self.progress.round}: the evaluation loss of {', '.join(bad)} is not finite")
         self.progress.sound_round = self.progress.round
 

@@ -268,14 +268,14 @@ def sum_up(world: World, groups: int, seconds: RoundSeconds, sent: int, moments_
         sent: bytes that this rank has sent to others.
         moments_LEX: this rank's part, see `own_moments`.
     """
-    table_GX = np.zeros((groups, 1 + len(seconds)))
-    table_GX[world.group] = [sent, *(seconds if world.group_rank == 0 else np.zeros(len(seconds)))]
+    table_G5 = np.zeros((groups, 1 + len(seconds)))
+    table_G5[world.group] = [sent, *(seconds if world.group_rank == 0 else np.zeros(len(seconds)))]
     moments = np.zeros(0) if moments_LEX is None else moments_LEX.numpy().reshape(-1)
-    whole = world.sum(np.concatenate([table_GX.reshape(-1), moments]))
-    table_GX, moments = whole[: table_GX.size].reshape(table_GX.shape), whole[table_GX.size :]
+    whole = world.sum(np.concatenate([table_G5.reshape(-1), moments]))
+    table_G5, moments = whole[: table_G5.size].reshape(table_G5.shape), whole[table_G5.size :]
     return AllGroups(
-        [RoundSeconds(*row) for row in table_GX[:, 1:].tolist()],
-        table_GX[:, 0],
+        [RoundSeconds(*row) for row in table_G5[:, 1:].tolist()],
+        table_G5[:, 0],
         None if moments_LEX is None else torch.from_numpy(moments).view(moments_LEX.shape),
     )
 

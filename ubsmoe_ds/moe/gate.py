@@ -270,13 +270,15 @@ class UBSMoEGate(TopKGate):
 class GateCounts:
     """The counts of all gates of a model as parts of one table, which is read and set to zero at once.
 
+    The gates stay where they are from now on: moved to another device they would count elsewhere.
+
     Args:
-        gates: the gates, on their device.
+        gates: the gates.
     """
 
     def __init__(self, gates: Sequence[UBSMoEGate]) -> None:
         experts = len(gates[0].routed_E)
-        # side by side kept_E, routed_E, tokens
+        # X = 2 E + 1: side by side kept_E, routed_E, tokens
         self._table_LX = gates[0].routed_E.new_zeros(len(gates), 2 * experts + 1)
         for gate, row_X in zip(gates, self._table_LX, strict=True):
             gate.kept_E, gate.routed_E, gate.tokens = row_X[:experts], row_X[experts:-1], row_X[-1]
