@@ -90,7 +90,6 @@ def test_an_end_at_once_leaves_what_was_saved_before(how, whole, tmp_path):
 def test_a_killed_rank_is_named_and_the_next_job_goes_on(whole, tmp_path):
     job = Job([sys.executable, TRAIN, *SHORT, f"output={tmp_path}"], tmp_path / "log")
     job.wait_for("round   1/3")
-    time.sleep(0.5)
     rank = job.rank_pids()[2]
     shared = [line for line in Path(f"/proc/{rank}/maps").read_text().splitlines() if "/dev/shm/" in line]
     assert shared and all(line.endswith(" (deleted)") for line in shared), "nothing can stay in /dev/shm"
