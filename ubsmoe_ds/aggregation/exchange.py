@@ -92,8 +92,7 @@ class Exchange:
         """
         parts = [held[span.start : span.start + span.length] for span in self._to_owners.pack]
         total = sum(_squares(part) for part in parts)
-        # that all elements are zero is seen faster by their bits
-        if (math.isfinite(total) and total > TINY_SQUARES) or not held.view(np.uint32).max(initial=0):
+        if (math.isfinite(total) and total > TINY_SQUARES) or not held.any():
             return total
         return sum(_squares(part.astype(np.float64)) for part in parts)  # fp32 lacks the range
 
@@ -255,7 +254,7 @@ def _squares(values: np.ndarray) -> float:
     """Return the sum of squares, the same bits for any number of threads, which a dot product does not promise."""
     whole = len(values) // SQUARES_PIECE * SQUARES_PIECE
     norms = torch.linalg.vector_norm(torch.from_numpy(values[:whole]).view(-1, SQUARES_PIECE), dim=1).numpy()
-    return sum(float(np.square(part, dtype=np.float64).sum()) for part in (norms, values[whole:]) if len(part))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in (norms, values[whole:]))
 
 
 def _copy(sources: Sequence[torch.Tensor], spans: list[Span], result: torch.Tensor) -> None:

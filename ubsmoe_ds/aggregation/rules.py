@@ -8,12 +8,13 @@ or Delta W, is zero.
 Shapes: C clients, N elements, U units of one shape (such as a layer's experts), m x n a unit's Delta W, R LoRA rank.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ubsmoe_ds.client.finite import all_finite
 
 
 class Factors(NamedTuple):
@@ -34,7 +35,7 @@ def shares(weight_C: Tensor) -> Tensor:
     """
     wide_C = weight_C.double()
     total = wide_C.sum(dim=0, keepdim=True)
-    if not (math.isfinite(float(total.sum())) and bool((wide_C >= 0).all())):  # no sum with NaN or Inf is finite
+    if not all_finite(wide_C) or bool((wide_C < 0).any()):
         raise ValueError(f"client weights must be finite and not negative, got {weight_C.tolist()}")
     return wide_C / total.clamp_min(torch.finfo(torch.float64).tiny)
 

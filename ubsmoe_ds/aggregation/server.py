@@ -19,8 +19,8 @@ from torch import Tensor
 from ubsmoe_ds.aggregation import dmr, rules
 from ubsmoe_ds.aggregation.layout import Unit
 from ubsmoe_ds.aggregation.rules import Factors
-from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server_optimizer import ServerOptimizer
+from ubsmoe_ds.client.finite import all_finite
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.sections import MergeConfig
 
@@ -88,9 +88,7 @@ class Server:
         weights = [self.weights[client] for client in cohort]
         weight_C = torch.tensor(weights, dtype=torch.float64) * torch.tensor(work, dtype=torch.float64)
         self.weight_C, self.weight = rules.shares(weight_C), float(weight_C.sum())
-        counted_C = self.weight_C
-        if any(nonfinite):
-            counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
+        counted_C = rules.shares(weight_C * ~torch.tensor(nonfinite))
         active = [self.exp.active_experts(self.exp.clients[client]) for client in cohort]
         self.target = dmr.target_utilisation(counted_C.tolist(), active, self.exp.num_experts)
 
@@ -122,7 +120,7 @@ class Server:
                 replies = self._merge_factors(segment, part_C, weight_CU, self._held[number], new_ranks)
             else:
                 merged_N = self._merge_elements(segment, part_C, weight_CU)
-                replies = [self._finish(number, merged_N, (weight_CU > 0).any(dim=0), usage)] * holders
+                replies = [self._finish(number, merged_N, weight_CU, usage)] * holders
             for piece, reply in zip(pieces, replies, strict=True):
                 piece.append(reply)
         if all(segment.kind != "factors" for segment in self.segments):
@@ -159,14 +157,11 @@ class Server:
         self.refused = list(refused)
         rank = self._held_ranks[0]
         parts = torch.from_numpy(sum_N).split([segment.numel(rank) for segment in self.segments])
-        units = [unit for segment in self.segments for unit in segment.units]
-        sent_U = (self.unit_weights(units, usage, refused) > 0).any(dim=0)
-        sent = [sent_U[:1]] * len(parts)
-        if not bool(sent_U.all()):
-            sent = list(sent_U.split([len(segment.units) for segment in self.segments]))
-        return _joined(
-            [self._finish(n, *of_segment, usage) for n, of_segment in enumerate(zip(parts, sent, strict=True))]
-        )
+        deltas = []
+        for number, (segment, merged_N) in enumerate(zip(self.segments, parts, strict=True)):
+            weight_CU = self.unit_weights(segment.units, usage, refused)
+            deltas.append(self._finish(number, merged_N, weight_CU, usage))
+        return _joined(deltas)
 
     @property
     def unit_rank(self) -> int:
@@ -224,17 +219,11 @@ class Server:
         sizes = torch.tensor([unit.size(self._held_ranks[0]) for unit in segment.units])
         return weight_CU.repeat_interleave(sizes, dim=1)
 
-    def _finish(self, number: int, merged_N: Tensor, sent_U: Tensor, usage: Usage) -> Tensor:
-        """Take DMR's step or the server optimiser's; return the difference that every client gets, [N].
-
-        Args:
-            number: the segment's.
-            merged_N: its merged update.
-            sent_U: whether a client sent anything of each unit, which keeps its value otherwise; [1]: of all.
-            usage: as in `merge`.
-        """
+    def _finish(self, number: int, merged_N: Tensor, weight_CU: Tensor, usage: Usage) -> Tensor:
+        """Take DMR's step or the server optimiser's; return the difference that every client gets, [N]."""
         segment = self.segments[number]
-        sent_N = sent_U if len(sent_U) == 1 else self._of_elements(segment, sent_U.unsqueeze(0)).squeeze(0)
+        # a unit that nobody sent anything of keeps its value
+        sent_N = self._of_elements(segment, (weight_CU > 0).any(dim=0, keepdim=True)).squeeze(0)
         if segment.kind == "phi":
             return self._step_phi(segment, merged_N, sent_N, self._held[number], usage)
         return self.optimizers[number].step(merged_N, sent_N) * sent_N
@@ -300,9 +289,8 @@ class Server:
 def unit_weights(config: MergeConfig, weight_C: Tensor, units: Sequence[Unit], usage: Usage) -> Tensor:
     """Return the weight of each client for each unit before anything is refused, [C, U] fp64."""
     weight_CU = weight_C.unsqueeze(1).repeat(1, len(units))
-    if not config.row.by_utilisation:
-        return weight_CU
-    of_expert = [(u, unit.layer, unit.expert) for u, unit in enumerate(units) if unit.expert is not None]
+    weighed = units if config.row.by_utilisation else ()
+    of_expert = [(u, unit.layer, unit.expert) for u, unit in enumerate(weighed) if unit.expert is not None]
     if of_expert:
         place, layer, expert = (list(part) for part in zip(*of_expert, strict=True))
         weight_CU[:, place] = rules.activation_weight(weight_C, usage.routed_CLE[:, layer, expert], config.temperature)

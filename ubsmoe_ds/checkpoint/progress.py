@@ -97,7 +97,7 @@ class Progress:
     round: the current round; 0 is the evaluation before training.
     merged: whether the round is merged, so that only its evaluation and record are missing.
     before, after: scalars of the first and of the latest evaluation.
-    pending: scalars of the merged round that are not recorded yet; without a record to keep its evaluation alone.
+    pending: scalars of the merged round that are not recorded yet; ranks without records have its evaluation's alone.
     steps_taken: by client its local steps in the whole run, and so its position in its data: this rank's client alone,
         or all clients where they take turns.
     scales: by client what its gates have learned for it alone, [L], where clients take turns.

@@ -237,12 +237,12 @@ class Client:
         """Return whether the client had too many bad steps to take part in this round's merge."""
         return local.bad_steps > self.exp.train.max_bad_steps
 
-    def local_stats(self, local: LocalProgress) -> tuple[LocalStats, Tensor]:
-        """Return (sums over this rank's local steps of the round, see `routed_counts`)."""
+    def local_stats(self, local: LocalProgress) -> LocalStats:
+        """Return the sums over this rank's local steps of the round."""
         nll, answer_tokens, used_tokens, gradient_norm = local.sums.tolist()
         routed_LX, dropped = self.counts.read()
         sums = (nll, answer_tokens, used_tokens, dropped, int(routed_LX[:, :-1].sum()), gradient_norm)
-        return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps), routed_LX
+        return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 
     def set_learning_rate(self, number: int) -> None:
         """Set the learning rate of a round, see `rate_factor`, unless DeepSpeed's scheduler sets it."""

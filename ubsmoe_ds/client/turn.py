@@ -3,7 +3,6 @@
 Shapes: L layers, E experts, F expert width, X = E + 1.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ubsmoe_ds.client.engine import Client, LocalStats
+from ubsmoe_ds.client.finite import all_finite
 
 
 class OwnPart(NamedTuple):
@@ -94,7 +94,7 @@ def moment_sums(client: Client) -> Tensor | None:
     if client.moments is None:
         return None
     sums_LEX = client.moments.sums()
-    if math.isfinite(float(sums_LEX.sum())):  # no sum with NaN or Inf is
+    if all_finite(sums_LEX):
         return sums_LEX
     valid_LE1 = torch.isfinite(sums_LEX).all(dim=-1, keepdim=True)
     return torch.where(valid_LE1, sums_LEX, 0.0)

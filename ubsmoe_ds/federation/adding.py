@@ -15,8 +15,8 @@ from torch import Tensor
 from ubsmoe_ds.aggregation import rules
 from ubsmoe_ds.aggregation.exchange import Weighted
 from ubsmoe_ds.aggregation.layout import Unit
-from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Server, Usage, unit_weights
+from ubsmoe_ds.client.finite import all_finite
 from ubsmoe_ds.client.turn import Turn, Turns
 from ubsmoe_ds.mpi.world import World
 

@@ -17,20 +17,20 @@ from torch import Tensor
 from ubsmoe_ds.aggregation.controls import ControlChange, Controls
 from ubsmoe_ds.aggregation.exchange import Exchange, weighted_sum
 from ubsmoe_ds.aggregation.pruning import next_rank
-from ubsmoe_ds.aggregation.screening import all_finite
 from ubsmoe_ds.aggregation.server import Refused, Server
 from ubsmoe_ds.aggregation.units import UnitStore
 from ubsmoe_ds.base.errors import Diverged
 from ubsmoe_ds.base.stopwatch import Stopwatch
 from ubsmoe_ds.checkpoint.shared_state import load_replica, replicate
 from ubsmoe_ds.client.engine import Client, tail_start
+from ubsmoe_ds.client.finite import all_finite
 from ubsmoe_ds.client.turn import OwnPart, Turn, Turns
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.federation.adding import HeldUnits, add_up, length, weighted_updates
 from ubsmoe_ds.federation.exchanges import ExchangeFactory
 from ubsmoe_ds.federation.metrics import RoundSeconds
 from ubsmoe_ds.federation.statistics import (
-    AllGroups,
+    MergeSums,
     RoundStatistics,
     count_refused,
     gather,
@@ -47,7 +47,7 @@ class Merged(NamedTuple):
 
     difference: change of the units that this rank holds.
     statistics: the round's statistics, the same on all ranks.
-    groups: seconds, bytes and moments, the same on all ranks.
+    sums: seconds, bytes and moments, the same on all ranks.
     refused: for each client the names of its units that owners refused, the same on all ranks.
     replica: see `replicate`; empty unless the job survives deaths.
     controls: change of SCAFFOLD's control variates; None without.
@@ -55,7 +55,7 @@ class Merged(NamedTuple):
 
     difference: Tensor
     statistics: RoundStatistics
-    groups: AllGroups
+    sums: MergeSums
     refused: list[list[str]]
     replica: dict[str, Tensor]
     controls: ControlChange | None = None
@@ -216,8 +216,8 @@ class Aggregator:
         stages = (self.stopwatch.seconds[stage] for stage in ("wait", "exchange", "merge"))
         seconds = RoundSeconds(sum(turn.seconds for turn in turns.done), *stages)
         moments_LEX = own_moments(self.client, turns, statistics, weights)
-        groups = sum_up(self.world, len(self.exp.trainers), seconds, self.bytes_sent, moments_LEX)
-        return Merged(difference, statistics, groups, refused, replica, controls)
+        sums = sum_up(self.world, len(self.exp.trainers), seconds, self.bytes_sent, moments_LEX)
+        return Merged(difference, statistics, sums, refused, replica, controls)
 
     def apply(self, merged: Merged, round_number: int) -> None:
         """Write the merge into the model, its moments and the LoRA ranks, for good; not a collective."""
@@ -231,7 +231,7 @@ class Aggregator:
         self.server.lora_ranks = new
         if self.controls is not None and merged.controls is not None:
             self.controls.apply(merged.controls)
-        self._take_moments(merged.groups.moments_LEX)
+        self._take_moments(merged.sums.moments_LEX)
         if not self.exp.takes_turns:
             self._settle(statistics, old, new)
         self.replica = merged.replica

@@ -20,7 +20,7 @@ def round_scalars(training: GroupTraining, merged: Merged) -> tuple[dict[str, fl
         training: any group's.
         merged: the merge.
     """
-    exp, statistics, (seconds_G, bytes_G, _) = training.exp, merged.statistics, merged.groups
+    exp, statistics, (seconds_G, bytes_G, _) = training.exp, merged.statistics, merged.sums
     names, stats_C = [exp.clients[client].name for client in statistics.cohort], statistics.stats_C
     group_C = statistics.place_C2[:, 0]
     sent_C = bytes_G[group_C] / np.bincount(group_C)[group_C]  # a group's turns travel together

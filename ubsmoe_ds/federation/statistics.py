@@ -4,10 +4,9 @@ All ranks end with the same numbers, so owners need not send them along with the
 Shapes: C clients of the round, G groups, L layers, E experts, F expert width, X = E + 1.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,20 +18,6 @@ from ubsmoe_ds.client.engine import Client, LocalStats
 from ubsmoe_ds.client.turn import Turn, Turns
 from ubsmoe_ds.federation.metrics import RoundSeconds
 from ubsmoe_ds.mpi.world import World
-
-
-class _Facts(NamedTuple):
-    """What the first rank of a group tells of a turn: numbers, or columns of the table that sums what ranks know."""
-
-    lora_rank: Any
-    work: Any
-    seconds: Any
-    learning_rate: Any
-    steps_taken: Any
-    there: Any
-    group: Any
-    slot: Any
-    added: Any
 
 
 class RoundStatistics(NamedTuple):
@@ -108,83 +93,80 @@ def gather(
     Returns:
         None on all ranks if one is asked to stop.
     """
-    layers, experts = len(client.model.layers), client.model.layers[0].num_experts
-    squares = 2 * layers * experts * (client.gradient_hook.squares is not None)
-    learned = layers * client.learns_scales
-    columns = _columns(layers * (experts + 1), squares, learned, len(LocalStats._fields), 1, len(_Facts._fields))
-    table = _table(world, turns.done, cohort, columns, stop)
-    if table is None:
+    table_C = _table(world, turns.done, cohort, _row(client), stop)
+    if table_C is None:
         return None
-    there_C = table[:, _Facts._fields.index("there") - len(_Facts._fields)] > 0
-    cohort = [number for number, there in zip(cohort, there_C, strict=True) if there]
-    table = table[there_C]
-    counts, of_experts, scales_CL, stats, squares_C1, own = (table[:, part] for part in columns)
-    facts = _Facts(*own.T)
-    counts_CLX = torch.from_numpy(counts).reshape(len(cohort), layers, experts + 1)
-    routed_CLE = counts_CLX[..., :-1]
-    share_CLE = routed_CLE / counts_CLX[..., -1:].clamp_min(1)
-    place_C2, added_C = np.stack([facts.group, facts.slot], axis=1).astype(int), facts.added > 0
-    norm_C = np.sqrt(squares_C1[:, 0])
-    excess_C = excess(norm_C, facts.work)
+    there_C = table_C["there"] > 0
+    cohort, table_C = [number for number, there in zip(cohort, there_C, strict=True) if there], table_C[there_C]
+    routed_CLE, tokens_CL1 = torch.from_numpy(table_C["routed"]).tensor_split([-1], dim=-1)
+    share_CLE = routed_CLE / tokens_CL1.clamp_min(1)
+    place_C2 = np.stack([table_C["group"], table_C["slot"]], axis=1).astype(int)
+    norm_C, added_C = np.sqrt(table_C["square"]), table_C["added"] > 0
+    excess_C = excess(norm_C, table_C["work"])
     left_out_C = excess_C > (np.inf if screen_factor is None else screen_factor)
     # a sum cannot be taken apart again
     left_out_C |= added_C & np.isin(place_C2[:, 0], place_C2[left_out_C & added_C, 0])
-    work_C = np.where(left_out_C, 0.0, facts.work)
+    work_C = np.where(left_out_C, 0.0, table_C["work"])
     counted_C = np.where(np.isfinite(norm_C), work_C, 0.0)
     weight_C = torch.from_numpy(np.array([weights[number] for number in cohort]) * counted_C)
     utilisation_LE = torch.einsum("c,cle->le", weight_C / weight_C.sum().clamp_min(1e-12), share_CLE)
     return RoundStatistics(
         cohort=cohort,
         place_C2=place_C2,
-        stats_C=[LocalStats(*row) for row in stats.tolist()],
-        seconds_C=facts.seconds,
-        rate_C=facts.learning_rate,
-        taken_C=facts.steps_taken.astype(int),
-        scales_CL=scales_CL,
+        stats_C=[LocalStats(*row) for row in table_C["stats"].tolist()],
+        seconds_C=table_C["seconds"],
+        rate_C=table_C["learning_rate"],
+        taken_C=table_C["steps_taken"].astype(int),
+        scales_CL=table_C["scales"],
         usage=Usage(share_CLE, utilisation_LE.float()),
-        lora_ranks=facts.lora_rank.astype(int).tolist(),
+        lora_ranks=table_C["lora_rank"].astype(int).tolist(),
         work_C=work_C,
         norm_C=norm_C,
         excess_C=excess_C,
         left_out_C=left_out_C,
         added_C=added_C,
         routed_CLE=routed_CLE,
-        squares_CLE2=torch.from_numpy(of_experts).reshape(-1, layers, experts, 2) if squares else None,
+        squares_CLE2=torch.from_numpy(table_C["squares"]) if client.gradient_hook.squares is not None else None,
     )
 
 
-def _columns(*sizes: int) -> list[slice]:
-    """Return parts of so many columns, one beside the other."""
-    ends = list(itertools.accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+def _row(client: Client) -> np.dtype:
+    """Return the dtype of a turn's row in the table that is summed over the job: fp64 throughout.
 
-
-def _table(
-    world: World, turns: Sequence[Turn], cohort: Sequence[int], columns: Sequence[slice], stop: bool
-) -> np.ndarray | None:
-    """Return [C, columns]: counts, squares of gradients, scales, `LocalStats`, squares of the update, `_Facts`.
-
-    None if a rank is asked to stop.
+    All ranks of a group have parts of `routed`, `squares` (of gradients), `stats` and `square` (of the update); the
+    rest is told by its first rank.
     """
+    layers, experts = len(client.model.layers), client.model.layers[0].num_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "routed": (layers, experts + 1),
+        "squares": (layers, experts, 2) if client.gradient_hook.squares is not None else (0,),
+        "stats": (len(LocalStats._fields),),
+        "scales": (layers if client.learns_scales else 0,),
+    }
+    told = ("lora_rank", "work", "seconds", "learning_rate", "steps_taken", "there", "group", "slot", "added")
+    return np.dtype([(name, np.float64, shapes.get(name, ())) for name in (*shapes, "square", *told)])
+
+
+def _table(world: World, turns: Sequence[Turn], cohort: Sequence[int], row: np.dtype, stop: bool) -> np.ndarray | None:
+    """Sum the rows of all clients of the cohort over the job, [C]; None if a rank is asked to stop (a collective)."""
     # one table carries everything: each rank adds its counts to the rows of the clients that it has trained
-    whole = np.zeros(1 + len(cohort) * columns[-1].stop)
-    whole[0], table = stop, whole[1:].reshape(len(cohort), -1)
+    table_C = np.zeros(len(cohort), row)
     for turn in turns:
-        row, stats, first = table[cohort.index(turn.client)], turn.stats, world.group_rank == 0
-        counts, squares, scales, sums, square, facts = (row[part] for part in columns)
-        counts[:] = turn.routed_LX.reshape(-1).numpy()
+        at, stats, first = table_C[cohort.index(turn.client)], turn.stats, world.group_rank == 0
+        at["routed"], at["square"] = turn.routed_LX.numpy(), turn.part.squares
         if turn.squares_LE2 is not None:
-            squares[:] = turn.squares_LE2.reshape(-1).numpy()
-        if turn.scales_L is not None and first:
-            scales[:] = turn.scales_L.numpy()
+            at["squares"] = turn.squares_LE2.numpy()
         # norm and steps are the client's, times its first rank's: count them once
-        sums[:] = stats if first else stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
-        square[:] = turn.part.squares
-        if first:
-            own = (turn.part.lora_rank, turn.part.work, turn.seconds, turn.learning_rate, turn.steps_taken)
-            facts[:] = _Facts(*own, True, world.group, turn.slot, turn.update is None)
-    whole = world.sum(whole)
-    return None if whole[0] else whole[1:].reshape(len(cohort), -1)
+        at["stats"] = stats if first else stats._replace(gradient_norm=0.0, steps=0.0, bad_steps=0.0)
+        if not first:
+            continue
+        at["lora_rank"], at["work"], at["seconds"] = turn.part.lora_rank, turn.part.work, turn.seconds
+        at["learning_rate"], at["steps_taken"], at["there"] = turn.learning_rate, turn.steps_taken, 1
+        at["group"], at["slot"], at["added"] = world.group, turn.slot, turn.update is None
+        if turn.scales_L is not None:
+            at["scales"] = turn.scales_L.numpy()
+    whole = world.sum(np.append(table_C.view(np.float64), stop))
+    return None if whole[-1] else whole[:-1].view(row)
 
 
 def is_left_out(turns: Turns, cohort: Sequence[int], left_out_C: np.ndarray) -> bool:
@@ -246,8 +228,8 @@ def weigh_moments(client: Client, parts: Sequence[tuple[Tensor, float]]) -> Tens
     return total_LEX
 
 
-class AllGroups(NamedTuple):
-    """What is known when all have merged, the same on all ranks.
+class MergeSums(NamedTuple):
+    """Hold what ranks sum over the job at the end of a merge; the same on all ranks.
 
     seconds_G: of each group's first rank. bytes_G: sent by each group's ranks to others.
     moments_LEX: the argument of `ExpertMoments.update`; None without moments.
@@ -258,7 +240,7 @@ class AllGroups(NamedTuple):
     moments_LEX: Tensor | None
 
 
-def sum_up(world: World, groups: int, seconds: RoundSeconds, sent: int, moments_LEX: Tensor | None) -> AllGroups:
+def sum_up(world: World, groups: int, seconds: RoundSeconds, sent: int, moments_LEX: Tensor | None) -> MergeSums:
     """Sum over the job what ranks know at the end of a merge (a collective).
 
     Args:
@@ -273,7 +255,7 @@ def sum_up(world: World, groups: int, seconds: RoundSeconds, sent: int, moments_
     moments = np.zeros(0) if moments_LEX is None else moments_LEX.numpy().reshape(-1)
     whole = world.sum(np.concatenate([table_G5.reshape(-1), moments]))
     table_G5, moments = whole[: table_G5.size].reshape(table_G5.shape), whole[table_G5.size :]
-    return AllGroups(
+    return MergeSums(
         [RoundSeconds(*row) for row in table_G5[:, 1:].tolist()],
         table_G5[:, 0],
         None if moments_LEX is None else torch.from_numpy(moments).view(moments_LEX.shape),

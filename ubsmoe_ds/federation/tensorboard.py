@@ -10,7 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ubsmoe_ds.base.terminal import say
 
-FLUSH_SECONDS = 1  # after which what is logged is in the file, by a thread: a round need not wait for it
+# after which a thread has written what is logged, so that a round need not wait for it; with TensorFlow installed, the
+# default would be two minutes
+FLUSH_SECONDS = 1
 Result = TypeVar("Result")
 
 

@@ -163,17 +163,16 @@ class GroupTraining:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
         client, local = self.current, self.local
         update, part = self.aggregator.update_of(client, self._work_done())
-        stats, routed_LX = self.client.local_stats(local)
         self.turns.done.append(
             Turn(
                 client=client,
                 update=update,
                 part=part,
-                stats=stats,
+                stats=self.client.local_stats(local),
                 seconds=local.seconds,
                 learning_rate=self.client.learning_rate,
                 steps_taken=self.progress.steps_taken.get(client, 0),
-                routed_LX=routed_LX,
+                routed_LX=self.client.routed_counts(),
                 sums_LEX=moment_sums(self.client),
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,

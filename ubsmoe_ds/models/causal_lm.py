@@ -105,8 +105,7 @@ class UBSMoEForCausalLM(nn.Module):
     def set_lora_scaling(self, scaling: float) -> None:
         """Set s, by which the product B A of every adapter is multiplied."""
         for module in self._adapted:
-            if module.scaling != scaling:  # to set what a module holds takes long
-                module.scaling = scaling
+            module.scaling = scaling
 
     @property
     def recurrent(self) -> bool:

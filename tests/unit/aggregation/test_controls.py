@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ubsmoe_ds.aggregation.blocks import Block
 from ubsmoe_ds.aggregation.controls import Controls
-from ubsmoe_ds.aggregation.units import Block
 from ubsmoe_ds.client.drift import DriftCorrection
 from ubsmoe_ds.client.gradients import MasterWeights
 

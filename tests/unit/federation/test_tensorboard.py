@@ -3,6 +3,7 @@
 import resource
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def test_what_is_logged_can_be_read(tmp_path):
         "steps/a": [3.0],
     }
     assert events.Tags()["images"] == ["heat"] and events.Images("heat")[0].width == 5
+
+
+def test_what_is_logged_is_soon_in_the_file_while_nobody_asks(tmp_path, monkeypatch):
+    """A round does not wait for it, and a run that is killed later leaves it.
+
+    Files are buffered as TensorFlow's are, which TensorBoard writes by where it is installed.
+    """
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.tf.io.gfile.GFile", open)
+    log = TensorBoard(tmp_path, None)
+    deadline = time.monotonic() + 30
+    for name in ("eval/loss", "train/loss"):  # the first is written at once, whatever the interval
+        log.scalars({name: 0.5}, 2)
+        while name not in read(tmp_path).Tags()["scalars"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    log.close()
 
 
 @pytest.fixture
