@@ -72,7 +72,6 @@ class UnitStore:
             of_decoder = [adapter for adapter in adapters if adapter.decoder == index]
             self._add_decoder(f"layers.{index}", decoder, of_decoder, dmr)
         self.shared = self._current(lora_rank)
-        self._viewed: tuple[Tensor, list[Tensor]] | None = None  # the shared state, and its `_views`
         self._turn: Loaded | None = None
         if stacking:
             for block, part in self.parts(self.shared, lora_rank):
@@ -243,15 +242,6 @@ class UnitStore:
             self._places[lora_rank] = Places(every, len(flat), live, cut)
         return self._places[lora_rank]
 
-    def _views(self, flat: Tensor, lora_rank: int) -> list[Tensor]:
-        """Return the value of every parameter as a view of a buffer; those of the shared state are kept."""
-        if self._viewed is not None and self._viewed[0] is flat:
-            return self._viewed[1]
-        views = [place.of(flat) for place in self._places_at(lora_rank).every]
-        if flat is self.shared:  # which has one LoRA rank
-            self._viewed = flat, views
-        return views
-
     def _current(self, lora_rank: int) -> Tensor:
         """Return the local state of the held units, one flat fp32 tensor on the CPU."""
         places = self._places_at(lora_rank)
@@ -264,7 +254,8 @@ class UnitStore:
 
     def _write(self, flat: Tensor, lora_rank: int) -> None:
         """Load a held buffer; the LoRA ranks that it lacks become zero, so that these neither act nor learn."""
-        places, views = self._places_at(lora_rank), self._views(to_device(flat, self._device), lora_rank)
+        places, whole = self._places_at(lora_rank), to_device(flat, self._device)
+        views = [place.of(whole) for place in places.every]
         if places.live is not None:
             if places.cut:
                 torch._foreach_zero_(places.cut)
