@@ -32,6 +32,7 @@ from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.loading import load_experiment
 from ubsmoe_ds.data.shares import check_rows
 from ubsmoe_ds.launching import launchers, left_over
+from ubsmoe_ds.launching.hang_watch import StartWatch
 from ubsmoe_ds.launching.hostfile import read_hostfile
 from ubsmoe_ds.launching.placement import place
 from ubsmoe_ds.launching.relaunch import relaunch
@@ -135,6 +136,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
     """
     from ubsmoe_ds.mpi.start import start_mpi
 
+    start_watch = StartWatch(exp.hang_timeout_s, os.environ)
     start_mpi(os.environ)  # not in the process of mpiexec
     from ubsmoe_ds import run
     from ubsmoe_ds.mpi import exits, ulfm
@@ -148,7 +150,7 @@ def run_rank(exp: Experiment, arguments: list[str], options: argparse.Namespace)
         joined = join(exp, sys.argv[0], arguments)
         who, speaks = run.describe(exp.trainers, joined.rank), joined.rank == 0
         speaks_for_group = joined.group_rank == 0
-        ending = run.run(exp, joined, verbose=options.verbose, resume=options.resume)
+        ending = run.run(exp, joined, start_watch, verbose=options.verbose, resume=options.resume)
     except UserError as error:
         together = report_once(error, speaks, speaks_for_group)
         return exits.end_after_error(EXIT_USER_ERROR, survives, together)

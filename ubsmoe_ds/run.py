@@ -19,7 +19,7 @@ from ubsmoe_ds.base.malloc import keep_freed_memory
 from ubsmoe_ds.checkpoint.search import newest_sound
 from ubsmoe_ds.config.experiment import Experiment
 from ubsmoe_ds.config.population import Trainer, kind_of
-from ubsmoe_ds.launching.hang_watch import HangWatch
+from ubsmoe_ds.launching.hang_watch import HangWatch, StartWatch
 from ubsmoe_ds.launching.sign_in import sign_in
 from ubsmoe_ds.mpi import exits, ulfm, watchdog
 from ubsmoe_ds.mpi.collectives import RanksLost
@@ -36,12 +36,13 @@ class Ending(NamedTuple):
     world: World
 
 
-def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> Ending:
+def run(exp: Experiment, place: World, start_watch: StartWatch, *, verbose: bool, resume: str | None) -> Ending:
     """Carry out the experiment; every rank of the job calls this.
 
     Args:
         exp: the experiment.
         place: this rank's place in the job.
+        start_watch: closed once this rank is watched for hangs.
         verbose: let DeepSpeed print.
         resume: the checkpoint to resume from: "auto" for the newest one, if any, or its folder. None: start a new run.
 
@@ -53,6 +54,7 @@ def run(exp: Experiment, place: World, *, verbose: bool, resume: str | None) -> 
     who = describe(exp.trainers, place.rank)
     sign_in(os.environ, who)
     hang_watch = HangWatch(who, exp.hang_timeout_s, place.survives)
+    start_watch.close()
     heartbeat = watchdog.watch(exp.trainers, place, exp.host_timeout_s, hang_watch)
     try:
         ending = _run(exp, place, stop, hang_watch, verbose, resume)

@@ -133,6 +133,31 @@ def test_a_rank_that_hangs_but_lives_shows_where(tmp_path):
     assert "failing_train.py" in frames[0] and frames[0].endswith(" in harm"), stacks
 
 
+@pytest.mark.extended
+def test_ranks_have_a_watcher_before_they_have_met_and_another_from_then_on(tmp_path):
+    """Job rank 2 is stopped before MPI starts. What the watchers do is in tests/unit/launching/test_hang_watcher.py."""
+    command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "hang_timeout_s=450"]
+    job = Job(command, tmp_path / "log", UBSMOE_DS_FAULT="absent@2")
+    deadline = time.monotonic() + 60
+    while watchers(job) != ["start_watcher.py 450 0 rank 1", "start_watcher.py 450 1 rank 0"]:
+        assert time.monotonic() < deadline, (watchers(job), job.output)
+        time.sleep(0.05)
+    os.kill(job.rank_pids()[2], signal.SIGCONT)
+    job.wait_for("before ")
+    assert [line.split()[0] for line in watchers(job)] == ["hang_watcher.py"] * 3
+    assert job.end(60) == 0, job.output
+
+
+def watchers(job: Job) -> list[str]:
+    """Return names and arguments of the watchers of a job's ranks."""
+    found = []
+    for pid in job.pids():
+        _, *words = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+        if words[2:3] and words[2].endswith("_watcher.py"):
+            found.append(" ".join([Path(words[2]).name, *words[3:]]))
+    return sorted(found)
+
+
 def test_ranks_that_all_wait_for_one_another_are_noticed(tmp_path):
     """Job rank 2 waits for a message that nobody sends, job rank 1 for it in gloo, job rank 0 for both in MPI."""
     command = [sys.executable, "tests/support/failing_train.py", *SHORT, f"output={tmp_path}", "hang_timeout_s=2"]

@@ -11,6 +11,7 @@ stop           a real SIGSTOP
 nan            its weights hold NaN for this step
 slow           every step takes STEP (2) seconds longer
 huge           its update of round STEP is 10^12 times as large
+absent@RANK    a real SIGSTOP before MPI starts
 nobf16@all     every device says that it lacks bf16
 kill-STAGE     a real SIGKILL when it does so the STEP-th time; see STAGES
 """
@@ -128,7 +129,10 @@ def plant_huge_update(round_number: int) -> None:
 
 
 if __name__ == "__main__":
-    if launchers.inside_mpi(os.environ):
+    if os.environ["UBSMOE_DS_FAULT"].startswith("absent@") and launchers.inside_mpi(os.environ):
+        if launchers.started_as(os.environ) == int(os.environ["UBSMOE_DS_FAULT"].removeprefix("absent@")):
+            os.kill(os.getpid(), signal.SIGSTOP)  # before MPI starts
+    elif launchers.inside_mpi(os.environ):
         start_mpi(os.environ)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for fault in os.environ["UBSMOE_DS_FAULT"].split("+"):

@@ -2,7 +2,9 @@
 
 Each rank has a watcher: a process of its own, on its host, and so whatever started the job and whichever ranks are
 stopped. The watcher of a rank that waits for another leaves it alone; that other one's has to act. If all ranks wait,
-for one another, the watcher of the job's first rank does, which reads what the others note.
+for one another, the watcher of the job's first rank does, which reads what the others note. Until ranks have met, when
+one that hangs may have no watcher yet, all ranks have other ones, which do not let them wait for ever
+(start_watcher.py).
 """
 
 import faulthandler
@@ -12,12 +14,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ubsmoe_ds.base.terminal import say
 from ubsmoe_ds.launching.hang_watcher import ASK
+from ubsmoe_ds.launching.launchers import is_first, started_as
 from ubsmoe_ds.launching.progress_record import (
     FLAG,
     OTHERS_WAIT_AT,
@@ -29,8 +32,9 @@ from ubsmoe_ds.launching.progress_record import (
     do_all_wait,
     open_peers,
 )
+from ubsmoe_ds.launching.start_watcher import LEAST_SECONDS
 
-WATCHER = Path(__file__).with_name("hang_watcher.py")
+HANG_WATCHER, START_WATCHER = (Path(__file__).with_name(f"{name}_watcher.py") for name in ("hang", "start"))
 # of a whole job, such as those of Slurm; the watcher has nothing to save, and ends with its rank
 NOT_FOR_WATCHERS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -53,7 +57,10 @@ class HangWatch:
         self._record = mmap.mmap(descriptor, RECORD_BYTES)
         self.enter("start-up")
         if timeout_s is not None:
-            self._watcher = _start_watcher(descriptor, description, timeout_s, survives)
+            stacks = os.memfd_create("stacks")
+            faulthandler.register(ASK, file=stacks)
+            arguments = [str(descriptor), str(stacks), f"{timeout_s:g}", str(int(survives)), description]
+            self._watcher = _start(HANG_WATCHER, arguments, [descriptor, stacks])
         self.peer = Peer(os.getpid(), descriptor, description)
 
     def enter(self, stage: str, counted_from: int | None = None) -> None:
@@ -101,21 +108,46 @@ class HangWatch:
         PROGRESS.pack_into(self._record, 0, self._events, self._number, self._counted)
 
 
-def _start_watcher(record: int, description: str, timeout_s: float, survives: bool) -> subprocess.Popen | None:
-    """Start the watcher of this process; warn and return None if the system has no room for it."""
-    stacks = os.memfd_create("stacks")
-    faulthandler.register(ASK, file=stacks)
-    arguments = [str(record), str(stacks), f"{timeout_s:g}", str(int(survives)), description]
+class StartWatch:
+    """Has this rank ended unless it closes this in time: at the latest when a `HangWatch` watches it.
+
+    Args:
+        timeout_s: hang_timeout_s; None: nobody watches.
+        environment: the rank's, from its process manager.
+    """
+
+    def __init__(self, timeout_s: float | None, environment: Mapping[str, str]) -> None:
+        self._watcher: subprocess.Popen | None = None
+        if timeout_s is not None:
+            limit, first = max(timeout_s, LEAST_SECONDS), int(is_first(environment))
+            arguments = [f"{limit:g}", str(first), f"rank {started_as(environment)}"]
+            self._watcher = _start(START_WATCHER, arguments, [])
+
+    def close(self) -> None:
+        """End the watcher."""
+        if self._watcher is not None:
+            with self._watcher:
+                self._watcher.kill()  # it may be stopped itself
+
+
+def _start(watcher: Path, arguments: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen | None:
+    """Start a watcher of this process; warn and return None if the system has no room for it.
+
+    Args:
+        watcher: the script.
+        arguments: its arguments, of which the last describes this rank.
+        descriptors: those that it inherits.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WATCHERS)  # a started process inherits it
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(WATCHER), *arguments],
+            [sys.executable, "-I", "-S", str(watcher), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=[record, stacks],
+            pass_fds=descriptors,
         )
     except OSError as error:
-        why = f"{description} has no watcher ({error.strerror})"
+        why = f"{arguments[-1]} has no watcher ({error.strerror})"
         say(f"warning: hang_timeout_s: {why}; nobody will see if it hangs", error=True)
         return None
     finally:

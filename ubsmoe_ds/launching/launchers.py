@@ -46,6 +46,15 @@ def inside_mpi(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in MPI_RANK_VARIABLES)
 
 
+def started_as(environment: Mapping[str, str]) -> int:
+    """Return the number that the process manager of MPI gave this process; 0 if none started it.
+
+    Raises:
+        UserError: if it is no number.
+    """
+    return _value(environment, MPI_RANK_VARIABLES)
+
+
 def is_first(environment: Mapping[str, str]) -> bool:
     """Return whether this process speaks for all that were started with it, before there is a world.
 
@@ -53,7 +62,7 @@ def is_first(environment: Mapping[str, str]) -> bool:
         UserError: if a variable of a launcher is no number.
     """
     if inside_mpi(environment):
-        return _value(environment, MPI_RANK_VARIABLES) == 0
+        return started_as(environment) == 0
     first_task = not is_task_of_srun(environment) or _value(environment, ("SLURM_PROCID",)) == 0
     return first_task and _value(environment, ("LOCAL_RANK",)) == 0 == _value(environment, HOST_RANK_VARIABLES)
 

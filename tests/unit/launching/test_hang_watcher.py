@@ -279,3 +279,56 @@ def test_no_watcher_is_left_behind(ranks):
         while time.monotonic() < deadline and os.path.exists(f"/proc/{watcher}/fd/0"):  # noqa: PTH110
             time.sleep(0.05)
         assert not os.path.exists(f"/proc/{watcher}/fd/0")  # noqa: PTH110
+
+
+STARTING = """
+import os, signal, sys, time
+from ubsmoe_ds.launching import hang_watch
+hang_watch.LEAST_SECONDS = 0.4
+os.environ["PMI_RANK"] = sys.argv[2]
+watch = hang_watch.StartWatch(float(sys.argv[3]), os.environ)
+print("started", flush=True)
+if sys.argv[1] == "closes": watch.close()
+if sys.argv[1] == "stops": os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(2.5)
+"""
+# what the rank does, its number, hang_timeout_s -> whether it is ended, and what its message says
+STARTS = {
+    "it is stopped": (
+        "stops 1 0.1",
+        True,
+        "0.4 s (hang_timeout_s, at least 300): it is stopped by a signal (state T); ",
+    ),
+    "the first waits": ("waits 0 0.5", True, "0.5 s (hang_timeout_s, at least 300): it waits for ranks that hang or "),
+    "another waits, and leaves the line to the first": ("waits 1 0.1", False, ""),
+    "they have met": ("closes 0 0.1", False, ""),
+    "the limit is longer": ("waits 0 60", False, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """Run processes that start, all at once; return name -> (code, output, process, folder)."""
+    started = {}
+    for name, (arguments, *_) in STARTS.items():
+        folder = tmp_path_factory.mktemp("start")
+        command = [sys.executable, "-c", STARTING, *arguments.split()]
+        environment = clean_environment() | {"PYTHONPATH": str(REPO), PARENT_SPEAKS: str(folder)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started[name] = subprocess.Popen(command, env=environment, **pipes), folder
+    # until the watcher, too, has closed it
+    return {name: (process, process.communicate(timeout=60)[0], folder) for name, (process, folder) in started.items()}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_rank_that_does_not_meet_the_others_is_ended(name, starts):
+    """The limit is hang_timeout_s, but at least 0.4 s here."""
+    process, output, folder = starts[name]
+    _, ended, said = STARTS[name]
+    first, _, line = output.partition("\n")
+    assert (first, process.returncode) == ("started", -signal.SIGKILL if ended else 0)
+    assert read_code(folder) == (1 if ended else None)
+    number = STARTS[name][0].split()[1]
+    start = f"error: rank {number} has not met the others in {said}"
+    assert (line.startswith(start) and f"process {process.pid} on " in line) if ended else line == "", output
+    assert line.count("\n") == ended
