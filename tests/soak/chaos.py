@@ -52,7 +52,7 @@ FAULTS_A_JOB = 10  # then the job may end
 STARTING = 0.15  # share of the faults that come before the first round
 ROUND_SECONDS = 0.5  # of a round on 2 cores, at most: a fault comes so long after a line that was waited for
 HANG_TIMEOUT = 6  # seconds
-ENDING_SECONDS = 300  # on a machine with much other work
+ENDING_SECONDS = 400  # on a machine with much other work, and if a rank was stopped before it had joined
 # what is struck: (share of the faults, signal)
 FAULTS = {
     "a rank": (0.5, signal.SIGKILL),
