@@ -125,7 +125,7 @@ def optimizer_state(model_path: str, zero: int) -> dict[str, Any]:
             client.begin_round()
             local = LocalProgress()
             client.train(batches, local, 3, lambda: False)
-            nll.append(client.local_stats(local).nll)
+            nll.append(client.local_stats(local, *client.counts.read()).nll)
         results[f"{name}/nll"] = np.array(nll)
         states = client.engine.basic_optimizer.state.values()
         results[f"{name}/steps"] = np.array([float(state["step"]) for state in states])

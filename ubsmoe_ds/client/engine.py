@@ -237,10 +237,14 @@ class Client:
         """Return whether the client had too many bad steps to take part in this round's merge."""
         return local.bad_steps > self.exp.train.max_bad_steps
 
-    def local_stats(self, local: LocalProgress) -> LocalStats:
-        """Return the sums over this rank's local steps of the round."""
+    def local_stats(self, local: LocalProgress, routed_LX: Tensor, dropped: int) -> LocalStats:
+        """Return the sums over this rank's local steps of the round.
+
+        Args:
+            local: of the round.
+            routed_LX, dropped: see `GateCounts.read`.
+        """
         nll, answer_tokens, used_tokens, gradient_norm = local.sums.tolist()
-        routed_LX, dropped = self.counts.read()
         sums = (nll, answer_tokens, used_tokens, dropped, int(routed_LX[:, :-1].sum()), gradient_norm)
         return LocalStats(*sums, local.steps - local.bad_steps, local.bad_steps)
 

@@ -163,16 +163,17 @@ class GroupTraining:
         """Keep what the client's steps have changed until the merge (a collective over the group)."""
         client, local = self.current, self.local
         update, part = self.aggregator.update_of(client, self._work_done())
+        routed_LX, dropped = self.client.counts.read()
         self.turns.done.append(
             Turn(
                 client=client,
                 update=update,
                 part=part,
-                stats=self.client.local_stats(local),
+                stats=self.client.local_stats(local, routed_LX, dropped),
                 seconds=local.seconds,
                 learning_rate=self.client.learning_rate,
                 steps_taken=self.progress.steps_taken.get(client, 0),
-                routed_LX=self.client.routed_counts(),
+                routed_LX=routed_LX,
                 sums_LEX=moment_sums(self.client),
                 squares_LE2=self.client.gradient_squares(),
                 scales_L=self.client.learned_scales() if self.exp.takes_turns else None,

@@ -134,11 +134,16 @@ def _moved(pid: int) -> int:
 
 def message(description: str, stage: str, silent: float, timeout: float, pid: int, state: str) -> str:
     """Return what names a rank that hangs, without what follows from it."""
-    what = f"is {STATES[state]} (state {state})" if state in STATES else f"lives (state {state})"
     return (
         f"error: {description} hangs: no progress for {silent:.1f} s in {stage} (hang_timeout_s {timeout:g}); "
-        f"process {pid} on {os.uname().nodename} {what}{_kernel_place(pid)}"
+        f"{process_message(pid, state)}"
     )
+
+
+def process_message(pid: int, state: str) -> str:
+    """Return where a process is, on which host, and what it does."""
+    what = f"is {STATES[state]} (state {state})" if state in STATES else f"lives (state {state})"
+    return f"process {pid} on {os.uname().nodename} {what}{_kernel_place(pid)}"
 
 
 def all_wait_message(peers: Sequence[tuple[Peer, int]], hosts: int, silent: float, timeout: float) -> str:
@@ -161,6 +166,25 @@ def _kernel_place(pid: int) -> str:
             continue
         found += [f"{name} {text}" for text in word if text not in ("0", "-1", "running")]
     return f", {', '.join(found)}" if found else ""
+
+
+def end(pid: int, text: str, *, ends_job: bool) -> None:
+    """Say why a rank is ended, and end it.
+
+    Args:
+        pid: the rank, which is the parent of this process.
+        text: what is said.
+        ends_job: whether the job ends with it, of which the process that runs mpiexec is told, if there is one.
+    """
+    # in a thread: whoever reads the output may hang too
+    say = threading.Thread(target=os.write, args=[sys.stderr.fileno(), text.encode()], daemon=True)
+    say.start()
+    say.join(SAY_SECONDS)
+    if ends_job:
+        sign_off(os.environ, EXIT_FAILURE)
+    time.sleep(MESSAGE_SECONDS)
+    if os.getppid() == pid:  # not an heir of its number
+        os.kill(pid, signal.SIGKILL)  # its launcher ends the others, or ULFM goes on without it
 
 
 class Watcher:
@@ -239,16 +263,7 @@ class Watcher:
         """Say why the rank is ended, and end it."""
         kind = "group" if self.description.startswith("group ") else "client"
         follows = f"its {kind} is given up" if self.survives else "continue with --resume auto"
-        # in a thread: whoever reads the output may hang too
-        say = threading.Thread(target=os.write, args=[sys.stderr.fileno(), f"{line}; {follows}\n{stacks}".encode()])
-        say.daemon = True
-        say.start()
-        say.join(SAY_SECONDS)
-        if not self.survives:
-            self._sign_off()
-        time.sleep(MESSAGE_SECONDS)
-        if os.getppid() == self.pid:  # not an heir of its number
-            os.kill(self.pid, signal.SIGKILL)  # its launcher ends the others, or ULFM goes on without it
+        end(self.pid, f"{line}; {follows}\n{stacks}", ends_job=not self.survives)
 
     def _ask(self) -> str:
         """Return the stacks of the rank's threads; empty if it does not answer."""
@@ -261,10 +276,6 @@ class Watcher:
             if size == before > start:  # whole
                 break
         return os.pread(self.stacks, size - start, start).decode(errors="replace")
-
-    def _sign_off(self) -> None:
-        """Tell the process that runs mpiexec, if there is one, that all has been said and the job ends with 1."""
-        sign_off(os.environ, EXIT_FAILURE)
 
 
 def main() -> None:

@@ -290,19 +290,16 @@ watch = hang_watch.StartWatch(float(sys.argv[3]), os.environ)
 print("started", flush=True)
 if sys.argv[1] == "closes": watch.close()
 if sys.argv[1] == "stops": os.kill(os.getpid(), signal.SIGSTOP)
-time.sleep(2.5)
+time.sleep(float(sys.argv[4]))
 """
-# what the rank does, its number, hang_timeout_s -> whether it is ended, and what its message says
+# what the rank does, its number, hang_timeout_s, seconds that it takes -> what is said when it is ended
 STARTS = {
-    "it is stopped": (
-        "stops 1 0.1",
-        True,
-        "0.4 s (hang_timeout_s, at least 300): it is stopped by a signal (state T); ",
-    ),
-    "the first waits": ("waits 0 0.5", True, "0.5 s (hang_timeout_s, at least 300): it waits for ranks that hang or "),
-    "another waits, and leaves the line to the first": ("waits 1 0.1", False, ""),
-    "they have met": ("closes 0 0.1", False, ""),
-    "the limit is longer": ("waits 0 60", False, ""),
+    "it is stopped": ("stops 1 0.1 0", "0.4 s (hang_timeout_s, at least 300): it hangs; "),
+    "the first waits": ("waits 0 0.5 9", "0.5 s (hang_timeout_s, at least 300): it waits for ranks that hang or are "),
+    "another waits longer, because the first speaks": ("waits 1 0.1 2.5", None),
+    "another waits, and the first does not speak": ("waits 1 0.1 9", "0.4 s (hang_timeout_s, at least 300): it waits "),
+    "they have met": ("closes 0 0.1 2.5", None),
+    "the limit is longer": ("waits 0 60 2.5", None),
 }
 
 
@@ -324,11 +321,13 @@ def starts(tmp_path_factory):
 def test_a_rank_that_does_not_meet_the_others_is_ended(name, starts):
     """The limit is hang_timeout_s, but at least 0.4 s here."""
     process, output, folder = starts[name]
-    _, ended, said = STARTS[name]
+    arguments, said = STARTS[name]
     first, _, line = output.partition("\n")
-    assert (first, process.returncode) == ("started", -signal.SIGKILL if ended else 0)
-    assert read_code(folder) == (1 if ended else None)
-    number = STARTS[name][0].split()[1]
-    start = f"error: rank {number} has not met the others in {said}"
-    assert (line.startswith(start) and f"process {process.pid} on " in line) if ended else line == "", output
-    assert line.count("\n") == ended
+    assert (first, process.returncode) == ("started", -signal.SIGKILL if said else 0)
+    assert read_code(folder) == (1 if said else None)
+    if said:
+        assert line.startswith(f"error: rank {arguments.split()[1]} has not met the others in {said}"), line
+        does = "is stopped by a signal (state T)" if name == "it is stopped" else "lives (state S)"
+        assert f"; process {process.pid} on " in line and does in line and line.count("\n") == 1, line
+    else:
+        assert line == ""
